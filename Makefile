@@ -1,0 +1,57 @@
+# make            what there is to do
+# make train      first call: sets up .venv; then trains on the demo data
+.POSIX:
+
+PYTHON ?= python3
+ARGS =
+
+BIN = .venv/bin
+STAMP = .venv/.installed
+
+help:
+	@echo "make train   train on the demo data          ARGS=\"modality=text seed=1\" adds overrides"
+	@echo "make test    run all tests and doctests      ARGS=\"tests/report -x\" selects"
+	@echo "make lint    ruff check, ruff format --check, lint-imports"
+	@echo ""
+	@echo "Each sets up .venv when it is missing or older than pyproject.toml or constraints.txt."
+	@echo "PYTHON=python3.12 makes it with another Python (3.11 or newer)."
+
+train: $(STAMP)
+	$(BIN)/python train.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# The stamp is written last, so an interrupted installation is taken up again by the next call. pip writes INSTALLER
+# when a package is complete: what has none was cut off in the middle, and would count as installed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -c "" 2>/dev/null || { \
+	    $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+	        echo "msenc needs Python 3.11 or newer, found: $(PYTHON) = $$($(PYTHON) --version 2>&1)." >&2; \
+	        echo "Name another one: make PYTHON=python3.12 ..." >&2; \
+	        exit 1; \
+	    }; \
+	    echo "Creating .venv with $$($(PYTHON) --version)"; \
+	    $(PYTHON) -m venv --clear .venv; \
+	}
+	@for info in .venv/lib/python3*/site-packages/*.dist-info; do \
+	    if test -d "$$info" && ! test -f "$$info/INSTALLER"; then rm -rf "$$info"; fi; \
+	done
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    rm -rf .venv/lib/python3*/site-packages/pip .venv/lib/python3*/site-packages/pip-*.dist-info; \
+	    $(BIN)/python -m ensurepip --upgrade >/dev/null; \
+	}
+	@echo "Installing into .venv, which may take a few minutes (once)"
+	@echo "  1/2 $$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
+	@echo "  2/2 msenc with the extras demo, parallel, dev, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,parallel,dev]'
+	@touch $(STAMP)
+	@echo "Installed."
+
+.PHONY: help train test lint
