@@ -1,0 +1,145 @@
+"""Reads what runs left behind: `run.json` and `evaluation/*/metrics.json` below a folder; writes nothing."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msenc.types import MsencError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run.
+
+    Args:
+        data: name of the evaluated data.
+        split: ``train``, ``val`` or ``test``.
+        settings: what decides the numbers besides data and weights (decoding ...), as the run wrote it.
+        hash: short name of the settings, the end of the folder's name.
+        metrics: name to number.
+        written: when, in seconds since the epoch.
+    """
+
+    data: str
+    split: str
+    settings: str
+    hash: str
+    metrics: dict[str, float]
+    written: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Args:
+        name: the folder, relative to the one that was searched.
+        status: ``finished``, ``failed`` or ``running``.
+        error: what a failed run says.
+        task_hash: runs are comparable where it is equal.
+        seed: the run's seed.
+        overrides: key to value of the Hydra overrides, the seed's among them.
+        streams: stream name to hash of its features.
+        trainable_parameters: part of the model to number of its trainable parameters.
+        seconds: duration.
+        evaluations: all evaluations in the folder.
+    """
+
+    name: str
+    status: str
+    error: str | None = None
+    task_hash: str = ""
+    seed: int = 0
+    overrides: dict[str, str] = field(default_factory=dict)
+    streams: dict[str, str] = field(default_factory=dict)
+    trainable_parameters: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    evaluations: tuple[Evaluation, ...] = ()
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, str]:
+    """Hydra override strings as key -> value; of a key given twice the last counts, as for Hydra.
+
+    Example:
+        >>> parse_overrides(["modality=text", "+trainer.limit=3", "~callbacks.checkpoint"])
+        {'modality': 'text', 'trainer.limit': '3', 'callbacks.checkpoint': '(removed)'}
+    """
+    parsed = {}
+    for override in overrides:
+        key, equals, value = override.lstrip("+~").partition("=")
+        parsed[key] = "(removed)" if override.startswith("~") or not equals else value
+    return parsed
+
+
+def collect_runs(folder: Path) -> list[Run]:
+    """Find the run folders (those with a `run.json`) in `folder` and below it, in natural order of their names.
+
+    Args:
+        folder: a sweep's folder, a run's, or one above several.
+
+    Raises:
+        MsencError: there is no such folder, no run in it, or a file of a run cannot be understood.
+    """
+    if not folder.is_dir():
+        raise MsencError(f"No folder {folder}. Expected a sweep's folder, as train.py -m prints it at its end.")
+    paths = sorted(folder.rglob("run.json"), key=lambda path: _natural(path.relative_to(folder).as_posix()))
+    if not paths:
+        raise MsencError(f"No run found in {folder}: expected folders with a run.json. Give the folder of a sweep.")
+    return [_read_run(path, folder) for path in paths]
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts job 2 before job 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _read_run(path: Path, folder: Path) -> Run:
+    value = _read_json(path)
+    required = ["status"] + (["task_hash", "seed", "overrides"] if value.get("status") == "finished" else [])
+    _require(path, value, required)
+    return Run(
+        name=path.parent.relative_to(folder).as_posix() if path.parent != folder else folder.resolve().name,
+        status=value["status"],
+        error=value.get("error"),
+        task_hash=value.get("task_hash") or "",
+        seed=value.get("seed") or 0,
+        overrides=parse_overrides(value.get("overrides") or []),
+        streams=value.get("streams") or {},
+        trainable_parameters=value.get("trainable_parameters") or {},
+        seconds=value.get("seconds") or 0.0,
+        evaluations=tuple(_read_evaluation(p) for p in sorted(path.parent.glob("evaluation/*/metrics.json"))),
+    )
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    value = _read_json(path)
+    _require(path, value, ["split", "data", "settings"])
+    return Evaluation(
+        data=value["data"],
+        split=value["split"],
+        settings=value["settings"],
+        hash=path.parent.name.rsplit("-", 1)[-1],
+        metrics={k: float(v) for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool)},
+        written=path.stat().st_mtime,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MsencError(f"{path} is not JSON ({error}). Run that job again, or move its folder away.") from error
+    if not isinstance(value, dict):
+        raise MsencError(f"{path} holds a {type(value).__name__}, expected an object. Move its folder away.")
+    return value
+
+
+def _require(path: Path, value: dict[str, Any], keys: list[str]) -> None:
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise MsencError(
+            f"{path} lacks {', '.join(missing)}; it has {', '.join(value) or 'nothing'}. "
+            "It is no file of this version: run that job again, or move its folder away."
+        )
