@@ -1,0 +1,326 @@
+"""Connectors: an utterance's features -> a fixed number of vectors that the LLM reads in place of token embeddings.
+
+Each is a module ``(features (N, T, D), mask (N, T) bool, True = real) -> (N, Q, H)``, whose output for an utterance
+depends neither on padding nor on the other utterances of the batch.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor, nn
+
+from msenc.models.pretrained import load_error, name_some
+from msenc.types import MsencError
+
+# Of checkpoints whose Q-Former also reads text: the layers' second feed-forward, which queries never pass.
+TEXT_PATH = re.compile(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
+
+
+class QFormer(nn.Module):
+    """Features (N, T, D), mask (N, T) -> (N, Q, H): learned queries attend to the frames (BLIP-2's Q-Former).
+
+    Linear to `encoder_dim`, Q-Former, linear to `out_dim`, both without bias. Frames carry no positions: what the
+    queries see is a set, in which only features that themselves tell time have an order.
+
+    Key biases of attention have a gradient of zero in exact arithmetic (softmax ignores what all keys share), so
+    theirs is rounding noise; that is no fault.
+
+    Args:
+        in_dim: width D of the features.
+        out_dim: width H of the LLM.
+        num_queries: Q, vectors per utterance.
+        num_layers: layers of the Q-Former.
+        hidden_dim: its width; its feed-forward is four times as wide.
+        num_heads: its attention heads.
+        cross_attention_frequency: layers 0, k, 2k, ... attend to the frames.
+        encoder_dim: width of the frames as the Q-Former sees them.
+        dropout: of hidden states and attention.
+        init: a folder or hub id of a BLIP-2 checkpoint, whose Q-Former and query tokens are taken, and nothing else
+            is read; None: random.
+        freeze_core: the Q-Former and its queries do not train; the two linear maps do.
+
+    Source: Li et al., BLIP-2 (arXiv 2301.12597), section 3.1; the linear maps as in arXiv 2509.14627.
+
+    Example:
+        >>> connector = QFormer(8, 24, num_queries=4, num_layers=2, hidden_dim=16, num_heads=2, encoder_dim=8)
+        >>> connector(torch.zeros(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)).shape
+        torch.Size([3, 4, 24])
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        num_queries: int = 32,
+        num_layers: int = 12,
+        hidden_dim: int = 768,
+        num_heads: int = 12,
+        cross_attention_frequency: int = 2,
+        encoder_dim: int = 1408,
+        dropout: float = 0.1,
+        init: str | None = None,
+        freeze_core: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.in_proj = nn.Linear(in_dim, encoder_dim, bias=False)
+        self.core = QFormerCore(
+            num_queries=num_queries,
+            num_layers=num_layers,
+            hidden_dim=hidden_dim,
+            num_heads=num_heads,
+            cross_attention_frequency=cross_attention_frequency,
+            encoder_dim=encoder_dim,
+            dropout=dropout,
+            init=init,
+            freeze=freeze_core,
+        )
+        self.out_proj = nn.Linear(hidden_dim, out_dim, bias=False)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Connect each utterance. A row without a real frame gives the same finite vectors whatever its padding.
+
+        Args:
+            features: (N, T, D), T at least 1.
+            mask: (N, T) bool, True for real frames.
+
+        Returns:
+            (N, Q, H).
+        """
+        return self.out_proj(self.core(self.in_proj(_real(features, mask)), mask))
+
+
+class QFormerCore(nn.Module):
+    """Frames (N, T, E), mask (N, T) -> (N, Q, hidden_dim): the part of `QFormer` that streams may share.
+
+    Its tensors are named as in a BLIP-2 checkpoint: ``query_tokens`` and ``qformer.*``. Arguments as in `QFormer`;
+    `freeze` is its `freeze_core`.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        num_layers: int,
+        hidden_dim: int,
+        num_heads: int,
+        cross_attention_frequency: int,
+        encoder_dim: int,
+        dropout: float,
+        init: str | None = None,
+        freeze: bool = False,
+    ) -> None:
+        super().__init__()
+        self.settings = {
+            "num_queries": num_queries,
+            "num_layers": num_layers,
+            "hidden_dim": hidden_dim,
+            "num_heads": num_heads,
+            "cross_attention_frequency": cross_attention_frequency,
+            "encoder_dim": encoder_dim,
+            "dropout": dropout,
+            "init": init,
+            "freeze": freeze,
+        }
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+        if hidden_dim % num_heads:
+            raise MsencError(
+                f"QFormer: hidden_dim {hidden_dim} does not divide by num_heads {num_heads}. Give one that does."
+            )
+        config = Blip2QFormerConfig(
+            hidden_size=hidden_dim,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            intermediate_size=4 * hidden_dim,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            cross_attention_frequency=cross_attention_frequency,
+            encoder_hidden_size=encoder_dim,
+            # BERT's 0.02 suits widths near 768: in a narrow Q-Former it makes attention's values so small that next
+            # to nothing of the frames (1 % of the output at 64) reaches the queries, and learning starts slowly.
+            initializer_range=hidden_dim**-0.5,
+        )
+        # Random, not zero: equal queries would stay equal, as nothing else tells them apart.
+        self.query_tokens = nn.Parameter(torch.randn(1, num_queries, hidden_dim) * config.initializer_range)
+        self.qformer = Blip2QFormerModel(config)
+        if init is not None:
+            load_blip2(self, init)
+        self.freeze = freeze
+        if freeze:
+            self.requires_grad_(False)
+            self.eval()
+
+    def train(self, mode: bool = True) -> "QFormerCore":
+        """A frozen core stays in eval mode."""
+        return super().train(mode and not self.freeze)
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Attend to the real frames; (N, T, E), (N, T) -> (N, Q, hidden_dim)."""
+        return self.qformer(
+            query_embeds=self.query_tokens.expand(len(frames), -1, -1),
+            encoder_hidden_states=frames,
+            encoder_attention_mask=mask,
+        ).last_hidden_state
+
+
+class Mlp(nn.Module):
+    """Features (N, T, D), mask (N, T) -> (N, Q, H): means over Q equal spans of time, each through an MLP.
+
+    Query q is made from the mean of the frames between q/Q and (q+1)/Q of the utterance; a frame on an edge counts
+    in both spans by its share, and an utterance of fewer than Q frames repeats them. Keeps the order of time.
+
+    Args:
+        in_dim: width D of the features.
+        out_dim: width H of the LLM.
+        num_queries: Q, vectors per utterance.
+        hidden_dim: width between the two linear maps.
+
+    Example:
+        >>> Mlp(8, 24)(torch.zeros(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)).shape
+        torch.Size([3, 8, 24])
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, num_queries: int = 8, hidden_dim: int = 512) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Connect each utterance; a row without a real frame counts as one frame of zeros.
+
+        Args:
+            features: (N, T, D), T at least 1.
+            mask: (N, T) bool, True for real frames.
+
+        Returns:
+            (N, Q, H).
+        """
+        weights = span_weights(mask, self.num_queries).to(features.dtype)  # (N, Q, T)
+        return self.layers(weights @ _real(features, mask))
+
+
+def span_weights(mask: Tensor, num_spans: int) -> Tensor:
+    """Weights (N, Q, T) that average the real frames over `num_spans` equal spans.
+
+    Example:
+        >>> (3 * span_weights(torch.tensor([[True, True, True, False]]), 2)).round().tolist()
+        [[[2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 2.0, 0.0]]]
+    """
+    place = mask.cumsum(1) - 1  # (N, T): which real frame this is
+    span = mask.sum(1)[:, None, None] / num_spans  # (N, 1, 1): frames of a span
+    start = torch.arange(num_spans, device=mask.device)[None, :, None] * span  # (N, Q, 1)
+    place = place[:, None, :]  # (N, 1, T)
+    overlap = torch.minimum(start + span, place + 1) - torch.maximum(start, place)  # (N, Q, T)
+    return overlap.clamp_min(0) * mask[:, None, :] / span.clamp_min(1e-6)
+
+
+def tie(connectors: Mapping[str, nn.Module]) -> None:
+    """Let all streams share the first one's core (Q-Former and queries); their linear maps stay their own.
+
+    Args:
+        connectors: stream name -> `QFormer`, changed in place.
+
+    Raises:
+        MsencError: when a connector has no core, or its core's settings differ.
+    """
+    names = list(connectors)
+    for name in names:
+        if not isinstance(getattr(connectors[name], "core", None), QFormerCore):
+            raise MsencError(
+                f"connectors cannot be tied: {name}'s is a {type(connectors[name]).__name__}, which has no Q-Former to"
+                " share. Use the connector qformer for every stream, or tie none."
+            )
+    for name in names[1:]:
+        first, own = connectors[names[0]].core.settings, connectors[name].core.settings
+        different = [f"{key} {first[key]!r} and {own[key]!r}" for key in first if first[key] != own[key]]
+        if different:
+            raise MsencError(
+                f"connectors cannot be tied: the Q-Formers of {names[0]} and {name} differ in {', '.join(different)}."
+                " Give them the same settings, or tie none."
+            )
+    for name in names[1:]:
+        connectors[name].core = connectors[names[0]].core
+
+
+def load_blip2(core: QFormerCore, name_or_path: str) -> None:
+    """Fill a core from the Q-Former of a BLIP-2 checkpoint; no other tensor is read.
+
+    Args:
+        core: changed in place.
+        name_or_path: a folder or hub id with safetensors weights, in one file or several; of these, only the files
+            that hold Q-Former tensors are opened (or downloaded).
+
+    Raises:
+        MsencError: when there is no such checkpoint, or its Q-Former is of another shape; tensors are named.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import Blip2QFormerConfig
+
+    wanted = core.state_dict()
+    try:
+        config = _read_json(name_or_path, "config.json").get("qformer_config", {})
+        found: dict[str, Tensor] = {}
+        for file in _files_of(name_or_path):
+            with safe_open(file, framework="pt") as tensors:
+                names = [key for key in tensors.keys() if _is_qformer(key)]  # noqa: SIM118 (not a mapping)
+                found |= {name: tensors.get_tensor(name) for name in names}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise load_error("QFormer", name_or_path, error) from error
+
+    both = sorted(found.keys() & wanted.keys())
+    faults = {
+        "missing there": sorted(wanted.keys() - found.keys()),
+        "unknown here": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} for {tuple(wanted[name].shape)}"
+            for name in both
+            if found[name].shape != wanted[name].shape
+        ],
+    }
+    lines = [f"{len(names)} tensors {kind}: {name_some(names)}" for kind, names in faults.items() if names]
+    num_heads = config.get("num_attention_heads", Blip2QFormerConfig().num_attention_heads)
+    if num_heads != core.settings["num_heads"]:  # no tensor's shape tells it
+        lines.append(f"num_heads {num_heads} there, {core.settings['num_heads']} here")
+    if lines:
+        raise MsencError(
+            f"QFormer: the Q-Former of {name_or_path!r} does not fit the connector's settings"
+            f" ({', '.join(f'{k}={v}' for k, v in core.settings.items() if k not in ('init', 'freeze', 'dropout'))}).\n"
+            + "".join(f"  {line}\n" for line in lines)
+            + "  do: give the connector the checkpoint's sizes (defaults are those of Salesforce/blip2-opt-2.7b), or"
+            " init=null"
+        )
+    core.load_state_dict(found)
+
+
+def _files_of(name_or_path: str) -> list[Path]:
+    """The weight files that hold Q-Former tensors."""
+    try:
+        index = _read_json(name_or_path, "model.safetensors.index.json")
+    except (FileNotFoundError, EntryNotFoundError):
+        return [_fetch(name_or_path, "model.safetensors")]
+    files = sorted({file for name, file in index["weight_map"].items() if _is_qformer(name)})
+    return [_fetch(name_or_path, file) for file in files]
+
+
+def _read_json(name_or_path: str, file: str) -> dict[str, Any]:
+    return json.loads(_fetch(name_or_path, file).read_text(encoding="utf-8"))
+
+
+def _fetch(name_or_path: str, file: str) -> Path:
+    folder = Path(name_or_path).expanduser()
+    return folder / file if folder.is_dir() else Path(hf_hub_download(name_or_path, file))
+
+
+def _is_qformer(name: str) -> bool:
+    return name == "query_tokens" or (name.startswith("qformer.") and not TEXT_PATH.match(name))
+
+
+def _real(features: Tensor, mask: Tensor) -> Tensor:
+    # A weight of zero does not silence a NaN, so padding is overwritten, not only unattended.
+    return features.masked_fill(~mask[..., None], 0)

@@ -1,0 +1,480 @@
+"""Encoders: a clip's samples or frames -> features, one vector per time step. Used by prepare, never in training.
+
+`LogMel` and `Pixels` need no weights and are deterministic; the others wrap transformers models.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from msenc.models.pretrained import load_pretrained, to_dtype
+from msenc.types import MsencError
+
+# Clips share a batch while the shortest has at least this share of the longest one's length.
+SIMILAR = 0.8
+
+
+class Encoder(Protocol):
+    """Clips -> features (T, D), one array per clip, independent of which clips are encoded together.
+
+    An audio encoder has `sample_rate` (Hz) and takes float32 clips (S,), mono, in -1..1; a video encoder has
+    `fps` and takes uint8 clips (T, height, width, 3), RGB frames already sampled at that rate.
+    """
+
+    kind: Literal["audio", "video"]
+    dim: int
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Features (T, D) of each clip, float32."""
+        ...
+
+
+class AudioEncoder(Encoder, Protocol):
+    """An encoder of sound."""
+
+    sample_rate: int
+
+
+class VideoEncoder(Encoder, Protocol):
+    """An encoder of frames."""
+
+    fps: float
+
+
+class LogMel:
+    """Sound (S,) -> log-mel spectrogram (T, num_mels): power per mel band in dB, as (dB + 40) / 20.
+
+    The default window is 64 ms: its frequency resolution (15.6 Hz bins, a main lobe of about 60 Hz) separates the
+    harmonics of a voice from 80 Hz upwards, and 80 bands lie close enough (20 Hz apart at the low end) to show where
+    they are: two semitones of pitch move some band by 15 dB or more, with 40 bands, or with the 25 ms that are usual
+    for words, by 2 dB or less in low voices. The scale is fixed, not fitted to each clip, so
+    level and pitch compare between clips: 0 dB is a sine of amplitude 1, and the floor is at -80 dB, which gives -2;
+    speech lies about -1..1.
+
+    Args:
+        sample_rate: Hz.
+        n_fft: samples of the Hann window and of the transform.
+        hop_s: seconds from frame to frame. Frame t is centred at t * hop_s.
+        num_mels: triangular bands, equally spaced in mel (HTK's formula), peak 1.
+        min_hz: lower edge of the first band.
+        max_hz: upper edge of the last band; None: half the sample rate.
+
+    Example:
+        >>> LogMel().encode([np.zeros(16000, np.float32)])[0].shape
+        (50, 80)
+    """
+
+    kind: Literal["audio"] = "audio"
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_fft: int = 1024,
+        hop_s: float = 0.02,
+        num_mels: int = 80,
+        min_hz: float = 40.0,
+        max_hz: float | None = None,
+    ) -> None:
+        self.sample_rate = sample_rate
+        self.dim = num_mels
+        self.n_fft = n_fft
+        self.hop = round(hop_s * sample_rate)
+        if self.hop < 1:
+            raise MsencError(f"LogMel: hop_s {hop_s} is less than one sample at {sample_rate} Hz. Give a longer hop.")
+        self.window = torch.hann_window(n_fft)
+        self.bands = mel_bands(sample_rate, n_fft, num_mels, min_hz, max_hz or sample_rate / 2)
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Features (ceil(S / hop), num_mels) of each clip, float32."""
+        return [self._encode_one(_checked_sound(clip, i, self)) for i, clip in enumerate(clips)]
+
+    def _encode_one(self, clip: np.ndarray) -> np.ndarray:
+        spectrum = torch.stft(
+            torch.from_numpy(clip),
+            self.n_fft,
+            self.hop,
+            window=self.window,
+            center=True,
+            pad_mode="constant",  # a clip may be shorter than the window, which mirroring refuses
+            return_complex=True,
+        )
+        spectrum = spectrum[:, : math.ceil(len(clip) / self.hop)]  # frames whose centre lies in the clip
+        # By half the window's sum: a sine's peak is its amplitude, whatever n_fft.
+        power = (spectrum.abs() / (self.window.sum() / 2)).square()  # (n_fft // 2 + 1, T)
+        decibels = 10 * torch.log10((power.T @ self.bands).clamp_min(1e-8))  # (T, num_mels)
+        return ((decibels + 40) / 20).numpy()
+
+
+def mel_bands(sample_rate: int, n_fft: int, num_mels: int, min_hz: float, max_hz: float) -> torch.Tensor:
+    """Triangular bands over a transform's bins, equally spaced in mel = 2595 log10(1 + Hz / 700) (HTK).
+
+    Returns:
+        Weights (n_fft // 2 + 1, num_mels), each band's peak 1.
+
+    Raises:
+        MsencError: when the edges are out of order, or bins are too coarse, so that a band would hold none.
+    """
+    if not 0 <= min_hz < max_hz <= sample_rate / 2:
+        raise MsencError(
+            f"LogMel: bands from {min_hz} to {max_hz} Hz at {sample_rate} Hz: expected"
+            f" 0 <= min_hz < max_hz <= {sample_rate / 2}."
+        )
+    low, high = (2595 * math.log10(1 + hz / 700) for hz in (min_hz, max_hz))
+    mel = torch.linspace(low, high, num_mels + 2, dtype=torch.float64)
+    edges = 700 * (10 ** (mel / 2595) - 1)
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    bands = torch.minimum(rising, falling).clamp_min(0)  # (n_fft // 2 + 1, num_mels)
+    num_empty = int((bands.sum(0) == 0).sum())
+    if num_empty:
+        raise MsencError(
+            f"LogMel: {num_empty} of {num_mels} bands hold no bin of a transform of {n_fft} samples at {sample_rate}"
+            " Hz. Give a longer n_fft or fewer num_mels."
+        )
+    return bands.float()
+
+
+class SpeechEncoder:
+    """Sound (S,) -> hidden states (T, D) of WavLM, wav2vec2 or HuBERT, 50 frames per second.
+
+    Padding changes no feature: models that normalise over the whole clip in their first convolution (`group` norm,
+    as wav2vec2-base and HuBERT-base) see padding even through a mask, so only clips of equal length share a batch;
+    the others (`layer` norm, as WavLM-large) get clips of similar length, and a mask. Clips shorter than the
+    convolutions' field (25 ms) are padded to it with zeros.
+
+    Args:
+        name_or_path: a folder or a hub id, with its feature extractor.
+        layer: 0 is what enters the first layer, k the output of layer k; negative numbers count from the last
+            layer, whose output is taken after the model's final norm, where it has one.
+        batch_s: seconds of sound in a batch, padding included; a longer clip goes alone.
+        device: where the model runs.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    kind: Literal["audio"] = "audio"
+
+    def __init__(
+        self,
+        name_or_path: str,
+        layer: int = -1,
+        batch_s: float = 60.0,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+
+        config = load_pretrained(AutoConfig, name_or_path)
+        if not hasattr(config, "feat_extract_norm") or getattr(config, "add_adapter", False):
+            raise MsencError(
+                f"SpeechEncoder: {name_or_path!r} is a model of type {config.model_type!r}"
+                f"{' with an adapter' if hasattr(config, 'feat_extract_norm') else ''}. Expected WavLM, wav2vec2 or"
+                " HuBERT without adapter layers; Whisper has an encoder of its own (WhisperEncoder)."
+            )
+        self.extractor = load_pretrained(AutoFeatureExtractor, name_or_path)
+        # WavLM's gated position bias has no sdpa kernel in transformers.
+        attention = {"attn_implementation": "eager"} if config.model_type == "wavlm" else {}
+        model = load_pretrained(
+            AutoModel, name_or_path, may_miss=("masked_spec_embed",), dtype=to_dtype(dtype), **attention
+        )
+        self.model = model.to(device).eval()
+        self.layer = _layer_index(layer, config.num_hidden_layers, name_or_path)
+        self.dim = config.hidden_size
+        self.sample_rate = self.extractor.sampling_rate
+        self.batch_s = batch_s
+        self.convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        self.is_masked = config.feat_extract_norm == "layer" and not getattr(config, "conv_pos_batch_norm", False)
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Features (T, D) of each clip, float32."""
+        shortest = self._field()
+        sounds = [_checked_sound(clip, i, self) for i, clip in enumerate(clips)]
+        sounds = [np.pad(sound, (0, max(shortest - len(sound), 0))) for sound in sounds]
+        features: list[np.ndarray] = [np.empty(0)] * len(sounds)
+        similar = SIMILAR if self.is_masked else 1.0
+        for batch in similar_batches([len(s) for s in sounds], self.batch_s * self.sample_rate, similar):
+            hidden = self._forward([sounds[i] for i in batch])  # (N, T, D)
+            for row, i in zip(hidden, batch, strict=True):
+                features[i] = row[: self._num_frames(len(sounds[i]))].copy()
+        return features
+
+    @torch.inference_mode()
+    def _forward(self, sounds: list[np.ndarray]) -> np.ndarray:
+        inputs = self.extractor(
+            sounds, sampling_rate=self.sample_rate, padding=True, return_attention_mask=True, return_tensors="pt"
+        ).to(self.model.device)
+        values = inputs["input_values"].to(self.model.dtype)
+        is_padded = len({len(sound) for sound in sounds}) > 1
+        mask = inputs["attention_mask"] if is_padded else None
+        with warnings.catch_warnings():
+            # WavLM hands torch a boolean mask beside its float position bias: deprecated, and right.
+            warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
+            output = self.model(values, attention_mask=mask, output_hidden_states=True)
+        is_last = self.layer == self.model.config.num_hidden_layers
+        hidden = output.last_hidden_state if is_last else output.hidden_states[self.layer]
+        return hidden.float().cpu().numpy()
+
+    def _field(self) -> int:
+        samples = 1
+        for kernel, stride in reversed(self.convolutions):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def _num_frames(self, samples: int) -> int:
+        for kernel, stride in self.convolutions:
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+
+class WhisperEncoder:
+    """Sound (S,) -> hidden states (ceil(S / 320), D) of Whisper's encoder, 50 frames per second.
+
+    Whisper was trained on windows of 30 s only, clips padded with silence. ``window="full"`` does the same and drops
+    the frames of the padding: the features that Whisper's decoder sees. ``window="short"`` runs the encoder on the
+    clip's own frames (positions cut to its length): several times faster on short clips, but the frames no longer
+    attend to the silence, and their cosine with the full ones is about 0.95. A dataset is encoded in one way
+    throughout. Longer clips are encoded in windows of 30 s, one after the other.
+
+    Args:
+        name_or_path: a folder or a hub id, with its feature extractor; the decoder is not kept.
+        layer: 0 is what enters the first layer, k the output of layer k; negative numbers count from the last
+            layer, whose output is taken after the encoder's final norm.
+        window: ``full`` or ``short``.
+        batch_s: seconds of sound in a batch, padding included.
+        device: where the model runs.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    kind: Literal["audio"] = "audio"
+
+    def __init__(
+        self,
+        name_or_path: str,
+        layer: int = -1,
+        window: Literal["full", "short"] = "full",
+        batch_s: float = 120.0,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        from transformers import AutoConfig, AutoFeatureExtractor, WhisperModel
+
+        if window not in ("full", "short"):
+            raise MsencError(f"WhisperEncoder: window {window!r} is not known: expected full or short.")
+        config = load_pretrained(AutoConfig, name_or_path)
+        if config.model_type != "whisper":
+            raise MsencError(
+                f"WhisperEncoder: {name_or_path!r} is a model of type {config.model_type!r}: expected a Whisper model."
+                " WavLM, wav2vec2 and HuBERT load with SpeechEncoder."
+            )
+        self.extractor = load_pretrained(AutoFeatureExtractor, name_or_path)
+        model = load_pretrained(WhisperModel, name_or_path, dtype=to_dtype(dtype))
+        self.model = model.encoder.to(device).eval()
+        self.layer = _layer_index(layer, config.encoder_layers, name_or_path)
+        self.dim = config.d_model
+        self.sample_rate = self.extractor.sampling_rate
+        self.window = window
+        self.batch_s = batch_s
+        self.frame_samples = self.extractor.hop_length * self.model.conv2.stride[0]
+        self.window_samples = config.max_source_positions * self.frame_samples
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Features (T, D) of each clip, float32."""
+        pieces: list[tuple[int, np.ndarray]] = []
+        for i, clip in enumerate(clips):
+            sound = _checked_sound(clip, i, self)
+            pieces += [(i, sound[s : s + self.window_samples]) for s in range(0, len(sound), self.window_samples)]
+        num_frames = [math.ceil(len(piece) / self.frame_samples) for _, piece in pieces]
+        full = self.window_samples // self.frame_samples
+        lengths = [full if self.window == "full" else n for n in num_frames]
+
+        encoded: list[np.ndarray] = [np.empty(0)] * len(pieces)
+        budget = self.batch_s * self.sample_rate / self.frame_samples
+        for batch in similar_batches(lengths, budget, similar=1.0):
+            hidden = self._forward([pieces[p][1] for p in batch], lengths[batch[0]])  # (N, T, D)
+            for row, p in zip(hidden, batch, strict=True):
+                encoded[p] = row[: num_frames[p]]
+        return [
+            np.concatenate([e for (j, _), e in zip(pieces, encoded, strict=True) if j == i]) for i in range(len(clips))
+        ]
+
+    @torch.inference_mode()
+    def _forward(self, sounds: list[np.ndarray], num_frames: int) -> np.ndarray:
+        """Hidden states (N, num_frames, D): the model's own forward, at any length up to its window."""
+        mel = self.extractor(
+            sounds,
+            sampling_rate=self.sample_rate,
+            padding="max_length",
+            max_length=self.window_samples,
+            return_tensors="pt",
+        )["input_features"]
+        mel = mel[..., : num_frames * self.model.conv2.stride[0]].to(self.model.device, self.model.dtype)
+        hidden = F.gelu(self.model.conv2(F.gelu(self.model.conv1(mel)))).transpose(1, 2)  # (N, T, D)
+        hidden = hidden + self.model.embed_positions.weight[:num_frames]
+        for layer in self.model.layers[: self.layer]:
+            hidden = layer(hidden, None)
+        if self.layer == len(self.model.layers):
+            hidden = self.model.layer_norm(hidden)
+        return hidden.float().cpu().numpy()
+
+
+class Pixels:
+    """Frames (T, height, width, 3) -> their brightness on a small grid (T, size * size), row by row.
+
+    Each value is the mean brightness (Rec. 601 luma) of its cell's area, as (0..1 - 0.5) / 0.25. Frames that are
+    not square are squeezed. No weights; deterministic.
+
+    Args:
+        fps: frames per second that the clips are sampled at.
+        size: cells per side.
+
+    Example:
+        >>> Pixels(size=2).encode([np.full((5, 48, 64, 3), 255, np.uint8)])[0][0]
+        array([2., 2., 2., 2.], dtype=float32)
+    """
+
+    kind: Literal["video"] = "video"
+
+    def __init__(self, fps: float = 3.0, size: int = 16) -> None:
+        self.fps = fps
+        self.size = size
+        self.dim = size * size
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Features (T, size * size) of each clip, float32."""
+        return [self._encode_one(_checked_frames(clip, i, self)) for i, clip in enumerate(clips)]
+
+    def _encode_one(self, clip: np.ndarray) -> np.ndarray:
+        rows, columns = area_weights(clip.shape[1], self.size), area_weights(clip.shape[2], self.size)
+        luma = np.array([0.299, 0.587, 0.114]) / 255
+        # Frame by frame: a clip of large frames as floats would not fit into memory.
+        grid = np.stack([rows @ (frame @ luma) @ columns.T for frame in clip])  # (T, size, size)
+        return ((grid - 0.5) / 0.25).reshape(len(clip), -1).astype(np.float32)
+
+
+def area_weights(length: int, size: int) -> np.ndarray:
+    """Weights (size, length) that average `length` pixels over `size` equal parts, pixels on an edge shared.
+
+    Example:
+        >>> area_weights(3, 2).round(2).tolist()
+        [[0.67, 0.33, 0.0], [0.0, 0.33, 0.67]]
+    """
+    part = length / size
+    start = np.arange(size)[:, None] * part
+    pixel = np.arange(length)[None]
+    overlap = np.minimum(start + part, pixel + 1) - np.maximum(start, pixel)
+    return np.clip(overlap, 0, None) / part
+
+
+class ClipVision:
+    """Frames (T, height, width, 3) -> CLIP's image embeddings (T, D), one per frame.
+
+    Preprocessing is the checkpoint's own (CLIP: shorter side to 224 by bicubic resampling, centre crop, normalised),
+    by Pillow wherever it runs, so that features do not depend on which image library is installed.
+
+    Args:
+        name_or_path: a folder or a hub id of a CLIP model, or of its vision half, with its image processor.
+        fps: frames per second that the clips are sampled at.
+        batch_frames: frames in a batch.
+        device: where the model runs.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    kind: Literal["video"] = "video"
+
+    def __init__(
+        self,
+        name_or_path: str,
+        fps: float = 3.0,
+        batch_frames: int = 64,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        from transformers import AutoConfig, CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+        config = load_pretrained(AutoConfig, name_or_path)
+        if config.model_type not in ("clip", "clip_vision_model"):
+            raise MsencError(
+                f"ClipVision: {name_or_path!r} is a model of type {config.model_type!r}: expected a CLIP model."
+            )
+        self.processor = load_pretrained(CLIPImageProcessorPil, name_or_path)
+        model = load_pretrained(CLIPVisionModelWithProjection, name_or_path, dtype=to_dtype(dtype))
+        self.model = model.to(device).eval()
+        self.dim = model.config.projection_dim
+        self.fps = fps
+        self.batch_frames = batch_frames
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Features (T, D) of each clip, float32."""
+        frames = [frame for i, clip in enumerate(clips) for frame in _checked_frames(clip, i, self)]
+        if not frames:
+            return []
+        starts = range(0, len(frames), self.batch_frames)
+        features = np.concatenate([self._forward(frames[s : s + self.batch_frames]) for s in starts])
+        return np.split(features, np.cumsum([len(clip) for clip in clips])[:-1])
+
+    @torch.inference_mode()
+    def _forward(self, frames: list[np.ndarray]) -> np.ndarray:
+        pixels = self.processor(frames, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        return self.model(pixels.to(self.model.device, self.model.dtype)).image_embeds.float().cpu().numpy()
+
+
+def similar_batches(lengths: Sequence[int], budget: float, similar: float) -> Iterator[list[int]]:
+    """Group clips by length, longest first, so that a padded batch stays within a budget.
+
+    Args:
+        lengths: length of each clip.
+        budget: most of (clips * longest) in a batch; a clip that exceeds it goes alone.
+        similar: least share of the batch's longest length that a clip may have; 1: equal lengths only.
+
+    Yields:
+        Indices of the clips of one batch; each clip is in one batch.
+
+    Example:
+        >>> list(similar_batches([10, 2, 9, 10], budget=20, similar=0.8))
+        [[0, 3], [2], [1]]
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0]] if batch else lengths[i]
+        if batch and ((len(batch) + 1) * longest > budget or lengths[i] < similar * longest):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _layer_index(layer: int, num_layers: int, name: str) -> int:
+    index = layer + num_layers + 1 if layer < 0 else layer
+    if not 0 <= index <= num_layers:
+        raise MsencError(
+            f"layer {layer} of {name!r} does not exist: it has {num_layers} layers, so expected"
+            f" {-num_layers - 1}..{num_layers} (0 is what enters the first)."
+        )
+    return index
+
+
+def _checked_sound(clip: np.ndarray, index: int, encoder: AudioEncoder) -> np.ndarray:
+    is_sound = clip.ndim == 1 and clip.size > 0 and np.issubdtype(clip.dtype, np.floating)
+    if not is_sound or not np.isfinite(clip).all():
+        found = f"{clip.dtype} {clip.shape}" + (" with values that are not finite" if is_sound else "")
+        raise MsencError(
+            f"{type(encoder).__name__}: clip {index} of the batch is {found}: expected mono sound, float32 (samples,),"
+            f" at {encoder.sample_rate} Hz, at least one sample. Decode it again, or leave the utterance's audio out."
+        )
+    return np.ascontiguousarray(clip, dtype=np.float32)
+
+
+def _checked_frames(clip: np.ndarray, index: int, encoder: VideoEncoder) -> np.ndarray:
+    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.size == 0:
+        raise MsencError(
+            f"{type(encoder).__name__}: clip {index} of the batch is {clip.dtype} {clip.shape}: expected RGB frames,"
+            f" uint8 (frames, height, width, 3), at {encoder.fps} per second, at least one frame. Decode it again, or"
+            " leave the utterance's video out."
+        )
+    return clip

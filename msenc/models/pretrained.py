@@ -1,0 +1,126 @@
+"""Loads what `save_pretrained` wrote, from a folder or a hub: the one place where that can fail, and says how.
+
+Used by the encoders, the connectors and the LLM.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msenc.types import MsencError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def to_dtype(name: str) -> torch.dtype:
+    """The torch type of a config's word for it.
+
+    Raises:
+        MsencError: for any other word.
+
+    Example:
+        >>> to_dtype("bfloat16")
+        torch.bfloat16
+    """
+    if name not in DTYPES:
+        raise MsencError(f"dtype {name!r} is not known: expected one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """Call ``cls.from_pretrained`` and turn its failures into a refusal that says what to do.
+
+    A model whose checkpoint lacks a tensor is refused too: transformers would fill it with random numbers and
+    only log that.
+
+    Args:
+        cls: a transformers class with `from_pretrained`: config, tokenizer, processor or model, Auto or not.
+        name_or_path: a folder, or a hub id.
+        may_miss: endings of tensor names that the model does not need (say, those used in its pretraining alone).
+        **kwargs: passed on.
+
+    Returns:
+        What `from_pretrained` returns.
+
+    Raises:
+        MsencError: with the name, what was tried, what was expected and what to do.
+    """
+    from safetensors import SafetensorError
+
+    folder = Path(name_or_path).expanduser()
+    name = str(folder) if folder.is_dir() else str(name_or_path)
+    is_model = _is_model(cls)
+    if is_model:
+        kwargs["output_loading_info"] = True
+    try:
+        # A download of gigabytes shows its progress; reading a folder needs none.
+        with _quiet(hide_bars=folder.is_dir()):
+            loaded = cls.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise load_error(cls.__name__, name_or_path, error) from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith(may_miss or ("\0",)))
+    if missing:
+        raise load_error(cls.__name__, name_or_path, f"its weights lack {len(missing)} tensors ({name_some(missing)})")
+    return model
+
+
+def load_error(what: str, name_or_path: str, reason: Exception | str) -> MsencError:
+    """The refusal for a model that cannot be loaded.
+
+    Args:
+        what: what was to be loaded.
+        name_or_path: where from.
+        reason: the error that stopped it, or a clause that tells it.
+    """
+    text = str(reason).strip() or type(reason).__name__
+    is_folder = Path(name_or_path).expanduser().is_dir()
+    tried = "as a folder" if is_folder else "as a folder (there is none of this name) and as a hub id"
+    return MsencError(
+        f"{what}: cannot load {str(name_or_path)!r}.\n"
+        f"  tried: {tried}\n"
+        f"  found: {text}\n"
+        "  expected: a folder written by save_pretrained (config, weights and, where needed, tokenizer or"
+        " preprocessor), or a hub id that is reachable or in the local hub cache\n"
+        "  do: check the name; without a network, download the model elsewhere and give its folder"
+    )
+
+
+def name_some(names: list[str], limit: int = 6) -> str:
+    """The first names of a list, and how many more there are.
+
+    Example:
+        >>> name_some(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _is_model(cls: type) -> bool:
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    return issubclass(cls, (PreTrainedModel, _BaseAutoModelClass))
+
+
+@contextmanager
+def _quiet(hide_bars: bool) -> Iterator[None]:
+    """Hold back transformers' warnings (what matters in them is checked above) and, if asked, its bars."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if hide_bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,277 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from msenc.models.connector import Mlp, QFormer, load_blip2, span_weights, tie
+from msenc.types import MsencError
+
+SMALL = {"num_queries": 3, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "encoder_dim": 12}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def qformer(**kwargs):
+    return QFormer(5, 8, **{**SMALL, **kwargs})
+
+
+CONNECTORS = {"qformer": qformer, "mlp": lambda: Mlp(5, 8, num_queries=3, hidden_dim=16)}
+
+
+@pytest.fixture(params=sorted(CONNECTORS))
+def connector(request):
+    return CONNECTORS[request.param]().eval()
+
+
+def rows(lengths, width=5):
+    return [torch.randn(length, width) for length in lengths]
+
+
+def padded(utterances, value=0.0, extra=0):
+    longest = max(len(u) for u in utterances) + extra
+    features = torch.full((len(utterances), longest, utterances[0].shape[1]), value)
+    mask = torch.zeros(len(utterances), longest, dtype=torch.bool)
+    for i, utterance in enumerate(utterances):
+        features[i, : len(utterance)] = utterance
+        mask[i, : len(utterance)] = True
+    return features, mask
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4, float("nan")])
+def test_neither_padding_nor_company_changes_an_utterance(connector, garbage):
+    utterances = rows([7, 1, 4, 2])
+    together = connector(*padded(utterances, garbage, extra=3))
+    assert together.shape == (4, 3, 8)
+    for i, utterance in enumerate(utterances):
+        alone = connector(*padded([utterance]))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=2e-6, rtol=1e-5)
+
+
+def test_real_frames_do_change_an_utterance(connector):
+    features, mask = padded(rows([6]))
+    other = features.clone()
+    other[0, -1] += 1
+    assert (connector(features, mask) - connector(other, mask)).abs().max() > 1e-3
+
+
+def test_a_fully_masked_row_is_finite_and_independent_of_its_padding(connector):
+    features, mask = padded(rows([4, 4]))
+    mask[1] = False
+    one = connector(features, mask)
+    features[1] = 100.0
+    assert torch.isfinite(one).all()
+    torch.testing.assert_close(connector(features, mask), one, rtol=0, atol=0)
+    one.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in connector.parameters() if p.grad is not None)
+
+
+def test_gradients_reach_every_parameter(connector):
+    connector.train()
+    output = connector(*padded(rows([6, 3, 5])))
+    (output * torch.randn_like(output)).sum().backward()
+    without = [n for n, p in connector.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
+    # What all keys share does not move a softmax: key biases have no gradient, by arithmetic.
+    assert [n for n in without if not n.endswith("attention.key.bias")] == []
+
+
+def test_two_classes_of_sequences_are_learned(connector):
+    connector.train()
+    for module in connector.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    labels = torch.arange(16) % 2
+    # The classes differ in which of two frames comes, not in the number of frames.
+    utterances = [torch.randn(3 + i % 4, 5) * 0.1 + torch.eye(5)[label] for i, label in enumerate(labels)]
+    features, mask = padded(utterances, value=3.0)
+    head = torch.nn.Linear(8, 2)
+    optimizer = torch.optim.Adam([*connector.parameters(), *head.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(head(connector(features, mask).mean(1)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.4
+    assert losses[-1] < 0.05
+
+
+@pytest.mark.parametrize("hidden_dim", [16, 64, 256])
+def test_a_new_qformer_hears_its_input_at_any_width(hidden_dim):
+    connector = qformer(hidden_dim=hidden_dim, encoder_dim=hidden_dim).eval()
+    # Utterances that differ in their mean, as moods do.
+    features = torch.randn(64, 20, 5) + torch.randn(64, 1, 5)
+    output = connector(features, torch.ones(64, 20, dtype=torch.bool))
+    assert output.std(0).mean() > 0.1 * output.std()
+
+
+def test_queries_of_a_new_qformer_differ():
+    output = qformer().eval()(*padded(rows([6])))
+    assert (output[0, 0] - output[0, 1]).abs().max() > 1e-3
+
+
+def test_half_precision_features_connect(connector):
+    features, mask = padded(rows([6, 3]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(connector(features, mask).float()).all()
+
+
+def test_mlp_averages_equal_spans_of_the_real_frames():
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    weights = span_weights(mask, 3)
+    half, third = 0.5, 1 / 3
+    expected = torch.tensor(
+        [
+            [[half, half, 0, 0, 0, 0, 0], [0, 0, half, half, 0, 0, 0], [0, 0, 0, 0, half, half, 0]],
+            [[1, 0, 0, 0, 0, 0, 0], [half, half, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0]],
+            [[0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0]],
+        ]
+    )
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(span_weights(mask[:1], 1)[0, 0, :6], torch.full((6,), third / 2))
+
+
+def test_mlp_repeats_the_frames_of_a_short_utterance():
+    one = torch.ones(1, 1, dtype=torch.bool)
+    assert span_weights(one, 4).flatten().tolist() == pytest.approx([1.0] * 4)
+
+
+def test_a_frozen_core_keeps_still_and_in_eval():
+    connector = qformer(freeze_core=True, dropout=0.5).train()
+    assert not connector.core.training
+    assert not any(module.training for module in connector.core.modules())
+    trainable = {n for n, p in connector.named_parameters() if p.requires_grad}
+    assert trainable == {"in_proj.weight", "out_proj.weight"}
+
+
+def test_tied_connectors_share_one_core_and_keep_their_maps():
+    connectors = {"audio": qformer(), "video": QFormer(9, 8, **SMALL)}
+    tie(connectors)
+    assert connectors["video"].core is connectors["audio"].core
+    assert connectors["video"].in_proj.weight.shape != connectors["audio"].in_proj.weight.shape
+    both = torch.nn.ModuleDict(connectors)
+    core = sum(p.numel() for p in connectors["audio"].core.parameters())
+    maps = sum(p.numel() for c in connectors.values() for m in (c.in_proj, c.out_proj) for p in m.parameters())
+    assert sum(p.numel() for p in both.parameters()) == core + maps
+
+
+def test_separate_connectors_share_nothing():
+    one, other = qformer(), qformer()
+    assert not {id(p) for p in one.parameters()} & {id(p) for p in other.parameters()}
+
+
+def test_unequal_or_missing_cores_are_not_tied():
+    with pytest.raises(MsencError, match=r"audio and video differ in num_layers 2 and 3"):
+        tie({"audio": qformer(), "video": qformer(num_layers=3)})
+    with pytest.raises(MsencError, match=r"video's is a Mlp, which has no Q-Former"):
+        tie({"audio": qformer(), "video": Mlp(5, 8)})
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(MsencError, match="hidden_dim 16 does not divide by num_heads 3"):
+        qformer(num_heads=3)
+
+
+def blip2_folder(path, core, change=None, sharded=True, num_heads=2):
+    """A stand-in for a BLIP-2 checkpoint: its Q-Former over two files, its LLM in a third that is no safetensors."""
+    tensors = {name: tensor.clone() for name, tensor in core.state_dict().items()}
+    tensors["qformer.encoder.layer.0.intermediate.dense.weight"] = torch.zeros(4, 4)  # text's feed-forward
+    if change:
+        change(tensors)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"qformer_config": {"num_attention_heads": num_heads}}))
+    if not sharded:
+        save_file({**tensors, "language_model.big": torch.zeros(9)}, path / "model.safetensors")
+        return path
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({**{n: tensors[n] for n in part}, f"vision_model.{file}": torch.zeros(9)}, path / file)
+    (path / "c.safetensors").write_bytes(b"not to be opened")
+    weight_map = {name: file for file, part in files.items() for name in part}
+    weight_map |= {"language_model.big": "c.safetensors", "vision_model.x": "a.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_qformer_starts_from_a_blip2_checkpoint(tmp_path, sharded):
+    source = qformer().core
+    folder = blip2_folder(tmp_path / "blip2", source, sharded=sharded)
+    connector = qformer(init=str(folder))
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(connector.core.state_dict()[name], tensor), name
+    assert all(p.requires_grad for p in connector.parameters())
+
+
+def test_only_qformer_tensors_are_read(tmp_path, monkeypatch):
+    import safetensors
+
+    read = []
+
+    class Recorded:
+        def __init__(self, file, **kwargs):
+            self.file = safetensors_open(file, **kwargs)
+
+        def __enter__(self):
+            self.tensors = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def keys(self):
+            return self.tensors.keys()
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.tensors.get_tensor(name)
+
+    safetensors_open = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", Recorded)
+    source = qformer().core
+    load_blip2(qformer().core, str(blip2_folder(tmp_path / "blip2", source)))
+    assert sorted(read) == sorted(source.state_dict())
+
+
+def rename(tensors):
+    tensors["qformer.encoder.layer.9.surprise"] = tensors.pop("qformer.layernorm.bias")
+
+
+def widen(tensors):
+    tensors["query_tokens"] = torch.zeros(1, 32, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "num_heads", "message"),
+    [
+        (rename, 2, r"1 tensors missing there: qformer\.layernorm\.bias"),
+        (rename, 2, r"1 tensors unknown here: qformer\.encoder\.layer\.9\.surprise"),
+        (widen, 2, r"1 tensors of another shape: query_tokens \(1, 32, 16\) for \(1, 3, 16\)"),
+        (None, 4, r"num_heads 4 there, 2 here"),
+    ],
+)
+def test_a_qformer_of_another_shape_is_refused_by_tensor(tmp_path, change, num_heads, message):
+    folder = blip2_folder(tmp_path / "blip2", qformer().core, change=change, num_heads=num_heads)
+    with pytest.raises(MsencError, match=message):
+        qformer(init=str(folder))
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MsencError, match=r"QFormer: cannot load .*empty"):
+        qformer(init=str(tmp_path / "empty"))
+    folder = blip2_folder(tmp_path / "blip2", qformer().core)
+    (folder / "b.safetensors").write_bytes(b"cut short")
+    with pytest.raises(MsencError, match=r"QFormer: cannot load .*blip2"):
+        qformer(init=str(folder))
+    with pytest.raises(MsencError, match=r"as a folder \(there is none of this name\)"):
+        qformer(init=str(tmp_path / "absent"))
