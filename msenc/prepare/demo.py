@@ -1,0 +1,453 @@
+"""The demo: conversations with a known answer, drawn by chance and written as a MELD-shaped folder of clips.
+
+`draw_dialogues` decides the words and the hidden states; `write_demo` gives them voices and faces. What the hidden
+states are, and the lowest loss that each modality can reach, is derived in docs/demo-data.md.
+"""
+
+import csv
+import json
+import math
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msenc.data.marks import format_marks
+from msenc.prepare.clip_writer import load_av, write_clip
+from msenc.prepare.espeak import VoiceSettings, load_espeak, speak
+from msenc.prepare.face import Look, draw_face
+from msenc.types import SPLITS, Dialogue, Mark, MsencError, Utterance
+
+VERSION = 1  # of the generator: raised whenever equal settings give other data
+FPS = 12
+SAMPLE_RATE = 16_000
+
+CSV_NAMES = {"train": "train_sent_emo.csv", "val": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
+CLIP_FOLDERS = {"train": "train_splits", "val": "dev_splits_complete", "test": "output_repeated_splits_test"}
+MELD_COLUMNS = (
+    "Sr No.",
+    "Utterance",
+    "Speaker",
+    "Emotion",
+    "Sentiment",
+    "Dialogue_ID",
+    "Utterance_ID",
+    "Season",
+    "Episode",
+    "StartTime",
+    "EndTime",
+)
+DEMO_COLUMNS = ("Description", "Marks", "Pitch", "Range", "Face")
+
+# A seed gives several independent streams of chance. Their place in this list is part of the data: append only.
+_STREAMS = (*SPLITS, "transcripts")
+_DRAW, _SOUND, _PICTURE = 1, 2, 3
+
+INSIDE = ("kitchen", "bedroom", "library", "office", "cinema", "museum", "bakery", "gym")
+OUTSIDE = ("garden", "forest", "park", "orchard", "meadow", "valley", "desert", "field")
+_STATEMENTS = ("I am in the {}.", "This is the {}.", "Here is the {}.")
+_OPENINGS = ("Hello.", "Hi.", "Hey.")
+_DESCRIPTION = "{} speaks with {} intonation"
+
+QUESTIONS = {
+    "voice": ("How do I sound?", "How is my voice?", "What do you hear?"),
+    "face": ("How do I look?", "How is my face?", "What do you see?"),
+    "match": ("Do face and voice agree?", "Does my voice fit my face?"),
+    "place": ("Am I inside or outside?", "Inside or outside?"),
+}
+_QUESTION_SHARES = {"voice": 0.3, "face": 0.3, "match": 0.25, "place": 0.15}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """How a kind of question is answered: a frame, and the word that decides for bit 0 and for bit 1."""
+
+    frames: tuple[str, ...]
+    words: tuple[str, str]
+
+
+ANSWERS = {
+    "voice": _Answer(("You sound {}.", "Your voice is {}.", "I hear you are {}."), ("calm", "excited")),
+    "face": _Answer(("You look {}.", "Your face is {}.", "I see you are {}."), ("sad", "happy")),
+    "match": _Answer(("They {}.", "The two {}.", "I think they {}."), ("differ", "agree")),
+    "place": _Answer(("You are {}.", "That is {}.", "It is {}."), ("outside", "inside")),
+}
+RANGE_WORDS = ("flat", "expressive")
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    """A voice and a face that belong to a name. `low` and `high` are eSpeak's pitch for calm and for excited."""
+
+    person: str
+    voice: str
+    low: int
+    high: int
+    look: Look
+
+
+def _speakers() -> dict[str, _Speaker]:
+    # A voice serves two names, at slightly other pitches. Voices with breath (f2, f3, f5) are left out: their noise
+    # differs from one process to the next.
+    voices = (("f1", "m1"), ("f4", "m2"), ("linda", "m3"), ("steph", "m4"))
+    women = ("Anna", "Clara", "Elena", "Grace", "Ida", "Laura", "Mina", "Nora")
+    men = ("Ben", "Carl", "David", "Felix", "Hugo", "Jonas", "Leo", "Oscar")
+    skins = ((236, 196, 170), (141, 93, 60), (255, 219, 190), (200, 150, 110))
+    hairs = ((60, 40, 30), (25, 20, 20), (200, 150, 60), (120, 60, 30), (150, 145, 140))
+    cast = {}
+    for index, (woman, man) in enumerate(zip(women, men, strict=True)):
+        female, male = voices[index % 4]
+        shift = 3 if index < 4 else -3
+        width = 18.5 + 0.3 * index
+        look = Look(skins[index % 4], hairs[index % 5], long_hair=True, width=width)
+        cast[woman] = _Speaker("a woman", f"en-us+{female}", 5 + shift, 88 + shift, look)
+        look = Look(skins[(index + 1) % 4], hairs[(index + 2) % 5], long_hair=False, width=width)
+        cast[man] = _Speaker("a man", f"en-us+{male}", 8 + shift, 94 + shift, look)
+    return cast
+
+
+SPEAKERS = _speakers()
+
+
+@dataclass(frozen=True)
+class DemoTurn:
+    """The hidden states of one turn.
+
+    Args:
+        is_excited: the voice is high (excited) or low (calm); only the audio shows it.
+        is_happy: the face is happy or sad; only the video shows it.
+        is_expressive: the voice's pitch range is wide or narrow, as the turn's own description says.
+        is_inside: whether the place named in the turn's text is indoors.
+        question: what the turn asks: ``voice``, ``face``, ``match``, ``place``, or None in the last turn.
+    """
+
+    is_excited: bool
+    is_happy: bool
+    is_expressive: bool
+    is_inside: bool
+    question: str | None
+
+
+@dataclass(frozen=True)
+class DemoDialogue:
+    """A dialogue and, for each of its utterances, the hidden states."""
+
+    dialogue: Dialogue
+    turns: tuple[DemoTurn, ...]
+
+
+def draw_dialogues(split: str, num: int, seed: int) -> list[DemoDialogue]:
+    """Draw the words and hidden states of a split's first `num` dialogues; no media.
+
+    A dialogue depends on seed, split and its number alone, so a smaller split is the beginning of a larger one.
+
+    Args:
+        split: ``train``, ``val`` or ``test``.
+        num: number of dialogues.
+        seed: not negative.
+
+    Raises:
+        MsencError: for another split, or a negative seed.
+
+    Example:
+        >>> first = draw_dialogues("train", 1, seed=0)[0]
+        >>> first.dialogue.id, len(first.turns) == len(first.dialogue.utterances)
+        ('demo/train/dia0', True)
+    """
+    if split not in SPLITS:
+        raise MsencError(f"Found the split {split!r}; expected one of {', '.join(SPLITS)}.")
+    return [_draw_dialogue(split, number, seed) for number in range(num)]
+
+
+def transcripts(num: int, seed: int) -> list[DemoDialogue]:
+    """Dialogues from a stream of chance of their own, for pre-training an LLM on text with `state_words`.
+
+    They share no dialogue with any split, carry the ids ``demo/transcripts/dia<N>``, and have no clips.
+    """
+    return [_draw_dialogue("transcripts", number, seed) for number in range(num)]
+
+
+def state_words(turn: DemoTurn) -> dict[str, str]:
+    """A turn's fresh states in words, by the stream that shows them.
+
+    Example:
+        >>> state_words(DemoTurn(True, False, True, True, "voice"))
+        {'audio': 'excited voice', 'video': 'sad face'}
+    """
+    return {
+        "audio": f"{ANSWERS['voice'].words[turn.is_excited]} voice",
+        "video": f"{ANSWERS['face'].words[turn.is_happy]} face",
+    }
+
+
+def _chance(seed: int, stream: str, dialogue: int, turn: int, purpose: int) -> np.random.Generator:
+    if seed < 0:
+        raise MsencError(f"Found the seed {seed}; expected a whole number that is not negative.")
+    return np.random.default_rng([seed, _STREAMS.index(stream), dialogue, turn, purpose])
+
+
+def _draw_dialogue(stream: str, number: int, seed: int) -> DemoDialogue:
+    rng = _chance(seed, stream, number, 0, _DRAW)
+    names = rng.choice(list(SPEAKERS), size=2, replace=False)
+    num_turns = int(rng.integers(3, 7))
+    utterances: list[Utterance] = []
+    turns: list[DemoTurn] = []
+    for index in range(num_turns):
+        speaker = str(names[index % 2])
+        is_excited, is_happy, is_inside, chance_range = (bool(bit) for bit in rng.integers(0, 2, size=4))
+        question = str(rng.choice(list(_QUESTION_SHARES), p=list(_QUESTION_SHARES.values())))
+        statement = _pick(rng, _STATEMENTS).format(_pick(rng, INSIDE if is_inside else OUTSIDE))
+        asked = _pick(rng, QUESTIONS[question])
+        if index == num_turns - 1:
+            question = asked = None
+        if index == 0:
+            opening, is_expressive, marks = _pick(rng, _OPENINGS), chance_range, ()
+        else:
+            opening, is_expressive, marks = _answer(turns[-1], rng, SPEAKERS[speaker].person)
+        utterances.append(
+            Utterance(
+                id=str(index),
+                speaker=speaker,
+                text=" ".join(part for part in (opening, statement, asked) if part),
+                description=_DESCRIPTION.format(SPEAKERS[speaker].person, RANGE_WORDS[is_expressive]),
+                clip=None if stream not in CLIP_FOLDERS else _clip_path(stream, number, index),
+                marks=marks,
+            )
+        )
+        turns.append(DemoTurn(is_excited, is_happy, is_expressive, is_inside, question))
+    split = stream if stream in SPLITS else "train"
+    return DemoDialogue(Dialogue(f"demo/{stream}/dia{number}", split, tuple(utterances)), tuple(turns))
+
+
+def _answer(asker: DemoTurn, rng: np.random.Generator, person: str) -> tuple[str, bool, tuple[Mark, ...]]:
+    """The answer's words, whether its own voice is expressive, and the planted spans of the reply."""
+    agree = asker.is_excited == asker.is_happy
+    # question -> (bit of the words, what tells it), (bit of the description, what tells it; None: the words do)
+    said, heard = {
+        "voice": ((asker.is_excited, "audio"), (asker.is_happy, "video")),
+        "face": ((asker.is_happy, "video"), (asker.is_excited, "audio")),
+        "match": ((agree, "both"), (agree, None)),
+        "place": ((asker.is_inside, "text"), (asker.is_inside, None)),
+    }[asker.question]
+    answer = ANSWERS[asker.question]
+    frame = _pick(rng, answer.frames)
+    marks = [_mark(said[1], "text", frame.index("{}"), answer.words[said[0]])]
+    if heard[1] is not None:
+        start = _DESCRIPTION.format(person, "{}").index("{}")
+        marks.append(_mark(heard[1], "description", start, RANGE_WORDS[heard[0]]))
+    return frame.format(answer.words[said[0]]), heard[0], tuple(marks)
+
+
+def _mark(kind: str, field: str, start: int, word: str) -> Mark:
+    return Mark(kind, field, start, start + len(word))
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _clip_path(split: str, number: int, turn: int) -> str:
+    return f"{CLIP_FOLDERS[split]}/dia{number}_utt{turn}.mp4"
+
+
+def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -> None:
+    """Write the demo as a folder in MELD's shape: three CSV files and a clip per utterance.
+
+    The folder appears at `root` when it is whole and not before. A folder with equal settings is left as it is.
+
+    Args:
+        root: the folder to write.
+        sizes: dialogues per split: ``{"train": 600, "val": 60, "test": 150}``.
+        seed: not negative.
+        num_workers: processes that draw and speak; 0 does it in this one. The data does not depend on it.
+
+    Raises:
+        MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.
+    """
+    root = Path(root).absolute()
+    if set(sizes) != set(SPLITS) or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+        raise MsencError(
+            f"Found the demo's sizes {dict(sizes)}; expected a whole number above 0 for each of {', '.join(SPLITS)}."
+        )
+    settings = {"version": VERSION, "seed": seed, "sizes": {split: sizes[split] for split in SPLITS}}
+    if _is_written(root, settings):
+        return
+    load_espeak()
+    load_av()
+    from filelock import FileLock
+
+    part = root.with_name(f".{root.name}.part")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f".{root.name}.lock")):
+            if _is_written(root, settings):  # another process was faster
+                return
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+            try:
+                _write_folder(part, settings, num_workers)
+                if root.exists():
+                    root.rmdir()
+                part.rename(root)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise MsencError(
+            f"Could not write the demo to {root}: {error}. Nothing was left there; free space, or choose another root."
+        ) from error
+
+
+def _is_written(root: Path, settings: dict[str, Any]) -> bool:
+    """Whether `root` is the wanted folder; False where there is nothing, and a refusal where it is another."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    advice = "Remove it, or choose another root."
+    path = root / "demo.json"
+    if not path.is_file():
+        raise MsencError(f"{root} exists and is no demo folder (it has no demo.json). {advice}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MsencError(f"{path} is not readable as JSON ({error}). {advice}") from error
+    if found == settings:
+        return True
+    found = found if isinstance(found, dict) else {}
+    differences = [
+        f"{key} {found.get(key)!r} (wanted: {value!r})" for key, value in settings.items() if found.get(key) != value
+    ]
+    raise MsencError(f"{root} holds a demo with {'; '.join(differences) or 'unknown settings'}. {advice}")
+
+
+def _write_folder(root: Path, settings: dict[str, Any], num_workers: int) -> None:
+    from rich.progress import track
+
+    for folder in CLIP_FOLDERS.values():
+        (root / folder).mkdir(parents=True)
+    seed, sizes = settings["seed"], settings["sizes"]
+    jobs = [(split, number) for split in SPLITS for number in range(sizes[split])]
+    with ExitStack() as stack:
+        rendered = _render_all(root, seed, jobs, num_workers)
+        stack.callback(rendered.close)
+        durations = dict(
+            zip(jobs, track(rendered, "demo: speaking and drawing", total=len(jobs)), strict=True),
+        )
+    for split in SPLITS:
+        demos = draw_dialogues(split, sizes[split], seed)
+        _write_csv(root / CSV_NAMES[split], demos, [durations[split, number] for number in range(sizes[split])])
+    (root / "demo.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _render_all(root: Path, seed: int, jobs: list[tuple[str, int]], num_workers: int) -> Iterator[list[int]]:
+    """Number of frames of each clip, per job, in the order of the jobs."""
+    render = partial(_render_dialogue, root, seed)
+    if num_workers <= 0:
+        yield from map(render, jobs)
+        return
+    # spawn: a forked child would inherit the threads' locks of whatever runs in this process.
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(render, jobs, chunksize=4)
+        except BrokenProcessPool as error:
+            raise MsencError(
+                f"A process that writes the demo ended without a word ({error}). Found num_workers={num_workers}; "
+                "try fewer, or look for a lack of memory."
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _render_dialogue(root: Path, seed: int, job: tuple[str, int]) -> list[int]:
+    split, number = job
+    demo = _draw_dialogue(split, number, seed)
+    num_frames = []
+    for index, (utterance, turn) in enumerate(zip(demo.dialogue.utterances, demo.turns, strict=True)):
+        speaker = SPEAKERS[utterance.speaker]
+        samples = _say(utterance.text, speaker, turn, _chance(seed, split, number, index, _SOUND))
+        num_frames.append(len(samples) * FPS // SAMPLE_RATE)
+        rng = _chance(seed, split, number, index, _PICTURE)
+        frames = draw_face(speaker.look, turn.is_happy, num_frames[-1], FPS, rng)
+        write_clip(root / _clip_path(split, number, index), frames, samples, FPS, SAMPLE_RATE)
+    return num_frames
+
+
+def _say(text: str, speaker: _Speaker, turn: DemoTurn, rng: np.random.Generator) -> np.ndarray:
+    """One turn's sound, float32, (N,), whose length and loudness tell nothing of how it is spoken.
+
+    eSpeak's pitch and range change the length of what it says by some percent, and its loudness by half. So the
+    speech is stretched to the length that text and voice alone give, and scaled to one energy.
+    """
+    import soxr
+
+    jitter = rng.integers(-4, 5, size=2)
+    pitch = (speaker.high if turn.is_excited else speaker.low) + jitter[0]
+    pitch_range = (85 if turn.is_expressive else 10) + jitter[1]
+    neutral, rate = speak(text, VoiceSettings(speaker.voice))
+    speech, _ = speak(text, VoiceSettings(speaker.voice, int(np.clip(pitch, 0, 99)), int(pitch_range)))
+    length = round(len(_trim(neutral)) * SAMPLE_RATE / rate)
+    speech = _trim(speech)
+    speech = soxr.resample(speech, len(speech), length)[:length]
+    speech *= 0.08 / math.sqrt(float(np.mean(speech.astype(np.float64) ** 2)))
+
+    margin = round(0.05 * SAMPLE_RATE)
+    num_frames = math.ceil((length + 2 * margin) * FPS / SAMPLE_RATE)
+    samples = np.zeros(math.ceil(num_frames * SAMPLE_RATE / FPS), dtype=np.float32)
+    samples[margin : margin + len(speech)] = np.clip(speech, -1, 1)
+    return samples
+
+
+def _trim(samples: np.ndarray) -> np.ndarray:
+    """Without the silence at both ends."""
+    loud = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
+    return samples[loud[0] : loud[-1] + 1]
+
+
+def _write_csv(path: Path, demos: list[DemoDialogue], num_frames: list[list[int]]) -> None:
+    gap_ms = 250
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow((*MELD_COLUMNS, *DEMO_COLUMNS))
+        line = 0
+        for number, (demo, frames) in enumerate(zip(demos, num_frames, strict=True)):
+            start_ms = 0
+            for index, (utterance, turn) in enumerate(zip(demo.dialogue.utterances, demo.turns, strict=True)):
+                end_ms = start_ms + round(frames[index] * 1000 / FPS)
+                line += 1
+                writer.writerow(
+                    (
+                        line,
+                        utterance.text,
+                        utterance.speaker,
+                        "joy" if turn.is_happy else "sadness",
+                        "positive" if turn.is_happy else "negative",
+                        number,
+                        index,
+                        1,
+                        number + 1,
+                        _clock(start_ms),
+                        _clock(end_ms),
+                        utterance.description,
+                        format_marks(utterance.marks),
+                        ANSWERS["voice"].words[turn.is_excited],
+                        RANGE_WORDS[turn.is_expressive],
+                        ANSWERS["face"].words[turn.is_happy],
+                    )
+                )
+                start_ms = end_ms + gap_ms
+
+
+def _clock(milliseconds: int) -> str:
+    """MELD's way of writing a time.
+
+    Example:
+        >>> _clock(976_059)
+        '00:16:16,059'
+    """
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02},{rest:03}"

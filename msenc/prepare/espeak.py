@@ -1,0 +1,149 @@
+"""eSpeak NG through ctypes: text and voice settings in, samples out. Used by the demo's generator alone.
+
+The library keeps state between two calls (the phase of its pitch flutter, among others), so the same words sound
+slightly different the second time. Here it is loaded and unloaded again for each utterance, which costs some
+milliseconds and makes the samples a function of the arguments, save for voices with breath (``f2``, ``f3``, ``f5``
+and some others), whose noise comes from memory that was never written.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from msenc.types import MsencError
+
+# Values of speak_lib.h.
+_SYNCHRONOUS = 2
+_DONT_EXIT = 0x8000
+_CHARS_UTF8 = 1
+_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+
+@dataclass(frozen=True)
+class VoiceSettings:
+    """How an utterance is spoken.
+
+    Args:
+        voice: eSpeak's voice name with its variant, such as ``en-us+f2``.
+        pitch: 0 to 99; 50 is the voice's own pitch.
+        pitch_range: 0 to 99; 0 is monotone.
+        rate_wpm: words per minute.
+    """
+
+    voice: str
+    pitch: int = 50
+    pitch_range: int = 50
+    rate_wpm: int = 250
+
+
+def load_espeak() -> ModuleType:
+    """The loader's module, or the refusal that names the extra it belongs to."""
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise MsencError(
+            "The demo's speech needs eSpeak NG, and the package espeakng-loader is not installed. "
+            "Install it with: pip install 'msenc[demo]'"
+        ) from error
+    return espeakng_loader
+
+
+def speak(text: str, settings: VoiceSettings) -> tuple[np.ndarray, int]:
+    """Synthesise one utterance; equal arguments give equal samples, whatever was spoken before.
+
+    Args:
+        text: what is said.
+        settings: the voice.
+
+    Returns:
+        Samples as float32 in [-1, 1], shape (N,), and their rate in Hz.
+
+    Raises:
+        MsencError: if the library is missing, in use elsewhere in this process, or refuses the voice.
+    """
+    loader = load_espeak()
+    path = loader.get_library_path()
+    if _is_loaded(path):
+        raise MsencError(
+            "eSpeak NG is already loaded in this process, so its state is not known and the demo would not be "
+            "reproducible. Use num_workers of 1 or more, which speaks in processes of its own."
+        )
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise MsencError(f"Could not load eSpeak NG from {path}: {error}. Reinstall espeakng-loader.") from error
+    try:
+        return _speak_with(library, loader.get_data_path(), text, settings)
+    finally:
+        _unload(library)
+
+
+def _speak_with(library: ctypes.CDLL, data_path: str, text: str, settings: VoiceSettings) -> tuple[np.ndarray, int]:
+    library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+    library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
+    library.espeak_SetParameter.argtypes = [ctypes.c_int] * 3
+    library.espeak_SetSynthCallback.argtypes = [_CALLBACK]
+    library.espeak_SetSynthCallback.restype = None
+    library.espeak_Synth.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+        ctypes.c_uint,
+        ctypes.c_int,
+        ctypes.c_uint,
+        ctypes.c_uint,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
+    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data_path.encode(), _DONT_EXIT)
+    if rate <= 0:
+        raise MsencError(f"eSpeak NG found no usable data in {data_path} (code {rate}). Reinstall espeakng-loader.")
+    chunks: list[np.ndarray] = []
+
+    def keep(samples, count, events) -> int:
+        if samples and count > 0:
+            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    callback = _CALLBACK(keep)  # kept by name: ctypes holds no reference of its own
+    try:
+        library.espeak_SetSynthCallback(callback)
+        code = library.espeak_SetVoiceByName(settings.voice.encode())
+        if code != 0:
+            raise MsencError(f"eSpeak NG has no voice {settings.voice!r} (code {code}). Choose one of its voices.")
+        for parameter, value in (
+            (_RATE, settings.rate_wpm),
+            (_VOLUME, 100),
+            (_PITCH, settings.pitch),
+            (_RANGE, settings.pitch_range),
+        ):
+            library.espeak_SetParameter(parameter, value, 0)
+        words = text.encode() + b"\0"
+        code = library.espeak_Synth(words, len(words), 0, 1, 0, _CHARS_UTF8, None, None)
+    finally:
+        library.espeak_Terminate()
+    if code != 0 or not chunks:
+        raise MsencError(f"eSpeak NG gave no sound for {text!r} (code {code}). Expected words to speak.")
+    return np.concatenate(chunks).astype(np.float32) / 32768, rate
+
+
+def _is_loaded(path: str) -> bool:
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return False
+    try:
+        library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    _unload(library)  # the question itself counts as one use
+    return True
+
+
+def _unload(library: ctypes.CDLL) -> None:
+    import _ctypes
+
+    close = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary
+    close(library._handle)
