@@ -237,7 +237,7 @@ class WhisperEncoder:
     Whisper was trained on windows of 30 s only, clips padded with silence. ``window="full"`` does the same and drops
     the frames of the padding: the features that Whisper's decoder sees. ``window="short"`` runs the encoder on the
     clip's own frames (positions cut to its length): several times faster on short clips, but the frames no longer
-    attend to the silence, and their cosine with the full ones is about 0.95. A dataset is encoded in one way
+    attend to the silence, and their cosine with the full ones is about 0.95 on speech. A dataset is encoded in one way
     throughout. Longer clips are encoded in windows of 30 s, one after the other.
 
     Args:
