@@ -1,0 +1,149 @@
+"""A clip -> its sound or its pictures, as arrays. Only preparation decodes; training reads features.
+
+PyAV does the decoding and is an extra, so it is imported where it is used.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msenc.types import MsencError
+
+SILENCE_PEAK = 10 ** (-90 / 20)  # -90 dBFS: about the last bit of 16-bit sound
+# A stream that ends before this share of the length that its header declares was cut off.
+MIN_DECODED_SHARE = 0.5
+
+
+class MediaError(Exception):
+    """A clip that lacks a stream.
+
+    Args:
+        reason: ``clip missing``, ``clip corrupt``, ``no sound``, ``silent`` or ``no picture``.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def read_audio(path: Path, sample_rate: int) -> np.ndarray:
+    """Decode and resample the first sound stream of a video or sound file, mixed down to one channel.
+
+    Args:
+        path: any file that FFmpeg reads.
+        sample_rate: of the result, in Hz.
+
+    Returns:
+        float32 (S,), in [-1, 1].
+
+    Raises:
+        MediaError: if there is no such clip, no sound in it, or nothing to hear.
+    """
+    with _open(path) as container:
+        if not container.streams.audio:
+            raise MediaError("no sound")
+        stream = container.streams.audio[0]
+        # FFmpeg keeps the sum of a mix in range for whole numbers only: mixing floats would clip
+        resampler = _import_av().AudioResampler(format="s32", layout="mono", rate=sample_rate)
+        parts, num_decoded, source_rate = [], 0, stream.rate or sample_rate
+        for frame in container.decode(stream):
+            num_decoded += frame.samples
+            parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+        if num_decoded == 0:
+            raise MediaError("no sound")
+        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
+        _check_length(stream, num_decoded / source_rate)
+    samples = np.concatenate(parts).astype(np.float32) / 2**31
+    if np.abs(samples).max(initial=0.0) < SILENCE_PEAK:
+        raise MediaError("silent")
+    return samples
+
+
+def read_frames(path: Path, fps: float) -> np.ndarray:
+    """Decode the pictures that are on screen at 0, 1/fps, 2/fps ... seconds after the first one.
+
+    Sampling goes by presentation time, so a variable frame rate keeps its timing: at each of these times the picture
+    is the last one that started (within half a tick of the stream's clock). Only pictures that are kept are converted.
+
+    Args:
+        path: any file that FFmpeg reads.
+        fps: pictures per second of the result.
+
+    Returns:
+        uint8 (F, h, w, 3), RGB, F >= 1.
+
+    Raises:
+        MediaError: if there is no such clip, or no picture in it.
+    """
+    with _open(path) as container:
+        streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+        if not streams:
+            raise MediaError("no picture")
+        stream = streams[0]
+        half_tick = float(stream.time_base) / 2
+        kept: list[np.ndarray] = []
+        current = first_s = None
+
+        def keep_until(end_s: float) -> None:
+            """Keep `current` for every sampling time before `end_s`."""
+            picture = None
+            while (len(kept) / fps) < end_s - half_tick:
+                if picture is None:
+                    size = {"width": kept[0].shape[1], "height": kept[0].shape[0]} if kept else {}
+                    picture = current.to_ndarray(format="rgb24", **size)
+                kept.append(picture)
+
+        for frame in container.decode(stream):
+            if frame.pts is None:
+                continue
+            first_s = frame.time if first_s is None else first_s
+            if current is not None:
+                keep_until(frame.time - first_s)
+            current = frame
+        if current is None:
+            raise MediaError("no picture")
+        length_s = float(current.duration * current.time_base) if current.duration else _frame_length(stream)
+        end_s = current.time - first_s + length_s
+        keep_until(max(end_s, 2 * half_tick))  # even a picture without length is shown for a tick
+        _check_length(stream, end_s)
+    return np.stack(kept)
+
+
+def _frame_length(stream: Any) -> float:
+    """Seconds that one picture usually lasts in a stream."""
+    return 1 / float(stream.average_rate) if stream.average_rate else 0.0
+
+
+def _check_length(stream: Any, decoded_s: float) -> None:
+    """FFmpeg ends quietly at the end of a file that was cut off; what its header promised tells."""
+    if stream.duration and decoded_s < MIN_DECODED_SHARE * float(stream.duration * stream.time_base):
+        raise MediaError("clip corrupt")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The clip's container; what FFmpeg refuses, on opening or while decoding, is a corrupt clip."""
+    av = _import_av()
+    path = Path(path)
+    if not path.is_file():
+        raise MediaError("clip missing")
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except PermissionError as error:
+        raise MsencError(f"{path}: no permission to read this clip. Make the dataset's files readable.") from error
+    except av.error.FFmpegError as error:
+        raise MediaError("clip corrupt") from error
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise MsencError(
+            f"Decoding clips needs PyAV, which cannot be imported ({error}). Install it: pip install 'msenc[media]'"
+        ) from error
+    return av

@@ -1,0 +1,181 @@
+import builtins
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+
+from msenc.data import media
+from msenc.data.media import MediaError, read_audio, read_frames
+from msenc.types import MsencError
+
+RATE = 16000
+TICKS = 600  # per second, of the pictures' clock
+
+
+def tone(seconds: float, hz: float = 440.0, peak: float = 0.5) -> np.ndarray:
+    return (peak * np.sin(2 * np.pi * hz * np.arange(int(RATE * seconds)) / RATE)).astype(np.float32)
+
+
+def write_clip(path: Path, sound: np.ndarray | None, pictures: dict[int, int] | None, options=None) -> Path:
+    """An MP4 with AAC sound (S,) and H.264 pictures: presentation tick -> grey level, each 32 x 32."""
+    with av.open(str(path), "w", format="mp4", options=options or {}) as container:
+        video = audio = None
+        if pictures is not None:
+            video = container.add_stream("libx264", rate=TICKS, options={"crf": "1"})
+            video.width = video.height = 32
+            video.pix_fmt = "yuv420p"
+            video.time_base = video.codec_context.time_base = Fraction(1, TICKS)
+        if sound is not None:
+            audio = container.add_stream("aac", rate=RATE, layout="mono")
+        for tick, grey in (pictures or {}).items():
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), grey, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, TICKS)
+            container.mux(video.encode(frame))
+        if sound is not None:
+            frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = RATE, 0
+            container.mux(audio.encode(frame))
+        for stream in (video, audio):
+            if stream is not None:
+                container.mux(stream.encode(None))
+    return path
+
+
+def steady(seconds: float, fps: int = 12) -> dict[int, int]:
+    return {i * TICKS // fps: 20 * i % 250 for i in range(int(seconds * fps))}
+
+
+def reason(read, path: Path, rate: float) -> str:
+    with pytest.raises(MediaError) as caught:
+        read(path, rate)
+    return caught.value.reason
+
+
+def test_sound_keeps_length_pitch_and_level(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", tone(1.0), steady(1))
+    for rate in (16000, 8000):
+        samples = read_audio(path, rate)
+        assert samples.dtype == np.float32
+        assert samples.shape == pytest.approx((rate,), rel=0.1)
+        assert np.abs(samples).max() == pytest.approx(0.5, abs=0.05)
+        spectrum = np.abs(np.fft.rfft(samples))
+        assert np.argmax(spectrum) * rate / len(samples) == pytest.approx(440, abs=2)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.wav", "pcm_s16le"), ("a.flac", "flac")])
+def test_stereo_sound_files_are_mixed_to_mono(tmp_path, name, codec):
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=RATE, layout="stereo", format="s16")
+        stereo = np.stack([tone(0.5), np.zeros(RATE // 2, np.float32)], axis=1)
+        packed = (stereo * 32767).astype(np.int16).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="s16", layout="stereo")
+        frame.sample_rate, frame.pts = RATE, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    samples = read_audio(tmp_path / name, RATE)
+    np.testing.assert_allclose(samples, tone(0.5) / 2, atol=2e-3)
+
+
+def test_pictures_are_sampled_by_time(tmp_path):
+    frames = read_frames(write_clip(tmp_path / "a.mp4", None, steady(2)), fps=3)
+    assert frames.shape == (6, 32, 32, 3)
+    assert frames.dtype == np.uint8
+    # at 12 a second, every fourth
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), [0, 80, 160, 240, 70, 150], atol=4)
+
+
+def test_a_variable_frame_rate_keeps_its_timing(tmp_path):
+    # shown from 0, 0.1, 0.15, 0.9 and 1.0 s on; the last for as long as FFmpeg says, the one before for 0.75 s
+    path = write_clip(tmp_path / "a.mp4", None, {0: 10, 60: 60, 90: 110, 540: 160, 600: 210})
+    frames = read_frames(path, fps=10)
+    levels = frames.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(levels[:11], [10, 60, 110, 110, 110, 110, 110, 110, 110, 160, 210], atol=4)
+
+
+def test_sampling_faster_than_the_pictures_repeats_them(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", None, {0: 50, 300: 150})
+    levels = read_frames(path, fps=8).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(levels[:5], [50, 50, 50, 50, 150], atol=4)
+
+
+def test_a_short_clip_has_one_picture(tmp_path):
+    assert len(read_frames(write_clip(tmp_path / "a.mp4", None, {0: 50}), fps=1)) == 1
+
+
+def test_only_kept_pictures_are_converted(tmp_path, monkeypatch):
+    converted = []
+
+    class Counting:
+        """A decoded picture that reports its conversion."""
+
+        def __init__(self, frame):
+            self.frame = frame
+
+        def __getattr__(self, name):
+            return getattr(self.frame, name)
+
+        def to_ndarray(self, **options):
+            converted.append(self.frame.pts)
+            return self.frame.to_ndarray(**options)
+
+    @contextmanager
+    def counting(path):
+        with original(path) as container:
+            yield SimpleNamespace(streams=container.streams, decode=lambda s: map(Counting, container.decode(s)))
+
+    original = media._open
+    monkeypatch.setattr(media, "_open", counting)
+    path = write_clip(tmp_path / "a.mp4", None, steady(2))
+    assert len(read_frames(path, fps=3)) == 6
+    assert len(converted) == 6
+    converted.clear()
+    assert len(read_frames(path, fps=48)) == 93  # the last picture lasts one tick
+    assert len(converted) == 24  # once each, though kept four times
+
+
+def test_what_a_clip_lacks_is_told(tmp_path):
+    silent_film = write_clip(tmp_path / "film.mp4", None, steady(1))
+    radio = write_clip(tmp_path / "radio.mp4", tone(1), None)
+    mute = write_clip(tmp_path / "mute.mp4", np.zeros(RATE, np.float32), steady(1))
+    faint = write_clip(tmp_path / "faint.mp4", tone(1, peak=1e-6), None)
+    text = tmp_path / "text.mp4"
+    text.write_text("Not a clip at all. " * 200)
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    assert reason(read_audio, silent_film, RATE) == "no sound"
+    assert reason(read_frames, radio, 3) == "no picture"
+    assert reason(read_audio, mute, RATE) == "silent"
+    assert reason(read_audio, faint, RATE) == "silent"
+    assert len(read_frames(mute, 3)) == 3
+    for read, rate in ((read_audio, RATE), (read_frames, 3)):
+        assert reason(read, text, rate) == "clip corrupt"
+        assert reason(read, empty, rate) == "clip corrupt"
+        assert reason(read, tmp_path / "none.mp4", rate) == "clip missing"
+        assert reason(read, tmp_path, rate) == "clip missing"
+
+
+@pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}], ids=["index at the end", "index first"])
+def test_a_truncated_clip_is_corrupt(tmp_path, options):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE).astype(np.float32)
+    path = write_clip(tmp_path / "a.mp4", noise, steady(4), options)
+    assert len(read_frames(path, 3)) == 12
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 10])
+    assert reason(read_audio, path, RATE) == "clip corrupt"
+    assert reason(read_frames, path, 3) == "clip corrupt"
+
+
+def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "av":
+            raise ImportError("No module named 'av'")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(MsencError, match=r"pip install 'msenc\[media\]'"):
+        read_audio(tmp_path / "a.mp4", RATE)
