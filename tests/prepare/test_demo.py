@@ -221,6 +221,19 @@ def test_a_face_shows_the_expression_and_sound_does_not_know_it():
     assert np.array_equal(*sounds)
 
 
+def test_the_mouth_opens_alike_for_both_faces():
+    look = Look((236, 196, 170), (60, 40, 30), long_hair=False, width=19)
+    for seed in range(6):
+        dark = []  # pixels of the open mouth, per frame
+        for is_happy in (True, False):
+            frames = draw_face(look, is_happy, 24, demo.FPS, np.random.default_rng(seed))
+            dark.append((frames[:, 36:60, 20:44].max(-1) < 100).sum((1, 2)))
+        assert dark[0].max() > 40
+        # A few pixels by rasterisation, either way.
+        assert np.abs(dark[0] - dark[1]).max() <= 8
+        assert abs(dark[0].mean() - dark[1].mean()) <= 1
+
+
 # ---- the folder ----
 
 
