@@ -6,8 +6,13 @@ Letters used in all docstrings and shape comments:
     Q queries         L tokens of a row  H hidden width of the LLM     V vocabulary
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command lines' --help must not wait for torch
+    from torch import Tensor
 
 SPLITS = ("train", "val", "test")
 
@@ -84,7 +89,7 @@ class Dialogue:
         return asdict(self)
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> "Dialogue":
+    def from_json(value: dict[str, Any]) -> Dialogue:
         """Rebuild a dialogue from `to_json`'s value.
 
         Example:
@@ -125,3 +130,51 @@ class Rejection:
     file: str
     row: int | None = None
     found: str = ""
+
+
+TRUNK, PADDING = -1, -2
+"""Values of `Batch.branch` for tokens that belong to no branch."""
+
+
+@dataclass
+class StreamBatch:
+    """One stream's features of a batch, each utterance once, and the places that its queries fill.
+
+    Args:
+        features: (N, T, D) float16, padded with zeros.
+        lengths: (N,) real frames of each utterance.
+        places: (P,) index into the flattened (B*L) token positions.
+        sources: (P,) index into the flattened (N*Q) connector outputs, for each place.
+    """
+
+    features: Tensor
+    lengths: Tensor
+    places: Tensor
+    sources: Tensor
+
+
+@dataclass
+class Batch:
+    """Dialogues in token form; one row is a trunk (instruction and turns) and the branches of its targets.
+
+    Args:
+        input_ids: (B, L) token ids, 0 where a media slot or padding stands.
+        position_ids: (B, L) each token's position in its own sample.
+        branch: (B, L) `TRUNK`, `PADDING`, or the number of the token's branch in its row.
+        cut: (B, L) for branch tokens: how many tokens of the trunk they see.
+        labels: (B, L) the token itself where it is a target, else -100 (the model shifts them).
+        kinds: (B, L) index into `prompt.TOKEN_KINDS` where `labels` holds a target, else -1.
+        targets: (B, L) index into `target_ids` where `labels` holds a target, else -1.
+        streams: stream name -> its features and places; streams without any utterance are left out.
+        target_ids: (dialogue id, turn) of each target.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    branch: Tensor
+    cut: Tensor
+    labels: Tensor
+    kinds: Tensor
+    targets: Tensor
+    streams: dict[str, StreamBatch]
+    target_ids: list[tuple[str, int]]

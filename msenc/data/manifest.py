@@ -164,6 +164,13 @@ def write_rejections(path: Path, rejections: Iterable[Rejection]) -> None:
     _write_text(Path(path), buffer.getvalue())
 
 
+def read_rejections(path: Path) -> list[Rejection]:
+    """What `write_rejections` wrote."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return [Rejection(**{**row, "row": int(row["row"]) if row["row"] else None}) for row in rows]
+
+
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:

@@ -1,0 +1,21 @@
+"""Measure a finished run: python evaluate.py run_dir=RUN [split=test] [decoding=greedy]."""
+
+import hydra
+from omegaconf import DictConfig
+
+from msenc.config import readable_errors, register_schemas
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Score a split with the run's own config and weights."""
+    from msenc import pipelines  # imported here: --help must not wait for torch
+
+    pipelines.evaluate(cfg)
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()

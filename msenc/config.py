@@ -1,0 +1,324 @@
+"""What a config may hold, and the checks that run before anything is loaded.
+
+Hydra composes YAML onto the dataclasses below, so a misspelt key or a wrong type is an error wherever it stands; then
+`check_targets` binds every ``_target_`` node to its constructor's signature. The configs are the only place where
+omegaconf and hydra meet msenc: `pipelines` hands plain values on.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from msenc.types import MsencError
+
+TRUSTED_PACKAGES = ("msenc.", "torch.", "lightning.", "torchmetrics.", "transformers.")
+"""What a ``_target_`` may name: a config must not be a way to run anything else."""
+
+
+@dataclass
+class StreamConfig:
+    """One stream: what encodes it, and how it looks in the shards.
+
+    Args:
+        name: names the features (``audio-<name>/``); the datamodule compares it with what was prepared.
+        dim: width D of the features.
+        encoder: the ``_target_`` node that `prepare.py` builds.
+    """
+
+    name: str = MISSING
+    dim: int = MISSING
+    encoder: Any = MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The composed model.
+
+    Args:
+        llm: ``_target_`` node of the LLM.
+        llm_recipe: how `prepare.py` makes the LLM's folder when it is missing; None for models that exist.
+        streams: what the modality brings.
+        connector: ``_target_`` node, built once per stream with its ``in_dim``; None without streams.
+        tie_connectors: let all streams share one connector core (upstream does, unsaid).
+        layout: ``dialogue`` (one row trains all targets that share a history) or ``sample`` (one row per target).
+    """
+
+    llm: Any = MISSING
+    llm_recipe: Any = None
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    connector: Any = None
+    tie_connectors: bool = False
+    layout: str = "dialogue"
+
+
+@dataclass
+class DataConfig:
+    """A data set: where it lies, and how it is read.
+
+    Args:
+        name: begins every dialogue's id.
+        dir: the prepared data (shards, dataset.json); `prepare.py` writes it.
+        root: the raw material; only `prepare.py` reads it.
+        generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
+        batch_size: dialogues per batch and process.
+        num_workers: processes that prepare data, or load it while training.
+        max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
+        verify: hash every shard of a split before its first use.
+    """
+
+    name: str = MISSING
+    dir: str = MISSING
+    root: str = MISSING
+    generate: Any = None
+    batch_size: int = 8
+    num_workers: int = 0
+    max_history_tokens: int = 1024
+    verify: bool = True
+
+
+@dataclass
+class PathsConfig:
+    """Where things lie; relative paths are relative to the folder of the command."""
+
+    data_dir: str = MISSING
+    runs_dir: str = MISSING
+    output_dir: str = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """Schema of ``train.yaml``."""
+
+    seed: int = 1
+    modality: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = None
+    trainer: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    decoding: Any = MISSING
+    evaluate: str | None = "test"
+    prepare_workers: int = 2
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class PrepareConfig:
+    """Schema of ``prepare.yaml``."""
+
+    modality: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: Any = MISSING
+    prepare_workers: int = 2
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Schema of ``evaluate.yaml``.
+
+    Args:
+        run_dir: the run to evaluate; model and data are rebuilt from its own config.
+        split: ``train``, ``val`` or ``test``.
+        checkpoint: ``best``, ``last``, or a file.
+        decoding: keys of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
+        generate: False measures losses alone.
+        limit: first dialogues of the split; None for all.
+        device: torch's name of the device; ``auto`` takes a GPU if there is one.
+    """
+
+    run_dir: str = MISSING
+    split: str = "test"
+    checkpoint: str = "best"
+    decoding: Any = MISSING
+    generate: bool = True
+    limit: int | None = None
+    device: str = "auto"
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class ReportConfig:
+    """Schema of ``report.yaml``."""
+
+    sweep_dir: str = MISSING
+    split: str = "test"
+    settings: str | None = None
+
+
+def register_schemas() -> None:
+    """Put the schemas where the YAML files' defaults lists find them (``train_schema`` ...)."""
+    store = ConfigStore.instance()
+    for name, schema in {
+        "train_schema": TrainConfig,
+        "prepare_schema": PrepareConfig,
+        "evaluate_schema": EvaluateConfig,
+        "report_schema": ReportConfig,
+    }.items():
+        store.store(name=name, node=schema)
+
+
+def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: str = "") -> int:
+    """Bind every ``_target_`` node below `node` to its signature, without building anything.
+
+    Args:
+        node: plain containers (``OmegaConf.to_container``).
+        given: dotted path of a node -> arguments that the pipeline adds when it builds that node.
+        path: the dotted path of `node` itself.
+
+    Returns:
+        The number of nodes that were bound.
+
+    Raises:
+        MsencError: a target that is not trusted, does not exist, or does not take the node's keys; it names the
+            nearest argument.
+    """
+    if isinstance(node, list):
+        return sum(check_targets(v, given, f"{path}[{i}]") for i, v in enumerate(node))
+    if not isinstance(node, dict):
+        return 0
+    count = sum(check_targets(v, given, f"{path}.{k}".lstrip(".")) for k, v in node.items())
+    target = node.get("_target_")
+    if target is None:
+        return count
+    if not target.startswith(TRUSTED_PACKAGES):
+        raise MsencError(f"{path}._target_: found {target!r}, expected a name in one of {TRUSTED_PACKAGES}.")
+    keys = {k for k in node if not k.startswith("_")}
+    added = (given or {}).get(path, set())
+    missing = [k for k in keys if node[k] == "???"]
+    if missing:
+        raise MsencError(f"{path}.{missing[0]}: no value. Give it: {path}.{missing[0]}=...")
+    signature = inspect.signature(_locate(target, path))
+    parameters = signature.parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in sorted(keys - set(parameters)):
+        if not takes_any:
+            raise MsencError(f"{path}.{key}: {target} takes no such argument.{nearest(key, parameters)}")
+    if not node.get("_partial_"):
+        try:
+            signature.bind(**dict.fromkeys(keys | added))
+        except TypeError as e:
+            raise MsencError(f"{path}: {target}: {e}.") from e
+    return count + 1
+
+
+def build(node: Mapping[str, Any], **given: Any) -> Any:
+    """Call a node's ``_target_`` with its keys and what the pipeline adds; ``_partial_`` nodes become partials.
+
+    Hydra's ``instantiate`` would wrap a refusal in an error of its own, and turn dataclasses among the arguments into
+    dictionaries. No node of msenc nests another, so this is all that is needed.
+    """
+    keys = {k: v for k, v in node.items() if not k.startswith("_")}
+    call = partial(_locate(node["_target_"], "config"), **keys, **given)
+    return call if node.get("_partial_") else call()
+
+
+def _locate(target: str, path: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise MsencError(f"{path}._target_: {target!r} cannot be imported: {e}.") from e
+
+
+def nearest(name: str, valid: Any) -> str:
+    """A hint for a misspelt name.
+
+    Example:
+        >>> nearest("freze", ["freeze", "lora"])
+        " Did you mean 'freeze'? Valid: freeze, lora."
+    """
+    names = [str(v) for v in valid]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Valid: {', '.join(sorted(names))}." if names else hint
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain containers, interpolations resolved.
+
+    Raises:
+        MsencError: an interpolation that leads nowhere.
+    """
+    if not OmegaConf.is_config(node):
+        return node
+    try:
+        return OmegaConf.to_container(node, resolve=True)
+    except Exception as e:
+        if type(e).__module__.startswith("omegaconf"):
+            raise MsencError(f"config: {e}") from e
+        raise
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Show a refusal as a message and exit with status 1, without a traceback; a bug keeps its traceback.
+
+    Hydra reports composition errors itself, without the nearest valid name; so it is asked to raise them
+    (``HYDRA_FULL_ERROR``), unless the user has set that variable to see everything.
+    """
+    shown_in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except MsencError as e:
+        if shown_in_full:
+            raise
+        sys.exit(f"error: {e}")
+    except Exception as e:
+        if shown_in_full or not _is_config_error(e):
+            raise
+        sys.exit(f"config error: {_config_message(e)}")
+    finally:
+        if not shown_in_full:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _is_config_error(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("omegaconf", "hydra")
+
+
+def _config_message(error: BaseException) -> str:
+    parts, seen = [], error
+    while seen is not None:
+        text = str(seen).strip()
+        if _is_config_error(seen) and text and text not in parts:
+            parts.append(text)
+        seen = seen.__cause__
+    message = "\n".join(parts)
+    unknown = re.search(r"Key '([^']+)' (?:not in|is not in)(?: '(\w+)'| struct)", message)
+    if unknown:
+        message += _hint(unknown.group(1), message)
+    missing_file = re.search(r"Could not find '([\w/]+)/([\w-]+)'", message)
+    if missing_file:
+        folder = Path(__file__).parent.parent / "configs" / missing_file.group(1)
+        message += nearest(missing_file.group(2), sorted(f.stem for f in folder.glob("*.yaml")))
+    return message
+
+
+def _hint(key: str, message: str) -> str:
+    """The nearest key of the schema node that the message speaks of, or of any."""
+    schemas = {
+        cls.__name__: list(cls.__dataclass_fields__)
+        for cls in (TrainConfig, PrepareConfig, EvaluateConfig, ReportConfig, ModelConfig, DataConfig, StreamConfig)
+    }
+    for name, keys in schemas.items():
+        if f"'{name}'" in message or f"object_type={name}" in message:
+            return nearest(key, keys)
+    return nearest(key, sorted({k for keys in schemas.values() for k in keys}))

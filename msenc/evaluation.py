@@ -1,0 +1,179 @@
+"""A model and a split -> metrics and predictions. Sits beside the module: it trains nothing.
+
+Every target is scored under teacher forcing (its own token losses) and, if wanted, generated freely.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from rich.progress import track
+
+from msenc.data.collate import collate, dialogue_rows, history_starts
+from msenc.data.datamodule import DialogueDataModule
+from msenc.metrics.text import text_metrics
+from msenc.models.conversation import ConversationModel
+from msenc.prompt import TOKEN_KINDS
+from msenc.run import write_json, write_text
+from msenc.types import Reply
+
+LN2 = math.log(2)
+
+
+def evaluate_split(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    decoding: Mapping[str, Any] | None,
+    limit: int | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score a split.
+
+    Args:
+        model: in eval mode, on its device.
+        datamodule: of the run.
+        split: ``train``, ``val`` or ``test``.
+        decoding: keys of transformers' GenerationConfig and ``batch_size``; None generates nothing.
+        limit: first dialogues of the split.
+
+    Returns:
+        Flat metrics, and one prediction per target: ids, history, reference, token losses with their kinds, reply.
+    """
+    predictions = _score(model, datamodule, split, limit)
+    metrics: dict[str, Any] = loss_metrics(predictions)
+    if decoding is not None:
+        _generate(model, datamodule, split, decoding, predictions, limit)
+        replies = [Reply(p["reply"]["text"], p["reply"]["description"]) for p in predictions]
+        references = [Reply(p["reference"]["text"], p["reference"]["description"]) for p in predictions]
+        metrics |= text_metrics(replies, references)
+    return metrics, predictions
+
+
+@torch.inference_mode()
+def _score(
+    model: ConversationModel, datamodule: DialogueDataModule, split: str, limit: int | None
+) -> list[dict[str, Any]]:
+    """Token losses of every target, in the order of the split."""
+    device = next(model.parameters()).device
+    dataset = datamodule.dataset(split)
+    losses: dict[tuple[str, int], tuple[list, list, list]] = defaultdict(lambda: ([], [], []))
+    for batch in track(datamodule.eval_dataloader(split, limit), description=f"scoring {split}"):
+        scores = model(move_data_to_device(batch, device))
+        rows = zip(*(t.tolist() for t in (scores.targets, scores.nll, scores.kinds, scores.correct)), strict=True)
+        for target, nll, kind, correct in rows:
+            for values, value in zip(losses[batch.target_ids[target]], (nll, kind, correct), strict=True):
+                values.append(value)
+    predictions = []
+    for index in range(min(len(dataset), limit or len(dataset))):
+        dialogue, (tokens, _) = dataset.dialogue(index), dataset[index]
+        starts = history_starts(tokens.turn_tokens, datamodule.max_history_tokens)
+        for turn, utterance in enumerate(dialogue.utterances[1:], start=1):
+            nll, kinds, correct = losses[(dialogue.id, turn)]
+            predictions.append(
+                {
+                    "dialogue": dialogue.id,
+                    "turn": turn,
+                    "utterance": utterance.id,
+                    "speaker": utterance.speaker,
+                    "history": [starts[turn - 1], turn],
+                    "reference": {"text": utterance.text, "description": utterance.description},
+                    "nll": [round(v, 6) for v in nll],
+                    "kinds": [TOKEN_KINDS[k] for k in kinds],
+                    "correct": [int(c) for c in correct],
+                    "bits": dict(tokens.targets[turn - 1].bits),
+                }
+            )
+    return predictions
+
+
+def loss_metrics(predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss per token, over all target tokens and by kind, and what was recovered of planted bits.
+
+    ``planted/<kind>/recovered`` is 1 - (sum of the losses of the planted tokens, in bits) / (planted bits): 1 where
+    the model knows them, 0 where it guesses at even odds, below 0 where it is surely wrong.
+
+    Example:
+        >>> one = {"nll": [0.0, 2.0], "kinds": ["reply", "end"], "correct": [1, 0], "bits": {}}
+        >>> metrics = loss_metrics([one])
+        >>> metrics["nll"], metrics["nll/end"], metrics["token_accuracy"]
+        (1.0, 2.0, 0.5)
+    """
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    bits: dict[str, float] = defaultdict(float)
+    correct = 0
+    for prediction in predictions:
+        for kind, nll in zip(prediction["kinds"], prediction["nll"], strict=True):
+            by_kind[kind].append(nll)
+        correct += sum(prediction["correct"])
+        for kind, n in prediction["bits"].items():
+            bits[kind] += n
+    tokens = sum(map(len, by_kind.values()))
+    nll = sum(map(sum, by_kind.values())) / tokens
+    metrics: dict[str, Any] = {
+        "targets": len(predictions),
+        "tokens": tokens,
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "token_accuracy": correct / tokens,
+    }
+    for kind in TOKEN_KINDS:
+        if kind in by_kind:
+            metrics[f"nll/{kind}"] = sum(by_kind[kind]) / len(by_kind[kind])
+    for kind in TOKEN_KINDS:
+        if bits.get(kind):
+            name = kind.removeprefix("planted_")
+            metrics[f"planted/{name}/recovered"] = 1 - sum(by_kind[kind]) / (bits[kind] * LN2)
+    return metrics
+
+
+def _generate(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    decoding: Mapping[str, Any],
+    predictions: list[dict[str, Any]],
+    limit: int | None,
+) -> None:
+    """Write each target's reply into its prediction; histories of similar length are decoded together."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    dataset, tokenizer = datamodule.dataset(split), datamodule.tokenizer.tokenizer
+    arguments = {k: v for k, v in decoding.items() if k != "batch_size"}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = GenerationConfig(**arguments, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
+    wanted = []
+    for index in range(min(len(dataset), limit or len(dataset))):
+        tokens, _ = dataset[index]
+        rows = dialogue_rows(
+            tokens, datamodule.max_history_tokens, datamodule.num_queries, layout="sample", with_targets=False
+        )
+        wanted += [(index, row) for row in rows]
+    order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][1].ids), reverse=True)
+    size = decoding["batch_size"]
+    starts = range(0, len(order), size)
+    for at in track(starts, description=f"writing replies of {split}"):
+        chosen = order[at : at + size]
+        samples = [dataset[wanted[i][0]] for i in chosen]
+        batch = collate(
+            [tokens for tokens, _ in samples],
+            [features for _, features in samples],
+            [[wanted[i][1]] for i in chosen],
+            datamodule.num_queries,
+            padding_side="left",
+        )
+        for i, ids in zip(chosen, model.generate(move_data_to_device(batch, device), settings), strict=True):
+            generated = tokenizer.decode(ids, skip_special_tokens=True)
+            reply = datamodule.tokenizer.prompt.parse(generated)
+            predictions[i]["reply"] = {"text": reply.text, "description": reply.description}
+
+
+def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:
+    """Leave ``metrics.json`` and ``predictions.jsonl`` in a folder."""
+    write_text(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    write_json(folder / "metrics.json", dict(metrics))

@@ -1,0 +1,91 @@
+"""Load the LLM: any causal LM of transformers by id or folder, frozen, with LoRA, or trained whole.
+
+name or folder -> PreTrainedModel or PeftModel; its tokenizer
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from msenc.models.pretrained import load_pretrained, to_dtype
+from msenc.types import MsencError
+
+FINGERPRINT_VALUES = 256
+"""Values of each tensor that enter a fingerprint, evenly spread."""
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The LLM's tokenizer.
+
+    Raises:
+        MsencError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    return load_pretrained(AutoTokenizer, name_or_path)
+
+
+def load_llm(
+    name_or_path: str,
+    freeze: bool = False,
+    lora: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """The LLM, with what trains in it decided.
+
+    Args:
+        name_or_path: hub id, or folder written by ``save_pretrained``.
+        freeze: no parameter of the LLM trains, LoRA included (no adapter is added).
+        lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the whole LLM.
+        dtype: of the base weights; LoRA's stay float32.
+        attn_implementation: transformers' name of the attention kernel.
+        gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
+
+    Returns:
+        A causal LM with attribute ``base_fingerprint`` (see `fingerprint`).
+
+    Raises:
+        MsencError: it cannot be loaded, or PEFT refuses the LoRA arguments.
+    """
+    from transformers import AutoModelForCausalLM
+
+    llm = load_pretrained(
+        AutoModelForCausalLM, name_or_path, dtype=to_dtype(dtype), attn_implementation=attn_implementation
+    )
+    base = fingerprint(llm)
+    if gradient_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        llm.enable_input_require_grads()
+    llm.requires_grad_(not freeze and lora is None)
+    if not freeze and lora is not None:
+        llm = _with_lora(llm, lora)
+    llm.base_fingerprint = base
+    return llm
+
+
+def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        return get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **lora))
+    except (TypeError, ValueError) as e:
+        raise MsencError(f"model.llm.lora: PEFT refuses {dict(lora)}: {e}") from e
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights: names, shapes, types, and an even sample of every tensor's values.
+
+    It tells base weights apart (another model, another pre-training of the same model) in milliseconds, wherever
+    they were loaded from. It is no protection against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(flat.numel() // FINGERPRINT_VALUES, 1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,122 @@
+"""ConversationModule: how the model is trained. It does no maths of its own beyond counting.
+
+Batch -> ConversationModel -> sum of losses and number of target tokens -> gradients per target token
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from msenc.models.conversation import ConversationModel
+from msenc.types import Batch, MsencError
+
+
+class ConversationModule(L.LightningModule):
+    """Trains a ConversationModel on the cross entropy of its target tokens.
+
+    A step's loss is the SUM over target tokens; gradients are divided once, before the optimizer's step, by the number
+    of target tokens that the whole step has seen, all accumulated batches and processes included. So neither the
+    split into batches nor into processes changes what a token weighs.
+
+    Args:
+        model: the composed model.
+        optimizer: parameters -> optimizer.
+        scheduler: (optimizer, total steps, steps per epoch) -> learning rate schedule, stepped after every step.
+    """
+
+    def __init__(
+        self,
+        model: ConversationModel,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        scheduler: Callable[[Optimizer, int, int], LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.strict_loading = False  # checkpoints hold what trains; `on_load_checkpoint` checks the rest
+        self._step_tokens: Tensor | float = 0.0
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Sum of the batch's token losses; it is logged per token."""
+        scores = self.model(batch)
+        self._step_tokens = self._step_tokens + scores.nll.numel()
+        self.log("train/loss", scores.nll.detach().mean(), prog_bar=True, batch_size=scores.nll.numel())
+        return scores.nll.sum()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the gradient of summed losses into the gradient per target token of the global batch."""
+        tokens = torch.as_tensor(self._step_tokens, dtype=torch.float32, device=self.device)
+        if self.trainer.world_size > 1:
+            tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+        # Lightning has divided each loss by the accumulation, and DDP has averaged over the processes.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._step_tokens = 0.0
+
+    def validation_step(self, batch: Batch) -> None:
+        """Loss per token, perplexity and token accuracy over the split, every token of equal weight."""
+        scores = self.model(batch)
+        tokens = scores.nll.numel()
+        self.log("val/loss", scores.nll.mean(), prog_bar=True, batch_size=tokens, sync_dist=True)
+        self.log("val/token_accuracy", scores.correct.float().mean(), batch_size=tokens, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Perplexity: from the split's mean loss, not the mean of the batches' perplexities."""
+        self.log("val/perplexity", self.trainer.callback_metrics["val/loss"].exp())
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what trains, and its schedule."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        if not trainable:
+            raise MsencError(
+                "nothing to train: the LLM is frozen and the modality has no connector. Add a stream "
+                "(modality=text_audio), or set model.llm.freeze=false."
+            )
+        optimizer = self.optimizer(trainable)
+        if self.scheduler is None:
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches)
+        per_epoch = max(total // max(self.trainer.max_epochs or 1, 1), 1)
+        return [optimizer], [{"scheduler": self.scheduler(optimizer, total, per_epoch), "interval": "step"}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trainable tensors; the base weights are named by their fingerprint."""
+        trainable = self.trainable_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        checkpoint["msenc"] = {"base_fingerprint": self.model.base_fingerprint}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that do not belong to this model.
+
+        Raises:
+            MsencError: other base weights, or trainable tensors missing, unknown or of another shape.
+        """
+        base = checkpoint.get("msenc", {}).get("base_fingerprint")
+        if base != self.model.base_fingerprint:
+            raise MsencError(
+                f"the checkpoint was trained on base weights with fingerprint {base}, the LLM loaded here has "
+                f"{self.model.base_fingerprint}. Load the LLM that the run names (run.json: llm), unchanged."
+            )
+        saved, wanted = checkpoint["state_dict"], self.state_dict()
+        trainable = self.trainable_names()
+        wrong = {
+            "missing": sorted(trainable - saved.keys()),
+            "unknown": sorted(saved.keys() - trainable),
+            "of another shape": sorted(k for k in trainable & saved.keys() if saved[k].shape != wanted[k].shape),
+        }
+        if any(wrong.values()):
+            found = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in wrong.items() if keys)
+            raise MsencError(f"the checkpoint does not fit the model: trainable tensors {found}.")
+
+    def trainable_names(self) -> set[str]:
+        """Names of the trainable tensors in `state_dict`, and of buffers that belong to trainable connectors."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,440 @@
+"""What the scripts do: config -> parts -> result on disk. Wiring alone; the logic stands in the layers below."""
+
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from msenc.config import build, check_targets, plain
+from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.manifest import DatasetManifest
+from msenc.evaluation import evaluate_split, write_evaluation
+from msenc.models.connector import tie
+from msenc.models.conversation import ConversationModel
+from msenc.models.llm import load_tokenizer
+from msenc.module import ConversationModule
+from msenc.prepare.dataset import StreamRecipe, folder_lock, prepare_dataset
+from msenc.prompt import DialogueTokenizer, Prompt
+from msenc.run import RunRecord, digest, read_run, write_json
+from msenc.types import MsencError
+
+console = Console()
+
+GIVEN = {
+    "model.connector": {"in_dim", "out_dim"},
+    "model.llm_recipe": {"folder", "prompt"},
+    "data.generate": {"root", "num_workers"},
+}
+"""Arguments that the pipelines add to a node when they build it."""
+
+PREPARE_KEYS = ("data", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
+
+
+# ---------------------------------------------------------------------------------------------------- prepare
+
+
+def prepare(cfg: DictConfig) -> DatasetManifest:
+    """Raw material -> shards; makes the demo and its LLM where the config asks for them and they are missing."""
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    manifest = _prepare(config)
+    _print_manifest(config, manifest)
+    return manifest
+
+
+def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
+    data, workers = config["data"], config["prepare_workers"]
+    root, folder = Path(data["root"]), Path(data["dir"])
+    streams = [
+        StreamRecipe(
+            kind=kind,
+            name=stream["name"],
+            dim=stream["dim"],
+            make_encoder=build({**stream["encoder"], "_partial_": True}),
+            settings=stream["encoder"],
+        )
+        for kind, stream in config["model"]["streams"].items()
+    ]
+    with folder_lock(folder, wait):
+        if data["generate"] is not None:
+            build(data["generate"], root=root, num_workers=workers)
+        manifest = prepare_dataset(data["name"], root, folder, streams, workers)
+    _ensure_llm(config)
+    return manifest
+
+
+def _ensure_llm(config: Mapping[str, Any]) -> None:
+    """Pre-train the LLM if the config says how, and its folder is missing."""
+    recipe = config["model"]["llm_recipe"]
+    folder = Path(config["model"]["llm"]["name_or_path"])
+    if recipe is None or folder.is_dir():
+        return
+    with folder_lock(folder, wait=True):
+        if not folder.is_dir():
+            build(recipe, folder=folder, prompt=_prompt(config))
+
+
+def _ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
+    """Prepare data that the project generates itself; other data must be there."""
+    try:
+        datamodule.setup()
+    except MsencError:
+        if config["data"]["generate"] is None:
+            raise
+        console.print("The demo is not prepared yet: preparing it (prepare.py data=demo does the same).")
+        _prepare(config, wait=True)
+        datamodule.setup()
+
+
+def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> None:
+    table = Table(title=f"{manifest.name}, prepared")
+    for column in ("split", "dialogues", "utterances", "samples", "hours", *manifest.streams):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, counts in manifest.splits.items():
+        table.add_row(
+            split,
+            *(f"{n:,}" for n in (counts.dialogues, counts.utterances, counts.samples)),
+            f"{counts.hours:.2f}",
+            *(f"{info.utterances.get(split, 0):,}" for info in manifest.streams.values()),
+        )
+    console.print(table)
+    folder = Path(config["data"]["dir"])
+    if manifest.num_repaired:
+        console.print(f"Text with repaired encoding: {manifest.num_repaired:,} rows.")
+    for reason, count in manifest.rejected.items():
+        console.print(f"Not used: {count:,} x {reason}")
+    console.print(f"Written: {folder / 'dataset.json'}, {folder / 'rejected.csv'}, one folder per stream beside them.")
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train one run and evaluate it; returns its best validation loss.
+
+    In a multirun a failure is written to ``run.json`` and reported when the sweep ends, so that the other jobs run.
+    """
+    hydra = HydraConfig.get()
+    record = RunRecord(
+        Path(cfg.paths.output_dir), seed=cfg.seed, modality=cfg.modality, overrides=list(hydra.overrides.task)
+    )
+    try:
+        loss = _train(cfg, record, _prepare_command(list(hydra.overrides.task), cfg.modality))
+        record.add(status="finished")
+    except KeyboardInterrupt:
+        record.add(status="interrupted", error="interrupted from the keyboard")
+        raise
+    except Exception as e:
+        record.add(status="failed", error=f"{type(e).__name__}: {e}")
+        if hydra.mode is not RunMode.MULTIRUN:
+            raise
+        if not isinstance(e, MsencError):
+            traceback.print_exc()
+        console.print(f"[red]This job failed; the sweep goes on.[/red] {e}", soft_wrap=True)
+        return None
+    return loss
+
+
+def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | None:
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    run_dir = record.folder
+    _quieten()
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    _ensure_llm(config)
+    datamodule = build_datamodule(config, prepare_command)
+    _ensure_prepared(config, datamodule)
+    model = build_model(config)
+    counts = model.trainable_parameters()
+    record.add(
+        llm=config["model"]["llm"]["name_or_path"],
+        base_fingerprint=model.base_fingerprint,
+        trainable_parameters=counts,
+        data=config["data"]["name"],
+        task_hash=task_hash(config, datamodule.manifest),
+        streams={s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()},
+        turns_hash=datamodule.manifest.turns_hash,
+        history=datamodule.dropped_turns("train"),
+        described_targets=datamodule.described_targets("train"),
+    )
+    _print_plan(config, record)
+    loss = None
+    if sum(counts.values()):
+        loss = _fit(config, model, datamodule, record)
+    else:
+        record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
+        console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
+    del model, datamodule
+    console.print(f"Run folder: {run_dir}", soft_wrap=True)
+    if config["evaluate"] and not config["trainer"].get("fast_dev_run"):
+        evaluate_run(run_dir, cfg, split=config["evaluate"], checkpoint="best" if loss is not None else None)
+    return loss
+
+
+def _fit(
+    config: Mapping[str, Any], model: ConversationModel, datamodule: DialogueDataModule, record: RunRecord
+) -> float | None:
+    module = ConversationModule(
+        model,
+        optimizer=build(config["optimizer"]),
+        scheduler=build(config["scheduler"]) if config["scheduler"] else None,
+    )
+    # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
+    is_debug = bool(config["trainer"].get("fast_dev_run"))
+    callbacks = [] if is_debug else [build(node) for node in config["callbacks"].values()]
+    loggers = [] if is_debug else [build(node) for node in config["logger"].values()]
+    trainer = build(
+        config["trainer"],
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=str(record.folder),
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=datamodule)
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    write_json(record.folder / "metrics.json", metrics)
+    stopped = "interrupted" if trainer.interrupted else "all epochs done"
+    record.add(
+        stop_reason=stopped,
+        device=str(trainer.strategy.root_device),
+        epochs=trainer.current_epoch,
+        steps=trainer.global_step,
+        metrics=metrics,
+    )
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    best = [c.best_model_score for c in callbacks if getattr(c, "monitor", None) == "val/loss"]
+    return float(best[0]) if best and best[0] is not None else metrics.get("val/loss")
+
+
+def _print_plan(config: Mapping[str, Any], record: RunRecord) -> None:
+    facts = record.facts
+    table = Table(title=f"{config['modality']} on {config['data']['name']}, seed {config['seed']}", show_header=False)
+    table.add_row("LLM", f"{facts['llm']} ({facts['base_fingerprint']})")
+    table.add_row(
+        "trainable parameters", ", ".join(f"{part} {n:,}" for part, n in facts["trainable_parameters"].items())
+    )
+    history, described = facts["history"], facts["described_targets"]
+    table.add_row("targets", f"{history['targets']:,}, {described:,} of them with a voice description")
+    table.add_row(
+        "history over budget",
+        f"{history['targets_cut']:,} targets, {history['dropped_turns']:,} of {history['history_turns']:,} turns lost",
+    )
+    console.print(table)
+
+
+def _prepare_command(overrides: list[str], modality: str) -> str:
+    """The `prepare.py` call that makes what a `train.py` call with these overrides needs."""
+    kept = [o for o in overrides if o.lstrip("+").split("=")[0].split("@")[0].startswith(PREPARE_KEYS)]
+    if not any(o.startswith("modality=") for o in kept):
+        kept.append(f"modality={modality}")
+    if not any(o.startswith(("data.root=", "data=demo")) for o in kept) and any(o.startswith("data=") for o in kept):
+        kept.append("data.root=FOLDER")
+    return " ".join(["python prepare.py", *kept])
+
+
+def _quieten() -> None:
+    # Both are choices of the config, made on purpose: small data loads in the process itself.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def _prompt(config: Mapping[str, Any]) -> Prompt:
+    return build(config["prompt"])
+
+
+def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> DialogueDataModule:
+    """The data module of a run's config; checks nothing yet."""
+    data, model = config["data"], config["model"]
+    return DialogueDataModule(
+        folder=Path(data["dir"]),
+        streams={
+            name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"])
+            for name, stream in model["streams"].items()
+        },
+        tokenizer=DialogueTokenizer(_prompt(config), load_tokenizer(model["llm"]["name_or_path"])),
+        layout=model["layout"],
+        batch_size=data["batch_size"],
+        num_workers=data["num_workers"],
+        max_history_tokens=data["max_history_tokens"],
+        seed=config["seed"],
+        verify=data["verify"],
+        prepare_command=prepare_command,
+    )
+
+
+def build_model(config: Mapping[str, Any]) -> ConversationModel:
+    """The composed model of a run's config, base weights loaded, connectors as they start."""
+    model = config["model"]
+    llm = build(model["llm"])
+    width = llm.get_input_embeddings().embedding_dim
+    connectors = {
+        name: build(model["connector"], in_dim=stream["dim"], out_dim=width)
+        for name, stream in model["streams"].items()
+    }
+    if model["tie_connectors"]:
+        tie(connectors)
+    return ConversationModel(llm, connectors)
+
+
+def task_hash(config: Mapping[str, Any], manifest: DatasetManifest) -> str:
+    """What two runs must share to be compared: turns and splits, the targets' form, and the history rule."""
+    return digest(
+        {
+            "turns": manifest.turns_hash,
+            "target": config["prompt"]["target"],
+            "max_history_tokens": config["data"]["max_history_tokens"],
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Measure a finished run on a split; its own config says which model and data."""
+    record, run_config = read_run(cfg.run_dir)
+    run_config.paths = OmegaConf.create({**cfg.paths, "output_dir": str(cfg.run_dir)})
+    has_trained = sum(record.get("trainable_parameters", {"": 1}).values()) > 0
+    return evaluate_run(
+        Path(cfg.run_dir),
+        run_config,
+        split=cfg.split,
+        checkpoint=cfg.checkpoint if has_trained else None,
+        decoding=plain(cfg.decoding),
+        with_replies=cfg.generate,
+        limit=cfg.limit,
+        device=cfg.device,
+    )
+
+
+def evaluate_run(
+    run_dir: Path,
+    run_config: DictConfig,
+    split: str,
+    checkpoint: str | None,
+    decoding: dict[str, Any] | None = None,
+    with_replies: bool = True,
+    limit: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
+
+    Args:
+        run_dir: the run.
+        run_config: its config.
+        split: ``train``, ``val`` or ``test``.
+        checkpoint: ``best``, ``last`` or a file; None for a run in which nothing trained.
+        decoding: see ``configs/decoding``; the run's own if None.
+        with_replies: False measures losses alone.
+        limit: first dialogues of the split.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+    """
+    run_config = OmegaConf.merge(run_config, {"paths": {"output_dir": str(run_dir)}})
+    config = plain(run_config)
+    decoding = config["decoding"] if decoding is None else decoding
+    _quieten()
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    overrides = OmegaConf.load(run_dir / ".hydra" / "overrides.yaml")
+    datamodule = build_datamodule(config, _prepare_command(list(overrides), config["modality"]))
+    datamodule.setup()
+    model = build_model(config)
+    if checkpoint is not None:
+        load_checkpoint(ConversationModule(model), run_dir, checkpoint)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
+    metrics, predictions = evaluate_split(
+        model.to(device).eval(), datamodule, split, decoding if with_replies else None, limit
+    )
+    metrics |= {
+        "split": split,
+        "data": config["data"]["name"],
+        "task_hash": task_hash(config, datamodule.manifest),
+        "settings": " ".join(f"{k}={v}" for k, v in settings.items()),
+    }
+    folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
+    write_evaluation(folder, metrics, predictions)
+    _print_metrics(metrics, f"{config['modality']} on {config['data']['name']}, {split}")
+    console.print(f"Written: {folder / 'metrics.json'}, {folder / 'predictions.jsonl'}", soft_wrap=True)
+    return metrics
+
+
+def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) -> None:
+    """Fill a module with a run's trained tensors.
+
+    Raises:
+        MsencError: the file is missing or unreadable, or does not belong to these base weights.
+    """
+    path = Path(checkpoint)
+    if checkpoint in ("best", "last"):
+        path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
+    if not path.is_file():
+        found = sorted(f.name for f in (run_dir / "checkpoints").glob("*.ckpt"))
+        raise MsencError(f"{path}: no such checkpoint. Found: {', '.join(found) or 'none'}. Did the run finish?")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises a dozen types for a file that is none of its own
+        raise MsencError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {e}).") from e
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"], strict=False)
+
+
+def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isnan(value):
+            is_share = name.endswith("/recovered")
+            table.add_row(name, f"{100 * value:.1f} %" if is_share else f"{value:.4f}")
+        elif isinstance(value, int):
+            table.add_row(name, f"{value:,}")
+    console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def report(cfg: DictConfig) -> None:
+    """Print one table of all runs below a folder."""
+    from msenc.report.collect import collect_runs
+    from msenc.report.table import print_table, summarise, write_table
+
+    table = summarise(collect_runs(Path(cfg.sweep_dir)), split=cfg.split, settings=cfg.settings)
+    print_table(table)
+    paths = write_table(table, Path(cfg.sweep_dir))
+    console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+
+
+def end_sweep(sweep_dir: Path) -> None:
+    """What a multirun does last: print the report, name what failed, and exit with status 1 if anything did."""
+    from msenc.report.collect import collect_runs
+
+    runs = collect_runs(sweep_dir)
+    failed = [run for run in runs if run.status != "finished"]
+    try:
+        report(OmegaConf.create({"sweep_dir": str(sweep_dir), "split": "test", "settings": None}))
+    except MsencError as e:
+        console.print(f"No table: {e}", soft_wrap=True)
+    if failed:
+        console.print(f"[red]{len(failed)} of {len(runs)} jobs did not finish:[/red]")
+        for run in failed:
+            console.print(f"  {run.name}: {run.status}: {run.error}", soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,187 @@
+"""Pre-train the demo's LLM: a small Llama that has read how moods and voices, written out in words, shape replies.
+
+    transcripts in words -> tokenizer and Llama -> a transformers folder
+
+It stands in for what a large LLM brings along: the language of the task, and what follows from a mood. It has never
+met a feature of sound or picture. The connectors have to say with their vectors what the transcripts say in words.
+"""
+
+import math
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch.nn.functional import cross_entropy
+
+from msenc.data.collate import collate, dialogue_rows
+from msenc.models.attention import layout_mask
+from msenc.prepare.demo import DemoDialogue, state_words, transcripts
+from msenc.prompt import DialogueTokenizer, Prompt, TokenizedDialogue
+
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def pretrain(
+    folder: Path,
+    prompt: Prompt,
+    num_dialogues: int,
+    epochs: int = 1,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    vocab_size: int = 1024,
+    batch_size: int = 16,
+    learning_rate: float = 3e-3,
+    silence: float = 0.2,
+    seed: int = 1,
+) -> None:
+    """Make the folder of a tiny LLM; it appears whole or not at all.
+
+    The objective is the language model's: every token of the history counts, and every reply.
+
+    Args:
+        folder: where it goes, in ``save_pretrained``'s layout.
+        prompt: the templates that the transcripts are written in.
+        num_dialogues: transcripts; they are drawn apart from every split of the demo.
+        epochs: passes over them.
+        hidden_size: width H.
+        num_layers: layers of the Llama.
+        num_heads: attention heads.
+        vocab_size: of the byte-level BPE tokenizer.
+        batch_size: dialogues per step.
+        learning_rate: of AdamW, one-cycle.
+        silence: share of the turns whose mood, and share of those whose voice, goes unsaid: a stream may be absent.
+        seed: of transcripts, weights and order.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dialogues = transcripts(num_dialogues, seed)
+    tokenizer = train_tokenizer(dialogues, prompt, vocab_size)
+    rng = random.Random(seed)
+    encoded = [_tokenize(d, DialogueTokenizer(prompt, tokenizer), silence, rng) for d in dialogues]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        llm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden_size,
+                intermediate_size=4 * hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_heads,
+                max_position_embeddings=4096,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                tie_word_embeddings=True,
+            )
+        )
+    _fit(llm, encoded, epochs, batch_size, learning_rate, rng)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    llm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def train_tokenizer(dialogues: Sequence[DemoDialogue], prompt: Prompt, vocab_size: int) -> object:
+    """A byte-level BPE over the transcripts: any text has tokens, and the transcripts' words mostly one each."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def texts() -> list[str]:
+        lines = [prompt.instruction]
+        for demo in dialogues:
+            labels = prompt.speaker_labels(demo.dialogue)
+            for label, turn, utterance in zip(labels, demo.turns, demo.dialogue.utterances, strict=True):
+                lines += prompt.turn_pieces(label, utterance.text, (), _slot_words(turn))
+                lines.append(prompt.format_target(utterance)[0])
+        return lines
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bos = SPECIAL_TOKENS["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def _slot_words(turn: object) -> dict[str, str]:
+    return {stream: f" [{words}]" for stream, words in state_words(turn).items()}
+
+
+def _tokenize(
+    demo: DemoDialogue, tokenizer: DialogueTokenizer, silence: float, rng: random.Random
+) -> TokenizedDialogue:
+    words = [
+        {stream: said for stream, said in _slot_words(turn).items() if rng.random() >= silence} for turn in demo.turns
+    ]
+    return tokenizer(demo.dialogue, [()] * len(words), words)
+
+
+def _fit(
+    llm: torch.nn.Module,
+    encoded: list[TokenizedDialogue],
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    rng: random.Random,
+) -> None:
+    steps = epochs * math.ceil(len(encoded) / batch_size)
+    optimizer = torch.optim.AdamW(llm.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    llm.train()
+    step = 0
+    with Progress() as progress:
+        task = progress.add_task("pre-training the tiny LLM", total=steps)
+        for _ in range(epochs):
+            order = rng.sample(range(len(encoded)), len(encoded))
+            for at in range(0, len(order), batch_size):
+                num_turns = 2 + int(5 * step / steps)
+                step += 1
+                dialogues = [_first_turns(encoded[i], num_turns) for i in order[at : at + batch_size]]
+                rows = [dialogue_rows(d, budget=10**9, num_queries={}) for d in dialogues]
+                batch = collate(dialogues, [{} for _ in dialogues], rows, num_queries={})
+                logits = llm(
+                    input_ids=batch.input_ids,
+                    attention_mask=layout_mask(batch.branch, batch.cut),
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                ).logits
+                # Targets count, and the trunk's own next tokens, where the next one belongs to the trunk as well.
+                trunk = (batch.branch == -1).logical_and(batch.position_ids > 0)
+                wanted = torch.where(trunk, batch.input_ids, batch.labels)[:, 1:]
+                loss = cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=-100)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                progress.update(task, advance=1, description=f"pre-training the tiny LLM, loss {loss.item():.3f}")
+    llm.eval()
+
+
+def _first_turns(dialogue: TokenizedDialogue, num: int) -> TokenizedDialogue:
+    return replace(
+        dialogue,
+        turns=dialogue.turns[:num],
+        responses=dialogue.responses[: num - 1],
+        targets=dialogue.targets[: num - 1],
+        turn_tokens=dialogue.turn_tokens[:num],
+    )

@@ -1,0 +1,323 @@
+"""dialogue -> token layout with media slots; generated text -> Reply.
+
+Sits above `types` and below `models`: it knows tokenizers, and no tensor.
+
+A prompt is four templates. The *instruction* opens every sample; each *turn* of the history follows with its speaker,
+media slots and text; the *response* asks for the next turn, and the *target* is what the LLM has to write. A template
+is cut into pieces at its media slots, and each piece is tokenized by itself, so that the tokens of a turn do not
+depend on its neighbours and every layout of a dialogue uses the same ones.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from msenc.types import Dialogue, MsencError, Reply, Utterance
+
+TOKEN_KINDS = ("reply", "description", "end", "planted_text", "planted_audio", "planted_video", "planted_both")
+"""What a target token belongs to; predictions store the index."""
+
+SLOTS = ("video", "audio")
+_FIELDS = ("speaker", "text", *SLOTS)
+_FIELD = re.compile(r"\{(\w*)\}")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place of the layout that a stream's connector fills with its query outputs."""
+
+    stream: str
+
+
+class Span(NamedTuple):
+    """Characters of a target whose information is known."""
+
+    start: int
+    end: int
+    kind: str
+    bits: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the LLM has to write for one turn.
+
+    Args:
+        ids: token ids, the end token last.
+        kinds: index into `TOKEN_KINDS` of each token.
+        bits: planted bits by kind (`planted_audio`: 1.0); empty where nothing is planted.
+    """
+
+    ids: tuple[int, ...]
+    kinds: tuple[int, ...]
+    bits: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenizedDialogue:
+    """A dialogue in tokens, cut at its turns.
+
+    Args:
+        id: the dialogue's id.
+        instruction: tokens before the first turn.
+        turns: per turn its block in the history: runs of tokens and media slots.
+        responses: per target (turn 1, 2, ...) the tokens that ask for it.
+        targets: per target the tokens to write.
+        turn_tokens: text tokens of each turn's block, slots not counted: what the history rule counts.
+    """
+
+    id: str
+    instruction: tuple[int, ...]
+    turns: tuple[tuple[Slot | tuple[int, ...], ...], ...]
+    responses: tuple[tuple[int, ...], ...]
+    targets: tuple[Target, ...]
+    turn_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The templates of a prompt.
+
+    Args:
+        instruction: text before the first turn.
+        turn: one turn of the history; fields ``{speaker}``, ``{text}`` and the media slots ``{video}``, ``{audio}``.
+        response: text that asks for the next turn; field ``{speaker}``.
+        response_text: the same where the target is text alone; `response` if None.
+        target: ``text_description`` (text, then the voice description in brackets) or ``text``.
+        target_format: the target's shape with ``{text}`` and ``{description}``; the description stands in round
+            brackets at the end, which is how `parse` finds it again.
+        speakers: ``names`` as the data has them, or ``numbers`` in order of appearance.
+        chat: wrap instruction and turns in the tokenizer's chat template (system and user message).
+    """
+
+    instruction: str
+    turn: str
+    response: str
+    response_text: str | None = None
+    target: Literal["text", "text_description"] = "text_description"
+    target_format: str = " {text} ({description})"
+    speakers: Literal["names", "numbers"] = "names"
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse templates that could not be filled or read back."""
+        if self.target not in ("text", "text_description"):
+            raise MsencError(f"prompt.target: found {self.target!r}, expected 'text' or 'text_description'.")
+        if self.speakers not in ("names", "numbers"):
+            raise MsencError(f"prompt.speakers: found {self.speakers!r}, expected 'names' or 'numbers'.")
+        for name, allowed in (("turn", _FIELDS), ("response", ("speaker",)), ("response_text", ("speaker",))):
+            template = getattr(self, name) or ""
+            for found in _FIELD.findall(template):
+                if found not in allowed:
+                    raise MsencError(f"prompt.{name}: unknown field {{{found}}} in {template!r}; known: {allowed}.")
+        if "{text}" not in self.turn or "{speaker}" not in self.turn:
+            raise MsencError(f"prompt.turn: {self.turn!r} lacks {{text}} or {{speaker}}: the history would be lost.")
+        if not re.search(r"\{text\}\s*\(\{description\}\)$", self.target_format):
+            raise MsencError(
+                f"prompt.target_format: {self.target_format!r} must end in '{{text}} ({{description}})', with or "
+                "without the space: a reply's description is found again by its closing bracket."
+            )
+
+    def speaker_labels(self, dialogue: Dialogue) -> list[str]:
+        """The label of each turn's speaker, by `speakers`.
+
+        Example:
+            >>> turns = tuple(Utterance(str(i), s, "Hi.") for i, s in enumerate(["Ana", "Ben", "Ana"]))
+            >>> prompt = Prompt(instruction="", turn="{speaker}:{text}", response="{speaker}:", speakers="numbers")
+            >>> prompt.speaker_labels(Dialogue("d", "train", turns))
+            ['0', '1', '0']
+        """
+        names = [u.speaker for u in dialogue.utterances]
+        if self.speakers == "names":
+            return names
+        order = {name: str(i) for i, name in enumerate(dict.fromkeys(names))}
+        return [order[name] for name in names]
+
+    def turn_pieces(
+        self, speaker: str, text: str, streams: Sequence[str], words: Mapping[str, str] | None = None
+    ) -> Iterator[str | Slot]:
+        """Fill the turn's template: text pieces and slots, in order.
+
+        Args:
+            speaker: the speaker's label.
+            text: what is said.
+            streams: streams that this turn has and the model reads; other slots vanish.
+            words: text that stands in a stream's slot in place of a slot (the tiny LLM is pre-trained so).
+        """
+        piece, at = "", 0
+        for match in _FIELD.finditer(self.turn):
+            piece += self.turn[at : match.start()]
+            at = match.end()
+            name = match.group(1)
+            if name == "speaker":
+                piece += speaker
+            elif name == "text":
+                piece += text
+            elif words and name in words:
+                piece += words[name]
+            elif name in streams:
+                if piece:
+                    yield piece
+                    piece = ""
+                yield Slot(name)
+        piece += self.turn[at:]
+        if piece:
+            yield piece
+
+    def format_target(self, utterance: Utterance) -> tuple[str, int, list[Span]]:
+        """The target's string, where its description begins, and its planted spans.
+
+        Returns:
+            The string without the end token; the first character of the description part, bracket included (the
+            string's length where there is none); the planted spans.
+
+        Raises:
+            MsencError: a description that holds brackets itself.
+        """
+        before, _, rest = self.target_format.partition("{text}")
+        text, description = utterance.text, utterance.description
+        start = {"text": len(before)}
+        string = before + text
+        split = len(string)
+        if self.target == "text_description" and description is not None:
+            if "(" in description or ")" in description:
+                raise MsencError(
+                    f"utterance {utterance.id}: brackets in the voice description {description!r}. A target ends in "
+                    "its description in brackets, so the description must hold none."
+                )
+            opening, _, closing = rest.partition("{description}")
+            start["description"] = split + len(opening)
+            string += opening + description + closing
+        spans = [
+            Span(start[m.field] + m.start, start[m.field] + m.end, f"planted_{m.kind}", m.bits)
+            for m in utterance.marks
+            if m.field in start
+        ]
+        return string, split, spans
+
+    def parse(self, generated: str) -> Reply:
+        """Read a generated target back.
+
+        The description is the last bracket group, if the string ends in one; brackets elsewhere belong to the text,
+        and a bracket that was opened and never closed stays in the text too, so nothing that was generated is lost.
+
+        Example:
+            >>> prompt = Prompt(instruction="", turn="{speaker}:{text}", response="{speaker}:")
+            >>> prompt.parse(" Well (you know). (a man speaks fast)")
+            Reply(text='Well (you know).', description='a man speaks fast')
+            >>> prompt.parse(" Well (you kn")
+            Reply(text='Well (you kn', description=None)
+        """
+        string = generated.strip()
+        if self.target == "text" or not string.endswith(")"):
+            return Reply(string)
+        opening = string.rfind("(")
+        if opening < 0 or ")" in string[opening:-1]:
+            return Reply(string)
+        return Reply(string[:opening].rstrip(), string[opening + 1 : -1].strip())
+
+
+class DialogueTokenizer:
+    """Dialogue -> TokenizedDialogue.
+
+    Args:
+        prompt: the templates.
+        tokenizer: a fast tokenizer of transformers, with an end token.
+    """
+
+    def __init__(self, prompt: Prompt, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise MsencError(
+                f"tokenizer {type(tokenizer).__name__} is not a fast one: token kinds need character offsets. "
+                "Use a model whose folder holds a tokenizer.json."
+            )
+        if tokenizer.eos_token_id is None:
+            raise MsencError("the tokenizer has no end token (eos_token): a reply could not end.")
+        self.prompt = prompt
+        self.tokenizer = tokenizer
+        self._known: dict[str, tuple[int, ...]] = {}
+        opening, closing = prompt.instruction, ""
+        if prompt.chat:
+            opening, closing = self._chat_frame()
+        self._instruction = self._opening_ids(opening)
+        response = prompt.response
+        if prompt.target == "text" and prompt.response_text is not None:
+            response = prompt.response_text
+        self._response = closing + response
+
+    def _chat_frame(self) -> tuple[str, str]:
+        """What the chat template writes before the turns, and between the turns and the reply."""
+        if not self.tokenizer.chat_template:
+            raise MsencError(
+                "prompt=chat: the LLM's tokenizer has no chat template. "
+                "Take an instruction-tuned LLM, or prompt=default."
+            )
+        mark = "\u0001turns\u0001"
+        messages = [{"role": "system", "content": self.prompt.instruction}, {"role": "user", "content": mark}]
+        frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        opening, _, closing = frame.partition(mark)
+        return opening, closing
+
+    def _opening_ids(self, text: str) -> tuple[int, ...]:
+        """The instruction's tokens, with BOS where the tokenizer adds one (a chat template writes its own)."""
+        ids = self.tokenizer(text, add_special_tokens=not self.prompt.chat).input_ids if text else []
+        if not ids and self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id]
+        if ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id and not self.prompt.chat:
+            ids = ids[:-1]
+        return tuple(ids)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        # Speaker labels and response prompts come again and again; a tokenizer call costs far more than a look-up.
+        if text not in self._known:
+            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self._known[text]
+
+    def __call__(
+        self,
+        dialogue: Dialogue,
+        streams: Sequence[Sequence[str]],
+        words: Sequence[Mapping[str, str]] | None = None,
+    ) -> TokenizedDialogue:
+        """Tokenize a dialogue.
+
+        Args:
+            dialogue: the turns.
+            streams: per turn the streams that it has and the model reads.
+            words: per turn, texts that stand in place of slots.
+        """
+        labels = self.prompt.speaker_labels(dialogue)
+        turns, turn_tokens = [], []
+        for k, (label, utterance) in enumerate(zip(labels, dialogue.utterances, strict=True)):
+            pieces = self.prompt.turn_pieces(label, utterance.text, streams[k], words[k] if words else None)
+            block = tuple(p if isinstance(p, Slot) else self._ids(p) for p in pieces)
+            turns.append(block)
+            # Counted as if no slot had cut the text, so that every modality keeps the same turns.
+            turn_tokens.append(len(self._ids("".join(self.prompt.turn_pieces(label, utterance.text, ())))))
+        replies = list(zip(labels, dialogue.utterances, strict=True))[1:]
+        return TokenizedDialogue(
+            id=dialogue.id,
+            instruction=self._instruction,
+            turns=tuple(turns),
+            responses=tuple(self._ids(self._response.replace("{speaker}", label)) for label, _ in replies),
+            targets=tuple(self._target(utterance) for _, utterance in replies),
+            turn_tokens=tuple(turn_tokens),
+        )
+
+    def _target(self, utterance: Utterance) -> Target:
+        string, split, spans = self.prompt.format_target(utterance)
+        encoded = self.tokenizer(string, add_special_tokens=False, return_offsets_mapping=True)
+        kinds = []
+        for start, end in encoded.offset_mapping:
+            kind = "reply" if end <= split else "description"
+            # Every token that overlaps a planted span counts, so that none of the span's loss is lost.
+            kinds.append(next((s.kind for s in spans if start < s.end and s.start < end), kind))
+        bits: dict[str, float] = {}
+        for span in spans:
+            bits[span.kind] = bits.get(span.kind, 0.0) + span.bits
+        return Target(
+            ids=(*encoded.input_ids, self.tokenizer.eos_token_id),
+            kinds=tuple(TOKEN_KINDS.index(k) for k in (*kinds, "end")),
+            bits=bits,
+        )

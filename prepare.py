@@ -1,0 +1,21 @@
+"""Raw clips and annotations -> shards: python prepare.py data=demo|meld [data.root=FOLDER] [modality=...]."""
+
+import hydra
+from omegaconf import DictConfig
+
+from msenc.config import readable_errors, register_schemas
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
+def main(cfg: DictConfig) -> None:
+    """Prepare what is missing of a data set."""
+    from msenc import pipelines  # imported here: --help must not wait for torch
+
+    pipelines.prepare(cfg)
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()

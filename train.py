@@ -1,0 +1,21 @@
+"""Train one run, or a sweep: python train.py [-m] [modality=...] [key=value ...]. See configs/train.yaml."""
+
+import hydra
+from omegaconf import DictConfig
+
+from msenc.config import readable_errors, register_schemas
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Compose, train, evaluate."""
+    from msenc import pipelines  # imported here: --help must not wait for torch
+
+    return pipelines.train(cfg)
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()
