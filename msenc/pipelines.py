@@ -1,5 +1,6 @@
 """What the scripts do: config -> parts -> result on disk. Wiring alone; the logic stands in the layers below."""
 
+import logging
 import math
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -201,6 +203,7 @@ def _fit(
         default_root_dir=str(record.folder),
         enable_model_summary=False,
     )
+    module.train()
     trainer.fit(module, datamodule=datamodule)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     write_json(record.folder / "metrics.json", metrics)
@@ -245,7 +248,11 @@ def _prepare_command(overrides: list[str], modality: str) -> str:
 
 
 def _quieten() -> None:
-    # Both are choices of the config, made on purpose: small data loads in the process itself.
+    # Lightning lists devices it does not use and advertises; what matters is printed by msenc.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    # Choices of the config, made on purpose: small data loads in the process itself, frozen parts are in eval mode.
+    warnings.filterwarnings("ignore", message=r".*Found \d+ module\(s\) in eval mode.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings(
         "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
