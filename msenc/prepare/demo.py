@@ -51,8 +51,8 @@ DEMO_COLUMNS = ("Description", "Marks", "Pitch", "Range", "Face")
 _STREAMS = (*SPLITS, "transcripts")
 _DRAW, _SOUND, _PICTURE = 1, 2, 3
 
-INSIDE = ("kitchen", "bedroom", "library", "office", "cinema", "museum", "bakery", "gym")
-OUTSIDE = ("garden", "forest", "park", "orchard", "meadow", "valley", "desert", "field")
+INSIDE = ("kitchen", "bedroom", "library", "office")
+OUTSIDE = ("garden", "forest", "park", "desert")
 _STATEMENTS = ("I am in the {}.", "This is the {}.", "Here is the {}.")
 _OPENINGS = ("Hello.", "Hi.", "Hey.")
 _DESCRIPTION = "{} speaks with {} intonation"

@@ -32,6 +32,9 @@ WEIGHTS = {
     "planted_both": 10.0,
 }
 
+FIRST_LESSONS = 0.75
+"""Share of the transcripts that are cut to two turns."""
+
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -62,15 +65,20 @@ def pretrain(
         vocab_size: of the byte-level BPE tokenizer.
         batch_size: dialogues per step.
         learning_rate: of AdamW, one-cycle.
-        silence: share of the turns whose mood, and share of those whose voice, goes unsaid: a stream may be absent.
-        seed: of transcripts, weights and order.
+        silence: share of the turns whose mood, and of those whose voice, goes unsaid: a stream may be absent. Only in
+            whole dialogues, which come after the cut ones.
+        seed: of transcripts, weights and silences.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dialogues = transcripts(num_dialogues, seed)
     tokenizer = train_tokenizer(dialogues, prompt, vocab_size)
     rng = random.Random(seed)
-    encoded = [_tokenize(d, DialogueTokenizer(prompt, tokenizer), silence, rng) for d in dialogues]
+    first = round(FIRST_LESSONS * num_dialogues)
+    tokenize = DialogueTokenizer(prompt, tokenizer)
+    # Short dialogues in which all is said come first: what a reply depends on is learned there many times faster.
+    lessons = [_first_turns(_tokenize(d, tokenize, 0.0, rng), 2) for d in dialogues[:first]]
+    lessons += [_tokenize(d, tokenize, silence, rng) for d in dialogues[first:]]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         llm = LlamaForCausalLM(
@@ -89,7 +97,7 @@ def pretrain(
                 initializer_range=0.15,  # at this width, transformers' 0.02 costs several times the steps
             )
         )
-    _fit(llm, encoded, batch_size, learning_rate, rng)
+    _fit(llm, lessons, batch_size, learning_rate)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -144,25 +152,15 @@ def _tokenize(
     return tokenizer(demo.dialogue, [()] * len(words), words)
 
 
-def _fit(
-    llm: torch.nn.Module,
-    encoded: list[TokenizedDialogue],
-    batch_size: int,
-    learning_rate: float,
-    rng: random.Random,
-) -> None:
-    steps = math.ceil(len(encoded) / batch_size)
+def _fit(llm: torch.nn.Module, lessons: list[TokenizedDialogue], batch_size: int, learning_rate: float) -> None:
+    steps = math.ceil(len(lessons) / batch_size)
     optimizer = torch.optim.AdamW(llm.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    order = rng.sample(range(len(encoded)), len(encoded))
     llm.train()
     with Progress() as progress:
         task = progress.add_task("pre-training the tiny LLM", total=steps)
         for step in range(steps):
-            # Short dialogues first: what a reply depends on is learned there many times faster.
-            num_turns = 2 if step < 0.8 * steps else 6
-            chosen = order[step * batch_size : (step + 1) * batch_size]
-            dialogues = [_first_turns(encoded[i], num_turns) for i in chosen]
+            dialogues = lessons[step * batch_size : (step + 1) * batch_size]
             rows = [dialogue_rows(d, budget=10**9, num_queries={}) for d in dialogues]
             batch = collate(dialogues, [{} for _ in dialogues], rows, num_queries={})
             logits = llm(
