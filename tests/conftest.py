@@ -1,0 +1,127 @@
+"""A small demo, prepared once, and the ways that tests compose, train and call the scripts on it."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+from tiny_models import save_causal_lm, save_clip, save_speech_encoder, save_whisper
+
+from msenc.config import register_schemas
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+SMALL_DEMO = ["data.generate.sizes={train:16,val:4,test:4}", "model.llm_recipe.num_dialogues=64", "prepare_workers=0"]
+"""Overrides that the small demo was made with; any other sizes would be refused in its folder."""
+
+
+@pytest.fixture(scope="session")
+def _home(tmp_path_factory):
+    """MSENC_DATA and MSENC_RUNS lie in a temporary folder for the whole session: no test writes into the checkout."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSENC_DATA", str(home / "data"))
+        patch.setenv("MSENC_RUNS", str(home / "runs"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        register_schemas()
+        yield home
+
+
+@pytest.fixture(scope="session")
+def demo_home(_home) -> Path:
+    """A folder with the small demo's raw material, shards and tiny LLM in ``data/``, as `prepare.py` makes them."""
+    from msenc import pipelines
+
+    pipelines.prepare(_compose(SMALL_DEMO, "prepare", _home))
+    return _home
+
+
+@pytest.fixture
+def compose(_home, tmp_path) -> Callable[..., DictConfig]:
+    """``compose(overrides, config_name="train")`` -> the config of that command, its run folder below `tmp_path`."""
+
+    def call(overrides: list[str] = [], config_name: str = "train") -> DictConfig:  # noqa: B006 (never changed)
+        return _compose(overrides, config_name, tmp_path / "run")
+
+    return call
+
+
+def _compose(overrides: list[str], config_name: str, output_dir: Path) -> DictConfig:
+    if config_name != "report":  # which writes where its argument says
+        overrides = [*overrides, f"paths.output_dir={output_dir}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose(config_name, overrides)
+
+
+@pytest.fixture
+def train(demo_home, tmp_path) -> Callable[..., SimpleNamespace]:
+    """``train(overrides, folder="run")``: what `train.py` does, in this process -> folder, loss.
+
+    Hydra's own job runner makes the run folder, writes ``.hydra`` and sets HydraConfig; an exception comes out as it is.
+    """
+
+    def call(overrides: list[str], folder: str = "run") -> SimpleNamespace:
+        from msenc import pipelines
+
+        run_dir = tmp_path / folder
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            job = GlobalHydra.instance().hydra.run(
+                "train", pipelines.train, [*overrides, f"hydra.run.dir={run_dir}"], with_log_configuration=False
+            )
+        return SimpleNamespace(folder=run_dir, loss=job.return_value)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run_script(demo_home) -> Callable[..., subprocess.CompletedProcess]:
+    """``run_script("train.py", *args, env={})`` -> the finished process; data and runs lie in `demo_home`."""
+
+    def call(name: str, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, name, *args],
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "200", **(env or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_models(demo_home, tmp_path_factory) -> dict[str, Path]:
+    """Folders of random models: llama, mistral, qwen2, qwen3 (16 wide, the demo's tokenizer), wavlm, wav2vec2,
+    whisper (16 wide), clip (12 wide).
+    """  # noqa: D205
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(demo_home / "data" / "tiny-llm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {
+            **{
+                family.lower(): save_causal_lm(folder / family, family, tokenizer)
+                for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+            },
+            "wavlm": save_speech_encoder(folder / "wavlm", "WavLM", "layer"),
+            "wav2vec2": save_speech_encoder(folder / "wav2vec2", "Wav2Vec2", "group"),
+            "whisper": save_whisper(folder / "whisper"),
+            "clip": save_clip(folder / "clip"),
+        }
