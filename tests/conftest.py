@@ -70,7 +70,7 @@ def _compose(overrides: list[str], config_name: str, output_dir: Path) -> DictCo
 def train(demo_home, tmp_path) -> Callable[..., SimpleNamespace]:
     """``train(overrides, folder="run")``: what `train.py` does, in this process -> folder, loss.
 
-    Hydra's own job runner makes the run folder, writes ``.hydra`` and sets HydraConfig; an exception comes out as it is.
+    Hydra's own job runner makes the run folder, writes ``.hydra`` and sets HydraConfig; exceptions come out as raised.
     """
 
     def call(overrides: list[str], folder: str = "run") -> SimpleNamespace:

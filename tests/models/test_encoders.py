@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import save_clip, save_speech_encoder, save_whisper
 
 from msenc.models.encoders import ClipVision, LogMel, Pixels, SpeechEncoder, WhisperEncoder, mel_bands, similar_batches
 from msenc.models.pretrained import load_pretrained
@@ -150,33 +151,11 @@ def test_what_is_no_rgb_clip_is_refused(clip):
 # Speech encoders
 
 
-def speech_folder(path, family, norm):
-    import transformers
-
-    config = getattr(transformers, f"{family}Config")(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        feat_extract_norm=norm,
-        do_stable_layer_norm=norm == "layer",
-    )
-    getattr(transformers, f"{family}Model")(config).save_pretrained(path)
-    # As published: wav2vec2-base has no mask of its own, WavLM-large has.
-    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer", do_normalize=True).save_pretrained(
-        path
-    )
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def speech_folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speech")
     kinds = [(f, n) for f in ("WavLM", "Wav2Vec2", "Hubert") for n in ("layer", "group")]
-    return {(f, n): speech_folder(folder / f"{f}-{n}", f, n) for f, n in kinds}
+    return {(f, n): str(save_speech_encoder(folder / f"{f}-{n}", f, n)) for f, n in kinds}
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
@@ -241,28 +220,7 @@ def test_speech_in_bfloat16_stays_near(speech_folders):
 
 @pytest.fixture(scope="module")
 def whisper_folder(tmp_path_factory):
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
-
-    folder = tmp_path_factory.mktemp("whisper")
-    config = WhisperConfig(
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_mel_bins=8,
-        max_source_positions=100,
-        vocab_size=20,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    WhisperModel(config).save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=2).save_pretrained(folder)
-    return str(folder)
+    return str(save_whisper(tmp_path_factory.mktemp("whisper")))
 
 
 @pytest.mark.parametrize("window", ["full", "short"])
@@ -308,19 +266,7 @@ def test_speech_encoders_refuse_each_others_models(speech_folders, whisper_folde
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**tower, "vocab_size": 20, "max_position_embeddings": 8},
-        vision_config={**tower, "image_size": 224, "patch_size": 32},
-        projection_dim=12,
-    )
-    config.vision_config.projection_dim = 12
-    CLIPModel(config).save_pretrained(folder)  # both halves, as published
-    CLIPImageProcessorPil().save_pretrained(folder)
-    return str(folder)
+    return str(save_clip(tmp_path_factory.mktemp("clip")))
 
 
 def test_clip_features_do_not_depend_on_the_batch(clip_folder):
