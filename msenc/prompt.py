@@ -113,10 +113,10 @@ class Prompt:
                     raise MsencError(f"prompt.{name}: unknown field {{{found}}} in {template!r}; known: {allowed}.")
         if "{text}" not in self.turn or "{speaker}" not in self.turn:
             raise MsencError(f"prompt.turn: {self.turn!r} lacks {{text}} or {{speaker}}: the history would be lost.")
-        if not re.search(r"\{text\}\s*\(\{description\}\)$", self.target_format):
+        if not re.fullmatch(r"\s*\{text\}\s*\(\{description\}\)", self.target_format):
             raise MsencError(
-                f"prompt.target_format: {self.target_format!r} must end in '{{text}} ({{description}})', with or "
-                "without the space: a reply's description is found again by its closing bracket."
+                f"prompt.target_format: {self.target_format!r} must be '{{text}} ({{description}})', with or without "
+                "spaces before its parts: a reply's text and description are found again by the brackets alone."
             )
 
     def speaker_labels(self, dialogue: Dialogue) -> list[str]:
@@ -248,6 +248,8 @@ class DialogueTokenizer:
 
     def _chat_frame(self) -> tuple[str, str]:
         """What the chat template writes before the turns, and between the turns and the reply."""
+        from jinja2 import TemplateError  # comes with torch and transformers
+
         if not self.tokenizer.chat_template:
             raise MsencError(
                 "prompt=chat: the LLM's tokenizer has no chat template. "
@@ -255,7 +257,13 @@ class DialogueTokenizer:
             )
         mark = "\u0001turns\u0001"
         messages = [{"role": "system", "content": self.prompt.instruction}, {"role": "user", "content": mark}]
-        frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as e:
+            raise MsencError(
+                f"prompt=chat: the LLM's chat template refuses a system and a user message ({e}). "
+                "Take another instruction-tuned LLM, or prompt=default."
+            ) from e
         opening, _, closing = frame.partition(mark)
         return opening, closing
 
@@ -286,6 +294,9 @@ class DialogueTokenizer:
             dialogue: the turns.
             streams: per turn the streams that it has and the model reads.
             words: per turn, texts that stand in place of slots.
+
+        Raises:
+            MsencError: a response without a token, or a description that holds brackets.
         """
         labels = self.prompt.speaker_labels(dialogue)
         turns, turn_tokens = [], []
@@ -296,11 +307,17 @@ class DialogueTokenizer:
             # Counted as if no slot had cut the text, so that every modality keeps the same turns.
             turn_tokens.append(len(self._ids("".join(self.prompt.turn_pieces(label, utterance.text, ())))))
         replies = list(zip(labels, dialogue.utterances, strict=True))[1:]
+        responses = tuple(self._ids(self._response.replace("{speaker}", label)) for label, _ in replies)
+        if not all(responses):
+            raise MsencError(
+                f"prompt.response: {self._response!r} gives no token in dialogue {dialogue.id}. A target's first token "
+                "is predicted from its response prompt: give it a word or a sign."
+            )
         return TokenizedDialogue(
             id=dialogue.id,
             instruction=self._instruction,
             turns=tuple(turns),
-            responses=tuple(self._ids(self._response.replace("{speaker}", label)) for label, _ in replies),
+            responses=responses,
             targets=tuple(self._target(utterance) for _, utterance in replies),
             turn_tokens=tuple(turn_tokens),
         )

@@ -1,0 +1,291 @@
+import copy
+import random
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from msenc.config import build
+from msenc.prepare.demo import transcripts
+from msenc.prepare.tiny_llm import train_tokenizer
+from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, Slot
+from msenc.types import Dialogue, Mark, MsencError, Reply, Utterance
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "prompt"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TURNS = (
+    Utterance("0", "Ana", "Hi (you)!"),
+    Utterance("1", "Ben", "Hello.", "a man speaks fast"),
+    Utterance("2", "Ana", "Bye.", "a woman speaks slowly"),
+)
+DIALOGUE = Dialogue("d/train/dia0", "train", TURNS)
+STREAMS = [["audio", "video"], ["audio"], []]
+
+
+def prompt_of(name, **changes):
+    return build({**OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")), **changes})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(transcripts(40, seed=3), prompt_of("default"), vocab_size=400)
+
+
+def render(tokenized, tokenizer, target):
+    """The sample of one target as a string; slots as <stream>, special tokens as they are."""
+    ids = list(tokenized.instruction)
+    text = tokenizer.decode(ids)
+    for block in tokenized.turns[:target]:
+        for piece in block:
+            text += f"<{piece.stream}>" if isinstance(piece, Slot) else tokenizer.decode(list(piece))
+    text += tokenizer.decode(list(tokenized.responses[target - 1]))
+    return text + tokenizer.decode(list(tokenized.targets[target - 1].ids))
+
+
+def random_text(rng, alphabet="ab ()[]{}.,()", length=12):
+    while not (text := "".join(rng.choices(alphabet, k=rng.randint(1, length))).strip()):
+        pass
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ parse
+
+
+@pytest.mark.parametrize("target_format", [" {text} ({description})", "{text}({description})"])
+def test_parse_reads_back_what_format_wrote(target_format):
+    prompt = prompt_of("default", target_format=target_format)
+    rng = random.Random(1)
+    num_with_brackets = 0
+    for _ in range(400):
+        text, description = random_text(rng), random_text(rng, "ab ,.[]{}")
+        string, split, _ = prompt.format_target(Utterance("0", "Ana", text, description))
+        assert prompt.parse(string) == Reply(text, description), string
+        assert string[:split].strip() == text
+        num_with_brackets += "(" in text
+    assert num_with_brackets > 100
+
+
+def test_parse_loses_nothing_of_any_string():
+    prompt = prompt_of("default")
+    rng = random.Random(2)
+    num_described = 0
+    for _ in range(400):
+        string = random_text(rng, "ab ()()", 20)
+        reply = prompt.parse(string)
+        if reply.description is None:
+            assert reply.text == string
+        else:
+            num_described += 1
+            written = f"{reply.text}({reply.description})"
+            assert re.sub(r"\s", "", written) == re.sub(r"\s", "", string)
+            assert not set("()") & set(reply.description)
+    assert 20 < num_described < 380
+
+
+@pytest.mark.parametrize("string", ["Well (you kn", "(", "Well) then)", "Well (so) (a man (", "a) b"])
+def test_an_unclosed_bracket_stays_in_the_text(string):
+    assert prompt_of("default").parse(string) == Reply(string, None)
+
+
+def test_a_target_of_text_alone_is_never_parsed():
+    prompt = prompt_of("default", target="text")
+    rng = random.Random(3)
+    for text in ("Well (you know)", "(laughs)", *(random_text(rng) for _ in range(100))):
+        string, split, _ = prompt.format_target(Utterance("0", "Ana", text, "a man speaks fast"))
+        assert split == len(string)
+        assert prompt.parse(string) == Reply(text, None)
+
+
+# ------------------------------------------------------------------------------------------------ token kinds
+
+
+def test_planted_tokens_are_those_that_overlap_a_mark(tokenizer):
+    prompt = prompt_of("default")
+    tokenize = DialogueTokenizer(prompt, tokenizer)
+    rng = random.Random(4)
+    num_planted = 0
+    for _ in range(100):
+        text, description = random_text(rng, "ab calm happy .", 30), random_text(rng, "a man speaks flat", 30)
+        marks = []
+        for field, string in (("text", text), ("description", description)):
+            start = rng.randrange(len(string))
+            end = rng.randint(start + 1, len(string))
+            marks.append(Mark(rng.choice(["text", "audio", "video", "both"]), field, start, end, rng.choice([0.5, 1])))
+        utterance = Utterance("1", "Ben", text, description, marks=tuple(marks))
+        target = tokenize(Dialogue("d", "train", (TURNS[0], utterance)), [(), ()]).targets[0]
+
+        bits = {}
+        for mark in marks:
+            bits[f"planted_{mark.kind}"] = bits.get(f"planted_{mark.kind}", 0) + mark.bits
+        assert target.bits == bits
+
+        assert target.ids[-1] == tokenizer.eos_token_id
+        assert TOKEN_KINDS[target.kinds[-1]] == "end"
+        offsets = {"text": 1, "description": len(f" {text} (")}
+        ends = [len(tokenizer.decode(target.ids[:i])) for i in range(len(target.ids))]  # byte-level: one byte a letter
+        for start, end, kind in zip(ends, ends[1:], target.kinds, strict=False):
+            hit = [
+                f"planted_{m.kind}"
+                for m in marks
+                if start < offsets[m.field] + m.end and offsets[m.field] + m.start < end
+            ]
+            # the description's part begins right behind the text
+            plain = "reply" if end <= len(f" {text}") else "description"
+            assert TOKEN_KINDS[kind] == (hit[0] if hit else plain)
+            num_planted += bool(hit)
+    assert num_planted > 200
+
+
+def test_marks_of_an_absent_description_count_nothing(tokenizer):
+    utterance = Utterance(
+        "1", "Ben", "Yes.", "a man", marks=(Mark("audio", "text", 0, 3), Mark("video", "description", 2, 5))
+    )
+    dialogue = Dialogue("d", "train", (TURNS[0], utterance))
+    both = DialogueTokenizer(prompt_of("default"), tokenizer)(dialogue, [(), ()]).targets[0]
+    alone = DialogueTokenizer(prompt_of("default", target="text"), tokenizer)(dialogue, [(), ()]).targets[0]
+    assert both.bits == {"planted_audio": 1.0, "planted_video": 1.0}
+    assert alone.bits == {"planted_audio": 1.0}
+    assert TOKEN_KINDS.index("planted_video") in both.kinds
+    assert TOKEN_KINDS.index("planted_video") not in alone.kinds
+    assert tokenizer.decode(alone.ids) == " Yes.</s>"
+
+
+# ------------------------------------------------------------------------------------------------ layout
+
+
+@pytest.mark.parametrize("name", ["default", "upstream"])
+def test_streams_change_slots_and_nothing_else(tokenizer, name):
+    tokenize = DialogueTokenizer(prompt_of(name), tokenizer)
+    plain = tokenize(DIALOGUE, [()] * 3)
+    assert all(isinstance(piece, tuple) for block in plain.turns for piece in block)
+    assert plain.turn_tokens == tuple(sum(map(len, block)) for block in plain.turns)
+    for streams in (STREAMS, [["video"]] * 3, [["audio", "video"]] * 3):
+        with_slots = tokenize(DIALOGUE, streams)
+        assert with_slots.turn_tokens == plain.turn_tokens
+        assert (with_slots.responses, with_slots.targets) == (plain.responses, plain.targets)
+        for block, present in zip(with_slots.turns, streams, strict=True):
+            slots = [piece.stream for piece in block if isinstance(piece, Slot)]
+            assert slots == [s for s in SLOTS if s in present]
+
+
+def test_default_prompt_in_words(tokenizer):
+    tokenized = DialogueTokenizer(prompt_of("default"), tokenizer)(DIALOGUE, STREAMS)
+    assert render(tokenized, tokenizer, 1) == (
+        "<s>A conversation.\nAna:<video><audio> Hi (you)!\nBen: Hello. (a man speaks fast)</s>"
+    )
+    assert render(tokenized, tokenizer, 2) == (
+        "<s>A conversation.\nAna:<video><audio> Hi (you)!\nBen:<audio> Hello.\nAna: Bye. (a woman speaks slowly)</s>"
+    )
+
+
+def test_upstream_prompt_in_words(tokenizer):
+    tokenized = DialogueTokenizer(prompt_of("upstream"), tokenizer)(DIALOGUE, STREAMS)
+    history = (
+        "<s>###Instruction: Generate a following response of this conversation\n"
+        "###Speaker_0:<video><audio>Hi (you)!###Speaker_1:<audio>Hello."
+    )
+    asked = "\n###Generate a response format as [text of response (voice description)], Speaker_0:"
+    assert render(tokenized, tokenizer, 2) == f"{history}{asked}Bye.(a woman speaks slowly)</s>"
+    tokenized = DialogueTokenizer(prompt_of("upstream", target="text"), tokenizer)(DIALOGUE, STREAMS)
+    assert render(tokenized, tokenizer, 2) == f"{history}\n###Generate a text response , Speaker_0:Bye.</s>"
+
+
+def test_chat_prompt_in_words(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = CHATML
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    prompt = prompt_of("chat")
+    tokenized = DialogueTokenizer(prompt, chat)(DIALOGUE, STREAMS)
+    assert render(tokenized, chat, 1) == (
+        f"<|im_start|>system\n{prompt.instruction}<|im_end|>\n<|im_start|>user\nAna:<video><audio> Hi (you)!\n"
+        "<|im_end|>\n<|im_start|>assistant\nBen: Hello. (a man speaks fast)</s>"
+    )
+    assert tokenized.instruction[0] == chat.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_begin_token_stands_once(tokenizer):
+    bos = tokenizer.bos_token_id
+    for changes in ({}, {"instruction": ""}):
+        tokenized = DialogueTokenizer(prompt_of("default", **changes), tokenizer)(DIALOGUE, STREAMS)
+        pieces = [p for block in tokenized.turns for p in block if isinstance(p, tuple)]
+        pieces += [*tokenized.responses, *(target.ids for target in tokenized.targets)]
+        assert tokenized.instruction[0] == bos
+        assert tokenized.instruction.count(bos) == 1
+        assert not any(bos in piece for piece in pieces)
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "<s>" + CHATML  # as templates do that write it themselves
+    tokenized = DialogueTokenizer(prompt_of("chat"), chat)(DIALOGUE, STREAMS)
+    assert tokenized.instruction.count(bos) == 1
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_taken_off(tokenizer):
+    from tokenizers import processors
+
+    both = copy.deepcopy(tokenizer)
+    ends = [("<s>", both.bos_token_id), ("</s>", both.eos_token_id)]
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    assert both("Hi").input_ids[-1] == both.eos_token_id
+    tokenized = DialogueTokenizer(prompt_of("default"), both)(DIALOGUE, STREAMS)
+    assert both.eos_token_id not in tokenized.instruction
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"turn": "{speaker}: {txt}"}, r"prompt\.turn: unknown field \{txt\}"),
+        ({"turn": "{speaker}:"}, r"prompt\.turn: .* lacks \{text\} or \{speaker\}"),
+        ({"turn": "{text}"}, r"prompt\.turn: .* lacks \{text\} or \{speaker\}"),
+        ({"response": "{text}:"}, r"prompt\.response: unknown field \{text\}"),
+        ({"response_text": "{name}:"}, r"prompt\.response_text: unknown field \{name\}"),
+        ({"target": "description"}, "prompt.target: found 'description', expected 'text' or 'text_description'"),
+        ({"speakers": "letters"}, "prompt.speakers: found 'letters', expected 'names' or 'numbers'"),
+        ({"target_format": "{text} [{description}]"}, r"prompt\.target_format: .* must"),
+        ({"target_format": "({description}) {text}"}, r"prompt\.target_format: .* must"),
+        ({"target_format": "Reply: {text} ({description})"}, r"prompt\.target_format: .* must"),
+        ({"target_format": "{text} ({description})\n"}, r"prompt\.target_format: .* must"),
+    ],
+)
+def test_unfit_templates_are_refused(changes, message):
+    with pytest.raises(MsencError, match=message):
+        prompt_of("default", **changes)
+
+
+def test_a_description_with_brackets_is_refused(tokenizer):
+    turns = (TURNS[0], Utterance("7", "Ben", "Yes.", "a man (young) speaks"))
+    tokenize = DialogueTokenizer(prompt_of("default"), tokenizer)
+    with pytest.raises(MsencError, match=r"utterance 7: brackets in the voice description 'a man \(young\) speaks'"):
+        tokenize(Dialogue("d", "train", turns), [(), ()])
+    DialogueTokenizer(prompt_of("default", target="text"), tokenizer)(Dialogue("d", "train", turns), [(), ()])
+
+
+def test_a_response_without_a_token_is_refused(tokenizer):
+    # The last token before a target predicts its first one; with an empty response that is another branch's.
+    tokenize = DialogueTokenizer(prompt_of("default", response=""), tokenizer)
+    with pytest.raises(MsencError, match=r"prompt\.response: .* no token"):
+        tokenize(DIALOGUE, STREAMS)
+
+
+def test_unfit_tokenizers_are_refused(tokenizer):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(MsencError, match=r"tokenizer Slow is not a fast one.*tokenizer\.json"):
+        DialogueTokenizer(prompt_of("default"), Slow())
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(MsencError, match="no end token"):
+        DialogueTokenizer(prompt_of("default"), endless)
+    with pytest.raises(MsencError, match="prompt=chat: the LLM's tokenizer has no chat template"):
+        DialogueTokenizer(prompt_of("chat"), tokenizer)
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(MsencError, match=r"prompt=chat: .*System role not supported"):
+        DialogueTokenizer(prompt_of("chat"), strict)
