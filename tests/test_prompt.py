@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from msenc.config import build
 from msenc.prepare.demo import transcripts
 from msenc.prepare.tiny_llm import train_tokenizer
-from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, Slot
+from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Slot
 from msenc.types import Dialogue, Mark, MsencError, Reply, Utterance
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "prompt"

@@ -58,7 +58,9 @@ def load_llm(
     )
     base = fingerprint(llm)
     if gradient_checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it; by default, both recompute without re-entering autograd.
+        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+        enable()
         llm.enable_input_require_grads()
     llm.requires_grad_(not freeze and lora is None)
     if not freeze and lora is not None:
