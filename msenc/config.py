@@ -12,19 +12,34 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
 
 from msenc.types import MsencError
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+
 TRUSTED_PACKAGES = ("msenc.", "torch.", "lightning.", "torchmetrics.", "transformers.")
 """What a ``_target_`` may name: a config must not be a way to run anything else."""
+
+NEEDS_TARGET = re.compile(
+    r"model\.(llm|llm_recipe|connector|streams\.\w+\.encoder)|data\.generate|prompt|optimizer|scheduler|trainer"
+    r"|(callbacks|logger)\.\w+"
+)
+"""Paths of the nodes that are built; one of another name is misspelt, or has lost its ``_target_``."""
+
+MANY_NAMES = 20
+
+EXTRAS = {"lightning.pytorch.loggers.WandbLogger": "wandb"}
+"""Targets that need an extra of msenc."""
 
 
 @dataclass
@@ -196,6 +211,7 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     count = sum(check_targets(v, given, f"{path}.{k}".lstrip(".")) for k, v in node.items())
     target = node.get("_target_")
     if target is None:
+        _check_without_target(node, path)
         return count
     if not target.startswith(TRUSTED_PACKAGES):
         raise MsencError(f"{path}._target_: found {target!r}, expected a name in one of {TRUSTED_PACKAGES}.")
@@ -218,6 +234,24 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     return count + 1
 
 
+def _check_without_target(node: Mapping[str, Any], path: str) -> None:
+    """Keys of the nodes that are handed on as a whole, to classes that would ignore a misspelt one or say little."""
+    if NEEDS_TARGET.fullmatch(path):
+        raise MsencError(f"{path}: no _target_ tells what to build; found the keys {', '.join(sorted(node))}.")
+    if path == "decoding":
+        from transformers import GenerationConfig
+
+        valid = {"batch_size", *vars(GenerationConfig())}
+    elif path == "model.llm.lora":
+        from peft import LoraConfig
+
+        valid = set(inspect.signature(LoraConfig).parameters)
+    else:
+        return
+    for key in sorted(node.keys() - valid):
+        raise MsencError(f"{path}.{key}: no such setting.{nearest(key, valid)}")
+
+
 def build(node: Mapping[str, Any], **given: Any) -> Any:
     """Call a node's ``_target_`` with its keys and what the pipeline adds; ``_partial_`` nodes become partials.
 
@@ -225,8 +259,16 @@ def build(node: Mapping[str, Any], **given: Any) -> Any:
     dictionaries. No node of msenc nests another, so this is all that is needed.
     """
     keys = {k: v for k, v in node.items() if not k.startswith("_")}
-    call = partial(_locate(node["_target_"], "config"), **keys, **given)
-    return call if node.get("_partial_") else call()
+    target = node["_target_"]
+    call = partial(_locate(target, "config"), **keys, **given)
+    try:
+        return call if node.get("_partial_") else call()
+    except ModuleNotFoundError as e:
+        if target not in EXTRAS:
+            raise
+        raise MsencError(
+            f"{target}: a package is missing ({e}). It comes with an extra: pip install -e '.[{EXTRAS[target]}]'"
+        ) from e
 
 
 def _locate(target: str, path: str) -> Any:
@@ -238,16 +280,17 @@ def _locate(target: str, path: str) -> Any:
 
 
 def nearest(name: str, valid: Any) -> str:
-    """A hint for a misspelt name.
+    """A hint for a misspelt name: the nearest valid one, and all of them unless they are many.
 
     Example:
         >>> nearest("freze", ["freeze", "lora"])
         " Did you mean 'freeze'? Valid: freeze, lora."
     """
-    names = [str(v) for v in valid]
+    names = sorted(str(v) for v in valid)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Valid: {', '.join(sorted(names))}." if names else hint
+    is_enough = not names or (close and len(names) > MANY_NAMES)
+    return hint if is_enough else f"{hint} Valid: {', '.join(names)}."
 
 
 def plain(node: Any) -> Any:
@@ -295,30 +338,44 @@ def _is_config_error(error: BaseException) -> bool:
 
 
 def _config_message(error: BaseException) -> str:
-    parts, seen = [], error
-    while seen is not None:
-        text = str(seen).strip()
-        if _is_config_error(seen) and text and text not in parts:
-            parts.append(text)
-        seen = seen.__cause__
-    message = "\n".join(parts)
-    unknown = re.search(r"Key '([^']+)' (?:not in|is not in)(?: '(\w+)'| struct)", message)
-    if unknown:
-        message += _hint(unknown.group(1), message)
-    missing_file = re.search(r"Could not find '([\w/]+)/([\w-]+)'", message)
-    if missing_file:
-        folder = Path(__file__).parent.parent / "configs" / missing_file.group(1)
-        message += nearest(missing_file.group(2), sorted(f.stem for f in folder.glob("*.yaml")))
-    return message
+    """What Hydra or OmegaConf refuses, in one sentence, with the nearest valid name."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    file = re.match(r"In '([\w/]+/[\w/]+)': ", str(error))
+    where = f"configs, {file.group(1)}: " if file else ""
+    for e in chain:
+        if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
+            return where + _unknown_key(e)
+        if isinstance(e, MissingMandatoryValue):
+            return f"{e.full_key}: no value. Give it: {e.full_key}=..."
+        if isinstance(e, MissingConfigException) and e.missing_cfg_file and e.options is not None:
+            group, _, choice = e.missing_cfg_file.rpartition("/")
+            return f"{group}={choice}: no such choice.{nearest(choice, e.options)}"
+    texts = [str(e).strip() for e in chain if _is_config_error(e)]
+    absent = re.match(r"Could not override '([\w/]+)'. No match in the defaults list", texts[0])
+    return _absent_part(absent.group(1)) if absent else "\n".join(dict.fromkeys(texts))
 
 
-def _hint(key: str, message: str) -> str:
-    """The nearest key of the schema node that the message speaks of, or of any."""
-    schemas = {
-        cls.__name__: list(cls.__dataclass_fields__)
-        for cls in (TrainConfig, PrepareConfig, EvaluateConfig, ReportConfig, ModelConfig, DataConfig, StreamConfig)
-    }
-    for name, keys in schemas.items():
-        if f"'{name}'" in message or f"object_type={name}" in message:
-            return nearest(key, keys)
-    return nearest(key, sorted({k for keys in schemas.values() for k in keys}))
+def _unknown_key(error: Any) -> str:
+    node, key = error.parent_node, str(error.key)
+    if "/" in key:
+        groups = sorted(str(f.parent.relative_to(CONFIGS)) for f in CONFIGS.rglob("*/*.yaml"))
+        return f"{key}: no such group.{nearest(key, set(groups))}"
+    names = set(node) if isinstance(node, Mapping) else set()
+    taken: Any = {}
+    if "_target_" in names:
+        with suppress(MsencError):
+            taken = inspect.signature(_locate(node["_target_"], "config")).parameters
+    if key in taken:
+        return f"{error.full_key}: not in the YAML, though {node['_target_']} takes it. Add it: +{error.full_key}=..."
+    valid = {name for name in names | set(taken) if not name.startswith("_")}
+    return f"{error.full_key}: no such key.{nearest(key, valid) or ' Nothing is there to set.'}"
+
+
+def _absent_part(group: str) -> str:
+    """A group that exists and that nothing chose: the modality brings the streams and their connector."""
+    bringing = [f.stem for f in sorted(CONFIGS.glob("modality/*.yaml")) if f"/{group}:" in f.read_text("utf-8")]
+    if not bringing:
+        return f"{group}: nothing in this command has such a part."
+    return f"{group}: the chosen modality has no such part. Choose one that has: modality={'|'.join(bringing)}"

@@ -118,5 +118,5 @@ class ConversationModule(L.LightningModule):
             raise MsencError(f"the checkpoint does not fit the model: trainable tensors {found}.")
 
     def trainable_names(self) -> set[str]:
-        """Names of the trainable tensors in `state_dict`, and of buffers that belong to trainable connectors."""
+        """Names of the trainable tensors in `state_dict`; a tied one by its first name."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

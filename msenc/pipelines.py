@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import sys
 import traceback
 import warnings
@@ -244,7 +245,7 @@ def _prepare_command(overrides: list[str], modality: str) -> str:
         kept.append(f"modality={modality}")
     if not any(o.startswith(("data.root=", "data=demo")) for o in kept) and any(o.startswith("data=") for o in kept):
         kept.append("data.root=FOLDER")
-    return " ".join(["python prepare.py", *kept])
+    return shlex.join(["python", "prepare.py", *kept])
 
 
 def _quieten() -> None:

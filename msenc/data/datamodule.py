@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from msenc.data.collate import Features, Layout, collate, dialogue_rows, history_starts
 from msenc.data.manifest import DatasetManifest
-from msenc.data.shards import ShardReader
+from msenc.data.shards import ShardReader, read_index
 from msenc.prompt import DialogueTokenizer, TokenizedDialogue
 from msenc.types import SPLITS, Batch, Dialogue, MsencError
 
@@ -259,9 +259,11 @@ def check_prepared(folder: Path, streams: Mapping[str, StreamSpec], hint: str) -
     """Compare what was prepared with what the model expects.
 
     Raises:
-        MsencError: nothing prepared, a stream that was not, or features of another width; it names both.
+        MsencError: nothing prepared, a stream that was not, features of another width (it names both), or shards
+            other than the manifest's.
     """
     manifest = DatasetManifest.read(folder, hint)
+    hashes = {"turns": manifest.turns_hash}
     for stream, spec in streams.items():
         wanted = f"{stream}-{spec.name}"
         prepared = {name: info.dim for name, info in manifest.streams.items() if info.kind == stream}
@@ -272,5 +274,13 @@ def check_prepared(folder: Path, streams: Mapping[str, StreamSpec], hint: str) -
             raise MsencError(
                 f"{folder}: the features {wanted} are {prepared[wanted]} wide, the config says "
                 f"model.streams.{stream}.dim={spec.dim}. Correct the config, or prepare anew. {hint}"
+            )
+        hashes[wanted] = manifest.streams[wanted].hash
+    for name, expected in hashes.items():
+        found = read_index(folder / name, hint)["hash"]
+        if found != expected:
+            raise MsencError(
+                f"{folder / name}: found shards with hash {found[:12]}, dataset.json expects {expected[:12]}: a "
+                f"preparation ended before its time, so turns and features may not belong together. {hint}"
             )
     return manifest

@@ -77,12 +77,14 @@ def prepare_dataset(
     # Streams of other encoders stay usable as long as they were made from these turns.
     for stream, info in _kept_streams(folder, turns["hash"], {f"{s.kind}-{s.name}" for s in streams}).items():
         infos[stream] = info
+        rejections += read_rejections(folder / stream / "rejected.csv")
     for recipe in streams:
         index, rejected = _write_features(folder, root, recipe, annotations.dialogues, turns["hash"], num_workers)
         rejections += rejected
         infos[f"{recipe.kind}-{recipe.name}"] = _info(
             recipe.kind, recipe.name, recipe.dim, index, annotations.dialogues
         )
+    rejections = list(dict.fromkeys(rejections))  # two encoders of one stream lack the same clips
     manifest = DatasetManifest(
         name=name,
         splits=count_splits(annotations.dialogues),
@@ -168,7 +170,19 @@ def _kept_streams(folder: Path, turns_hash: str, remade: set[str]) -> dict[str, 
         return {}
     if before.turns_hash != turns_hash:
         return {}
-    return {k: v for k, v in before.streams.items() if v.kind != "text" and k not in remade and (folder / k).is_dir()}
+    return {
+        name: info
+        for name, info in before.streams.items()
+        if info.kind != "text" and name not in remade and _is_whole(folder / name, info)
+    }
+
+
+def _is_whole(stream: Path, info: StreamInfo) -> bool:
+    try:
+        index = read_index(stream)
+    except MsencError:
+        return False
+    return index["hash"] == info.hash and (stream / "rejected.csv").is_file()
 
 
 def _info(

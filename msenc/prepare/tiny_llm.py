@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from msenc.data.collate import collate, dialogue_rows
 from msenc.models.attention import layout_mask
 from msenc.prepare.demo import DemoDialogue, state_words, transcripts
-from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
+from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
 from msenc.types import TRUNK, Batch
 
 # Few words of a reply depend on anything but the reply; without weight they would not be learned in a minute.
@@ -32,7 +32,7 @@ WEIGHTS = {
     "planted_both": 10.0,
 }
 
-FIRST_LESSONS = 0.75
+FIRST_LESSONS = 0.7
 """Share of the transcripts that are cut to two turns."""
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -48,7 +48,7 @@ def pretrain(
     vocab_size: int = 1024,
     batch_size: int = 8,
     learning_rate: float = 5e-3,
-    silence: float = 0.1,
+    silence: float = 0.25,
     seed: int = 1,
 ) -> None:
     """Make the folder of a tiny LLM; it appears whole or not at all.
@@ -65,8 +65,8 @@ def pretrain(
         vocab_size: of the byte-level BPE tokenizer.
         batch_size: dialogues per step.
         learning_rate: of AdamW, one-cycle.
-        silence: share of the turns whose mood, and of those whose voice, goes unsaid: a stream may be absent. Only in
-            whole dialogues, which come after the cut ones.
+        silence: share of the whole dialogues in which no mood is written out, and of those in which no voice is: the
+            LLM has to do without a stream, too.
         seed: of transcripts, weights and silences.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,9 +146,8 @@ def _slot_words(turn: object) -> dict[str, str]:
 def _tokenize(
     demo: DemoDialogue, tokenizer: DialogueTokenizer, silence: float, rng: random.Random
 ) -> TokenizedDialogue:
-    words = [
-        {stream: said for stream, said in _slot_words(turn).items() if rng.random() >= silence} for turn in demo.turns
-    ]
+    said = [stream for stream in SLOTS if rng.random() >= silence]
+    words = [{stream: text for stream, text in _slot_words(turn).items() if stream in said} for turn in demo.turns]
     return tokenizer(demo.dialogue, [()] * len(words), words)
 
 
