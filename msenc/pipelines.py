@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shlex
 import sys
 import traceback
@@ -179,7 +180,9 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
         console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
     del model, datamodule
-    console.print(f"Run folder: {run_dir}", soft_wrap=True)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return loss
+    console.print(f"Run folder: {_shown(run_dir)}", soft_wrap=True)
     if config["evaluate"] and not config["trainer"].get("fast_dev_run"):
         evaluate_run(run_dir, cfg, split=config["evaluate"], checkpoint="best" if loss is not None else None)
     return loss
@@ -380,8 +383,14 @@ def evaluate_run(
     folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
     write_evaluation(folder, metrics, predictions)
     _print_metrics(metrics, f"{config['modality']} on {config['data']['name']}, {split}")
-    console.print(f"Written: {folder / 'metrics.json'}, {folder / 'predictions.jsonl'}", soft_wrap=True)
+    shown = _shown(folder)
+    console.print(f"Written: {shown / 'metrics.json'}, {shown / 'predictions.jsonl'}", soft_wrap=True)
     return metrics
+
+
+def _shown(path: Path) -> Path:
+    """A path as a user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) -> None:

@@ -54,7 +54,8 @@ class RunRecord:
         self.facts.update(facts)
         self.facts["seconds"] = round(time.monotonic() - self._start, 2)
         self.facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        write_json(self.folder / "run.json", self.facts)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, the first one keeps the record
+            write_json(self.folder / "run.json", self.facts)
 
 
 def read_run(run_dir: str | Path) -> tuple[dict[str, Any], DictConfig]:
