@@ -1,0 +1,265 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from msenc.data.datamodule import DialogueDataModule, EpochShuffle, StreamSpec
+from msenc.data.manifest import DatasetManifest
+from msenc.data.shards import write_stream
+from msenc.models.llm import load_tokenizer
+from msenc.prompt import DialogueTokenizer, Prompt, Slot
+from msenc.types import Dialogue, MsencError, Utterance
+
+SPECS = {"audio": StreamSpec("logmel", 80, 2), "video": StreamSpec("pixels", 256, 3)}
+COMMAND = "python prepare.py data=demo modality=text_audio"
+
+
+@pytest.fixture
+def prepared(demo_home, tmp_path):
+    """A copy of the small demo's shards, to be spoilt."""
+    return shutil.copytree(demo_home / "data" / "demo", tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_home):
+    prompt = Prompt(instruction="A conversation.\n", turn="{speaker}:{video}{audio} {text}\n", response="{speaker}:")
+    return DialogueTokenizer(prompt, load_tokenizer(str(demo_home / "data" / "tiny-llm")))
+
+
+def module_of(folder, tokenizer, streams=("audio",), **options):
+    specs = {name: SPECS[name] for name in streams}
+    options = {"batch_size": 4, "prepare_command": COMMAND, **options}
+    return DialogueDataModule(folder, specs, tokenizer, **options)
+
+
+def refusal(datamodule, split="train"):
+    """What is said at `setup`, or else when the split's data is read."""
+
+    def read():
+        datamodule.setup()
+        return datamodule.dataset(split)[0]
+
+    with pytest.raises(MsencError) as caught:
+        read()
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = EpochShuffle(30, seed)
+        sampler.set_epoch(epoch)
+        assert sorted(sampler) == list(range(30))
+        return tuple(sampler)
+
+    torch.manual_seed(1)
+    first = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
+    torch.manual_seed(2)
+    assert first == [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
+    assert len(set(first)) == 6
+
+
+class Recorder(L.LightningModule):
+    """Trains nothing; notes which dialogues each epoch brings, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.epochs = []
+        self.automatic_optimization = False
+
+    def on_train_epoch_start(self):
+        self.epochs.append([])
+
+    def training_step(self, batch):
+        self.epochs[-1] += dict.fromkeys(id for id, _ in batch.target_ids)
+
+    def validation_step(self, batch):
+        pass
+
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*returned `None`")
+def test_each_epoch_brings_all_dialogues_in_another_order(prepared, tokenizer, tmp_path):
+    def epochs(seed):
+        recorder = Recorder()
+        silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+            **silent,
+        )
+        trainer.fit(recorder, datamodule=module_of(prepared, tokenizer, (), seed=seed))
+        return recorder.epochs
+
+    first = epochs(1)
+    ids = module_of(prepared, tokenizer, ()).dataset("train").ids
+    assert len(ids) == 16
+    assert all(sorted(epoch) == sorted(ids) for epoch in first)
+    assert len(set(map(tuple, first))) == 3
+    assert epochs(1) == first
+    assert epochs(2) != first
+
+
+def test_evaluation_keeps_the_order_and_the_limit(prepared, tokenizer):
+    datamodule = module_of(prepared, tokenizer)
+    datamodule.setup()
+    ids = datamodule.dataset("test").ids
+    for limit, expected in ((None, ids), (3, ids[:3]), (100, ids)):
+        found = [id for batch in datamodule.eval_dataloader("test", limit) for id, _ in batch.target_ids]
+        assert list(dict.fromkeys(found)) == expected
+
+
+# ------------------------------------------------------------------------------------------------ what is read
+
+_opened: list[str] | None = None
+
+
+def _note_open(event, args):
+    if event == "open" and _opened is not None:
+        _opened.append(str(args[0]))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of all files that this process opens while the test runs, however it opens them."""
+    if not getattr(sys, "_msenc_test_hook", False):
+        sys.addaudithook(_note_open)
+        sys._msenc_test_hook = True
+    monkeypatch.setattr(sys.modules[__name__], "_opened", found := [])
+    return found
+
+
+@pytest.mark.parametrize("streams", [(), ("audio",), ("video",), ("audio", "video")])
+def test_only_the_wanted_streams_are_opened(prepared, tokenizer, opened, streams):
+    datamodule = module_of(prepared, tokenizer, streams)
+    datamodule.setup()
+    for split in ("train", "val", "test"):
+        for batch in datamodule.eval_dataloader(split):
+            assert set(batch.streams) == set(streams)
+    datamodule.dropped_turns("train")
+    datamodule.described_targets("train")
+    folders = {Path(name).parent.name for name in opened if str(prepared) in name and name.endswith((".tar", ".json"))}
+    folders -= {"demo"}  # dataset.json
+    assert folders == {"turns", *(f"{name}-{SPECS[name].name}" for name in streams)}
+
+
+def test_a_sample_holds_the_turns_and_their_frames(prepared, tokenizer):
+    dataset = module_of(prepared, tokenizer, ("audio", "video")).dataset("val")
+    for index in range(len(dataset)):
+        dialogue = dataset.dialogue(index)
+        tokens, features = dataset[index]
+        assert tokens.id == dialogue.id == dataset.ids[index]
+        for stream, spec in SPECS.items():
+            assert len(features[stream]) == len(dialogue.utterances)
+            for turn, frames in enumerate(features[stream]):
+                assert frames.shape[1] == spec.dim
+                assert Slot(stream) in tokens.turns[turn]
+
+
+def test_dialogues_of_one_turn_hold_no_target(tmp_path, tokenizer):
+    one = Dialogue("x/train/dia0", "train", (Utterance("0", "Ana", "Hi."),))
+    two = Dialogue("x/train/dia1", "train", (Utterance("0", "Ana", "Hi."), Utterance("1", "Ben", "Hello.", "a man")))
+    lone = Dialogue("x/val/dia0", "val", (Utterance("0", "Ana", "Hi."),))
+    samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in (one, two, lone)]
+    index = write_stream(tmp_path / "turns", samples, {})
+    DatasetManifest("x", {}, {}, turns_hash=index["hash"]).write(tmp_path)
+    datamodule = module_of(tmp_path, tokenizer, ())
+    datamodule.setup()
+    assert datamodule.dataset("train").ids == ["x/train/dia1"]
+    assert datamodule.described_targets("train") == 1
+    assert refusal(datamodule, "val").startswith(f"{tmp_path}: the split 'val' holds no dialogue of two turns or more")
+
+
+def test_dropped_turns_are_counted_and_do_not_depend_on_streams(prepared, tokenizer):
+    counts = [
+        module_of(prepared, tokenizer, streams, max_history_tokens=20).dropped_turns("train")
+        for streams in ((), ("audio",), ("audio", "video"))
+    ]
+    assert counts[0] == counts[1] == counts[2]
+    assert 0 < counts[0]["targets_cut"] < counts[0]["targets"]
+    assert 0 < counts[0]["dropped_turns"] < counts[0]["history_turns"]
+    whole = module_of(prepared, tokenizer, ()).dropped_turns("train")
+    assert (whole["targets_cut"], whole["dropped_turns"]) == (0, 0)
+    assert whole["history_turns"] == counts[0]["history_turns"]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_missing_data_is_refused_with_the_command(tmp_path, tokenizer):
+    message = refusal(module_of(tmp_path / "nothing", tokenizer))
+    assert message.endswith(f"Run: {COMMAND}")
+    assert "nothing/dataset.json: missing" in message
+
+
+def test_another_encoder_is_refused_with_both_names(prepared, tokenizer):
+    datamodule = module_of(prepared, tokenizer)
+    datamodule.streams = {"audio": StreamSpec("wavlm_large", 1024, 2)}
+    message = refusal(datamodule)
+    assert "prepared is audio-logmel (80 wide); the config wants audio-wavlm_large (1024 wide)" in message
+    assert message.endswith(f"Run: {COMMAND}")
+
+
+def test_another_width_is_refused_with_both_numbers(prepared, tokenizer):
+    datamodule = module_of(prepared, tokenizer)
+    datamodule.streams = {"audio": StreamSpec("logmel", 64, 2)}
+    message = refusal(datamodule)
+    assert "the features audio-logmel are 80 wide, the config says model.streams.audio.dim=64" in message
+
+
+def test_a_stream_that_was_not_prepared_is_refused(prepared, tokenizer):
+    manifest = json.loads((prepared / "dataset.json").read_text())
+    del manifest["streams"]["video-pixels"]
+    (prepared / "dataset.json").write_text(json.dumps(manifest))
+    assert "prepared is no video features; the config wants video-pixels" in refusal(
+        module_of(prepared, tokenizer, ("video",))
+    )
+
+
+@pytest.mark.parametrize("stream", ["turns", "audio-logmel"])
+def test_shards_without_an_index_are_refused(prepared, tokenizer, stream):
+    (prepared / stream / "index.json").unlink()
+    datamodule = module_of(prepared, tokenizer)
+    with pytest.raises(MsencError, match=rf"{stream}/index\.json: missing.*Run: {COMMAND}"):
+        datamodule.setup()
+
+
+@pytest.mark.parametrize("stream", ["turns", "audio-logmel"])
+def test_a_flipped_byte_is_refused(prepared, tokenizer, stream):
+    path = prepared / stream / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    message = refusal(module_of(prepared, tokenizer))
+    assert f"{stream}/train-000000.tar: found content that differs from its sha256 in the index" in message
+    assert message.endswith(f"Run: {COMMAND}")
+    datamodule = module_of(prepared, tokenizer, verify=False)
+    datamodule.setup()
+    assert len(datamodule.dataset("train"))
+    if stream != "turns":  # one that nobody asked for does not matter
+        module_of(prepared, tokenizer, ()).dataset("train")[0]
+
+
+@pytest.mark.parametrize("stream", ["turns", "audio-logmel"])
+def test_shards_other_than_the_manifests_are_refused(prepared, tokenizer, stream):
+    # What is left when preparation is killed after a stream was written and before dataset.json was.
+    index = json.loads((prepared / stream / "index.json").read_text())
+    (prepared / stream / "index.json").write_text(json.dumps({**index, "hash": "0" * 64}))
+    with pytest.raises(MsencError, match=rf"{stream}: found shards with hash 000000000000, dataset\.json expects \w+"):
+        module_of(prepared, tokenizer).setup()
+
+
+def test_an_unknown_split_is_refused(prepared, tokenizer):
+    with pytest.raises(MsencError, match="split: found 'dev', expected one of train, val, test"):
+        module_of(prepared, tokenizer).dataset("dev")
