@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
 from msenc.types import MsencError
 
@@ -297,16 +297,30 @@ def plain(node: Any) -> Any:
     """A config node as plain containers, interpolations resolved.
 
     Raises:
-        MsencError: an interpolation that leads nowhere.
+        MsencError: an interpolation that leads nowhere, or a key that no schema has: ``+key=value`` adds any.
     """
     if not OmegaConf.is_config(node):
         return node
+    _check_schema(node)
     try:
         return OmegaConf.to_container(node, resolve=True)
     except Exception as e:
         if type(e).__module__.startswith("omegaconf"):
             raise MsencError(f"config: {e}") from e
         raise
+
+
+def _check_schema(node: Any, path: str = "") -> None:
+    if not OmegaConf.is_dict(node):
+        return
+    schema = OmegaConf.get_type(node)
+    valid = schema.__dataclass_fields__ if is_dataclass(schema) else node
+    for key in node:
+        name = f"{path}.{key}".lstrip(".")
+        if key not in valid:
+            raise MsencError(f"{name}: no such key.{nearest(str(key), valid)}")
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            _check_schema(node[key], name)
 
 
 @contextmanager
@@ -340,19 +354,21 @@ def _is_config_error(error: BaseException) -> bool:
 def _config_message(error: BaseException) -> str:
     """What Hydra or OmegaConf refuses, in one sentence, with the nearest valid name."""
     chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
     file = re.match(r"In '([\w/]+/[\w/]+)': ", str(error))
-    where = f"configs, {file.group(1)}: " if file else ""
+    where = f"{file.group(1)}.yaml: " if file else ""
     for e in chain:
         if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
             return where + _unknown_key(e)
+        if isinstance(e, ValidationError) and e.full_key:
+            return f"{where}{e.full_key}: {str(e).splitlines()[0]}"
         if isinstance(e, MissingMandatoryValue):
             return f"{e.full_key}: no value. Give it: {e.full_key}=..."
         if isinstance(e, MissingConfigException) and e.missing_cfg_file and e.options is not None:
             group, _, choice = e.missing_cfg_file.rpartition("/")
             return f"{group}={choice}: no such choice.{nearest(choice, e.options)}"
-    texts = [str(e).strip() for e in chain if _is_config_error(e)]
+    texts = [str(e).strip() for e in (error, error.__cause__) if e is not None]
     absent = re.match(r"Could not override '([\w/]+)'. No match in the defaults list", texts[0])
     return _absent_part(absent.group(1)) if absent else "\n".join(dict.fromkeys(texts))
 
