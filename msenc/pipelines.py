@@ -184,7 +184,8 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         return loss
     console.print(f"Run folder: {_shown(run_dir)}", soft_wrap=True)
     if config["evaluate"] and not config["trainer"].get("fast_dev_run"):
-        evaluate_run(run_dir, cfg, split=config["evaluate"], checkpoint="best" if loss is not None else None)
+        checkpoint = _final_checkpoint(run_dir) if sum(counts.values()) else None
+        evaluate_run(run_dir, cfg, split=config["evaluate"], checkpoint=checkpoint)
     return loss
 
 
@@ -225,6 +226,14 @@ def _fit(
     return float(best[0]) if best and best[0] is not None else metrics.get("val/loss")
 
 
+def _final_checkpoint(run_dir: Path) -> str:
+    """The best checkpoint; the last one where training ended before its first validation (``trainer.max_steps``)."""
+    if (run_dir / "checkpoints" / "best.ckpt").is_file():
+        return "best"
+    console.print("No validation ran, so no checkpoint is the best one: the last is evaluated.")
+    return "last"
+
+
 def _print_plan(config: Mapping[str, Any], record: RunRecord) -> None:
     facts = record.facts
     table = Table(title=f"{config['modality']} on {config['data']['name']}, seed {config['seed']}", show_header=False)
@@ -261,6 +270,7 @@ def _quieten() -> None:
     warnings.filterwarnings(
         "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
     )
+    warnings.filterwarnings("ignore", message=r".*could not find the monitored key.*")  # see _final_checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------- parts
