@@ -314,7 +314,7 @@ def _check_schema(node: Any, path: str = "") -> None:
     if not OmegaConf.is_dict(node):
         return
     schema = OmegaConf.get_type(node)
-    valid = schema.__dataclass_fields__ if is_dataclass(schema) else node
+    valid = schema.__dataclass_fields__ if is_dataclass(schema) else list(node)
     for key in node:
         name = f"{path}.{key}".lstrip(".")
         if key not in valid:
@@ -348,7 +348,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def _is_config_error(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] in ("omegaconf", "hydra")
+    return type(error).__module__.split(".")[0] in ("omegaconf", "hydra", "yaml")
 
 
 def _config_message(error: BaseException) -> str:

@@ -136,8 +136,8 @@ def train(cfg: DictConfig) -> float | None:
     try:
         loss = _train(cfg, record, _prepare_command(list(hydra.overrides.task), cfg.modality))
         record.add(status="finished")
-    except KeyboardInterrupt:
-        record.add(status="interrupted", error="interrupted from the keyboard")
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        record.add(status="interrupted", error="interrupted from the keyboard, or by a signal")
         raise
     except Exception as e:
         record.add(status="failed", error=f"{type(e).__name__}: {e}")
@@ -159,6 +159,12 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
     _ensure_llm(config)
     datamodule = build_datamodule(config, prepare_command)
     _ensure_prepared(config, datamodule)
+    described = datamodule.described_targets("train")
+    if config["prompt"]["target"] == "text_description" and not described:
+        raise MsencError(
+            f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
+            "Train on the words alone: prompt.target=text."
+        )
     model = build_model(config)
     counts = model.trainable_parameters()
     record.add(
@@ -170,7 +176,7 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         streams={s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()},
         turns_hash=datamodule.manifest.turns_hash,
         history=datamodule.dropped_turns("train"),
-        described_targets=datamodule.described_targets("train"),
+        described_targets=described,
     )
     _print_plan(config, record)
     loss = None
@@ -212,9 +218,8 @@ def _fit(
     trainer.fit(module, datamodule=datamodule)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     write_json(record.folder / "metrics.json", metrics)
-    stopped = "interrupted" if trainer.interrupted else "all epochs done"
     record.add(
-        stop_reason=stopped,
+        stop_reason=_stop_reason(trainer),
         device=str(trainer.strategy.root_device),
         epochs=trainer.current_epoch,
         steps=trainer.global_step,
@@ -224,6 +229,14 @@ def _fit(
         raise KeyboardInterrupt
     best = [c.best_model_score for c in callbacks if getattr(c, "monitor", None) == "val/loss"]
     return float(best[0]) if best and best[0] is not None else metrics.get("val/loss")
+
+
+def _stop_reason(trainer: L.Trainer) -> str:
+    if trainer.interrupted:
+        return "interrupted"
+    if trainer.global_step == trainer.max_steps:
+        return "trainer.max_steps reached"
+    return "all epochs done" if trainer.current_epoch == trainer.max_epochs else "stopped before its last epoch"
 
 
 def _final_checkpoint(run_dir: Path) -> str:
@@ -419,6 +432,10 @@ def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) 
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen types for a file that is none of its own
         raise MsencError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {e}).") from e
+    if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
+        raise MsencError(
+            f"{path}: no checkpoint of train.py (it holds no state_dict). Expected best.ckpt or last.ckpt."
+        )
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
 

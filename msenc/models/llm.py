@@ -51,11 +51,13 @@ def load_llm(
     Raises:
         MsencError: it cannot be loaded, or PEFT refuses the LoRA arguments.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     llm = load_pretrained(
         AutoModelForCausalLM, name_or_path, dtype=to_dtype(dtype), attn_implementation=attn_implementation
     )
+    # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
+    llm.generation_config = GenerationConfig()
     base = fingerprint(llm)
     if gradient_checkpointing:
         # transformers 5.23 renamed it; by default, both recompute without re-entering autograd.
