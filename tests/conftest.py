@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,12 +24,12 @@ from msenc.config import register_schemas
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
-SMALL_DEMO = ["data.generate.sizes={train:16,val:4,test:4}", "model.llm_recipe.num_dialogues=64", "prepare_workers=0"]
+SMALL_DEMO = ["data.generate.sizes={train:16,val:4,test:4}", "model.llm_recipe.num_dialogues=64"]
 """Overrides that the small demo was made with; any other sizes would be refused in its folder."""
 
 
 @pytest.fixture(scope="session")
-def _home(tmp_path_factory):
+def home(tmp_path_factory):
     """MSENC_DATA and MSENC_RUNS lie in a temporary folder for the whole session: no test writes into the checkout."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
@@ -41,16 +42,16 @@ def _home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo_home(_home) -> Path:
+def demo_home(home) -> Path:
     """A folder with the small demo's raw material, shards and tiny LLM in ``data/``, as `prepare.py` makes them."""
     from msenc import pipelines
 
-    pipelines.prepare(_compose(SMALL_DEMO, "prepare", _home))
-    return _home
+    pipelines.prepare(_compose([*SMALL_DEMO, "prepare_workers=0"], "prepare", home))
+    return home
 
 
 @pytest.fixture
-def compose(_home, tmp_path) -> Callable[..., DictConfig]:
+def compose(home, tmp_path) -> Callable[..., DictConfig]:
     """``compose(overrides, config_name="train")`` -> the config of that command, its run folder below `tmp_path`."""
 
     def call(overrides: list[str] = [], config_name: str = "train") -> DictConfig:  # noqa: B006 (never changed)
@@ -100,6 +101,22 @@ def run_script(demo_home) -> Callable[..., subprocess.CompletedProcess]:
             check=False,
             timeout=300,
         )
+
+    return call
+
+
+@pytest.fixture
+def call_script(demo_home, monkeypatch) -> Callable[..., None]:
+    """``call_script("train.py", *args)``: the script in this process, which spares its start of some seconds.
+
+    SystemExit comes out as raised. Hydra leaves logging alone, which is of the whole process.
+    """
+
+    def call(name: str, *args: str) -> None:
+        quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [name, *args, *quiet])
+        runpy.run_path(str(ROOT / name), run_name="__main__")
 
     return call
 

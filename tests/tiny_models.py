@@ -91,3 +91,18 @@ def save_clip(folder: Path) -> Path:
     CLIPModel(config).save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
     return folder
+
+
+def save_blip2(folder: Path, **sizes: int) -> Path:
+    """The Q-Former of a BLIP-2 checkpoint; `sizes` as of `QFormerCore`."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from msenc.models.connector import QFormerCore
+
+    folder.mkdir()
+    save_file(QFormerCore(**sizes, dropout=0.0).state_dict(), folder / "model.safetensors")
+    config = {"qformer_config": {"num_attention_heads": sizes["num_heads"]}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -1,0 +1,313 @@
+"""Every file in configs/ composes, binds and, where this machine can, trains one step; refusals name what is valid."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, SMALL_DEMO
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+from tiny_models import save_blip2
+
+from msenc.config import TRUSTED_PACKAGES, check_targets, plain
+from msenc.run import read_json
+from msenc.types import MsencError
+
+SCRIPTS = {"train": [], "prepare": [], "evaluate": ["run_dir=RUN"], "report": ["sweep_dir=SWEEP"]}
+"""Script -> what its config cannot do without."""
+
+GROUPS = {
+    "callbacks": ["train"],
+    "data": ["train", "prepare"],
+    "decoding": ["train", "evaluate"],
+    "experiment": ["train"],
+    "hydra": ["train", "prepare", "evaluate", "report"],
+    "logger": ["train"],
+    "modality": ["train", "prepare"],
+    "model/audio": ["train", "prepare"],
+    "model/connector": ["train", "prepare"],
+    "model/llm": ["train", "prepare"],
+    "model/video": ["train", "prepare"],
+    "optimizer": ["train"],
+    "paths": ["train", "prepare", "evaluate"],
+    "prompt": ["train", "prepare"],
+    "scheduler": ["train"],
+    "trainer": ["train"],
+}
+"""Group -> the scripts whose configs take it."""
+
+QFORMER = {
+    "num_queries": 4,
+    "num_layers": 2,
+    "hidden_dim": 16,
+    "num_heads": 2,
+    "cross_attention_frequency": 2,
+    "encoder_dim": 16,
+}
+
+TRAINED = {
+    "callbacks/default": "",
+    "data/demo": "",
+    "decoding/greedy": "",
+    "decoding/sample": "modality=text",
+    "experiment/known_answer": "",
+    "hydra/default": "",
+    "logger/default": "",
+    "modality/text": "",
+    "modality/text_audio": "",
+    "modality/text_audio_video": "",
+    "modality/text_video": "",
+    "model/audio/logmel": "modality=text_audio",
+    "model/audio/wav2vec2": "modality=text_audio model.streams.audio.dim=16 "
+    "model.streams.audio.encoder.name_or_path={wav2vec2}",
+    "model/audio/wavlm": "modality=text_audio model.streams.audio.dim=16 "
+    "model.streams.audio.encoder.name_or_path={wavlm}",
+    "model/audio/whisper": "modality=text_audio model.streams.audio.dim=16 "
+    "model.streams.audio.encoder.name_or_path={whisper}",
+    "model/connector/mlp": "",
+    "model/connector/qformer": "",
+    "model/connector/qformer_blip2": "model.connector.init={blip2} "
+    + " ".join(f"model.connector.{k}={v}" for k, v in QFORMER.items()),
+    "model/llm/mistral_7b": "model.llm.name_or_path={mistral}",
+    "model/llm/smollm2": "model.llm.name_or_path={llama}",
+    "model/llm/tiny": "",
+    "model/video/clip": "modality=text_video model.streams.video.dim=12 "
+    "model.streams.video.encoder.name_or_path={clip}",
+    "model/video/pixels": "modality=text_video",
+    "optimizer/adam": "modality=text scheduler=epoch_decay",
+    "optimizer/adamw": "modality=text",
+    "paths/default": "modality=text",
+    "prompt/chat": "modality=text model/llm=smollm2 model.llm.name_or_path={llama}",
+    "prompt/default": "modality=text",
+    "prompt/upstream": "",
+    "scheduler/epoch_decay": "modality=text",
+    "scheduler/warmup_cosine": "modality=text",
+    "trainer/cpu": "modality=text",
+    "trainer/debug": "",
+}
+"""File -> what else its training step needs; large models become random ones of the same class."""
+
+BINDS_ONLY = {
+    "data/meld": "needs MELD's files (tests that have them train on them)",
+    "hydra/in_place": "for scripts that do not train",
+    "logger/wandb": "needs the extra wandb and its service",
+    "trainer/ddp": "needs two processes",
+    "trainer/gpu": "needs a GPU",
+}
+
+
+def files_of(group: str) -> list[Path]:
+    return sorted((CONFIGS / group).glob("*.yaml"))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(CONFIGS).with_suffix(""))
+
+
+EVERY_FILE = sorted(map(named, CONFIGS.rglob("*.yaml")))
+
+
+def compose_with_hydra(script: str, overrides: list[str]):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose(script, [*SCRIPTS[script], *overrides], return_hydra_config=True)
+
+
+def bind(cfg, tmp_path) -> int:
+    """Check the composed config as the scripts do; returns the number of nodes that were bound."""
+    from msenc.pipelines import GIVEN
+
+    callbacks = plain(cfg.hydra.callbacks)
+    if "paths" in cfg:
+        cfg.paths.output_dir = str(tmp_path)
+    del cfg.hydra
+    return check_targets(plain(cfg), GIVEN) + check_targets(callbacks)
+
+
+def choose(name: str, script: str) -> list[str]:
+    """The override that chooses a group's file, with the modality that brings its part."""
+    group, _, choice = name.rpartition("/")
+    if group in ("model/audio", "model/video"):
+        return [f"modality=text_{Path(group).name}", f"{group}={choice}"]
+    return [f"{group}={choice}"]
+
+
+def contains(whole, part) -> bool:
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(k in whole and contains(whole[k], v) for k, v in part.items())
+    return whole == part
+
+
+def test_every_file_composes_and_binds(home, tmp_path):
+    covered, num_bound = set(), 0
+    for script, needed in SCRIPTS.items():
+        num_bound += bind(compose_with_hydra(script, needed), tmp_path)
+        covered.add(script)
+    for group, scripts in GROUPS.items():
+        for name in map(named, files_of(group)):
+            own = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
+            own.pop("defaults", None)
+            package = re.match(r"# @package (\S+)", (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+            package = package.group(1) if package else group
+            for script in scripts:
+                cfg = compose_with_hydra(script, choose(name, script))
+                node = cfg if package == "_global_" else OmegaConf.select(cfg, package.replace("/", "."))
+                assert contains(OmegaConf.to_container(node, resolve=False), own), f"{name}.yaml has no effect"
+                num_bound += bind(cfg, tmp_path)
+            covered.add(name)
+    assert covered == set(EVERY_FILE)
+    assert len(covered) == len(list(CONFIGS.rglob("*.yaml")))
+    print(f"{len(covered)} files composed, {num_bound} nodes bound")
+    assert num_bound > len(covered)
+
+
+def test_every_file_is_trained_or_says_why_not():
+    in_groups = {name for name in EVERY_FILE if "/" in name}
+    assert set(TRAINED) | set(BINDS_ONLY) == in_groups
+    assert not set(TRAINED) & set(BINDS_ONLY)
+    for group in ("experiment/", "modality/", "model/"):
+        assert not [name for name in BINDS_ONLY if name.startswith(group)]
+
+
+@pytest.fixture(scope="module")
+def blip2(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_blip2(tmp_path_factory.mktemp("connector") / "blip2", **QFORMER)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trains_a_step(name, train, tiny_models, blip2, tmp_path):
+    overrides = TRAINED[name].format(**tiny_models, blip2=blip2).split()
+    overrides = [*(o for o in choose(name, "train") if o.split("=")[0] not in TRAINED[name]), *overrides]
+    if not name.startswith("decoding/"):
+        overrides.append("evaluate=null")
+    if "encoder.name_or_path" in TRAINED[name]:  # features of its own, which the shared demo does without
+        overrides += [*SMALL_DEMO, "prepare_workers=0", f"data.dir={tmp_path / 'prepared'}"]
+    run = train([*overrides, "trainer.max_steps=1"])
+    record = read_json(run.folder / "run.json")
+    assert record["status"] == "finished"
+    assert record["steps"] == 1
+    assert 0 < run.loss < 20
+    if name != "trainer/debug":
+        assert is_trained(run.folder / "checkpoints" / "last.ckpt")
+
+
+def is_trained(checkpoint: Path) -> bool:
+    """Whether the optimizer has moved something: its first moments are not all zero."""
+    saved = torch.load(checkpoint, weights_only=True)
+    return any(state["exp_avg"].abs().max() > 0 for state in saved["optimizer_states"][0]["state"].values())
+
+
+@pytest.mark.parametrize(("name", "reason"), BINDS_ONLY.items(), ids=[f"{k}: {v}" for k, v in BINDS_ONLY.items()])
+def test_binds_only(name, reason, home, tmp_path):
+    assert bind(compose_with_hydra("train", choose(name, "train")), tmp_path) > 0
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_the_head_of_a_file_tells_its_use(name):
+    """One sentence, and a command that composes."""
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    head = next(line for line in lines if not line.startswith("# @package"))
+    found = re.fullmatch(r"# (?P<sentence>.+): (?:\w+=\w+ )?python (?P<script>\w+)\.py(?P<rest>.*)", head)
+    assert found, f"{name}.yaml begins with {head!r}; expected '# A sentence: python SCRIPT.py ...'"
+    assert len(head) <= 120
+    overrides = [o for o in shlex.split(re.sub(r"\[[^]]*\]", "", found["rest"])) if o != "-m"]
+    compose_with_hydra(found["script"], overrides)
+
+
+def test_every_target_is_ours_or_trusted():
+    targets = [
+        (name, target)
+        for name in EVERY_FILE
+        for target in re.findall(r"_target_: *(\S+)", (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    ]
+    assert len(targets) > 10
+    assert [t for t in targets if not t[1].startswith(TRUSTED_PACKAGES)] == []
+
+
+# Refusals, through the scripts
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "message"),
+    [
+        ("train", "modality=text model/audio=logmel", "modality=text_audio|text_audio_video"),
+        ("train", "modality=text model/connector=mlp", "model/connector: the chosen modality has no such part"),
+        ("train", "modality=text model.streams.audio.dim=3", "model.streams.audio: no such key. Nothing is there"),
+        ("train", "modality=text_adio", "modality=text_adio: no such choice. Did you mean 'text_audio'?"),
+        ("train", "-m modality=text,text_adio", "modality=text_adio: no such choice. Did you mean 'text_audio'?"),
+        ("train", "model/lm=tiny", "model/lm: no such group. Did you mean 'model/llm'?"),
+        ("train", "model.llm.freze=true", "model.llm.freze: no such key. Did you mean 'freeze'?"),
+        ("train", "prompt.chat=true", "msenc.prompt.Prompt takes it. Add it: +prompt.chat="),
+        ("train", "sed=2", "sed: no such key. Did you mean 'seed'?"),
+        ("train", "data.batch_size=many", "data.batch_size: Value 'many' of type 'str' could not be converted"),
+        ("prepare", "data=mled", "data=mled: no such choice. Did you mean 'meld'?"),
+        ("evaluate", "run_dr=x", "run_dr: no such key. Did you mean 'run_dir'?"),
+        ("evaluate", "", "run_dir: no value. Give it: run_dir="),
+        ("report", "sweepdir=x", "sweepdir: no such key. Did you mean 'sweep_dir'?"),
+    ],
+)
+def test_a_wrong_override_is_refused(script, overrides, message, run_script):
+    assert_refused(run_script(f"{script}.py", *overrides.split()), message)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("seeed: 2", "experiment/mine.yaml: seeed: no such key. Did you mean 'seed'?"),
+        ("data: {batchsize: 2}", "experiment/mine.yaml: data.batchsize: no such key. Did you mean 'batch_size'?"),
+        ("model: {tie_conectors: true}", "model.tie_conectors: no such key. Did you mean 'tie_connectors'?"),
+        ("defaults: [override /modality: text_adio]", "modality=text_adio: no such choice. Did you mean 'text_audio'?"),
+        ("seed: [1", 'mine.yaml", line'),
+        ("model: {llm: {freze: true}}", "load_llm takes no such argument. Did you mean 'freeze'?"),
+    ],
+)
+def test_a_wrong_key_in_a_file_is_refused(yaml, message, run_script, tmp_path):
+    write_experiment(tmp_path, yaml)
+    assert_refused(run_script("train.py", "--config-dir", str(tmp_path), "experiment=mine"), message)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("trainer: {max_epocs: 2}", r"trainer\.max_epocs: .* takes no such argument\. Did you mean 'max_epochs'\?"),
+        ("optimizer: {learning_rate: 1}", r"optimizer\.learning_rate: torch\.optim\.AdamW takes no such argument"),
+        ("callbacks: {besst: {monitor: x}}", r"callbacks\.besst: no _target_ tells what to build"),
+        ("decoding: {temprature: 1}", r"decoding\.temprature: no such setting\. Did you mean 'temperature'\?"),
+        ("model: {llm: {lora: {alpha: 1}}}", r"model\.llm\.lora\.alpha: no such setting\. Did you mean 'lora_alpha'"),
+        ("prompt: {_target_: os.system}", r"prompt\._target_: found 'os\.system', expected a name in one of"),
+        ("prompt: {_target_: msenc.prompt.Promt}", r"'msenc\.prompt\.Promt' cannot be imported"),
+        ("optimizer: {eps: '???'}", r"optimizer\.eps: no value\. Give it: optimizer\.eps="),
+        ("optimizer: {lr: '${learning_rate}'}", "Interpolation key 'learning_rate' not found"),
+    ],
+)
+def test_a_file_is_checked_before_anything_is_built(yaml, message, train, tmp_path):
+    write_experiment(tmp_path, yaml)
+    with pytest.raises(MsencError, match=message):
+        train([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+seeed=2", "seeed: no such key. Did you mean 'seed'?"),
+        ("+data.size=2", r"data\.size: no such key\. Valid: batch"),
+    ],
+)
+def test_a_plus_adds_no_key_that_no_schema_has(override, message, train):
+    with pytest.raises(MsencError, match=message):
+        train([override])
+
+
+def write_experiment(folder: Path, yaml: str) -> None:
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{yaml}\n", encoding="utf-8")
+
+
+def assert_refused(process, message):
+    assert process.returncode == 1
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert str(ROOT) not in process.stderr
