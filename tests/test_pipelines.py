@@ -1,0 +1,392 @@
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from msenc import pipelines
+from msenc.models.llm import load_tokenizer
+from msenc.prompt import TOKEN_KINDS
+from msenc.types import MsencError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FAST = ["trainer.max_epochs=2", "decoding.max_new_tokens=3"]
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def evaluations(folder):
+    """Metrics and predictions of each evaluation in a run's folder, by its name."""
+    found = {}
+    for path in sorted((folder / "evaluation").iterdir()):
+        lines = (path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        found[path.name] = read(path / "metrics.json"), [json.loads(line) for line in lines]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(demo_home, tmp_path_factory):
+    """A finished run of text and audio, with an LLM of its own that tests may spoil in a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(demo_home / "data" / "tiny-llm", folder / "llm")
+    overrides = [*FAST, "modality=text_audio", "optimizer.lr=0.02", f"model.llm.name_or_path={folder / 'llm'}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        job = hydra.run("train", pipelines.train, [*overrides, f"hydra.run.dir={folder / 'run'}"], False)
+    return SimpleNamespace(folder=folder, run=folder / "run", loss=job.return_value)
+
+
+@pytest.fixture
+def spoilt(finished, tmp_path):
+    """A copy of the finished run, whose config names a copy of its LLM."""
+    folder = shutil.copytree(finished.folder, tmp_path / "spoilt")
+    path = folder / "run" / ".hydra" / "config.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert str(finished.folder / "llm") in text
+    path.write_text(text.replace(str(finished.folder / "llm"), str(folder / "llm")), encoding="utf-8")
+    return folder
+
+
+def evaluate(compose, run_dir, *overrides):
+    return pipelines.evaluate(
+        compose([f"run_dir={run_dir}", "decoding.max_new_tokens=3", "device=cpu", *overrides], "evaluate")
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_a_finished_run_explains_itself(finished):
+    run = read(finished.run / "run.json")
+    assert run["status"] == "finished"
+    assert run["stop_reason"] == "all epochs done"
+    assert (run["seed"], run["modality"], run["epochs"], run["steps"], run["device"]) == (1, "text_audio", 2, 2, "cpu")
+    assert run["seconds"] > 0
+    assert run["trainable_parameters"]["llm"] > 0
+    assert run["trainable_parameters"]["connector.audio"] > 0
+    assert set(run["trainable_parameters"]) == {"llm", "connector.audio"}
+    assert len(run["task_hash"]) == 12
+    assert set(run["streams"]) == {"audio"}
+    assert len(run["streams"]["audio"]) == 64
+    assert run["versions"]["torch"] == torch.__version__
+    assert "modality=text_audio" in run["overrides"]
+    assert run["history"]["targets"] == run["described_targets"] == 55
+    assert (finished.run / "checkpoints" / "best.ckpt").is_file()
+    assert (finished.run / "logs" / "csv" / "metrics.csv").is_file()
+    assert read(finished.run / "metrics.json")["val/loss"] == pytest.approx(run["metrics"]["val/loss"])
+
+
+def test_checkpoints_hold_adapters_and_connectors_alone(finished):
+    for name in ("best", "last"):
+        saved = torch.load(finished.run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert all("lora_" in key or key.startswith("model.connectors.audio.") for key in saved["state_dict"])
+        assert saved["msenc"]["base_fingerprint"] == read(finished.run / "run.json")["base_fingerprint"]
+
+
+def test_training_ends_with_the_test_split(finished):
+    ((name, (metrics, predictions)),) = [
+        e for e in evaluations(finished.run).items() if e[0].startswith("demo-test-") and e[1][0]["targets"] == 12
+    ]
+    assert metrics["split"] == "test"
+    assert metrics["task_hash"] == read(finished.run / "run.json")["task_hash"]
+    assert {"bleu_1", "bleu_4", "rouge_l", "description_exact", "perplexity", "token_accuracy"} <= set(metrics)
+    assert len(predictions) == 12
+    assert all(set(p["reply"]) == {"text", "description"} for p in predictions)
+    assert name.split("-")[2]
+
+
+def test_predictions_add_up_to_the_metrics(finished, compose, demo_home):
+    run = finished.run
+    before = set(evaluations(run))
+    returned = evaluate(compose, run, "split=val", "limit=2")
+    (name,) = set(evaluations(run)) - before
+    assert name.startswith("demo-val-")
+    metrics, predictions = evaluations(run)[name]
+    assert metrics == returned
+
+    assert len({p["dialogue"] for p in predictions}) == 2
+    assert metrics["targets"] == len(predictions)
+    tokenizer = load_tokenizer(str(finished.folder / "llm"))
+    by_kind, bits = defaultdict(list), defaultdict(float)
+    for p in predictions:
+        assert len(p["nll"]) == len(p["kinds"]) == len(p["correct"])
+        assert p["kinds"].count("end") == 1
+        assert p["kinds"][-1] == "end"
+        target = f" {p['reference']['text']} ({p['reference']['description']})"
+        assert len(p["nll"]) == len(tokenizer(target, add_special_tokens=False).input_ids) + 1
+        assert p["history"][0] == 0
+        assert p["history"][1] == p["turn"]
+        for kind, nll in zip(p["kinds"], p["nll"], strict=True):
+            by_kind[kind].append(nll)
+        for kind, n in p["bits"].items():
+            bits[kind] += n
+    everything = [nll for values in by_kind.values() for nll in values]
+    assert metrics["tokens"] == len(everything)
+    assert metrics["nll"] == pytest.approx(sum(everything) / len(everything))
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nll"]))
+    assert metrics["token_accuracy"] == pytest.approx(sum(sum(p["correct"]) for p in predictions) / len(everything))
+    for kind in TOKEN_KINDS:
+        if kind in by_kind:
+            assert metrics[f"nll/{kind}"] == pytest.approx(sum(by_kind[kind]) / len(by_kind[kind]))
+    planted = {kind for kind in by_kind if kind.startswith("planted_")}
+    assert planted == {k for k, n in bits.items() if n}
+    assert len(planted) > 1
+    for kind in planted:
+        recovered = 1 - sum(by_kind[kind]) / math.log(2) / bits[kind]
+        assert metrics[f"planted/{kind.removeprefix('planted_')}/recovered"] == pytest.approx(recovered)
+
+
+def test_evaluating_again_gives_the_same(finished, compose):
+    first = evaluate(compose, finished.run, "split=val")
+    assert evaluate(compose, finished.run, "split=val") == first
+    # what validation said while training is what evaluation says of the best checkpoint
+    assert first["nll"] == pytest.approx(finished.loss, rel=1e-4)
+    last = evaluate(compose, finished.run, "split=val", "checkpoint=last")
+    assert last["nll"] >= first["nll"] - 1e-6
+    alone = evaluate(compose, finished.run, "split=val", "generate=false")
+    assert alone["nll"] == first["nll"]
+    assert "bleu_1" not in alone
+
+
+def test_every_reply_lands_at_its_own_target(finished, compose):
+    def replies(*overrides):
+        before = set(evaluations(finished.run))
+        evaluate(compose, finished.run, "split=test", "decoding.max_new_tokens=12", *overrides)
+        (name,) = set(evaluations(finished.run)) - before
+        return {(p["dialogue"], p["turn"]): p["reply"]["text"] for p in evaluations(finished.run)[name][1]}
+
+    everything = replies()
+    first = replies("limit=1")  # which puts them in another order, to decode like lengths together
+    assert len(set(first.values())) > 1
+    assert first == {target: everything[target] for target in first}
+    assert replies("decoding.batch_size=2") == everything
+
+
+def test_a_repeated_run_gives_the_same(finished, train):
+    again = train([*FAST, "modality=text_audio", "optimizer.lr=0.02", "evaluate=null"], "again")
+    assert again.loss == finished.loss
+    other = train([*FAST, "modality=text_audio", "optimizer.lr=0.02", "evaluate=null", "seed=2"], "other")
+    assert other.loss != finished.loss
+    assert not (other.folder / "evaluation").exists()
+
+
+# ------------------------------------------------------------------------------------------------ what trains
+
+
+def test_a_frozen_llm_trains_its_connector_alone(train):
+    run = train([*FAST, "modality=text_audio", "model.llm.freeze=true"])
+    facts = read(run.folder / "run.json")
+    assert facts["trainable_parameters"]["llm"] == 0
+    assert facts["trainable_parameters"]["connector.audio"] > 0
+    saved = torch.load(run.folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert all(key.startswith("model.connectors.audio.") for key in saved["state_dict"])
+
+
+def test_where_nothing_trains_the_llm_is_evaluated_as_it_is(train, compose):
+    run = train([*FAST, "modality=text", "model.llm.freeze=true"])
+    facts = read(run.folder / "run.json")
+    assert facts["status"] == "finished"
+    assert facts["trainable_parameters"] == {"llm": 0}
+    assert "nothing to train" in facts["stop_reason"]
+    ((_, (metrics, _)),) = evaluations(run.folder).items()
+    assert evaluate(compose, run.folder, "generate=false")["nll"] == metrics["nll"]
+
+
+def test_tied_connectors_train_and_are_found_again(train, compose):
+    run = train([*FAST, "modality=text_audio_video", "model.tie_connectors=true", "model.llm.freeze=true"])
+    counts = read(run.folder / "run.json")["trainable_parameters"]
+    assert counts["connector.video"] < counts["connector.audio"]
+    ((_, (metrics, _)),) = evaluations(run.folder).items()
+    assert evaluate(compose, run.folder, "generate=false")["nll"] == metrics["nll"]
+
+
+def test_a_run_that_ends_before_its_first_validation_is_evaluated_as_trained(train, compose):
+    options = [
+        "modality=text",
+        "data.batch_size=4",
+        "trainer.max_steps=2",
+        "optimizer.lr=0.05",
+        "scheduler=epoch_decay",
+    ]
+    run = train([*FAST, *options])
+    facts = read(run.folder / "run.json")
+    assert (facts["steps"], facts["stop_reason"]) == (2, "trainer.max_steps reached")
+    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    ((_, (metrics, _)),) = evaluations(run.folder).items()
+    assert evaluate(compose, run.folder, "checkpoint=last", "generate=false")["nll"] == metrics["nll"]
+    untrained = train([*FAST, "modality=text", "model.llm.freeze=true"], "untrained")
+    ((_, (before, _)),) = evaluations(untrained.folder).items()
+    assert abs(metrics["nll"] - before["nll"]) > 1e-3
+
+
+_opened: list[str] | None = None
+
+
+def _note_open(event, args):
+    if event == "open" and _opened is not None:
+        _opened.append(str(args[0]))
+
+
+def test_a_text_run_opens_no_audio_and_no_video(train, demo_home, monkeypatch):
+    sys.addaudithook(_note_open)
+    monkeypatch.setattr(sys.modules[__name__], "_opened", found := [])
+    train([*FAST, "modality=text"])
+    data = demo_home / "data" / "demo"
+    read_from = {Path(name).relative_to(data).parts[0] for name in found if name.startswith(f"{data}/")}
+    assert read_from == {"dataset.json", "turns"}
+
+
+# ------------------------------------------------------------------------------------------------ refusals: runs
+
+
+def test_evaluating_what_is_no_run_is_refused(finished, compose, tmp_path):
+    with pytest.raises(MsencError, match=r"is not a run's folder .* It holds runs, though: run\."):
+        evaluate(compose, finished.folder)
+    with pytest.raises(MsencError, match="does not exist"):
+        evaluate(compose, tmp_path / "nowhere")
+    with pytest.raises(MsencError, match="split: found 'dev', expected one of train, val, test"):
+        evaluate(compose, finished.run, "split=dev")
+
+
+def test_unfit_checkpoints_are_refused(spoilt, compose):
+    run = spoilt / "run"
+    (run / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(MsencError, match=r"best\.ckpt: no such checkpoint\. Found: last\.ckpt"):
+        evaluate(compose, run)
+    evaluate(compose, run, "checkpoint=last", "limit=1", "generate=false")
+    (run / "checkpoints" / "best.ckpt").write_bytes(b"no checkpoint at all")
+    with pytest.raises(MsencError, match=r"best\.ckpt: cannot be read as a checkpoint"):
+        evaluate(compose, run)
+    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
+    (run / "checkpoints" / "best.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MsencError, match=r"best\.ckpt: cannot be read as a checkpoint"):
+        evaluate(compose, run)
+    for content in ([1, 2], {"weights": torch.zeros(2)}, {"state_dict": None}):
+        torch.save(content, run / "checkpoints" / "best.ckpt")
+        with pytest.raises(MsencError, match=r"best\.ckpt: no checkpoint of train\.py"):
+            evaluate(compose, run)
+
+
+def test_a_checkpoint_of_other_base_weights_is_refused(spoilt, compose):
+    from safetensors.torch import load_file, save_file
+
+    path = spoilt / "llm" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 0.01
+    save_file(tensors, path, metadata={"format": "pt"})
+    expected = read(spoilt / "run" / "run.json")["base_fingerprint"]
+    with pytest.raises(MsencError, match=rf"trained on base weights with fingerprint {expected}, the LLM loaded here"):
+        evaluate(compose, spoilt / "run")
+
+
+def test_a_checkpoint_of_another_connector_is_refused(spoilt, compose):
+    path = spoilt / "run" / ".hydra" / "config.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert "encoder_dim: 128" in text
+    path.write_text(text.replace("encoder_dim: 128", "encoder_dim: 64"), encoding="utf-8")
+    with pytest.raises(MsencError, match=r"the checkpoint does not fit the model: .*of another shape"):
+        evaluate(compose, spoilt / "run")
+
+
+# ---------------------------------------------------------------------------------------------- refusals: data, models
+
+
+def test_missing_data_is_refused_with_the_command_that_makes_it(train, compose, tmp_path):
+    overrides = ["data=meld", f"data.dir={tmp_path / 'none'}", "modality=text_audio", "model/audio=whisper"]
+    with pytest.raises(MsencError, match=r"dataset\.json: missing") as caught:
+        train([*FAST, *overrides, "optimizer.lr=0.1", "seed=3"])
+    command = str(caught.value).rpartition("Run: ")[2]
+    assert shlex.split(command) == ["python", "prepare.py", *overrides, "data.root=FOLDER"]
+    cfg = compose(shlex.split(command)[2:], "prepare")
+    assert (cfg.data.name, cfg.model.streams.audio.name) == ("meld", "whisper_base")
+    facts = read(tmp_path / "run" / "run.json")
+    assert facts["status"] == "failed"
+    assert "dataset.json: missing" in facts["error"]
+
+
+def test_the_command_survives_a_shell(train, tmp_path):
+    overrides = ["data=meld", f"data.dir={tmp_path / 'with space'}", "+data.generate={sizes:{train:1,val:1}}"]
+    command = pipelines._prepare_command(overrides, "text")
+    assert shlex.split(command) == ["python", "prepare.py", *overrides, "modality=text", "data.root=FOLDER"]
+    assert "'+data.generate={sizes:{train:1,val:1}}'" in command
+
+
+def test_a_model_that_cannot_be_loaded_is_refused(train):
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(MsencError, match=r"cannot load 'nobody/no-such-model'[\s\S]*as a hub id"):
+        train([*FAST, "modality=text", "model/llm=smollm2", "model.llm.name_or_path=nobody/no-such-model"])
+
+
+# ------------------------------------------------------------------------------------------------ sweeps
+
+
+def test_a_failing_job_stops_neither_the_sweep_nor_its_report(run_script, demo_home, tmp_path):
+    good = demo_home / "data" / "tiny-llm"
+    done = run_script(
+        "train.py",
+        "-m",
+        "modality=text",
+        "model/llm=smollm2",
+        f"model.llm.name_or_path=nobody/no-such-model,{good}",
+        "trainer.max_epochs=1",
+        "decoding.max_new_tokens=2",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    )
+    assert done.returncode == 1, done.stderr
+    failed, finished = (read(tmp_path / "sweep" / job / "run.json") for job in "01")
+    assert failed["status"] == "failed"
+    assert "cannot load 'nobody/no-such-model'" in failed["error"]
+    assert finished["status"] == "finished"
+    assert evaluations(tmp_path / "sweep" / "1")
+    assert "1 of 2 jobs did not finish" in done.stdout
+    assert "nll" in done.stdout
+    assert sorted(p.suffix for p in (tmp_path / "sweep").iterdir() if p.is_file()) > [".csv"]
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ real weights
+
+
+@pytest.mark.real
+def test_real_weights_train_and_reply(train, demo_home, tmp_path):
+    models = Path(os.environ.get("MSENC_MODELS", "nowhere"))
+    llm, whisper = models / "smollm2-135m-instruct", models / "whisper-base"
+    if not llm.is_dir() or not whisper.is_dir():
+        pytest.skip("MSENC_MODELS names no folder with smollm2-135m-instruct and whisper-base")
+    run = train(
+        [
+            "modality=text_audio",
+            "model/llm=smollm2",
+            f"model.llm.name_or_path={llm}",
+            "model/audio=whisper",
+            f"model.streams.audio.encoder.name_or_path={whisper}",
+            "prompt=chat",
+            f"data.dir={tmp_path / 'demo'}",
+            f"data.root={tmp_path / 'raw'}",
+            "data.generate.sizes={train:8,val:1,test:1}",
+            "data.batch_size=1",
+            "prepare_workers=0",
+            "trainer.max_steps=5",
+            "trainer.log_every_n_steps=1",
+            "decoding.max_new_tokens=8",
+            "+trainer.num_sanity_val_steps=0",
+        ]
+    )
+    facts = read(run.folder / "run.json")
+    assert facts["steps"] == 5
+    assert 0 < facts["trainable_parameters"]["llm"] < 2_000_000
+    ((_, (_, predictions)),) = evaluations(run.folder).items()
+    assert predictions
+    assert all(p["reply"]["text"] for p in predictions)
+    assert all(math.isfinite(nll) for p in predictions for nll in p["nll"])
