@@ -277,6 +277,9 @@ def _quieten() -> None:
     # Lightning lists devices it does not use and advertises; what matters is printed by msenc.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+    # Between libraries: PEFT asks transformers by an old name, Lightning torch by an old call.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     # Choices of the config, made on purpose: small data loads in the process itself, frozen parts are in eval mode.
     warnings.filterwarnings("ignore", message=r".*Found \d+ module\(s\) in eval mode.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -343,6 +346,7 @@ def task_hash(config: Mapping[str, Any], manifest: DatasetManifest) -> str:
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Measure a finished run on a split; its own config says which model and data."""
+    check_targets(plain(cfg), GIVEN)
     record, run_config = read_run(cfg.run_dir)
     run_config.paths = OmegaConf.create({**cfg.paths, "output_dir": str(cfg.run_dir)})
     has_trained = sum(record.get("trainable_parameters", {"": 1}).values()) > 0
