@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from msenc.config import build
-from msenc.prepare.demo import transcripts
+from msenc.prepare.demo import DemoDialogue, transcripts
 from msenc.prepare.tiny_llm import train_tokenizer
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Slot
 from msenc.types import Dialogue, Mark, MsencError, Reply, Utterance
@@ -170,6 +170,20 @@ def test_streams_change_slots_and_nothing_else(tokenizer, name):
         for block, present in zip(with_slots.turns, streams, strict=True):
             slots = [piece.stream for piece in block if isinstance(piece, Slot)]
             assert slots == [s for s in SLOTS if s in present]
+
+
+def test_a_slot_between_signs_that_merge_does_not_change_the_count():
+    # With the slots gone, ":" and "(" would be one token: the count must not see where a slot cut.
+    turns = tuple(Utterance(str(i), "Ana", "(ok)") for i in range(3))
+    demo = transcripts(1, seed=0)[0]
+    said = DemoDialogue(Dialogue("d", "train", turns), demo.turns[:1] * 3)
+    prompt = prompt_of("upstream")
+    tokenizer = train_tokenizer([said] * 50, prompt_of("default", turn="{speaker}:{text}"), vocab_size=300)
+    assert len(tokenizer(":(", add_special_tokens=False).input_ids) == 1
+    tokenize = DialogueTokenizer(prompt, tokenizer)
+    cut, plain = (tokenize(said.dialogue, [streams] * 3) for streams in (("audio",), ()))
+    assert cut.turn_tokens == plain.turn_tokens
+    assert sum(len(p) for p in cut.turns[0] if isinstance(p, tuple)) == plain.turn_tokens[0] + 1
 
 
 def test_default_prompt_in_words(tokenizer):

@@ -111,6 +111,16 @@ def test_each_epoch_brings_all_dialogues_in_another_order(prepared, tokenizer, t
     assert epochs(2) != first
 
 
+def test_loader_processes_change_nothing(prepared, tokenizer):
+    streams = ("audio", "video")
+    alone, shared = (list(module_of(prepared, tokenizer, streams, num_workers=n).train_dataloader()) for n in (0, 2))
+    assert len(alone) == len(shared) == 4
+    for one, other in zip(alone, shared, strict=True):
+        assert one.target_ids == other.target_ids
+        torch.testing.assert_close(one.input_ids, other.input_ids, rtol=0, atol=0)
+        torch.testing.assert_close(one.streams["video"].features, other.streams["video"].features, rtol=0, atol=0)
+
+
 def test_evaluation_keeps_the_order_and_the_limit(prepared, tokenizer):
     datamodule = module_of(prepared, tokenizer)
     datamodule.setup()
