@@ -100,19 +100,20 @@ def test_the_last_step_of_an_epoch_may_see_fewer_batches(tiny_models, tmp_path):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_is_that_of_the_mean_loss(tiny_models, tmp_path):
+def test_every_step_follows_the_gradient_of_the_mean_loss(tiny_models, tmp_path):
     module = make_module(tiny_models["llama"], lr=1.0)
-    batch = make_batches([3])[0]
-    before = parameters_of(module)
-    module.model(batch).nll.mean().backward()
-    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    norm = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
-    module.zero_grad()
-    # Clipped by just more than its norm, it stays whole: clipping sees the gradient per token, not that of the sum.
-    fit(module, [batch], tmp_path, gradient_clip_val=1.01 * norm)
-    after = parameters_of(module)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(before[name] - after[name], gradient, rtol=1e-3, atol=1e-6)
+    for batch in make_batches([3, 1]):
+        before = parameters_of(module)
+        module.zero_grad()
+        module.train().model(batch).nll.mean().backward()
+        gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        norm = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
+        module.zero_grad()
+        # Clipped by just more than its norm, it stays whole: clipping sees the gradient per token, not that of the sum.
+        fit(module, [batch], tmp_path, gradient_clip_val=1.01 * norm)
+        after = parameters_of(module)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(before[name] - after[name], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_validation_weighs_every_token_alike(tiny_models, tmp_path):

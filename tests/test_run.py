@@ -62,6 +62,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"text": object()})
     assert read_json(path) == {"text": "naïve"}
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+    with pytest.raises(UnicodeEncodeError):  # in the middle of writing
+        write_text(path, "no such letter: \ud800")
+    assert read_json(path) == {"text": "naïve"}
     with pytest.raises(MsencError, match=r"cannot be written \(Is a directory\)"):
         write_text(tmp_path / "deep", "x")
 
