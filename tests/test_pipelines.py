@@ -261,14 +261,17 @@ def test_evaluating_what_is_no_run_is_refused(finished, compose, tmp_path):
 
 def test_unfit_checkpoints_are_refused(spoilt, compose):
     run = spoilt / "run"
-    (run / "checkpoints" / "best.ckpt").unlink()
-    with pytest.raises(MsencError, match=r"best\.ckpt: no such checkpoint\. Found: last\.ckpt"):
+    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(MsencError, match=r"other\.ckpt: no such checkpoint\. Found: best\.ckpt, last\.ckpt"):
+        evaluate(compose, run, f"checkpoint={run / 'checkpoints' / 'other.ckpt'}")
+    evaluate(compose, run, f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "limit=1", "generate=false")
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(MsencError, match=r"\.ckpt: no such checkpoint\. Found: none\."):
         evaluate(compose, run)
-    evaluate(compose, run, "checkpoint=last", "limit=1", "generate=false")
     (run / "checkpoints" / "best.ckpt").write_bytes(b"no checkpoint at all")
     with pytest.raises(MsencError, match=r"best\.ckpt: cannot be read as a checkpoint"):
         evaluate(compose, run)
-    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     (run / "checkpoints" / "best.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MsencError, match=r"best\.ckpt: cannot be read as a checkpoint"):
         evaluate(compose, run)
