@@ -27,7 +27,7 @@ from msenc.types import MsencError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-TRUSTED_PACKAGES = ("msenc.", "torch.", "lightning.", "torchmetrics.", "transformers.")
+TRUSTED_PACKAGES = ("msenc.", "torch.optim.", "lightning.")
 """What a ``_target_`` may name: a config must not be a way to run anything else."""
 
 NEEDS_TARGET = re.compile(
@@ -156,6 +156,7 @@ class EvaluateConfig:
         generate: False measures losses alone.
         limit: first dialogues of the split; None for all.
         device: torch's name of the device; ``auto`` takes a GPU if there is one.
+        data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
     """
 
     run_dir: str = MISSING
@@ -165,7 +166,7 @@ class EvaluateConfig:
     generate: bool = True
     limit: int | None = None
     device: str = "auto"
-    paths: PathsConfig = field(default_factory=PathsConfig)
+    data_dir: str | None = None
 
 
 @dataclass

@@ -49,7 +49,10 @@ def evaluate_split(
     if decoding is not None:
         _generate(model, datamodule, split, decoding, predictions, limit)
         replies = [Reply(p["reply"]["text"], p["reply"]["description"]) for p in predictions]
-        references = [Reply(p["reference"]["text"], p["reference"]["description"]) for p in predictions]
+        is_described = datamodule.tokenizer.prompt.target == "text_description"
+        references = [
+            Reply(p["reference"]["text"], p["reference"]["description"] if is_described else None) for p in predictions
+        ]
         metrics |= text_metrics(replies, references)
     return metrics, predictions
 

@@ -3,6 +3,7 @@
 Batch -> ConversationModel -> sum of losses and number of target tokens -> gradients per target token
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,7 +86,8 @@ class ConversationModule(L.LightningModule):
         if self.scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)
-        per_epoch = max(total // max(self.trainer.max_epochs or 1, 1), 1)
+        batches = self.trainer.num_training_batches
+        per_epoch = max(math.ceil(batches / self.trainer.accumulate_grad_batches), 1)
         return [optimizer], [{"scheduler": self.scheduler(optimizer, total, per_epoch), "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -37,7 +37,6 @@ console = Console()
 
 GIVEN = {
     "model.connector": {"in_dim", "out_dim"},
-    "model.llm_recipe": {"folder", "prompt"},
     "data.generate": {"root", "num_workers"},
 }
 """Arguments that the pipelines add to a node when they build it."""
@@ -74,19 +73,17 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
         if data["generate"] is not None:
             build(data["generate"], root=root, num_workers=workers)
         manifest = prepare_dataset(data["name"], root, folder, streams, workers)
-    _ensure_llm(config)
+    if data["generate"] is not None:
+        _ensure_llm(config)
     return manifest
 
 
 def _ensure_llm(config: Mapping[str, Any]) -> None:
-    """Pre-train the LLM if the config says how, and its folder is missing."""
+    """Pre-train the LLM if the config says how; one of another name has to exist."""
     recipe = config["model"]["llm_recipe"]
-    folder = Path(config["model"]["llm"]["name_or_path"])
-    if recipe is None or folder.is_dir():
-        return
-    with folder_lock(folder, wait=True):
-        if not folder.is_dir():
-            build(recipe, folder=folder, prompt=_prompt(config))
+    if recipe is not None and recipe["folder"] == config["model"]["llm"]["name_or_path"]:
+        with folder_lock(Path(recipe["folder"]), wait=True):
+            build(recipe)
 
 
 def _ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
@@ -173,7 +170,7 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         trainable_parameters=counts,
         data=config["data"]["name"],
         task_hash=task_hash(config, datamodule.manifest),
-        streams={s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()},
+        streams=_stream_hashes(datamodule),
         turns_hash=datamodule.manifest.turns_hash,
         history=datamodule.dropped_turns("train"),
         described_targets=described,
@@ -190,8 +187,7 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         return loss
     console.print(f"Run folder: {_shown(run_dir)}", soft_wrap=True)
     if config["evaluate"] and not config["trainer"].get("fast_dev_run"):
-        checkpoint = _final_checkpoint(run_dir) if sum(counts.values()) else None
-        evaluate_run(run_dir, cfg, split=config["evaluate"], checkpoint=checkpoint)
+        evaluate_run(run_dir, split=config["evaluate"], device=record.facts.get("device", "auto"))
     return loss
 
 
@@ -213,6 +209,7 @@ def _fit(
         logger=loggers,
         default_root_dir=str(record.folder),
         enable_model_summary=False,
+        use_distributed_sampler=False,  # the data module shards by itself, and keeps its order
     )
     module.train()
     trainer.fit(module, datamodule=datamodule)
@@ -237,14 +234,6 @@ def _stop_reason(trainer: L.Trainer) -> str:
     if trainer.global_step == trainer.max_steps:
         return "trainer.max_steps reached"
     return "all epochs done" if trainer.current_epoch == trainer.max_epochs else "stopped before its last epoch"
-
-
-def _final_checkpoint(run_dir: Path) -> str:
-    """The best checkpoint; the last one where training ended before its first validation (``trainer.max_steps``)."""
-    if (run_dir / "checkpoints" / "best.ckpt").is_file():
-        return "best"
-    console.print("No validation ran, so no checkpoint is the best one: the last is evaluated.")
-    return "last"
 
 
 def _print_plan(config: Mapping[str, Any], record: RunRecord) -> None:
@@ -302,7 +291,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
     return DialogueDataModule(
         folder=Path(data["dir"]),
         streams={
-            name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"])
+            name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])
             for name, stream in model["streams"].items()
         },
         tokenizer=DialogueTokenizer(_prompt(config), load_tokenizer(model["llm"]["name_or_path"])),
@@ -346,65 +335,67 @@ def task_hash(config: Mapping[str, Any], manifest: DatasetManifest) -> str:
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Measure a finished run on a split; its own config says which model and data."""
-    check_targets(plain(cfg), GIVEN)
-    record, run_config = read_run(cfg.run_dir)
-    run_config.paths = OmegaConf.create({**cfg.paths, "output_dir": str(cfg.run_dir)})
-    has_trained = sum(record.get("trainable_parameters", {"": 1}).values()) > 0
+    config = plain(cfg)
+    check_targets(config, GIVEN)
     return evaluate_run(
-        Path(cfg.run_dir),
-        run_config,
-        split=cfg.split,
-        checkpoint=cfg.checkpoint if has_trained else None,
-        decoding=plain(cfg.decoding),
-        with_replies=cfg.generate,
-        limit=cfg.limit,
-        device=cfg.device,
+        Path(config["run_dir"]),
+        split=config["split"],
+        checkpoint=config["checkpoint"],
+        decoding=config["decoding"],
+        with_replies=config["generate"],
+        limit=config["limit"],
+        device=config["device"],
+        data_dir=config["data_dir"],
     )
 
 
 def evaluate_run(
     run_dir: Path,
-    run_config: DictConfig,
     split: str,
-    checkpoint: str | None,
+    checkpoint: str = "best",
     decoding: dict[str, Any] | None = None,
     with_replies: bool = True,
     limit: int | None = None,
     device: str = "auto",
+    data_dir: str | None = None,
 ) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
 
     Args:
         run_dir: the run.
-        run_config: its config.
         split: ``train``, ``val`` or ``test``.
-        checkpoint: ``best``, ``last`` or a file; None for a run in which nothing trained.
+        checkpoint: ``best``, ``last`` or a file; a run in which nothing trained is measured as it is.
         decoding: see ``configs/decoding``; the run's own if None.
         with_replies: False measures losses alone.
         limit: first dialogues of the split.
         device: ``auto``, ``cpu``, ``cuda`` ...
+        data_dir: where data and tiny LLM lie now, if they have moved since.
     """
-    run_config = OmegaConf.merge(run_config, {"paths": {"output_dir": str(run_dir)}})
+    if limit is not None and limit < 1:
+        raise MsencError(f"limit={limit}: expected the number of dialogues to measure, 1 or more, or null for all.")
+    record, run_config = read_run(run_dir)
+    run_config.paths.output_dir = str(run_dir)
+    if data_dir is not None:
+        run_config.paths.data_dir = data_dir
     config = plain(run_config)
+    check_targets(config, GIVEN)
     decoding = config["decoding"] if decoding is None else decoding
     _quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    overrides = OmegaConf.load(run_dir / ".hydra" / "overrides.yaml")
-    datamodule = build_datamodule(config, _prepare_command(list(overrides), config["modality"]))
+    datamodule = build_datamodule(config, _prepare_command(record["overrides"], config["modality"]))
     datamodule.setup()
+    _check_same_data(record, config, datamodule)
     model = build_model(config)
-    if checkpoint is not None:
+    if sum(record["trainable_parameters"].values()):
         load_checkpoint(ConversationModule(model), run_dir, checkpoint)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
     metrics, predictions = evaluate_split(
-        model.to(device).eval(), datamodule, split, decoding if with_replies else None, limit
+        model.to(_device(device)).eval(), datamodule, split, decoding if with_replies else None, limit
     )
     metrics |= {
         "split": split,
         "data": config["data"]["name"],
-        "task_hash": task_hash(config, datamodule.manifest),
+        "task_hash": record["task_hash"],
         "settings": " ".join(f"{k}={v}" for k, v in settings.items()),
     }
     folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
@@ -413,6 +404,30 @@ def evaluate_run(
     shown = _shown(folder)
     console.print(f"Written: {shown / 'metrics.json'}, {shown / 'predictions.jsonl'}", soft_wrap=True)
     return metrics
+
+
+def _check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
+    """Refuse data that was prepared anew, with other content, since the run."""
+    now = {"task_hash": task_hash(config, datamodule.manifest), "streams": _stream_hashes(datamodule)}
+    for what, found in now.items():
+        if record[what] != found:
+            raise MsencError(
+                f"{datamodule.folder}: not the data that the run was trained on ({what} was {record[what]}, is "
+                f"{found}). Prepare it as it was, or train again."
+            )
+
+
+def _stream_hashes(datamodule: DialogueDataModule) -> dict[str, str]:
+    return {s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise MsencError(f"device={name}: not usable here ({str(e).splitlines()[0]}). Try device=cpu.") from e
 
 
 def _shown(path: Path) -> Path:
@@ -429,6 +444,12 @@ def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) 
     path = Path(checkpoint)
     if checkpoint in ("best", "last"):
         path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
+        last = path.with_name("last.ckpt")
+        if not path.is_file() and last.is_file():
+            console.print(
+                "There is no best checkpoint here (no validation ran, or it was removed): the last one is taken."
+            )
+            path = last
     if not path.is_file():
         found = sorted(f.name for f in (run_dir / "checkpoints").glob("*.ckpt"))
         raise MsencError(f"{path}: no such checkpoint. Found: {', '.join(found) or 'none'}. Did the run finish?")
@@ -465,6 +486,7 @@ def report(cfg: DictConfig) -> None:
     from msenc.report.collect import collect_runs
     from msenc.report.table import print_table, summarise, write_table
 
+    plain(cfg)
     table = summarise(collect_runs(Path(cfg.sweep_dir)), split=cfg.split, settings=cfg.settings)
     print_table(table)
     paths = write_table(table, Path(cfg.sweep_dir))

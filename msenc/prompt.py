@@ -236,7 +236,7 @@ class DialogueTokenizer:
             raise MsencError("the tokenizer has no end token (eos_token): a reply could not end.")
         self.prompt = prompt
         self.tokenizer = tokenizer
-        self._known: dict[str, tuple[int, ...]] = {}
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
         opening, closing = prompt.instruction, ""
         if prompt.chat:
             opening, closing = self._chat_frame()
@@ -276,11 +276,14 @@ class DialogueTokenizer:
             ids = ids[:-1]
         return tuple(ids)
 
-    def _ids(self, text: str) -> tuple[int, ...]:
+    def _ids(self, text: str, allow_special: bool = False) -> tuple[int, ...]:
         # Speaker labels and response prompts come again and again; a tokenizer call costs far more than a look-up.
-        if text not in self._known:
-            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return self._known[text]
+        key = (text, allow_special)
+        if key not in self._known:
+            # What people say may hold the characters of a control token; it stays text.
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not allow_special).input_ids
+            self._known[key] = tuple(ids)
+        return self._known[key]
 
     def __call__(
         self,
@@ -307,7 +310,9 @@ class DialogueTokenizer:
             # Counted as if no slot had cut the text, so that every modality keeps the same turns.
             turn_tokens.append(len(self._ids("".join(self.prompt.turn_pieces(label, utterance.text, ())))))
         replies = list(zip(labels, dialogue.utterances, strict=True))[1:]
-        responses = tuple(self._ids(self._response.replace("{speaker}", label)) for label, _ in replies)
+        responses = tuple(
+            self._ids(self._response.replace("{speaker}", label), self.prompt.chat) for label, _ in replies
+        )
         if not all(responses):
             raise MsencError(
                 f"prompt.response: {self._response!r} gives no token in dialogue {dialogue.id}. A target's first token "
@@ -324,7 +329,9 @@ class DialogueTokenizer:
 
     def _target(self, utterance: Utterance) -> Target:
         string, split, spans = self.prompt.format_target(utterance)
-        encoded = self.tokenizer(string, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
         kinds = []
         for start, end in encoded.offset_mapping:
             kind = "reply" if end <= split else "description"

@@ -32,7 +32,7 @@ GROUPS = {
     "model/llm": ["train", "prepare"],
     "model/video": ["train", "prepare"],
     "optimizer": ["train"],
-    "paths": ["train", "prepare", "evaluate"],
+    "paths": ["train", "prepare"],
     "prompt": ["train", "prepare"],
     "scheduler": ["train"],
     "trainer": ["train"],

@@ -188,11 +188,17 @@ def _utterance(values: dict[str, str], id: str, clip: str, path: Path, row: int)
         marks = parse_marks(values.get("Marks", ""))
     except MsencError as error:
         raise MsencError(f"{path}, row {row}: {error}") from error
+    description = values.get("Description") or None
+    if description is not None and ("(" in description or ")" in description):
+        raise MsencError(
+            f"{path}, row {row}: brackets in the voice description {description!r}. A target ends in its description "
+            "in brackets, so it must hold none. Write it without."
+        )
     return Utterance(
         id=id,
         speaker=values["Speaker"],
         text=values["Utterance"],
-        description=values.get("Description") or None,
+        description=description,
         start_s=_seconds(values["StartTime"]),
         end_s=_seconds(values["EndTime"]),
         clip=clip,

@@ -4,10 +4,11 @@ turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -29,12 +30,17 @@ class StreamSpec:
         name: the encoder's name; features lie in ``<stream>-<name>/``.
         dim: their width D.
         num_queries: tokens Q that its connector gives per utterance.
+        settings: the encoder's config; the features must have been made with the same, but for `RUN_ONLY`.
     """
 
     name: str
     dim: int
     num_queries: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
+
+RUN_ONLY = ("device", "batch_s", "batch_frames")
+"""Settings of encoders that change how fast features are made, and not what they are."""
 
 Sample = tuple[TokenizedDialogue, Features]
 
@@ -110,7 +116,9 @@ def collate_samples(
 
 
 class EpochShuffle(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone.
+    """A permutation that depends on (seed, epoch) alone; of several processes, each takes every n-th of it.
+
+    Where the number does not divide by the processes, the first ones of the order come again.
 
     Example:
         >>> sampler = EpochShuffle(4, seed=1)
@@ -120,9 +128,11 @@ class EpochShuffle(Sampler[int]):
         (True, True)
     """
 
-    def __init__(self, num: int, seed: int) -> None:
+    def __init__(self, num: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.num = num
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -130,12 +140,14 @@ class EpochShuffle(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Number of indices."""
-        return self.num
+        """Number of indices that this process gets."""
+        return -(-self.num // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
         """The epoch's order."""
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.num).tolist())
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num).tolist()
+        order += order[: len(self) * self.world_size - self.num]
+        return iter(order[self.rank :: self.world_size])
 
 
 class DialogueDataModule(L.LightningDataModule):
@@ -208,8 +220,9 @@ class DialogueDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled anew each epoch."""
         dataset = self.dataset("train")
-        sampler = BatchSampler(EpochShuffle(len(dataset), self.seed), self.batch_size, drop_last=False)
-        return self._loader(dataset, batch_sampler=sampler)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        shuffle = EpochShuffle(len(dataset), self.seed, rank, world_size)
+        return self._loader(dataset, BatchSampler(shuffle, self.batch_size, drop_last=False))
 
     def val_dataloader(self) -> DataLoader:
         """In the order of the shards."""
@@ -259,8 +272,8 @@ def check_prepared(folder: Path, streams: Mapping[str, StreamSpec], hint: str) -
     """Compare what was prepared with what the model expects.
 
     Raises:
-        MsencError: nothing prepared, a stream that was not, features of another width (it names both), or shards
-            other than the manifest's.
+        MsencError: nothing prepared, a stream that was not, or for no clip; features of another width or made
+            with other settings (it names both); shards other than the manifest's.
     """
     manifest = DatasetManifest.read(folder, hint)
     hashes = {"turns": manifest.turns_hash}
@@ -274,6 +287,22 @@ def check_prepared(folder: Path, streams: Mapping[str, StreamSpec], hint: str) -
             raise MsencError(
                 f"{folder}: the features {wanted} are {prepared[wanted]} wide, the config says "
                 f"model.streams.{stream}.dim={spec.dim}. Correct the config, or prepare anew. {hint}"
+            )
+        made_with = manifest.streams[wanted].settings
+        differ = [
+            f"{key}={made_with.get(key)}, the config says {value}"
+            for key, value in spec.settings.items()
+            if key not in RUN_ONLY and made_with.get(key) != value
+        ]
+        if differ:
+            raise MsencError(
+                f"{folder}: the features {wanted} were made with {'; '.join(differ)}. Correct the config, or prepare "
+                f"them anew, under another model.streams.{stream}.name if the old ones are to stay. {hint}"
+            )
+        if not manifest.streams[wanted].utterances.get("train"):
+            raise MsencError(
+                f"{folder}: no utterance of the split train has {stream}: {folder / 'rejected.csv'} says why. Does "
+                "data.root name the folder that holds the clips?"
             )
         hashes[wanted] = manifest.streams[wanted].hash
     for name, expected in hashes.items():

@@ -51,7 +51,11 @@ class ConversationModel(nn.Module):
         super().train(mode)
         for part in (self.llm, *self.connectors.values()):
             if not any(p.requires_grad for p in part.parameters()):
-                part.eval()
+                # transformers recomputes activations only in modules that are in training mode.
+                recomputes = any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+                for module in part.modules():
+                    if not recomputes or isinstance(module, nn.Dropout):
+                        module.training = False
         return self
 
     def trainable_parameters(self) -> dict[str, int]:
@@ -102,8 +106,13 @@ class ConversationModel(nn.Module):
             ).logits[0]  # (K, V)
         wanted = labels[predicting[:, :-1]]  # (K,)
         is_target = batch.labels != -100
+        nll = cross_entropy(logits.float(), wanted, reduction="none")
+        for name in self.connectors.keys() - batch.streams.keys() if self.training else ():
+            # No turn of this batch has the stream: its connector gets a gradient of zero, not none, since a frozen
+            # LLM would leave nothing to differentiate, and DDP waits for every parameter.
+            nll = nll + 0.0 * sum(p.sum() for p in self.connectors[name].parameters() if p.requires_grad)
         return TokenScores(
-            nll=cross_entropy(logits.float(), wanted, reduction="none"),
+            nll=nll,
             correct=logits.argmax(-1) == wanted,
             kinds=batch.kinds[is_target],
             targets=batch.targets[is_target],

@@ -12,6 +12,7 @@ from torch import nn
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
 
+MASKED_ATTENTION = ("sdpa", "eager")
 FINGERPRINT_VALUES = 256
 """Values of each tensor that enter a fingerprint, evenly spread."""
 
@@ -53,6 +54,11 @@ def load_llm(
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    if attn_implementation not in MASKED_ATTENTION:
+        raise MsencError(
+            f"model.llm.attn_implementation={attn_implementation}: the dialogue layout needs a kernel that takes any "
+            f"mask; expected one of {', '.join(MASKED_ATTENTION)}."
+        )
     llm = load_pretrained(
         AutoModelForCausalLM, name_or_path, dtype=to_dtype(dtype), attn_implementation=attn_implementation
     )

@@ -6,20 +6,23 @@ It stands in for what a large LLM brings along: the language of the task, and wh
 met a feature of sound or picture. The connectors have to say with their vectors what the transcripts say in words.
 """
 
+import json
 import math
 import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 from msenc.data.collate import collate, dialogue_rows
 from msenc.models.attention import layout_mask
-from msenc.prepare.demo import DemoDialogue, state_words, transcripts
+from msenc.prepare.demo import DemoDialogue, DemoTurn, state_words, transcripts
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
 from msenc.types import TRUNK, Batch
 
@@ -32,6 +35,11 @@ WEIGHTS = {
     "planted_both": 10.0,
 }
 
+PROMPT = Prompt(instruction="A conversation.\n", turn="{speaker}:{video}{audio} {text}\n", response="{speaker}:")
+"""What the transcripts are written in: the words of ``prompt=default``. It does not follow the run's prompt, so that
+every run starts from the same LLM."""
+
+RECIPE = "recipe.json"
 FIRST_LESSONS = 0.7
 """Share of the transcripts that are cut to two turns."""
 
@@ -39,8 +47,7 @@ SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def pretrain(
-    folder: Path,
-    prompt: Prompt,
+    folder: str,
     num_dialogues: int,
     hidden_size: int = 96,
     num_layers: int = 3,
@@ -51,13 +58,12 @@ def pretrain(
     silence: float = 0.25,
     seed: int = 1,
 ) -> None:
-    """Make the folder of a tiny LLM; it appears whole or not at all.
+    """Make the folder of a tiny LLM, unless it is there; it appears whole or not at all.
 
     The objective is the language model's: every token of the history counts, and every reply.
 
     Args:
         folder: where it goes, in ``save_pretrained``'s layout.
-        prompt: the templates that the transcripts are written in.
         num_dialogues: transcripts, each read once; they are drawn apart from every split of the demo.
         hidden_size: width H.
         num_layers: layers of the Llama.
@@ -69,13 +75,18 @@ def pretrain(
             LLM has to do without a stream, too.
         seed: of transcripts, weights and silences.
     """
+    recipe = {k: v for k, v in locals().items() if k != "folder"}
+    target = Path(folder)
+    if target.is_dir():
+        _note_other_recipe(target, recipe)
+        return
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dialogues = transcripts(num_dialogues, seed)
-    tokenizer = train_tokenizer(dialogues, prompt, vocab_size)
+    tokenizer = train_tokenizer(dialogues, PROMPT, vocab_size)
     rng = random.Random(seed)
     first = round(FIRST_LESSONS * num_dialogues)
-    tokenize = DialogueTokenizer(prompt, tokenizer)
+    tokenize = DialogueTokenizer(PROMPT, tokenizer)
     # Short dialogues in which all is said come first: what a reply depends on is learned there many times faster.
     lessons = [_first_turns(_tokenize(d, tokenize, 0.0, rng), 2) for d in dialogues[:first]]
     lessons += [_tokenize(d, tokenize, silence, rng) for d in dialogues[first:]]
@@ -98,15 +109,24 @@ def pretrain(
             )
         )
     _fit(llm, lessons, batch_size, learning_rate)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     llm.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+    partial.rename(target)
 
 
-def train_tokenizer(dialogues: Sequence[DemoDialogue], prompt: Prompt, vocab_size: int) -> object:
+def _note_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    path = folder / RECIPE
+    made_by = json.loads(path.read_text()) if path.is_file() else {}
+    differ = [f"{k}={made_by.get(k)}, not {v}" for k, v in recipe.items() if made_by.get(k) != v]
+    if differ:
+        Console().print(f"{folder} was made with {'; '.join(differ)}. It is used as it is; remove it to make it anew.")
+
+
+def train_tokenizer(dialogues: Sequence[DemoDialogue], prompt: Prompt, vocab_size: int) -> Any:
     """A byte-level BPE over the transcripts: any text has tokens, and the transcripts' words mostly one each."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -139,7 +159,7 @@ def train_tokenizer(dialogues: Sequence[DemoDialogue], prompt: Prompt, vocab_siz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
-def _slot_words(turn: object) -> dict[str, str]:
+def _slot_words(turn: DemoTurn) -> dict[str, str]:
     return {stream: f" [{words}]" for stream, words in state_words(turn).items()}
 
 

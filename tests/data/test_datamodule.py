@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import sys
@@ -273,3 +274,20 @@ def test_shards_other_than_the_manifests_are_refused(prepared, tokenizer, stream
 def test_an_unknown_split_is_refused(prepared, tokenizer):
     with pytest.raises(MsencError, match="split: found 'dev', expected one of train, val, test"):
         module_of(prepared, tokenizer).dataset("dev")
+
+
+def test_other_settings_of_the_same_encoder_are_refused(prepared, tokenizer):
+    datamodule = module_of(prepared, tokenizer)
+    datamodule.streams["audio"] = dataclasses.replace(SPECS["audio"], settings={"hop_s": 0.01, "device": "cuda"})
+    with pytest.raises(MsencError, match=r"audio-logmel were made with hop_s=0.02, the config says 0.01\. Correct"):
+        datamodule.setup()
+    datamodule.streams["audio"] = dataclasses.replace(SPECS["audio"], settings={"hop_s": 0.02, "device": "cuda"})
+    datamodule.setup()
+
+
+def test_processes_share_the_order():
+    whole = list(EpochShuffle(7, seed=3))
+    shards = [list(EpochShuffle(7, 3, rank, 2)) for rank in range(2)]
+    assert [len(EpochShuffle(7, 3, rank, 2)) for rank in range(2)] == [4, 4]
+    merged = [index for pair in zip(*shards, strict=True) for index in pair]
+    assert merged == [*whole, whole[0]]

@@ -4,12 +4,12 @@ import random
 import pytest
 import torch
 
+from msenc.config import build, plain
 from msenc.models.llm import fingerprint, load_llm, load_tokenizer
 from msenc.prepare.demo import state_words, transcripts
-from msenc.prepare.tiny_llm import pretrain, train_tokenizer
-from msenc.prompt import DialogueTokenizer, Prompt
+from msenc.prepare.tiny_llm import PROMPT, pretrain, train_tokenizer
+from msenc.prompt import DialogueTokenizer
 
-PROMPT = Prompt(instruction="A conversation.\n", turn="{speaker}:{video}{audio} {text}\n", response="{speaker}:")
 SMALL = {"num_dialogues": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
 
 
@@ -19,7 +19,7 @@ def test_the_folder_depends_on_the_seed_alone(tmp_path):
         torch.manual_seed(noise)
         random.seed(noise)
         before = torch.get_rng_state()
-        pretrain(tmp_path / name, PROMPT, seed=seed, **SMALL)
+        pretrain(tmp_path / name, seed=seed, **SMALL)
         assert torch.equal(torch.get_rng_state(), before)
         prints.append(load_llm(str(tmp_path / name)).base_fingerprint)
     assert prints[0] == prints[1] != prints[2]
@@ -28,7 +28,7 @@ def test_the_folder_depends_on_the_seed_alone(tmp_path):
 
 
 def test_pretraining_lowers_the_loss_of_unseen_transcripts(tmp_path):
-    pretrain(tmp_path / "llm", PROMPT, **{**SMALL, "num_dialogues": 300, "hidden_size": 48, "num_layers": 2})
+    pretrain(tmp_path / "llm", **{**SMALL, "num_dialogues": 300, "hidden_size": 48, "num_layers": 2})
     llm, tokenizer = load_llm(str(tmp_path / "llm")), load_tokenizer(str(tmp_path / "llm"))
     unseen = transcripts(310, seed=1)[300:]
     losses = []
@@ -54,11 +54,11 @@ def test_an_end_in_the_middle_leaves_no_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", die)
         with pytest.raises(Killed):
-            pretrain(tmp_path / "llm", PROMPT, **SMALL)
+            pretrain(tmp_path / "llm", **SMALL)
     assert not (tmp_path / "llm").exists()
     (tmp_path / "llm.partial").mkdir()
     (tmp_path / "llm.partial" / "left.txt").write_text("by a process that was killed while it wrote")
-    pretrain(tmp_path / "llm", PROMPT, **SMALL)
+    pretrain(tmp_path / "llm", **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["llm"]
     assert not (tmp_path / "llm" / "left.txt").exists()
     assert len(fingerprint(load_llm(str(tmp_path / "llm")))) == 16
@@ -88,3 +88,18 @@ def test_transcripts_share_no_tokens_with_slots(tmp_path):
         assert text == f"{utterance.speaker}:{said['video']}{said['audio']} {utterance.text}\n"
     # written-out moods do not count against the history's budget, as slots do not
     assert tokens.turn_tokens == DialogueTokenizer(PROMPT, tokenizer)(demo.dialogue, [()] * len(words)).turn_tokens
+
+
+def test_its_prompt_is_the_default_one(compose):
+    assert build(plain(compose(["modality=text"]).prompt)) == PROMPT
+
+
+def test_another_recipe_for_a_folder_that_is_there_is_said(tmp_path, capsys):
+    pretrain(tmp_path / "llm", **SMALL)
+    before = load_llm(str(tmp_path / "llm")).base_fingerprint
+    capsys.readouterr()
+    pretrain(tmp_path / "llm", **SMALL)
+    assert capsys.readouterr().out == ""
+    pretrain(tmp_path / "llm", **{**SMALL, "seed": 5})
+    assert "seed=1, not 5" in " ".join(capsys.readouterr().out.split())
+    assert load_llm(str(tmp_path / "llm")).base_fingerprint == before
