@@ -338,7 +338,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     config = plain(cfg)
     check_targets(config, GIVEN)
     return evaluate_run(
-        Path(config["run_dir"]),
+        Path(cfg.run_dir),
         split=config["split"],
         checkpoint=config["checkpoint"],
         decoding=config["decoding"],

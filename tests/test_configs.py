@@ -185,7 +185,8 @@ def test_trains_a_step(name, train, tiny_models, blip2, tmp_path):
         overrides.append("evaluate=null")
     if "encoder.name_or_path" in TRAINED[name]:  # features of its own, which the shared demo does without
         overrides += [*SMALL_DEMO, "prepare_workers=0", f"data.dir={tmp_path / 'prepared'}"]
-    run = train([*overrides, "trainer.max_steps=1"])
+    # one batch is the epoch, so that one step ends in a validation
+    run = train([*overrides, "trainer.max_steps=1", "data.batch_size=16"])
     record = read_json(run.folder / "run.json")
     assert record["status"] == "finished"
     assert record["steps"] == 1

@@ -71,7 +71,7 @@ def test_a_finished_run_explains_itself(finished):
     run = read(finished.run / "run.json")
     assert run["status"] == "finished"
     assert run["stop_reason"] == "all epochs done"
-    assert (run["seed"], run["modality"], run["epochs"], run["steps"], run["device"]) == (1, "text_audio", 2, 2, "cpu")
+    assert (run["seed"], run["modality"], run["epochs"], run["steps"], run["device"]) == (1, "text_audio", 2, 4, "cpu")
     assert run["seconds"] > 0
     assert run["trainable_parameters"]["llm"] > 0
     assert run["trainable_parameters"]["connector.audio"] > 0
