@@ -67,7 +67,7 @@ def _score(
     losses: dict[tuple[str, int], tuple[list, list, list]] = defaultdict(lambda: ([], [], []))
     for batch in track(datamodule.eval_dataloader(split, limit), description=f"scoring {split}"):
         scores = model(move_data_to_device(batch, device))
-        rows = zip(*(t.tolist() for t in (scores.targets, scores.nll, scores.kinds, scores.correct)), strict=True)
+        rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
         for target, nll, kind, correct in rows:
             for values, value in zip(losses[batch.target_ids[target]], (nll, kind, correct), strict=True):
                 values.append(value)

@@ -47,8 +47,9 @@ class ConversationModule(L.LightningModule):
         """Sum of the batch's token losses; it is logged per token."""
         scores = self.model(batch)
         self._step_tokens = self._step_tokens + scores.nll.numel()
-        self.log("train/loss", scores.nll.detach().mean(), prog_bar=True, batch_size=scores.nll.numel())
-        return scores.nll.sum()
+        loss, tokens = scores.nll.sum(), max(scores.nll.numel(), 1)
+        self.log("train/loss", loss.detach() / tokens, prog_bar=True, batch_size=tokens)
+        return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the gradient of summed losses into the gradient per target token of the global batch."""

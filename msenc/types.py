@@ -9,7 +9,7 @@ Letters used in all docstrings and shape comments:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # the command lines' --help must not wait for torch
     from torch import Tensor
@@ -132,47 +132,70 @@ class Rejection:
     found: str = ""
 
 
-TRUNK, PADDING = -1, -2
-"""Values of `Batch.branch` for tokens that belong to no branch."""
+class Segment(NamedTuple):
+    """Where one row of a packed batch stands, and how it branches: a trunk, then its branches one after another.
+
+    Args:
+        start: first token of the trunk.
+        trunk: tokens of the trunk; each sees the trunk up to itself.
+        branches: (tokens, cut) of each branch; its tokens see the first `cut` tokens of the trunk, and their own branch
+            up to themselves.
+    """
+
+    start: int
+    trunk: int
+    branches: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def stop(self) -> int:
+        """One past the row's last token."""
+        return self.start + self.trunk + sum(tokens for tokens, _ in self.branches)
 
 
 @dataclass
 class StreamBatch:
     """One stream's features of a batch, each utterance once, and the places that its queries fill.
 
+    Utterances of similar length stand together in a group, so that little of a group is padding.
+
     Args:
-        features: (N, T, D) float16, padded with zeros.
-        lengths: (N,) real frames of each utterance.
+        features: per group (N, T, D) float16, padded with zeros.
+        lengths: per group (N,) real frames of each utterance.
         places: (P,) index into the flattened (B*L) token positions.
-        sources: (P,) index into the flattened (N*Q) connector outputs, for each place.
+        sources: (P,) index into the flattened connector outputs of all groups (sum of N * Q), for each place.
     """
 
-    features: Tensor
-    lengths: Tensor
+    features: list[Tensor]
+    lengths: list[Tensor]
     places: Tensor
     sources: Tensor
 
 
 @dataclass
 class Batch:
-    """Dialogues in token form; one row is a trunk (instruction and turns) and the branches of its targets.
+    """Dialogues in token form, and the K tokens that are to be predicted.
+
+    Packed, all rows stand one after another in a single line (B = 1) without padding, and `segments` says who sees
+    whom. Otherwise each row is a plain causal sequence, padded, and `attention_mask` says which tokens are real.
 
     Args:
         input_ids: (B, L) token ids, 0 where a media slot or padding stands.
         position_ids: (B, L) each token's position in its own sample.
-        branch: (B, L) `TRUNK`, `PADDING`, or the number of the token's branch in its row.
-        cut: (B, L) for branch tokens: how many tokens of the trunk they see.
-        labels: (B, L) the token itself where it is a target, else -100 (the model shifts them).
-        kinds: (B, L) index into `prompt.TOKEN_KINDS` where `labels` holds a target, else -1.
-        targets: (B, L) index into `target_ids` where `labels` holds a target, else -1.
+        segments: the rows of a packed batch, or None.
+        attention_mask: (B, L) bool, True for real tokens; None in a packed batch.
+        predictors: (K,) index into the flattened (B*L) positions: the token before each target token.
+        labels: (K,) the target tokens.
+        kinds: (K,) index into `prompt.TOKEN_KINDS`.
+        targets: (K,) index into `target_ids`.
         streams: stream name -> its features and places; streams without any utterance are left out.
         target_ids: (dialogue id, turn) of each target.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    branch: Tensor
-    cut: Tensor
+    segments: list[Segment] | None
+    attention_mask: Tensor | None
+    predictors: Tensor
     labels: Tensor
     kinds: Tensor
     targets: Tensor

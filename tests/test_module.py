@@ -25,7 +25,7 @@ def make_batches(sizes, seed=0, **options):
         chosen = drawn[at : at + size]
         at += size
         rows = [dialogue_rows(d, 10**6, NUM_QUERIES) for d, _ in chosen]
-        batches.append(collate([d for d, _ in chosen], [f for _, f in chosen], rows, NUM_QUERIES))
+        batches.append(collate([d for d, _ in chosen], [f for _, f in chosen], rows, NUM_QUERIES, pack=True))
     return batches
 
 
@@ -239,7 +239,7 @@ def test_a_checkpoint_holds_what_trains_and_fills_another_module(tiny_models, tm
 def tied_batch():
     queries = {"audio": 2, "video": 2}
     dialogue, features = draw_dialogue(np.random.default_rng(0), 4)
-    return collate([dialogue], [features], [dialogue_rows(dialogue, 10**6, queries)], queries)
+    return collate([dialogue], [features], [dialogue_rows(dialogue, 10**6, queries)], queries, pack=True)
 
 
 def test_lightning_resumes_from_a_checkpoint(tiny_models, tmp_path):

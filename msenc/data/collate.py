@@ -3,6 +3,8 @@
 A dialogue becomes one or more rows. A row is a *trunk* (instruction and a run of turns) and one *branch* per target
 (response prompt, reply, description, end). A branch sees the trunk up to the turn before its target, with the
 positions that the single sample would have, so one row trains many targets exactly as single samples would.
+
+A packed batch puts all rows on one line; otherwise each row is a plain causal sequence of its own, padded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +15,12 @@ import numpy as np
 import torch
 
 from msenc.prompt import Slot, TokenizedDialogue
-from msenc.types import PADDING, TRUNK, Batch, StreamBatch
+from msenc.types import Batch, Segment, StreamBatch
 
 Layout = Literal["dialogue", "sample"]
+
+MIN_FILL = 0.75
+"""Utterances share a group while the shorter is at least this share of the longest: what bounds the padded frames."""
 
 
 def history_starts(turn_tokens: Sequence[int], budget: int) -> list[int]:
@@ -50,30 +55,40 @@ def history_starts(turn_tokens: Sequence[int], budget: int) -> list[int]:
 
 @dataclass
 class Row:
-    """One row of a batch before padding; lists of equal length, and the media slots in it.
+    """A trunk and its branches, before they are put into a batch.
 
     Args:
-        slots: (stream, turn, first token of the slot).
-        target_turns: the turn of each branch.
+        ids: token ids, 0 where a media slot stands.
+        positions: each token's position in its own sample.
+        trunk: how many of the tokens are trunk; they stand first.
+        branches: (tokens, cut) of each branch, see `types.Segment`.
+        predictors: for each token to be predicted, the place of the one before it.
+        labels: the tokens to be predicted.
+        kinds: index into `prompt.TOKEN_KINDS` of each.
+        owners: the branch of each.
+        slots: (stream, turn, first token) of each media slot.
+        target_turns: the turn that each branch asks for.
     """
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    branch: list[int] = field(default_factory=list)
-    cut: list[int] = field(default_factory=list)
+    trunk: int = 0
+    branches: list[tuple[int, int]] = field(default_factory=list)
+    predictors: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
     slots: list[tuple[str, int, int]] = field(default_factory=list)
     target_turns: list[int] = field(default_factory=list)
 
-    def add(self, ids: Sequence[int], position: int, branch: int, cut: int, kinds: Sequence[int] | None = None) -> None:
-        """Append tokens; those with kinds are targets."""
-        self.ids += ids
-        self.positions += range(position, position + len(ids))
-        self.branch += [branch] * len(ids)
-        self.cut += [cut] * len(ids)
-        self.labels += ids if kinds is not None else [-100] * len(ids)
-        self.kinds += kinds if kinds is not None else [-1] * len(ids)
+    @property
+    def is_causal(self) -> bool:
+        """Whether each token sees all tokens before it: a trunk with one branch, which continues it."""
+        return not self.branches or (len(self.branches) == 1 and self.branches[0][1] == self.trunk)
+
+    def segment(self, start: int) -> Segment:
+        """How the row attends, standing at `start` of a packed line."""
+        return Segment(start, len(self.ids)) if self.is_causal else Segment(start, self.trunk, tuple(self.branches))
 
 
 def dialogue_rows(
@@ -105,22 +120,27 @@ def dialogue_rows(
 def _row(
     dialogue: TokenizedDialogue, start: int, turns: list[int], num_queries: Mapping[str, int], with_targets: bool
 ) -> Row:
-    row = Row()
-    row.add(dialogue.instruction, 0, TRUNK, 0)
-    cuts = {}
+    ids, slots, cuts = list(dialogue.instruction), [], {}
     for turn in range(start, max(turns)):
         for piece in dialogue.turns[turn]:
             if isinstance(piece, Slot):
-                row.slots.append((piece.stream, turn, len(row.ids)))
+                slots.append((piece.stream, turn, len(ids)))
                 piece = (0,) * num_queries[piece.stream]
-            row.add(piece, len(row.ids), TRUNK, 0)
-        cuts[turn + 1] = len(row.ids)
+            ids += piece
+        cuts[turn + 1] = len(ids)
+    row = Row(ids, list(range(len(ids))), trunk=len(ids), slots=slots, target_turns=list(turns))
     for number, turn in enumerate(turns):
         response, target, cut = dialogue.responses[turn - 1], dialogue.targets[turn - 1], cuts[turn]
-        row.add(response, cut, number, cut)
+        branch = [*response, *target.ids] if with_targets else response
         if with_targets:
-            row.add(target.ids, cut + len(response), number, cut, target.kinds)
-        row.target_turns.append(turn)
+            first = len(row.ids) + len(response) - 1
+            row.predictors += range(first, first + len(target.ids))
+            row.labels += target.ids
+            row.kinds += target.kinds
+            row.owners += [number] * len(target.ids)
+        row.ids += branch
+        row.positions += range(cut, cut + len(branch))
+        row.branches.append((len(branch), cut))
     return row
 
 
@@ -133,61 +153,79 @@ def collate(
     features: Sequence[Features],
     rows: Sequence[Sequence[Row]],
     num_queries: Mapping[str, int],
+    pack: bool = False,
     padding_side: Literal["left", "right"] = "right",
 ) -> Batch:
-    """Pad rows to a batch; every utterance's features enter once, however many rows use them.
+    """Put rows into a batch; every utterance's features enter once, however many rows use them.
 
     Args:
         dialogues: the dialogues of the batch.
         features: for each, its frames.
         rows: for each, its rows from `dialogue_rows`.
         num_queries: tokens that each stream's slot takes.
-        padding_side: ``left`` for generation, so that every row ends where the reply begins.
+        pack: all rows on one line; else one line per row, each of which has to be causal (`Row.is_causal`).
+        padding_side: of lines; ``left`` for generation, so that every row ends where the reply begins.
     """
     flat = [(d, row) for d, dialogue_rows_ in enumerate(rows) for row in dialogue_rows_]
-    length = max(len(row.ids) for _, row in flat)
-    fill = {"ids": 0, "positions": 0, "branch": PADDING, "cut": 0, "labels": -100, "kinds": -1, "targets": -1}
-    arrays = {name: np.full((len(flat), length), value, dtype=np.int64) for name, value in fill.items()}
+    sizes = np.array([len(row.ids) for _, row in flat])
+    length = int(sizes.sum() if pack else sizes.max())
+    if pack:
+        offsets = np.cumsum(sizes) - sizes
+    else:
+        assert all(row.is_causal for _, row in flat), "a row with several branches needs pack=True"
+        offsets = np.arange(len(flat)) * length + (length - sizes if padding_side == "left" else 0)
+    ids, positions, real = (np.zeros(length if pack else len(flat) * length, dtype=t) for t in (int, int, bool))
     target_ids: list[tuple[str, int]] = []
-    utterances: dict[str, dict[tuple[int, int], int]] = {}
-    places: dict[str, list[np.ndarray]] = {}
-    sources: dict[str, list[np.ndarray]] = {}
-    for b, (d, row) in enumerate(flat):
-        at = length - len(row.ids) if padding_side == "left" else 0
+    wanted: dict[str, list[np.ndarray]] = {"predictors": [], "labels": [], "kinds": [], "targets": []}
+    slots: dict[str, list[tuple[tuple[int, int], int]]] = {}
+    for at, (d, row) in zip(offsets, flat, strict=True):
         span = slice(at, at + len(row.ids))
-        for name in ("ids", "positions", "branch", "cut", "labels", "kinds"):
-            arrays[name][b, span] = getattr(row, name)
-        is_target = arrays["labels"][b] != -100
-        arrays["targets"][b, is_target] = arrays["branch"][b, is_target] + len(target_ids)
+        ids[span], positions[span], real[span] = row.ids, row.positions, True
+        wanted["predictors"].append(np.array(row.predictors, dtype=int) + at)
+        wanted["labels"].append(np.array(row.labels, dtype=int))
+        wanted["kinds"].append(np.array(row.kinds, dtype=int))
+        wanted["targets"].append(np.array(row.owners, dtype=int) + len(target_ids))
         target_ids += [(dialogues[d].id, turn) for turn in row.target_turns]
         for stream, turn, start in row.slots:
-            seen = utterances.setdefault(stream, {})
-            n = seen.setdefault((d, turn), len(seen))
-            span_q = np.arange(num_queries[stream])
-            places.setdefault(stream, []).append(b * length + at + start + span_q)
-            sources.setdefault(stream, []).append(n * num_queries[stream] + span_q)
-    streams = {}
-    for stream, seen in utterances.items():
-        frames = [features[d][stream][turn] for d, turn in seen]
-        lengths = [len(f) for f in frames]
-        padded = np.zeros((len(frames), max(lengths), frames[0].shape[1]), dtype=np.float16)  # (N, T, D)
-        for n, f in enumerate(frames):
-            padded[n, : len(f)] = f
-        streams[stream] = StreamBatch(
-            features=torch.from_numpy(padded),
-            lengths=torch.tensor(lengths),
-            places=torch.from_numpy(np.concatenate(places[stream])),
-            sources=torch.from_numpy(np.concatenate(sources[stream])),
-        )
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            slots.setdefault(stream, []).append(((d, turn), int(at) + start))
+    per_token = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in wanted.items()}
     return Batch(
-        input_ids=tensors["ids"],
-        position_ids=tensors["positions"],
-        branch=tensors["branch"],
-        cut=tensors["cut"],
-        labels=tensors["labels"],
-        kinds=tensors["kinds"],
-        targets=tensors["targets"],
-        streams=streams,
+        input_ids=torch.from_numpy(ids).reshape(-1, length),
+        position_ids=torch.from_numpy(positions).reshape(-1, length),
+        segments=[row.segment(int(at)) for at, (_, row) in zip(offsets, flat, strict=True)] if pack else None,
+        attention_mask=None if pack else torch.from_numpy(real).reshape(-1, length),
+        **per_token,
+        streams={
+            stream: _stream_batch(stream, found, features, num_queries[stream]) for stream, found in slots.items()
+        },
         target_ids=target_ids,
     )
+
+
+def _stream_batch(
+    stream: str, slots: list[tuple[tuple[int, int], int]], features: Sequence[Features], num_queries: int
+) -> StreamBatch:
+    """Slots as ((dialogue, turn), first token) -> the stream's features, grouped by length, and their places."""
+    frames = {(d, turn): features[d][stream][turn] for d, turn in dict.fromkeys(key for key, _ in slots)}
+    order = sorted(frames, key=lambda key: -len(frames[key]))
+    groups: list[list[np.ndarray]] = []
+    for key in order:
+        if not groups or len(frames[key]) < MIN_FILL * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(frames[key])
+    number = {key: n for n, key in enumerate(order)}
+    queries = np.arange(num_queries)
+    return StreamBatch(
+        features=[_pad(group) for group in groups],
+        lengths=[torch.tensor([len(f) for f in group]) for group in groups],
+        places=torch.from_numpy(np.concatenate([start + queries for _, start in slots])),
+        sources=torch.from_numpy(np.concatenate([number[key] * num_queries + queries for key, _ in slots])),
+    )
+
+
+def _pad(frames: list[np.ndarray]) -> torch.Tensor:
+    """Frames (T, D), the longest first -> (N, T, D) float16, zeros behind the shorter."""
+    padded = np.zeros((len(frames), *frames[0].shape), dtype=np.float16)
+    for n, f in enumerate(frames):
+        padded[n, : len(f)] = f
+    return torch.from_numpy(padded)

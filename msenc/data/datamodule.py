@@ -112,7 +112,7 @@ def collate_samples(
     """Samples -> training batch: every target of every dialogue."""
     dialogues = [dialogue for dialogue, _ in samples]
     rows = [dialogue_rows(dialogue, budget, num_queries, layout) for dialogue in dialogues]
-    return collate(dialogues, [features for _, features in samples], rows, num_queries)
+    return collate(dialogues, [features for _, features in samples], rows, num_queries, pack=layout == "dialogue")
 
 
 class EpochShuffle(Sampler[int]):

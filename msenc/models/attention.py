@@ -1,40 +1,271 @@
-"""Who sees whom in a dialogue's layout: the one place that turns branches into an attention mask.
+"""Who sees whom in packed rows of trunks and branches, and the kernels that compute it: the one seam for both.
 
-Batch.branch, Batch.cut -> mask (B, 1, L, L)
+Batch.segments -> Layout -> attention of every layer of the LLM
+
+transformers lets a function be registered under a name, which then computes the attention of any of its models.
+`layout_attention` is that function. It gets the layout as a keyword, which the models hand down to every layer; where
+there is none (padded rows, generation), it is plain SDPA.
+
+Kernels: ``split`` attends within trunks, from branches to trunks, and within branches, each by a call of the flash
+kernel, so that pairs which do not see each other are never computed; it is the fastest on CPUs (docs/performance.md).
+``dense`` gives SDPA a mask of all pairs; it runs everywhere. ``flex_attention`` compiles a block mask, for GPUs.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from msenc.types import PADDING, TRUNK
+from msenc.types import MsencError, Segment
+
+NAME = "msenc_layout"
+"""What the attention is called in a model's config."""
+
+KERNELS = ("auto", "split", "dense", "flex_attention")
 
 
-def layout_mask(branch: Tensor, cut: Tensor) -> Tensor:
-    """The attention mask of trunk-and-branch rows.
+def register() -> str:
+    """Make the attention known to transformers; returns its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
-    A trunk token sees the trunk up to itself. A branch token sees the first `cut` tokens of the trunk and its own
-    branch up to itself. Nothing sees padding; padding sees itself, so that no row of a softmax is empty.
+    AttentionInterface.register(NAME, layout_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+@dataclass
+class Layout:
+    """What a forward over packed rows hands to the layers.
 
     Args:
-        branch: (B, L) `TRUNK`, `PADDING` or the branch's number; the trunk stands first in its row.
-        cut: (B, L) tokens of the trunk that a branch token sees.
+        segments: the rows.
+        kernel: one of `KERNELS`, but not ``auto``.
+        mask: what the kernel needs: (1, 1, L, L) bool, a BlockMask, or an empty stand-in with four axes, which keeps
+            transformers from making a mask of its own.
+        calls: layers that have asked for it; a model that computes its attention otherwise is found out by it.
+    """
+
+    segments: Sequence[Segment]
+    kernel: str
+    mask: Any
+    calls: int = 0
+
+
+def make_layout(segments: Sequence[Segment], device: torch.device, kernel: str = "auto") -> Layout:
+    """Choose the kernel and prepare its mask.
+
+    Args:
+        segments: rows of a packed line, from its first token to its last.
+        device: where the line is.
+        kernel: one of `KERNELS`; ``auto`` is ``split`` on a CPU, else ``dense``.
+
+    Raises:
+        MsencError: ``split`` on another device than a CPU: its calls are of the CPU's flash kernel.
+    """
+    if kernel == "auto":
+        kernel = "split" if device.type == "cpu" else "dense"
+    if kernel == "split":
+        if device.type != "cpu":
+            raise MsencError(
+                f"model.llm.attn_implementation=split runs on a CPU, found the device {device}. Use auto, dense or "
+                "flex_attention."
+            )
+        return Layout(segments, kernel, torch.empty(1, 1, 0, 0))
+    if kernel == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        tokens = token_limits(segments, device)
+        length = segments[-1].stop
+        mask = create_block_mask(lambda b, h, q, k: is_visible(tokens, q, k), 1, 1, length, length, device=device)
+        return Layout(segments, kernel, mask)
+    return Layout(segments, kernel, layout_mask(segments, device))
+
+
+def token_limits(segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token: the number of its row, that of its branch (-1 in a trunk), and one past the last trunk token it sees.
 
     Returns:
-        (B, 1, L, L) bool, True where the query (third axis) sees the key (last axis).
+        Three (L,) integer tensors. Branches are numbered over all rows.
+    """
+    sizes, rows, branches, limits = [], [], [], []
+    number = 0
+    for row, segment in enumerate(segments):
+        sizes.append(segment.trunk)
+        rows.append(row)
+        branches.append(-1)
+        limits.append(-1)
+        for tokens, cut in segment.branches:
+            sizes.append(tokens)
+            rows.append(row)
+            branches.append(number)
+            limits.append(segment.start + cut)
+            number += 1
+    repeats = torch.tensor(sizes)
+    row, branch, limit = (torch.tensor(values).repeat_interleave(repeats) for values in (rows, branches, limits))
+    limit = torch.where(limit < 0, torch.arange(len(limit)) + 1, limit)  # the trunk is causal
+    return row.to(device), branch.to(device), limit.to(device)
+
+
+def is_visible(tokens: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor) -> Tensor:
+    """Whether the token at place `query` sees the one at place `key`; places broadcast."""
+    row, branch, limit = tokens
+    trunk = (branch[key] < 0) & (row[query] == row[key]) & (key < limit[query])
+    own = (branch[key] >= 0) & (branch[query] == branch[key]) & (key <= query)
+    return trunk | own
+
+
+def layout_mask(segments: Sequence[Segment], device: torch.device | str = "cpu") -> Tensor:
+    """The attention mask of packed rows.
+
+    Returns:
+        (1, 1, L, L) bool, True where the query (third axis) sees the key (last axis).
 
     Example:
         A trunk of two tokens, and two branches of one token; the first sees only one token of the trunk.
 
-        >>> layout_mask(torch.tensor([[-1, -1, 0, 1]]), torch.tensor([[0, 0, 1, 2]]))[0, 0].int()
+        >>> layout_mask([Segment(0, 2, ((1, 1), (1, 2)))])[0, 0].int()
         tensor([[1, 0, 0, 0],
                 [1, 1, 0, 0],
                 [1, 0, 1, 0],
                 [1, 1, 0, 1]], dtype=torch.int32)
     """
-    index = torch.arange(branch.shape[1], device=branch.device)
-    causal = index[None, :] <= index[:, None]  # (L, L)
-    query, key = branch[:, :, None], branch[:, None, :]
-    same = (query == key) & causal & (query != PADDING)
-    trunk = (query >= 0) & (key == TRUNK) & (index[None, None, :] < cut[:, :, None])
-    diagonal = torch.eye(branch.shape[1], dtype=torch.bool, device=branch.device)
-    return (same | trunk | diagonal)[:, None]
+    tokens = token_limits(segments, torch.device(device))
+    place = torch.arange(segments[-1].stop, device=device)
+    return is_visible(tokens, place[:, None], place[None, :])[None, None]
+
+
+def layout_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers' models call.
+
+    Args:
+        module: the calling layer.
+        query: (B, heads, L, d).
+        key: (B, key heads, L, d); each serves heads / key heads queries.
+        value: like `key`.
+        attention_mask: the layout's mask, or whatever SDPA takes where there is no layout.
+        scaling: of the scores; 1 / sqrt(d) if None.
+        dropout: of attention weights.
+        layout: of packed rows.
+        **kwargs: what else a model gives; a soft cap, a bias or a sink cannot be left out without a change of the
+            model, so these are refused.
+
+    Returns:
+        (B, L, heads, d), and no weights.
+
+    Raises:
+        MsencError: the model wants something of its attention that no kernel here computes.
+    """
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if layout is None:
+        if attention_mask is not None and not attention_mask.numel():
+            raise MsencError(
+                f"{type(module).__name__} does not hand the dialogue layout down to its attention. Train this LLM with "
+                "model.layout=sample."
+            )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    layout.calls += 1
+    if layout.kernel == "flex_attention":
+        return flex_attention_forward(module, query, key, value, layout.mask, scaling, dropout=dropout, **kwargs)
+    special = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    if special:
+        raise MsencError(
+            f"the LLM's attention has {', '.join(special)}, which model.llm.attn_implementation={layout.kernel} does "
+            "not compute. Use eager, or model.layout=sample."
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    if layout.kernel == "split" and not dropout:
+        # In bfloat16 the CPU's flash kernel packs its operands anew in each of the many small calls, and is slower.
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        out = _SplitAttention.apply(
+            query.to(wide), key.to(wide), value.to(wide), layout.segments, scaling or query.shape[-1] ** -0.5
+        ).to(query.dtype)
+    else:
+        mask = layout.mask if layout.mask.numel() else layout_mask(layout.segments, query.device)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _parts(segments: Sequence[Segment]) -> list[tuple[slice, slice | None, bool]]:
+    """(queries, keys, is causal) of every call; of a branch's two calls the one to the trunk comes first."""
+    parts = []
+    for segment in segments:
+        end = segment.start + segment.trunk
+        parts.append((slice(segment.start, end), slice(segment.start, end), True))
+        for tokens, cut in segment.branches:
+            branch = slice(end, end + tokens)
+            parts += [(branch, slice(segment.start, segment.start + cut), False), (branch, branch, True)]
+            end += tokens
+    return parts
+
+
+class _SplitAttention(torch.autograd.Function):
+    """Attention of packed rows without the pairs that do not see each other.
+
+    A branch sees two sets of keys: a trunk's beginning, and itself. Softmax over their union is the mean of both
+    softmaxes, weighted by their sums of exponentials. The flash kernel returns the logarithm of that sum. Backward, it
+    computes the weights again from that logarithm: given the one of the union, and the union's output, each call gives
+    its own part of the exact gradient, and the parts add up.
+
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691), section 3.1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float):
+        # Laid out as (B, L, heads, d), as the models use it next.
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        sums = query.new_empty(query.shape[0], query.shape[2], query.shape[1]).transpose(1, 2)  # (B, heads, L)
+        parts = _parts(segments)
+        seen: slice | None = None
+        for q, k, is_causal in parts:
+            own, own_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, q], key[:, :, k], value[:, :, k], 0.0, is_causal, scale=scale
+            )
+            if q == seen:
+                total = torch.logaddexp(sums[:, :, q], own_sum)
+                out[:, :, q] *= (sums[:, :, q] - total).exp()[..., None]
+                out[:, :, q].addcmul_(own, (own_sum - total).exp()[..., None])
+                sums[:, :, q] = total
+            else:
+                out[:, :, q], sums[:, :, q] = own, own_sum
+            seen = q
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.parts, ctx.scale = parts, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        query, key, value, out, sums = ctx.saved_tensors
+        to_query, to_key, to_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        for q, k, is_causal in ctx.parts:
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, q],
+                query[:, :, q],
+                key[:, :, k],
+                value[:, :, k],
+                out[:, :, q],
+                sums[:, :, q],
+                0.0,
+                is_causal,
+                scale=ctx.scale,
+            )
+            to_query[:, :, q] += grads[0]
+            to_key[:, :, k] += grads[1]
+            to_value[:, :, k] += grads[2]
+        return to_query, to_key, to_value, None, None

@@ -11,25 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from msenc.models.attention import layout_mask
-from msenc.types import PADDING, Batch, MsencError
+from msenc.models.attention import NAME, make_layout
+from msenc.types import Batch, MsencError
 
 
 @dataclass
 class TokenScores:
-    """What a forward says of each of the batch's K target tokens, in row-major order.
+    """What a forward says of each of the batch's K target tokens.
 
     Args:
-        nll: (K,) float32 cross entropy in nats.
+        nll: (K,) cross entropy in nats, float32 or wider.
         correct: (K,) bool, whether the likeliest token is the target.
-        kinds: (K,) index into `prompt.TOKEN_KINDS`.
-        targets: (K,) index into `Batch.target_ids`.
     """
 
     nll: Tensor
     correct: Tensor
-    kinds: Tensor
-    targets: Tensor
 
 
 class ConversationModel(nn.Module):
@@ -81,65 +77,88 @@ class ConversationModel(nn.Module):
         for name, stream in batch.streams.items():
             connector = self.connectors[name]
             dtype = next(connector.parameters()).dtype
-            index = torch.arange(stream.features.shape[1], device=stream.features.device)
-            mask = index[None, :] < stream.lengths[:, None]  # (N, T)
-            queries = connector(stream.features.to(dtype), mask)  # (N, Q, H)
-            queries = queries.reshape(-1, shape[-1])[stream.sources].to(flat.dtype)  # (P, H)
-            flat = flat.index_put((stream.places,), queries)
+            queries = []
+            for features, lengths in zip(stream.features, stream.lengths, strict=True):
+                index = torch.arange(features.shape[1], device=features.device)
+                mask = index[None, :] < lengths[:, None]  # (N, T)
+                queries.append(connector(features.to(dtype), mask).flatten(0, 1))  # (N*Q, H)
+            filled = torch.cat(queries)[stream.sources].to(flat.dtype)  # (P, H)
+            flat = flat.index_put((stream.places,), filled)
         return flat.reshape(shape)
 
     def forward(self, batch: Batch) -> TokenScores:
-        """Cross entropy of every target token, given all that its single sample would show it."""
-        self._check_window(batch.input_ids.shape[1])
-        labels = batch.labels[:, 1:]
-        predicting = torch.nn.functional.pad(labels != -100, (0, 1))  # (B, L): tokens whose next one is a target
-        mask = layout_mask(batch.branch, batch.cut)  # (B, 1, L, L)
+        """Cross entropy of every target token, given all that its single sample would show it.
+
+        Raises:
+            MsencError: a packed batch, and an LLM that does not attend by the layout.
+        """
         embeds = self.embed(batch)
-        if self.llm.config._attn_implementation != "sdpa":
-            # Only SDPA takes a bool mask; the others add theirs to the scores.
-            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(embeds.dtype).min
-            )
-        with self._logits_only_where(predicting):
-            logits = self.llm(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-            ).logits[0]  # (K, V)
-        wanted = labels[predicting[:, :-1]]  # (K,)
-        is_target = batch.labels != -100
-        nll = cross_entropy(logits.float(), wanted, reduction="none")
+        with self._logits_only_at(batch.predictors):
+            logits = self._attend_by_layout(embeds, batch) if batch.segments else self._attend_causally(embeds, batch)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (1, K, V)
+        nll = cross_entropy(logits[0], batch.labels, reduction="none")
         for name in self.connectors.keys() - batch.streams.keys() if self.training else ():
             # No turn of this batch has the stream: its connector gets a gradient of zero, not none, since a frozen
             # LLM would leave nothing to differentiate, and DDP waits for every parameter.
             nll = nll + 0.0 * sum(p.sum() for p in self.connectors[name].parameters() if p.requires_grad)
-        return TokenScores(
-            nll=nll,
-            correct=logits.argmax(-1) == wanted,
-            kinds=batch.kinds[is_target],
-            targets=batch.targets[is_target],
-        )
+        return TokenScores(nll=nll, correct=logits[0].argmax(-1) == batch.labels)
+
+    def _attend_causally(self, embeds: Tensor, batch: Batch) -> Tensor:
+        return self.llm(
+            inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+        ).logits
+
+    def _attend_by_layout(self, embeds: Tensor, batch: Batch) -> Tensor:
+        kernel = self.llm.attention_kernel
+        self._check_layers(max(max(s.trunk, *(cut + tokens for tokens, cut in s.branches), 0) for s in batch.segments))
+        layout = make_layout(batch.segments, embeds.device, kernel)
+        inputs = {"inputs_embeds": embeds, "position_ids": batch.position_ids, "use_cache": False}
+        if self.llm.config._attn_implementation != NAME:  # eager: it adds its mask to the scores
+            mask = torch.zeros(layout.mask.shape, dtype=embeds.dtype, device=embeds.device)
+            return self.llm(**inputs, attention_mask=mask.masked_fill(~layout.mask, torch.finfo(mask.dtype).min)).logits
+        try:
+            logits = self.llm(**inputs, attention_mask=layout.mask, layout=layout).logits
+        except TypeError as e:
+            if "layout" not in str(e):
+                raise
+            layout.calls, logits = 0, None  # an LLM that hands no keywords on
+        num_layers = self.llm.config.num_hidden_layers
+        if layout.calls < num_layers:
+            raise MsencError(
+                f"{type(self.llm).__name__}: only {layout.calls} of {num_layers} layers attend by the "
+                "dialogue layout's mask. Train this LLM with model.layout=sample."
+            )
+        return logits
 
     @contextmanager
-    def _logits_only_where(self, predicting: Tensor) -> Iterator[None]:
+    def _logits_only_at(self, predictors: Tensor) -> Iterator[None]:
         """Hand the output layer only the K hidden states that predict a target: its input becomes (1, K, H).
 
         A vocabulary is wide, and most tokens of a row predict nothing that counts. A hook keeps whatever else the
         model does to its logits (scaling, soft caps, adapters).
         """
         head = self.llm.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][predicting][None],))
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[predictors][None],))
         try:
             yield
         finally:
             hook.remove()
 
-    def _check_window(self, length: int) -> None:
+    def _check_layers(self, longest: int) -> None:
+        """Refuse an LLM with layers that would see less of a row than the layout shows them."""
         config = self.llm.config
-        window = getattr(config, "sliding_window", None)
-        if window is not None and getattr(config, "use_sliding_window", True) and length > window:
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+        if not kinds <= {"full_attention", "sliding_attention"}:
             raise MsencError(
-                f"the LLM attends to a sliding window of {window} tokens, and this batch has rows of {length}: its "
-                "masks would not be the ones it was trained with. Lower data.max_history_tokens, or use an LLM "
-                "without a sliding window."
+                f"the LLM has layers of the type {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}, "
+                "which take no mask. Train it with model.layout=sample."
+            )
+        if "sliding_attention" in kinds and window is not None and longest > window:
+            raise MsencError(
+                f"the LLM attends to a sliding window of {window} tokens, and this batch has samples of {longest}: "
+                "its masks would not be the ones it was trained with. Use model.layout=sample, or lower "
+                "data.max_history_tokens."
             )
 
     @torch.inference_mode()
@@ -147,7 +166,7 @@ class ConversationModel(nn.Module):
         """Write the reply of every row.
 
         Args:
-            batch: left-padded rows without targets, one branch each (`collate` with ``padding_side="left"``).
+            batch: left-padded rows without targets (`collate` with ``padding_side="left"``).
             generation_config: transformers' GenerationConfig.
 
         Returns:
@@ -156,7 +175,7 @@ class ConversationModel(nn.Module):
         end = generation_config.eos_token_id
         ids = self.llm.generate(
             inputs_embeds=self.embed(batch),
-            attention_mask=(batch.branch != PADDING).long(),
+            attention_mask=batch.attention_mask.long(),
             generation_config=generation_config,
         ).tolist()
         return [row[: row.index(end)] if end in row else row for row in ids]

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from msenc.models.attention import KERNELS, register
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
 
-MASKED_ATTENTION = ("sdpa", "eager")
 FINGERPRINT_VALUES = 256
 """Values of each tensor that enter a fingerprint, evenly spread."""
 
@@ -33,7 +33,7 @@ def load_llm(
     freeze: bool = False,
     lora: Mapping[str, Any] | None = None,
     dtype: str = "float32",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
     """The LLM, with what trains in it decided.
@@ -43,24 +43,27 @@ def load_llm(
         freeze: no parameter of the LLM trains, LoRA included (no adapter is added).
         lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the whole LLM.
         dtype: of the base weights; LoRA's stay float32.
-        attn_implementation: transformers' name of the attention kernel.
+        attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``.
         gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
 
     Returns:
-        A causal LM with attribute ``base_fingerprint`` (see `fingerprint`).
+        A causal LM with attributes ``base_fingerprint`` (see `fingerprint`) and ``attention_kernel``.
 
     Raises:
         MsencError: it cannot be loaded, or PEFT refuses the LoRA arguments.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if attn_implementation not in MASKED_ATTENTION:
+    if attn_implementation not in (*KERNELS, "eager"):
         raise MsencError(
-            f"model.llm.attn_implementation={attn_implementation}: the dialogue layout needs a kernel that takes any "
-            f"mask; expected one of {', '.join(MASKED_ATTENTION)}."
+            f"model.llm.attn_implementation={attn_implementation}: expected one of {', '.join(KERNELS)}, eager."
         )
+    is_eager = attn_implementation == "eager"
     llm = load_pretrained(
-        AutoModelForCausalLM, name_or_path, dtype=to_dtype(dtype), attn_implementation=attn_implementation
+        AutoModelForCausalLM,
+        name_or_path,
+        dtype=to_dtype(dtype),
+        attn_implementation="eager" if is_eager else register(),
     )
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
     llm.generation_config = GenerationConfig()
@@ -74,6 +77,7 @@ def load_llm(
     if not freeze and lora is not None:
         llm = _with_lora(llm, lora)
     llm.base_fingerprint = base
+    llm.attention_kernel = "dense" if is_eager else attn_implementation
     return llm
 
 

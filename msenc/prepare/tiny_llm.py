@@ -21,10 +21,10 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 from msenc.data.collate import collate, dialogue_rows
-from msenc.models.attention import layout_mask
+from msenc.models.attention import make_layout, register
 from msenc.prepare.demo import DemoDialogue, DemoTurn, state_words, transcripts
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
-from msenc.types import TRUNK, Batch
+from msenc.types import Batch
 
 # Few words of a reply depend on anything but the reply; without weight they would not be learned in a minute.
 WEIGHTS = {
@@ -176,18 +176,21 @@ def _fit(llm: torch.nn.Module, lessons: list[TokenizedDialogue], batch_size: int
     optimizer = torch.optim.AdamW(llm.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     llm.train()
+    llm.set_attn_implementation(register())
     with Progress() as progress:
         task = progress.add_task("pre-training the tiny LLM", total=steps)
         for step in range(steps):
             dialogues = lessons[step * batch_size : (step + 1) * batch_size]
             rows = [dialogue_rows(d, budget=10**9, num_queries={}) for d in dialogues]
-            batch = collate(dialogues, [{} for _ in dialogues], rows, num_queries={})
+            batch = collate(dialogues, [{} for _ in dialogues], rows, num_queries={}, pack=True)
+            layout = make_layout(batch.segments, batch.input_ids.device)
             logits = llm(
                 input_ids=batch.input_ids,
-                attention_mask=layout_mask(batch.branch, batch.cut),
+                attention_mask=layout.mask,
                 position_ids=batch.position_ids,
                 use_cache=False,
-            ).logits
+                layout=layout,
+            ).logits[0]  # (L, V)
             loss = _weighted_loss(logits, batch)
             optimizer.zero_grad()
             loss.backward()
@@ -200,12 +203,13 @@ def _fit(llm: torch.nn.Module, lessons: list[TokenizedDialogue], batch_size: int
 
 def _weighted_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean loss over the trunk's own tokens and the targets, each weighted by `WEIGHTS`."""
-    is_trunk = (batch.branch == TRUNK) & (batch.position_ids > 0)
-    wanted = torch.where(is_trunk, batch.input_ids, batch.labels)[:, 1:]  # (B, L-1)
-    by_kind = torch.tensor([*(WEIGHTS.get(kind, 1.0) for kind in TOKEN_KINDS), 1.0])  # the last for kind -1
-    weights = by_kind[batch.kinds[:, 1:]] * (wanted != -100)
-    nll = cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none")
-    return (nll.view_as(weights) * weights).sum() / weights.sum()
+    trunks = torch.cat([torch.arange(s.start, s.start + s.trunk - 1) for s in batch.segments])
+    predictors = torch.cat([trunks, batch.predictors])
+    wanted = torch.cat([batch.input_ids[0, trunks + 1], batch.labels])
+    weights = torch.tensor([WEIGHTS.get(kind, 1.0) for kind in TOKEN_KINDS])[batch.kinds]
+    weights = torch.cat([torch.ones(len(trunks)), weights])
+    nll = cross_entropy(logits[predictors], wanted, reduction="none")
+    return (nll * weights).sum() / weights.sum()
 
 
 def _first_turns(dialogue: TokenizedDialogue, num: int) -> TokenizedDialogue:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from random_dialogues import NUM_QUERIES, draw_dialogue
 
-from msenc.data.collate import collate, dialogue_rows, history_starts
+from msenc.data.collate import MIN_FILL, collate, dialogue_rows, history_starts
 from msenc.prompt import Slot
-from msenc.types import PADDING, TRUNK
 
 BUDGETS = (10**6, 20, 9)
 
@@ -19,7 +18,8 @@ def draw_batch(seed, num=3, budget=10**6, layout="dialogue", padding_side="right
     dialogues, features = [d for d, _ in drawn], [f for _, f in drawn]
     with_targets = padding_side == "right"
     rows = [dialogue_rows(d, budget, NUM_QUERIES, layout, with_targets=with_targets) for d in dialogues]
-    return collate(dialogues, features, rows, NUM_QUERIES, padding_side), dialogues, features, rows
+    batch = collate(dialogues, features, rows, NUM_QUERIES, layout == "dialogue", padding_side)
+    return batch, dialogues, features, rows
 
 
 def sample_of(dialogue, target, start):
@@ -75,7 +75,7 @@ def test_kept_turns_do_not_depend_on_the_streams(budget):
             rows[streams] = dialogue_rows(dialogue, budget, NUM_QUERIES)
         groups = [[row.target_turns for row in found] for found in rows.values()]
         assert groups[0] == groups[1] == groups[2]
-        labels = [[[x for x in row.labels if x != -100] for row in found] for found in rows.values()]
+        labels = [[row.labels for row in found] for found in rows.values()]
         assert labels[0] == labels[1] == labels[2]
 
 
@@ -92,20 +92,23 @@ def test_a_branch_sees_its_single_sample_and_nothing_else(budget):
         assert sorted(t for row in rows for t in row.target_turns) == [1, 2, 3, 4, 5]
         for row in rows:
             num_shared += len(row.target_turns) > 1
-            branch, cut = np.array(row.branch), np.array(row.cut)
-            for number, target in enumerate(row.target_turns):
-                own = np.flatnonzero(branch == number)
-                assert len(set(cut[own])) == 1
-                trunk = np.arange(cut[own[0]])
-                assert (branch[trunk] == TRUNK).all()
-                seen = [*trunk, *own]
+            at = row.trunk
+            for number, (target, (tokens, cut)) in enumerate(zip(row.target_turns, row.branches, strict=True)):
+                own = range(at, at + tokens)
+                at += tokens
+                assert cut <= row.trunk
+                seen = [*range(cut), *own]
                 ids, _ = sample_of(dialogue, target, starts[target - 1])
                 assert [row.ids[i] for i in seen] == ids
                 assert [row.positions[i] for i in seen] == list(range(len(ids)))
                 reply = dialogue.targets[target - 1]
-                assert tuple(row.labels[i] for i in own if row.labels[i] != -100) == reply.ids
-                assert tuple(row.kinds[i] for i in own if row.kinds[i] != -1) == reply.kinds
-                assert row.labels[own[0]] == -100  # a response comes first, and counts nothing
+                mine = [k for k, owner in enumerate(row.owners) if owner == number]
+                assert tuple(row.labels[k] for k in mine) == reply.ids
+                assert tuple(row.kinds[k] for k in mine) == reply.kinds
+                assert [row.ids[row.predictors[k] + 1] for k in mine] == list(reply.ids)
+                # a response comes first, and is not predicted
+                assert [row.predictors[k] for k in mine] == list(own)[-len(reply.ids) - 1 : -1]
+            assert at == len(row.ids)
     assert num_shared > 10
 
 
@@ -124,26 +127,29 @@ def test_rows_for_generation_end_where_the_reply_begins():
     asked = dialogue_rows(dialogue, 10**6, NUM_QUERIES, layout="sample", with_targets=False)
     for row, short, target in zip(full, asked, dialogue.targets, strict=True):
         assert short.ids == row.ids[: -len(target.ids)]
-        assert set(short.labels) == {-100}
+        assert not short.labels
+        assert not short.predictors
 
 
 # ------------------------------------------------------------------------------------------------ batches
 
 
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("layout", ["dialogue", "sample"])
+@pytest.mark.parametrize(("layout", "padding_side"), [("dialogue", "right"), ("sample", "right"), ("sample", "left")])
 def test_every_place_gets_its_utterance(layout, padding_side):
     for seed in range(10):
         batch, dialogues, features, rows = draw_batch(seed, budget=15, layout=layout, padding_side=padding_side)
         flat = [(d, row) for d, found in enumerate(rows) for row in found]
         length = batch.input_ids.shape[1]
         used = {stream: set() for stream in batch.streams}
+        is_real = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
+        at = 0
         for b, (d, row) in enumerate(flat):
-            at = length - len(row.ids) if padding_side == "left" else 0
-            assert batch.input_ids[b, at : at + len(row.ids)].tolist() == row.ids
-            is_padding = torch.ones(length, dtype=torch.bool)
-            is_padding[at : at + len(row.ids)] = False
-            assert ((batch.branch[b] == PADDING) == is_padding).all()
+            if layout == "sample":
+                at = b * length + (length - len(row.ids) if padding_side == "left" else 0)
+            span = slice(at, at + len(row.ids))
+            assert batch.input_ids.flatten()[span].tolist() == row.ids
+            assert batch.position_ids.flatten()[span].tolist() == row.positions
+            is_real[span] = True
             start = history_starts(dialogues[d].turn_tokens, 15)[row.target_turns[-1] - 1]
             _, media = sample_of(dialogues[d], row.target_turns[-1], start)
             for place, what in enumerate(media):
@@ -151,18 +157,39 @@ def test_every_place_gets_its_utterance(layout, padding_side):
                     continue
                 turn, stream, query = what
                 found = batch.streams[stream]
-                index = (found.places == b * length + at + place).nonzero()
+                index = (found.places == at + place).nonzero()
                 assert index.numel() == 1
                 n, q = divmod(found.sources[index].item(), NUM_QUERIES[stream])
                 assert q == query
-                frames = torch.from_numpy(features[d][stream][turn])
-                assert torch.equal(found.features[n, : found.lengths[n]], frames)
-                assert not found.features[n, found.lengths[n] :].any()
+                assert torch.equal(utterances(found)[n], torch.from_numpy(features[d][stream][turn]))
                 used[stream].add((d, turn))
+            at += len(row.ids)
+        if layout == "sample":
+            assert torch.equal(batch.attention_mask.flatten(), is_real)
+        else:
+            assert is_real.all()
+            assert [s.stop for s in batch.segments[:-1]] == [s.start for s in batch.segments[1:]]
         for stream, found in batch.streams.items():
             # every utterance once, however many rows use it
-            assert len(found.features) == len(found.lengths) == len(used[stream])
+            assert len(utterances(found)) == len(used[stream])
             assert sorted(set(found.places.tolist())) == sorted(found.places.tolist())
+
+
+def utterances(stream):
+    """The real frames of each utterance, in the order of the connector's outputs."""
+    return [f[:n] for group in zip(stream.features, stream.lengths, strict=True) for f, n in zip(*group, strict=True)]
+
+
+def test_groups_of_frames_are_padded_with_few_zeros():
+    batch, *_ = draw_batch(2, num=6)
+    for stream in batch.streams.values():
+        assert len(stream.features) > 1
+        for features, lengths in zip(stream.features, stream.lengths, strict=True):
+            assert features.dtype == torch.float16
+            assert lengths.max() == features.shape[1]
+            assert lengths.min() >= MIN_FILL * lengths.max()
+            for frames, length in zip(features, lengths, strict=True):
+                assert not frames[length:].any()
 
 
 def test_every_target_is_named_once():
@@ -170,13 +197,18 @@ def test_every_target_is_named_once():
         batch, dialogues, _, _ = draw_batch(3, budget=15, layout=layout)
         wanted = {(d.id, t): d.targets[t - 1] for d in dialogues for t in range(1, len(d.turns))}
         assert sorted(batch.target_ids) == sorted(wanted)
-        is_target = batch.labels != -100
-        assert ((batch.targets >= 0) == is_target).all()
-        assert ((batch.kinds >= 0) == is_target).all()
+        assert torch.equal(batch.input_ids.flatten()[batch.predictors + 1], batch.labels)
         for number, name in enumerate(batch.target_ids):
             mine = batch.targets == number
             assert tuple(batch.labels[mine].tolist()) == wanted[name].ids
             assert tuple(batch.kinds[mine].tolist()) == wanted[name].kinds
+
+
+def test_rows_that_branch_cannot_be_padded():
+    dialogue, features = draw_dialogue(np.random.default_rng(0), 4)
+    rows = [dialogue_rows(dialogue, 10**6, NUM_QUERIES)]
+    with pytest.raises(AssertionError, match="pack=True"):
+        collate([dialogue], [features], rows, NUM_QUERIES)
 
 
 def test_streams_that_no_turn_has_are_left_out():
@@ -189,7 +221,7 @@ def test_streams_that_no_turn_has_are_left_out():
 def test_inputs_are_left_as_they_were():
     batch, dialogues, features, rows = draw_batch(5)
     before = copy.deepcopy((dialogues, features, rows))
-    again = collate(dialogues, features, rows, NUM_QUERIES)
+    again = collate(dialogues, features, rows, NUM_QUERIES, pack=True)
     assert torch.equal(again.input_ids, batch.input_ids)
     for now, then in zip(rows, before[2], strict=True):
         assert now == then
