@@ -84,7 +84,7 @@ class DataConfig:
 
     Args:
         name: begins every dialogue's id.
-        dir: the prepared data (shards, dataset.json); `prepare.py` writes it.
+        dir: the prepared data (shards, dataset.json); `prepare.py` writes it. A path, or where it is only read a URL.
         root: the raw material; only `prepare.py` reads it.
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
         batch_size: dialogues per batch and process.
@@ -105,9 +105,17 @@ class DataConfig:
 
 @dataclass
 class PathsConfig:
-    """Where things lie; relative paths are relative to the folder of the command."""
+    """Where things lie; relative paths are relative to the folder of the command.
+
+    Args:
+        data_dir: prepared data, raw material of the demo, and its LLM.
+        cache_dir: local copies of prepared data that lies behind a URL; may be deleted at any time between runs.
+        runs_dir: runs, one folder each.
+        output_dir: the folder of this run.
+    """
 
     data_dir: str = MISSING
+    cache_dir: str = MISSING
     runs_dir: str = MISSING
     output_dir: str = MISSING
 

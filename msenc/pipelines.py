@@ -22,6 +22,7 @@ from rich.table import Table
 
 from msenc.config import build, check_targets, plain
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.location import is_url, local_folder, locate
 from msenc.data.manifest import DatasetManifest
 from msenc.evaluation import evaluate_split, write_evaluation
 from msenc.models.connector import tie
@@ -58,7 +59,7 @@ def prepare(cfg: DictConfig) -> DatasetManifest:
 
 def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
     data, workers = config["data"], config["prepare_workers"]
-    root, folder = Path(data["root"]), Path(data["dir"])
+    root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
     streams = [
         StreamRecipe(
             kind=kind,
@@ -82,7 +83,7 @@ def _ensure_llm(config: Mapping[str, Any]) -> None:
     """Pre-train the LLM if the config says how; one of another name has to exist."""
     recipe = config["model"]["llm_recipe"]
     if recipe is not None and recipe["folder"] == config["model"]["llm"]["name_or_path"]:
-        with folder_lock(Path(recipe["folder"]), wait=True):
+        with folder_lock(local_folder(recipe["folder"], "model.llm_recipe.folder"), wait=True):
             build(recipe)
 
 
@@ -91,7 +92,7 @@ def _ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) 
     try:
         datamodule.setup()
     except MsencError:
-        if config["data"]["generate"] is None:
+        if config["data"]["generate"] is None or is_url(config["data"]["dir"]):
             raise
         console.print("The demo is not prepared yet: preparing it (prepare.py data=demo does the same).")
         _prepare(config, wait=True)
@@ -259,6 +260,7 @@ def _prepare_command(overrides: list[str], modality: str) -> str:
         kept.append(f"modality={modality}")
     if not any(o.startswith(("data.root=", "data=demo")) for o in kept) and any(o.startswith("data=") for o in kept):
         kept.append("data.root=FOLDER")
+    kept = ["data.dir=FOLDER" if o.startswith("data.dir=") and is_url(o) else o for o in kept]
     return shlex.join(["python", "prepare.py", *kept])
 
 
@@ -289,7 +291,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
     """The data module of a run's config; checks nothing yet."""
     data, model = config["data"], config["model"]
     return DialogueDataModule(
-        folder=Path(data["dir"]),
+        folder=locate(data["dir"], config["paths"]["cache_dir"]),
         streams={
             name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])
             for name, stream in model["streams"].items()

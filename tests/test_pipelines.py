@@ -8,8 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
+from conftest import SMALL_DEMO
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -323,6 +325,40 @@ def test_the_command_survives_a_shell(train, tmp_path):
     command = pipelines._prepare_command(overrides, "text")
     assert shlex.split(command) == ["python", "prepare.py", *overrides, "modality=text", "data.root=FOLDER"]
     assert "'+data.generate={sizes:{train:1,val:1}}'" in command
+
+
+def test_a_run_reads_its_data_from_a_url(train, compose, demo_home, tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(demo_home / "data" / "demo"), "/far/demo", recursive=True)
+    url = ["data.dir=memory://far/demo", f"paths.cache_dir={tmp_path / 'cache'}"]
+    try:
+        here, there = (train([*FAST, "modality=text_audio", *where], name) for where, name in (([], "a"), (url, "b")))
+        assert there.loss == here.loss
+        nll = evaluate(compose, there.folder, "generate=false")["nll"]
+    finally:
+        memory.rm("/far", recursive=True)
+    assert nll == evaluate(compose, here.folder, "generate=false")["nll"]
+    shards = {p.parent.name for p in (tmp_path / "cache").rglob("*.tar")}
+    assert shards == {"turns", "audio-logmel"}
+
+
+def test_a_url_without_data_is_refused_and_nothing_is_prepared(train, tmp_path):
+    url = [f"data.dir=file://{tmp_path}/none", f"paths.cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(
+        MsencError, match=r"none/dataset\.json: missing\..*data\.dir=FOLDER.*copy the folder to file://"
+    ):
+        train([*FAST, "modality=text", *url])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("key", ["data.dir", "data.root", "model.llm_recipe.folder"])
+def test_nothing_is_prepared_to_a_url(demo_home, compose, tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    to_url = [f"{key}=s3://bucket/x", "model.llm.name_or_path=s3://bucket/x"]
+    cfg = compose([*SMALL_DEMO, *to_url, "prepare_workers=0"], "prepare")
+    with pytest.raises(MsencError, match=rf"{key}=s3://bucket/x: a URL, expected a folder of this machine"):
+        pipelines.prepare(cfg)
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_a_model_that_cannot_be_loaded_is_refused(train):

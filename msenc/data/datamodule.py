@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from msenc.data.collate import Features, Layout, collate, dialogue_rows, history_starts
+from msenc.data.location import Place, RemotePath
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import ShardReader, read_index
 from msenc.prompt import DialogueTokenizer, TokenizedDialogue
@@ -59,7 +59,7 @@ class DialogueDataset(Dataset):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         split: str,
         streams: Mapping[str, StreamSpec],
         tokenizer: DialogueTokenizer,
@@ -154,7 +154,7 @@ class DialogueDataModule(L.LightningDataModule):
     """Loaders of a prepared data set.
 
     Args:
-        folder: the prepared data (`prepare.py` wrote it).
+        folder: the prepared data (`prepare.py` wrote it), or a copy of it behind a URL.
         streams: what the model expects; checked against what was prepared.
         tokenizer: of the run's prompt and LLM.
         layout: see `collate.dialogue_rows`.
@@ -168,7 +168,7 @@ class DialogueDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         streams: Mapping[str, StreamSpec],
         tokenizer: DialogueTokenizer,
         layout: Layout = "dialogue",
@@ -180,7 +180,7 @@ class DialogueDataModule(L.LightningDataModule):
         prepare_command: str = "python prepare.py",
     ) -> None:
         super().__init__()
-        self.folder = Path(folder)
+        self.folder = folder
         self.streams = dict(streams)
         self.tokenizer = tokenizer
         self.layout: Layout = layout
@@ -190,6 +190,8 @@ class DialogueDataModule(L.LightningDataModule):
         self.seed = seed
         self.verify = verify
         self.hint = f"Run: {prepare_command}"
+        if isinstance(folder, RemotePath):
+            self.hint += f", and copy the folder to {folder}"
         self._datasets: dict[str, DialogueDataset] = {}
 
     @property
@@ -268,7 +270,7 @@ class DialogueDataModule(L.LightningDataModule):
         )
 
 
-def check_prepared(folder: Path, streams: Mapping[str, StreamSpec], hint: str) -> DatasetManifest:
+def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) -> DatasetManifest:
     """Compare what was prepared with what the model expects.
 
     Raises:

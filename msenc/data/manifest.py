@@ -10,6 +10,7 @@ from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from msenc.data.location import Place
 from msenc.types import SPLITS, Dialogue, MsencError, Rejection
 
 SCHEMA_VERSION = 1
@@ -84,17 +85,17 @@ class DatasetManifest:
         _write_text(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @staticmethod
-    def read(folder: Path, hint: str = "") -> "DatasetManifest":
+    def read(folder: Place, hint: str = "") -> "DatasetManifest":
         """Read ``dataset.json`` of `folder`.
 
         Args:
-            folder: a prepared dataset.
+            folder: a prepared dataset, or a copy of one behind a URL.
             hint: added to error messages: the command that prepares it.
 
         Raises:
             MsencError: if it is missing, cannot be read, is of another schema or incomplete.
         """
-        path = Path(folder) / MANIFEST
+        path = folder / MANIFEST
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from msenc.data.location import Place, RemotePath, hash_file
 from msenc.types import MsencError
 
 SCHEMA_VERSION = 1
@@ -86,7 +87,7 @@ def write_stream(
     return index
 
 
-def read_index(folder: Path, hint: str = "") -> dict[str, Any]:
+def read_index(folder: Place, hint: str = "") -> dict[str, Any]:
     """The index of a stream.
 
     Args:
@@ -96,8 +97,8 @@ def read_index(folder: Path, hint: str = "") -> dict[str, Any]:
     Raises:
         MsencError: if the folder or its index is missing, cannot be read, or is of another schema.
     """
-    path = Path(folder) / INDEX
-    if not path.parent.is_dir():
+    path = folder / INDEX
+    if isinstance(folder, Path) and not folder.is_dir():
         raise MsencError(_with_hint(f"{folder}: no such folder of shards. Expected one written by prepare.py.", hint))
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -119,11 +120,11 @@ def read_index(folder: Path, hint: str = "") -> dict[str, Any]:
 class ShardReader:
     """Dialogue id, or its place in the split -> members, reading only that dialogue's bytes.
 
-    Shards are opened at the first read from them, and none of another split. A reader can be pickled, and used after
-    a fork: reads name their offset, so processes do not disturb each other.
+    Shards are opened, and behind a URL fetched, at the first read from them, and none of another split. A reader can
+    be pickled, and used after a fork: reads name their offset, so processes do not disturb each other.
 
     Args:
-        folder: what `write_stream` wrote.
+        folder: what `write_stream` wrote, or a copy of it behind a URL.
         split: which split's dialogues to offer.
         verify: compare a shard's sha256 with the index before its first read.
         hint: added to error messages: the command that makes the stream.
@@ -132,8 +133,8 @@ class ShardReader:
         MsencError: if folder, index or a shard of the split is missing, of wrong size, or of wrong content.
     """
 
-    def __init__(self, folder: Path, split: str, verify: bool = True, hint: str = ""):
-        self.folder, self.split, self.verify, self.hint = Path(folder), split, verify, hint
+    def __init__(self, folder: Place, split: str, verify: bool = True, hint: str = ""):
+        self.folder, self.split, self.verify, self.hint = folder, split, verify, hint
         index = read_index(self.folder, hint)
         self.stream: str = index["stream"]
         self.settings: dict[str, Any] = index["settings"]
@@ -150,6 +151,8 @@ class ShardReader:
         self._verified: set[int] = set()
         for shard in self._shards.values():
             path = self.folder / shard["file"]
+            if isinstance(path, RemotePath):
+                continue  # looked at when it is fetched
             if not path.is_file():
                 self._refuse(path, "missing; the index names it")
             if path.stat().st_size != shard["bytes"]:
@@ -195,10 +198,12 @@ class ShardReader:
         if number not in self._descriptors:
             shard = self._shards[number]
             path = self.folder / shard["file"]
-            if self.verify and number not in self._verified:
-                if _sha256(path) != shard["sha256"]:
-                    self._refuse(path, "content that differs from its sha256 in the index")
-                self._verified.add(number)
+            verify = self.verify and number not in self._verified
+            if isinstance(path, RemotePath):
+                path = path.fetch(shard["sha256"], shard["bytes"], verify)
+            elif verify and hash_file(path) != shard["sha256"]:
+                self._refuse(path, "content that differs from its sha256 in the index")
+            self._verified.add(number)
             self._descriptors[number] = os.open(path, os.O_RDONLY)
         return self._descriptors[number]
 
@@ -208,7 +213,7 @@ class ShardReader:
             self._refuse(self.folder, "a shard that ends before its index says")
         return data
 
-    def _refuse(self, path: Path, found: str) -> None:
+    def _refuse(self, path: Place, found: str) -> None:
         raise MsencError(_with_hint(f"{path}: found {found}. Prepare the data again.", self.hint))
 
 
@@ -268,7 +273,7 @@ def _index(folder: Path, stream: str, settings: dict[str, Any], writers: list[_S
         places: dict[str, list[int]] = {}
         for name in writer.files:
             path = folder / name
-            shards.append({"file": name, "sha256": _sha256(path), "bytes": path.stat().st_size})
+            shards.append({"file": name, "sha256": hash_file(path), "bytes": path.stat().st_size})
             with tarfile.open(path) as tar:
                 places |= {member.name: [member.offset_data, member.size] for member in tar}
         members: dict[str, dict[str, list[int]]] = {}
@@ -326,11 +331,6 @@ def _decode(name: str, data: bytearray) -> Any:
         if not is_fortran and not dtype.hasobject:
             return np.frombuffer(data, dtype, offset=header.tell()).reshape(shape)  # no copy
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _clear_leftovers(folder: Path) -> None:

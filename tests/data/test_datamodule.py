@@ -4,11 +4,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import fsspec
 import lightning as L
 import pytest
 import torch
+from file_server import serve
 
 from msenc.data.datamodule import DialogueDataModule, EpochShuffle, StreamSpec
+from msenc.data.location import locate
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import write_stream
 from msenc.models.llm import load_tokenizer
@@ -23,6 +26,14 @@ COMMAND = "python prepare.py data=demo modality=text_audio"
 def prepared(demo_home, tmp_path):
     """A copy of the small demo's shards, to be spoilt."""
     return shutil.copytree(demo_home / "data" / "demo", tmp_path / "demo")
+
+
+@pytest.fixture
+def server(prepared, monkeypatch):
+    """Serves `prepared` as ``demo/``."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(prepared.parent) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +176,43 @@ def test_only_the_wanted_streams_are_opened(prepared, tokenizer, opened, streams
     assert folders == {"turns", *(f"{name}-{SPECS[name].name}" for name in streams)}
 
 
+@pytest.mark.parametrize("streams", [(), ("audio",), ("audio", "video")])
+def test_behind_a_url_only_the_wanted_shards_are_fetched(prepared, tokenizer, server, tmp_path, streams):
+    datamodule = module_of(locate(f"{server.url}/demo", tmp_path / "cache"), tokenizer, streams)
+    datamodule.setup()
+    wanted = ["turns", *(f"{name}-{SPECS[name].name}" for name in streams)]
+    indexes = {f"demo/{name}/index.json" for name in wanted}
+    assert sorted(server.asked) == sorted({"demo/dataset.json", *indexes})
+    for split in ("train", "val"):
+        list(datamodule.eval_dataloader(split))
+        list(datamodule.eval_dataloader(split))
+    shards = {f"demo/{name}/{split}-000000.tar" for name in wanted for split in ("train", "val")}
+    assert sorted(server.asked) == sorted({"demo/dataset.json", *indexes, *shards})
+    assert {p.parent.name for p in (tmp_path / "cache").rglob("*.tar")} == set(wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("protocol", ["file", "memory", "http"])
+def test_a_url_gives_the_same_batches(prepared, tokenizer, server, tmp_path, protocol):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(prepared), "/far/demo", recursive=True)
+    url = {"file": f"file://{prepared}", "memory": "memory://far/demo", "http": f"{server.url}/demo"}[protocol]
+    here = list(module_of(prepared, tokenizer).train_dataloader())
+    try:
+        there = module_of(locate(url, tmp_path / "cache"), tokenizer, num_workers=2)
+        there.setup()  # so that the workers start after this process has used the connection
+        loader = there.train_dataloader()
+        for _ in range(2):
+            for one, other in zip(here, loader, strict=True):
+                assert one.target_ids == other.target_ids
+                features = one.streams["audio"].features, other.streams["audio"].features
+                torch.testing.assert_close(*features, rtol=0, atol=0)
+    finally:
+        memory.rm("/far", recursive=True)
+    shards = [name for name in server.asked if name.endswith(".tar")]
+    assert len(set(shards)) == len(shards) == (2 if protocol == "http" else 0)  # for both workers together
+
+
 def test_a_sample_holds_the_turns_and_their_frames(prepared, tokenizer):
     dataset = module_of(prepared, tokenizer, ("audio", "video")).dataset("val")
     for index in range(len(dataset)):
@@ -212,6 +260,12 @@ def test_missing_data_is_refused_with_the_command(tmp_path, tokenizer):
     message = refusal(module_of(tmp_path / "nothing", tokenizer))
     assert message.endswith(f"Run: {COMMAND}")
     assert "nothing/dataset.json: missing" in message
+
+
+def test_missing_data_behind_a_url_is_refused_with_what_to_do(tmp_path, tokenizer, server):
+    message = refusal(module_of(locate(f"{server.url}/nothing", tmp_path), tokenizer))
+    assert message.startswith(f"{server.url}/nothing/dataset.json: missing")
+    assert message.endswith(f"Run: {COMMAND}, and copy the folder to {server.url}/nothing")
 
 
 def test_another_encoder_is_refused_with_both_names(prepared, tokenizer):
