@@ -1,0 +1,223 @@
+"""Dialogues per second: msenc's loader, one file per utterance, raw reading, and a model that consumes them.
+
+    python benchmarks/loading.py [--quick] [--repetitions N] [--json FILE]
+
+The dialogues have MELD's real lengths where MSENC_SHARED names a folder with MELD's annotations, else lengths drawn
+to the same statistics. Features are random, in the form of WavLM-large (1024 wide, 50 frames/s) and CLIP (512 wide,
+3 frames/s). All files have just been written, so they come from the page cache and not from a disk: what is measured
+is the work per byte, which a slow disk adds to.
+
+- ``upstream``: float32, pictures at 30 frames/s, one file per utterance and stream (``torch.save``), read again for
+  every later target; the last 800 frames of sound and 50 of pictures are kept, padded to that length.
+- ``one file per utterance``: the same reading of the same float16 features that msenc stores, pictures at 3 frames/s.
+- ``msenc, N workers``: the training loader, epoch after epoch; a batch holds every target of its dialogues.
+- ``first epoch``: a new data module each time, which opens and hashes the shards and tokenizes the turns.
+- ``raw bytes``: all bytes of the tar files into one buffer, in order. Nothing can be faster.
+- ``model``: forward and backward of a step with the smallest model that ``train.py`` offers (the demo's LLM with
+  LoRA, the default Q-Former per stream). Larger ones consume less.
+"""
+
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from measure import interleave, parser, print_table, summarise, write_json
+
+from msenc.config import CONFIGS, build, plain, register_schemas
+from msenc.data.annotations import read_meld
+from msenc.data.manifest import DatasetManifest, StreamInfo, count_splits
+from msenc.data.shards import write_stream
+from msenc.pipelines import build_datamodule, build_model
+from msenc.types import Dialogue, Utterance
+
+RATES = {"audio": 50, "video": 3}  # frames/s that msenc stores
+UPSTREAM_RATES = {"audio": 50, "video": 30}
+WINDOWS = {"audio": 800, "video": 50}  # frames that upstream keeps of a history
+UPSTREAM_BATCH = 4
+
+
+def main() -> None:
+    arguments = parser(__doc__).parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    dialogues = meld_dialogues(12 if arguments.quick else 96)
+    with tempfile.TemporaryDirectory(prefix="msenc-loading-") as name:
+        measure(arguments, dialogues, Path(name))
+
+
+def measure(arguments: Any, dialogues: list[Dialogue], folder: Path) -> None:
+    config = configure(folder, "text_audio_video")
+    write_prepared(folder / "meld", dialogues, config)
+    write_utterances(folder / "upstream", dialogues, config, UPSTREAM_RATES, torch.float32)
+    write_utterances(folder / "utterances", dialogues, config, RATES, torch.float16)
+    build(config["model"]["llm_recipe"])
+    loaders = {workers: new_loader(folder, "text_audio_video", workers) for workers in (0, 2)}
+    text_loader = new_loader(folder, "text", 0)
+    tars = sorted((folder / "meld").rglob("*.tar"))
+    variants: dict[str, Callable[[], Any]] = {
+        "upstream": lambda: drain(read_utterances(folder / "upstream", dialogues, RATES)),
+        "one file per utterance": lambda: drain(read_utterances(folder / "utterances", dialogues, {})),
+        "msenc, 0 workers": lambda: drain(loaders[0]),
+        "msenc, 2 workers": lambda: drain(loaders[2]),
+        "msenc, first epoch": lambda: drain(new_loader(folder, "text_audio_video", 0)),
+        "msenc, text only": lambda: drain(text_loader),
+        "raw bytes": lambda: read_raw(tars),
+        "model": consumer(config, list(itertools.islice(loaders[0], 4 if arguments.quick else 12))),
+    }
+    opened = note_opened()
+    variants["msenc, text only"]()
+    media_shards = [name for name in opened if name.endswith(".tar") and "/turns/" not in name]
+    seconds = interleave(variants, arguments.repetitions)
+    num = dict.fromkeys(variants, len(dialogues)) | {"model": variants["model"].num_dialogues}
+    per_dialogue = {name: [s / num[name] for s in values] for name, values in seconds.items()}
+    results = summarise(per_dialogue, "msenc, 0 workers")
+    rates = {name: 1 / t["median"] for name, t in results["seconds"].items()}
+    targets = sum(dialogue.num_samples for dialogue in dialogues)
+    num_bytes = {
+        "msenc": sum(path.stat().st_size for path in tars),
+        **{name: sum(p.stat().st_size for p in (folder / name).rglob("*.pt")) for name in ("upstream", "utterances")},
+    }
+    print_table(
+        f"Loading {len(dialogues)} dialogues of {targets:,} targets, {num_bytes['msenc'] / 2**20:,.0f} MiB of shards "
+        f"({num_bytes['upstream'] / 2**20:,.0f} MiB in upstream's form), from the page cache",
+        ["variant", "dialogues/s", "slowest", "fastest", "msenc, 0 workers, is x times as fast", "msenc, 2 workers"],
+        [
+            [name, rate, 1 / t["max"], 1 / t["min"], rates["msenc, 0 workers"] / rate, rates["msenc, 2 workers"] / rate]
+            for (name, rate), t in zip(rates.items(), results["seconds"].values(), strict=True)
+        ],
+    )
+    print(f"Shards of sound or pictures that the text-only loader opened: {len(media_shards)}")
+    extra = {"dialogues_per_s": rates, "bytes": num_bytes, "dialogues": len(dialogues), "targets": targets}
+    write_json(arguments.json, {**results, **extra, "media_shards_opened_by_text": len(media_shards)})
+
+
+def meld_dialogues(number: int) -> list[Dialogue]:
+    """Training dialogues of two turns or more, with the lengths and times of MELD's annotations or of its statistics."""
+    rng = np.random.default_rng(0)
+    shared = os.environ.get("MSENC_SHARED")
+    if shared:
+        known = [d for d in read_meld(Path(shared) / "data" / "meld").dialogues if d.split == "train" and d.num_samples]
+        return [known[i] for i in rng.choice(len(known), number, replace=False)]
+    dialogues = []
+    for i in range(number):
+        turns = int(np.clip(rng.gamma(2.9, 3.4), 2, 24))
+        # median 2.46 s, 99th percentile 11.8 s; about 8 words
+        lengths = np.clip(2.46 * np.exp(0.674 * rng.standard_normal(turns)), 0.3, 41)
+        texts = [" ".join(rng.choice(["so", "well", "you", "know", "what"], rng.integers(1, 16))) for _ in lengths]
+        utterances = [Utterance(str(k), f"S{k % 3}", t, None, 0.0, s) for k, (t, s) in enumerate(zip(texts, lengths))]
+        dialogues.append(Dialogue(f"meld/train/dia{i}", "train", tuple(utterances)))
+    return dialogues
+
+
+def frames(utterance: Utterance, rate: int) -> int:
+    """Frames of an utterance; what the annotations say of its length is held between 0.3 s and 41 s."""
+    return max(round(rate * float(np.clip(utterance.end_s - utterance.start_s, 0.3, 41))), 1)
+
+
+def configure(folder: Path, modality: str, workers: int = 0) -> dict[str, Any]:
+    """MELD's config with WavLM's and CLIP's features, as ``train.py`` composes it."""
+    register_schemas()
+    media = ["model/audio=wavlm", "model/video=clip"] if modality != "text" else []
+    own = [f"paths.data_dir={folder}", f"data.num_workers={workers}", "model.llm_recipe.num_dialogues=64"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", ["data=meld", f"modality={modality}", *media, *own, f"paths.output_dir={folder}"])
+    return plain(cfg)
+
+
+def write_prepared(folder: Path, dialogues: list[Dialogue], config: dict[str, Any]) -> None:
+    """What ``prepare.py`` leaves, with random features."""
+    index = write_stream(folder / "turns", ((d.id, d.split, {"turns.json": d.to_json()}) for d in dialogues), {})
+    utterances = {"train": sum(len(d.utterances) for d in dialogues)}
+    infos = {}
+    for kind, stream in config["model"]["streams"].items():
+        samples = ((d.id, d.split, features(d, kind, stream["dim"])) for d in dialogues)
+        name = f"{kind}-{stream['name']}"
+        hash = write_stream(folder / name, samples, stream["encoder"])["hash"]
+        infos[name] = StreamInfo(kind, stream["name"], stream["dim"], stream["encoder"], hash, utterances)
+    DatasetManifest("meld", count_splits(dialogues), infos, turns_hash=index["hash"]).write(folder)
+
+
+def features(dialogue: Dialogue, kind: str, dim: int) -> dict[str, np.ndarray]:
+    lengths = [frames(utterance, RATES[kind]) for utterance in dialogue.utterances]
+    values = np.random.default_rng(0).standard_normal((sum(lengths), dim), dtype=np.float32).astype(np.float16)
+    return {"features.npy": values, "offsets.npy": np.concatenate([[0], np.cumsum(lengths)])}
+
+
+def write_utterances(
+    folder: Path, dialogues: list[Dialogue], config: dict[str, Any], rates: dict[str, int], dtype: torch.dtype
+) -> None:
+    folder.mkdir()
+    for d, dialogue in enumerate(dialogues):
+        for u, utterance in enumerate(dialogue.utterances):
+            for kind, stream in config["model"]["streams"].items():
+                values = torch.randn(frames(utterance, rates[kind]), stream["dim"], dtype=dtype)
+                torch.save(values, folder / f"{kind}-{d}-{u}.pt")
+
+
+def read_utterances(
+    folder: Path, dialogues: list[Dialogue], kept_rates: dict[str, int]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """One sample per target, each with all utterances before it read anew; in padded batches."""
+    samples = []
+    for d, dialogue in enumerate(dialogues):
+        for target in range(1, len(dialogue.utterances)):
+            sample = {}
+            for kind, window in WINDOWS.items():
+                step = UPSTREAM_RATES[kind] // kept_rates.get(kind, UPSTREAM_RATES[kind])
+                history = [torch.load(folder / f"{kind}-{d}-{u}.pt")[::step] for u in range(target)]
+                kept = torch.cat(history)[-window:]
+                sample[kind] = torch.zeros(window, kept.shape[1], dtype=kept.dtype)
+                sample[kind][: len(kept)] = kept
+            samples.append(sample)
+            if len(samples) == UPSTREAM_BATCH:
+                yield {kind: torch.stack([s[kind] for s in samples]) for kind in WINDOWS}
+                samples = []
+
+
+def new_loader(folder: Path, modality: str, workers: int) -> Any:
+    datamodule = build_datamodule(configure(folder, modality, workers), "")
+    datamodule.setup()
+    return datamodule.train_dataloader()
+
+
+def drain(batches: Any) -> None:
+    for _ in batches:
+        pass
+
+
+def read_raw(paths: list[Path]) -> None:
+    buffer = bytearray(2**20)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def consumer(config: dict[str, Any], batches: list[Any]) -> Callable[[], None]:
+    """Steps of the model over batches that are in memory already."""
+    model = build_model(config).train()
+
+    def run() -> None:
+        for batch in batches:
+            model.zero_grad()
+            model(batch).nll.sum().backward()
+
+    run.num_dialogues = len({id for batch in batches for id, _ in batch.target_ids})
+    return run
+
+
+def note_opened() -> list[str]:
+    """Names of the files that this process opens from now on."""
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    return opened
+
+
+if __name__ == "__main__":
+    main()
