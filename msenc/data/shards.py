@@ -207,8 +207,8 @@ class ShardReader:
             self._descriptors[number] = os.open(path, os.O_RDONLY)
         return self._descriptors[number]
 
-    def _read(self, descriptor: int, offset: int, size: int) -> bytearray:
-        data = bytearray(size)
+    def _read(self, descriptor: int, offset: int, size: int) -> np.ndarray:
+        data = np.empty(size, np.uint8)  # a bytearray would be filled with zeros first
         if os.preadv(descriptor, [data], offset) != size:
             self._refuse(self.folder, "a shard that ends before its index says")
         return data
@@ -322,9 +322,9 @@ def _encode(name: str, value: Any) -> bytes:
     raise ValueError(f"member {name!r}: expected a name that ends in .json or .npy")
 
 
-def _decode(name: str, data: bytearray) -> Any:
+def _decode(name: str, data: np.ndarray) -> Any:
     if name.endswith(".json"):
-        return json.loads(data)
+        return json.loads(data.tobytes())
     header = io.BytesIO(memoryview(data)[:4096])
     if np.lib.format.read_magic(header) == (1, 0):
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
