@@ -1,6 +1,6 @@
 """Dialogues per second: msenc's loader, one file per utterance, raw reading, and a model that consumes them.
 
-    python benchmarks/loading.py [--quick] [--repetitions N] [--json FILE]
+    python benchmarks/loading.py [--quick] [--repetitions N] [--json FILE] [--device cuda]
 
 The dialogues have MELD's real lengths where MSENC_SHARED names a folder with MELD's annotations, else lengths drawn
 to the same statistics. Features are random, in the form of WavLM-large (1024 wide, 50 frames/s) and CLIP (512 wide,
@@ -11,7 +11,7 @@ is the work per byte, which a slow disk adds to.
   every later target; the last 800 frames of sound and 50 of pictures are kept, padded to that length.
 - ``one file per utterance``: the same reading of the same float16 features that msenc stores, pictures at 3 frames/s.
 - ``msenc, N workers``: the training loader, epoch after epoch; a batch holds every target of its dialogues.
-- ``first epoch``: a new data module each time, which opens and hashes the shards and tokenizes the turns.
+- ``msenc, first epoch``: a new data module each time, which opens and hashes the shards and tokenizes the turns.
 - ``raw bytes``: all bytes of the tar files into one buffer, in order. Nothing can be faster.
 - ``model``: forward and backward of a step with the smallest model that ``train.py`` offers (the demo's LLM with
   LoRA, the default Q-Former per stream). Larger ones consume less.
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.fabric.utilities import move_data_to_device
 from measure import interleave, parser, print_table, summarise, write_json
 
 from msenc.config import CONFIGS, build, plain, register_schemas
@@ -44,7 +45,9 @@ UPSTREAM_BATCH = 4
 
 
 def main() -> None:
-    arguments = parser(__doc__).parse_args()
+    known = parser(__doc__)
+    known.add_argument("--device", default="cpu", help="where the model runs; default: %(default)s")
+    arguments = known.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     dialogues = meld_dialogues(12 if arguments.quick else 96)
     with tempfile.TemporaryDirectory(prefix="msenc-loading-") as name:
@@ -59,16 +62,17 @@ def measure(arguments: Any, dialogues: list[Dialogue], folder: Path) -> None:
     build(config["model"]["llm_recipe"])
     loaders = {workers: new_loader(folder, "text_audio_video", workers) for workers in (0, 2)}
     text_loader = new_loader(folder, "text", 0)
+    fresh = iter([new_loader(folder, "text_audio_video", 0) for _ in range(arguments.repetitions + 1)])
     tars = sorted((folder / "meld").rglob("*.tar"))
     variants: dict[str, Callable[[], Any]] = {
         "upstream": lambda: drain(read_utterances(folder / "upstream", dialogues, RATES)),
         "one file per utterance": lambda: drain(read_utterances(folder / "utterances", dialogues, {})),
         "msenc, 0 workers": lambda: drain(loaders[0]),
         "msenc, 2 workers": lambda: drain(loaders[2]),
-        "msenc, first epoch": lambda: drain(new_loader(folder, "text_audio_video", 0)),
+        "msenc, first epoch": lambda: drain(next(fresh)),
         "msenc, text only": lambda: drain(text_loader),
         "raw bytes": lambda: read_raw(tars),
-        "model": consumer(config, list(itertools.islice(loaders[0], 4 if arguments.quick else 12))),
+        "model": consumer(config, list(itertools.islice(loaders[0], 4 if arguments.quick else 12)), arguments.device),
     }
     opened = note_opened()
     variants["msenc, text only"]()
@@ -86,19 +90,20 @@ def measure(arguments: Any, dialogues: list[Dialogue], folder: Path) -> None:
     print_table(
         f"Loading {len(dialogues)} dialogues of {targets:,} targets, {num_bytes['msenc'] / 2**20:,.0f} MiB of shards "
         f"({num_bytes['upstream'] / 2**20:,.0f} MiB in upstream's form), from the page cache",
-        ["variant", "dialogues/s", "slowest", "fastest", "msenc, 0 workers, is x times as fast", "msenc, 2 workers"],
+        ["variant", "dialogues/s", "slowest", "fastest", "0 workers / this", "2 workers / this"],
         [
             [name, rate, 1 / t["max"], 1 / t["min"], rates["msenc, 0 workers"] / rate, rates["msenc, 2 workers"] / rate]
             for (name, rate), t in zip(rates.items(), results["seconds"].values(), strict=True)
         ],
+        arguments.device,
     )
     print(f"Shards of sound or pictures that the text-only loader opened: {len(media_shards)}")
     extra = {"dialogues_per_s": rates, "bytes": num_bytes, "dialogues": len(dialogues), "targets": targets}
-    write_json(arguments.json, {**results, **extra, "media_shards_opened_by_text": len(media_shards)})
+    write_json(arguments.json, {**results, **extra, "media_shards_opened_by_text": len(media_shards)}, arguments.device)
 
 
 def meld_dialogues(number: int) -> list[Dialogue]:
-    """Training dialogues of two turns or more, with the lengths and times of MELD's annotations or of its statistics."""
+    """Training dialogues of two turns or more: MELD's own, or drawn to the statistics of MELD's lengths and times."""
     rng = np.random.default_rng(0)
     shared = os.environ.get("MSENC_SHARED")
     if shared:
@@ -110,8 +115,9 @@ def meld_dialogues(number: int) -> list[Dialogue]:
         # median 2.46 s, 99th percentile 11.8 s; about 8 words
         lengths = np.clip(2.46 * np.exp(0.674 * rng.standard_normal(turns)), 0.3, 41)
         texts = [" ".join(rng.choice(["so", "well", "you", "know", "what"], rng.integers(1, 16))) for _ in lengths]
-        utterances = [Utterance(str(k), f"S{k % 3}", t, None, 0.0, s) for k, (t, s) in enumerate(zip(texts, lengths))]
-        dialogues.append(Dialogue(f"meld/train/dia{i}", "train", tuple(utterances)))
+        pairs = enumerate(zip(texts, lengths.tolist(), strict=True))
+        utterances = tuple(Utterance(str(k), f"S{k % 3}", t, start_s=0.0, end_s=s) for k, (t, s) in pairs)
+        dialogues.append(Dialogue(f"meld/train/dia{i}", "train", utterances))
     return dialogues
 
 
@@ -199,14 +205,17 @@ def read_raw(paths: list[Path]) -> None:
                 pass
 
 
-def consumer(config: dict[str, Any], batches: list[Any]) -> Callable[[], None]:
-    """Steps of the model over batches that are in memory already."""
-    model = build_model(config).train()
+def consumer(config: dict[str, Any], batches: list[Any], device: str) -> Callable[[], None]:
+    """Steps of the model over batches that are in its memory already."""
+    model = build_model(config).train().to(device)
+    batches = [move_data_to_device(batch, torch.device(device)) for batch in batches]
 
     def run() -> None:
         for batch in batches:
             model.zero_grad()
-            model(batch).nll.sum().backward()
+            loss = model(batch).nll.sum()
+            loss.backward()
+        loss.item()  # waits for a GPU
 
     run.num_dialogues = len({id for batch in batches for id, _ in batch.target_ids})
     return run

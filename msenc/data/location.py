@@ -133,17 +133,17 @@ def locate(place: str | Path, cache_dir: str | Path) -> Place:
         cache_dir: where copies of what lies behind URLs are kept.
 
     Raises:
-        MsencError: the URL's protocol is unknown, or needs a package that is not installed.
+        MsencError: the URL's protocol is unknown, or needs a package that is not installed; the cache is a URL.
     """
     if not is_url(place):
         return Path(place)
     url = str(place).rstrip("/")
     system, path = _file_system(url)
     key = hashlib.sha256(system.unstrip_protocol(path).encode()).hexdigest()[:12]
-    return RemotePath(url, Path(cache_dir) / f"{PurePosixPath(path).name}-{key}")
+    return RemotePath(url, local_folder(cache_dir, "paths.cache_dir") / f"{PurePosixPath(path).name}-{key}")
 
 
-def local_folder(place: str, key: str) -> Path:
+def local_folder(place: str | Path, key: str) -> Path:
     """A location that something is written to, or that is no prepared data.
 
     Args:

@@ -227,4 +227,6 @@ def test_protocols_that_cannot_be_used_are_refused(cache, monkeypatch, url, mess
 def test_nothing_is_written_to_a_url(tmp_path):
     with pytest.raises(MsencError, match=r"data\.dir=s3://x/y: a URL, expected a folder of this machine\..*copy"):
         local_folder("s3://x/y", "data.dir")
+    with pytest.raises(MsencError, match=r"paths\.cache_dir=s3://x/cache: a URL"):
+        locate("memory://x", "s3://x/cache")
     assert local_folder(str(tmp_path), "data.dir") == tmp_path
