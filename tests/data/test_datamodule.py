@@ -182,6 +182,7 @@ def test_behind_a_url_only_the_wanted_shards_are_fetched(prepared, tokenizer, se
     datamodule.setup()
     wanted = ["turns", *(f"{name}-{SPECS[name].name}" for name in streams)]
     indexes = {f"demo/{name}/index.json" for name in wanted}
+    assert [datamodule.dataset(split).split for split in ("train", "val", "test")] == ["train", "val", "test"]
     assert sorted(server.asked) == sorted({"demo/dataset.json", *indexes})
     for split in ("train", "val"):
         list(datamodule.eval_dataloader(split))
