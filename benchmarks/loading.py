@@ -30,15 +30,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.fabric.utilities import move_data_to_device
 from measure import interleave, parser, print_table, summarise, write_json
+from meld import RATES, meld_dialogues, num_frames
 
 from msenc.config import CONFIGS, build, plain, register_schemas
-from msenc.data.annotations import read_meld
 from msenc.data.manifest import DatasetManifest, StreamInfo, count_splits
 from msenc.data.shards import write_stream
 from msenc.pipelines import build_datamodule, build_model
-from msenc.types import Dialogue, Utterance
+from msenc.types import Dialogue
 
-RATES = {"audio": 50, "video": 3}  # frames/s that msenc stores
 UPSTREAM_RATES = {"audio": 50, "video": 30}
 WINDOWS = {"audio": 800, "video": 50}  # frames that upstream keeps of a history
 UPSTREAM_BATCH = 4
@@ -102,30 +101,6 @@ def measure(arguments: Any, dialogues: list[Dialogue], folder: Path) -> None:
     write_json(arguments.json, {**results, **extra, "media_shards_opened_by_text": len(media_shards)}, arguments.device)
 
 
-def meld_dialogues(number: int) -> list[Dialogue]:
-    """Training dialogues of two turns or more: MELD's own, or drawn to the statistics of MELD's lengths and times."""
-    rng = np.random.default_rng(0)
-    shared = os.environ.get("MSENC_SHARED")
-    if shared:
-        known = [d for d in read_meld(Path(shared) / "data" / "meld").dialogues if d.split == "train" and d.num_samples]
-        return [known[i] for i in rng.choice(len(known), number, replace=False)]
-    dialogues = []
-    for i in range(number):
-        turns = int(np.clip(rng.gamma(2.9, 3.4), 2, 24))
-        # median 2.46 s, 99th percentile 11.8 s; about 8 words
-        lengths = np.clip(2.46 * np.exp(0.674 * rng.standard_normal(turns)), 0.3, 41)
-        texts = [" ".join(rng.choice(["so", "well", "you", "know", "what"], rng.integers(1, 16))) for _ in lengths]
-        pairs = enumerate(zip(texts, lengths.tolist(), strict=True))
-        utterances = tuple(Utterance(str(k), f"S{k % 3}", t, start_s=0.0, end_s=s) for k, (t, s) in pairs)
-        dialogues.append(Dialogue(f"meld/train/dia{i}", "train", utterances))
-    return dialogues
-
-
-def frames(utterance: Utterance, rate: int) -> int:
-    """Frames of an utterance; what the annotations say of its length is held between 0.3 s and 41 s."""
-    return max(round(rate * float(np.clip(utterance.end_s - utterance.start_s, 0.3, 41))), 1)
-
-
 def configure(folder: Path, modality: str, workers: int = 0) -> dict[str, Any]:
     """MELD's config with WavLM's and CLIP's features, as ``train.py`` composes it."""
     register_schemas()
@@ -150,7 +125,7 @@ def write_prepared(folder: Path, dialogues: list[Dialogue], config: dict[str, An
 
 
 def features(dialogue: Dialogue, kind: str, dim: int) -> dict[str, np.ndarray]:
-    lengths = [frames(utterance, RATES[kind]) for utterance in dialogue.utterances]
+    lengths = [num_frames(utterance, RATES[kind]) for utterance in dialogue.utterances]
     values = np.random.default_rng(0).standard_normal((sum(lengths), dim), dtype=np.float32).astype(np.float16)
     return {"features.npy": values, "offsets.npy": np.concatenate([[0], np.cumsum(lengths)])}
 
@@ -162,7 +137,7 @@ def write_utterances(
     for d, dialogue in enumerate(dialogues):
         for u, utterance in enumerate(dialogue.utterances):
             for kind, stream in config["model"]["streams"].items():
-                values = torch.randn(frames(utterance, rates[kind]), stream["dim"], dtype=dtype)
+                values = torch.randn(num_frames(utterance, rates[kind]), stream["dim"], dtype=dtype)
                 torch.save(values, folder / f"{kind}-{d}-{u}.pt")
 
 
