@@ -160,7 +160,7 @@ class EvaluateConfig:
         run_dir: the run to evaluate; model and data are rebuilt from its own config.
         split: ``train``, ``val`` or ``test``.
         checkpoint: ``best``, ``last``, or a file.
-        decoding: keys of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
+        decoding: settings of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
         generate: False measures losses alone.
         limit: first dialogues of the split; None for all.
         device: torch's name of the device; ``auto`` takes a GPU if there is one.
@@ -248,9 +248,9 @@ def _check_without_target(node: Mapping[str, Any], path: str) -> None:
     if NEEDS_TARGET.fullmatch(path):
         raise MsencError(f"{path}: no _target_ tells what to build; found the keys {', '.join(sorted(node))}.")
     if path == "decoding":
-        from transformers import GenerationConfig
+        from msenc.models.generation import DECODING_KEYS, read_decoding
 
-        valid = {"batch_size", *vars(GenerationConfig())}
+        valid = set(DECODING_KEYS)
     elif path == "model.llm.lora":
         from peft import LoraConfig
 
@@ -259,6 +259,8 @@ def _check_without_target(node: Mapping[str, Any], path: str) -> None:
         return
     for key in sorted(node.keys() - valid):
         raise MsencError(f"{path}.{key}: no such setting.{nearest(key, valid)}")
+    if path == "decoding":
+        read_decoding(node, end_id=0, pad_id=0, seed=0)
 
 
 def build(node: Mapping[str, Any], **given: Any) -> Any:

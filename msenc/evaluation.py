@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
+from torch.utils.data import Subset
 
-from msenc.data.collate import collate, dialogue_rows, history_starts
+from msenc.data.collate import history_starts
 from msenc.data.datamodule import DialogueDataModule
 from msenc.metrics.text import text_metrics
 from msenc.models.conversation import ConversationModel
 from msenc.prompt import TOKEN_KINDS
+from msenc.replies import decoding_for, write_replies
 from msenc.run import write_json, write_text
 from msenc.types import Reply
 
@@ -30,6 +32,7 @@ def evaluate_split(
     datamodule: DialogueDataModule,
     split: str,
     decoding: Mapping[str, Any] | None,
+    seed: int,
     limit: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a split.
@@ -38,7 +41,8 @@ def evaluate_split(
         model: in eval mode, on its device.
         datamodule: of the run.
         split: ``train``, ``val`` or ``test``.
-        decoding: keys of transformers' GenerationConfig and ``batch_size``; None generates nothing.
+        decoding: see `models.generation.read_decoding`; None generates nothing.
+        seed: of what is drawn while decoding.
         limit: first dialogues of the split.
 
     Returns:
@@ -47,7 +51,7 @@ def evaluate_split(
     predictions = _score(model, datamodule, split, limit)
     metrics: dict[str, Any] = loss_metrics(predictions)
     if decoding is not None:
-        _generate(model, datamodule, split, decoding, predictions, limit)
+        _generate(model, datamodule, split, decoding, seed, predictions)
         replies = [Reply(p["reply"]["text"], p["reply"]["description"]) for p in predictions]
         is_described = datamodule.tokenizer.prompt.target == "text_description"
         references = [
@@ -139,41 +143,24 @@ def _generate(
     datamodule: DialogueDataModule,
     split: str,
     decoding: Mapping[str, Any],
+    seed: int,
     predictions: list[dict[str, Any]],
-    limit: int | None,
 ) -> None:
-    """Write each target's reply into its prediction; histories of similar length are decoded together."""
-    from transformers import GenerationConfig
-
-    device = next(model.parameters()).device
-    dataset, tokenizer = datamodule.dataset(split), datamodule.tokenizer.tokenizer
-    arguments = {k: v for k, v in decoding.items() if k != "batch_size"}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    settings = GenerationConfig(**arguments, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
-    wanted = []
-    for index in range(min(len(dataset), limit or len(dataset))):
-        tokens, _ = dataset[index]
-        rows = dialogue_rows(
-            tokens, datamodule.max_history_tokens, datamodule.num_queries, layout="sample", with_targets=False
-        )
-        wanted += [(index, row) for row in rows]
-    order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][1].ids), reverse=True)
-    size = decoding["batch_size"]
-    starts = range(0, len(order), size)
-    for at in track(starts, description=f"writing replies of {split}"):
-        chosen = order[at : at + size]
-        samples = [dataset[wanted[i][0]] for i in chosen]
-        batch = collate(
-            [tokens for tokens, _ in samples],
-            [features for _, features in samples],
-            [[wanted[i][1]] for i in chosen],
-            datamodule.num_queries,
-            padding_side="left",
-        )
-        for i, ids in zip(chosen, model.generate(move_data_to_device(batch, device), settings), strict=True):
-            generated = tokenizer.decode(ids, skip_special_tokens=True)
-            reply = datamodule.tokenizer.prompt.parse(generated)
-            predictions[i]["reply"] = {"text": reply.text, "description": reply.description}
+    """Write each target's reply into its prediction."""
+    dataset, tokenizer = datamodule.dataset(split), datamodule.tokenizer
+    num_dialogues = len({prediction["dialogue"] for prediction in predictions})
+    written = write_replies(
+        model,
+        Subset(dataset, range(num_dialogues)),
+        decoding_for(decoding, tokenizer.tokenizer, seed),
+        budget=datamodule.max_history_tokens,
+        num_queries=datamodule.num_queries,
+        layout=datamodule.layout,
+        progress=f"writing replies of {split}",
+    )
+    for prediction, (*_, ids) in zip(predictions, written, strict=True):
+        reply = tokenizer.prompt.parse(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+        prediction["reply"] = {"text": reply.text, "description": reply.description}
 
 
 def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:

@@ -392,7 +392,12 @@ def evaluate_run(
         load_checkpoint(ConversationModule(model), run_dir, checkpoint)
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
     metrics, predictions = evaluate_split(
-        model.to(_device(device)).eval(), datamodule, split, decoding if with_replies else None, limit
+        model.to(_device(device)).eval(),
+        datamodule,
+        split,
+        decoding if with_replies else None,
+        config["seed"],
+        limit,
     )
     metrics |= {
         "split": split,

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
 
 def save_causal_lm(folder: Path, family: str, tokenizer) -> Path:
     """A causal LM of a family (Llama, Mistral, Qwen2, Qwen3 ...) with a tokenizer and a chat template."""
@@ -106,3 +108,31 @@ def save_blip2(folder: Path, **sizes: int) -> Path:
     config = {"qformer_config": {"num_attention_heads": sizes["num_heads"]}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def build_conversation(
+    folder: Path, streams=("audio", "video"), freeze=False, lora=LORA, seed=0, connector="qformer", **options
+):
+    """A ConversationModel for `random_dialogues` whose every part matters: values far from zero, LoRA's included."""
+    import torch
+    from random_dialogues import DIMS, NUM_QUERIES
+
+    from msenc.models.connector import Mlp, QFormer
+    from msenc.models.conversation import ConversationModel
+    from msenc.models.llm import load_llm
+
+    llm = load_llm(str(folder), freeze, lora, **options)
+    width = llm.get_input_embeddings().embedding_dim
+    torch.manual_seed(seed)
+    connectors = {}
+    for name in streams:
+        q = NUM_QUERIES[name]
+        if connector == "mlp":
+            connectors[name] = Mlp(DIMS[name], width, num_queries=q, hidden_dim=8)
+        else:
+            small = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "encoder_dim": 8, "dropout": 0.0}
+            connectors[name] = QFormer(DIMS[name], width, num_queries=q, **small)
+    for name, parameter in sorted(llm.named_parameters()):
+        if parameter.dim() > 1:  # norms stay 1
+            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else 0.3)
+    return ConversationModel(llm, connectors)

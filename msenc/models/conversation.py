@@ -29,7 +29,7 @@ class TokenScores:
 
 
 class ConversationModel(nn.Module):
-    """Batch -> TokenScores; batch of histories -> replies.
+    """Batch -> TokenScores; `generation` writes replies with it.
 
     Args:
         llm: a causal LM of transformers, with or without PEFT adapters.
@@ -160,22 +160,3 @@ class ConversationModel(nn.Module):
                 "its masks would not be the ones it was trained with. Use model.layout=sample, or lower "
                 "data.max_history_tokens."
             )
-
-    @torch.inference_mode()
-    def generate(self, batch: Batch, generation_config: object) -> list[list[int]]:
-        """Write the reply of every row.
-
-        Args:
-            batch: left-padded rows without targets (`collate` with ``padding_side="left"``).
-            generation_config: transformers' GenerationConfig.
-
-        Returns:
-            Per row the new token ids, without the end token and what follows it.
-        """
-        end = generation_config.eos_token_id
-        ids = self.llm.generate(
-            inputs_embeds=self.embed(batch),
-            attention_mask=batch.attention_mask.long(),
-            generation_config=generation_config,
-        ).tolist()
-        return [row[: row.index(end)] if end in row else row for row in ids]

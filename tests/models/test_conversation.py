@@ -5,49 +5,28 @@ import numpy as np
 import pytest
 import torch
 from random_dialogues import DIMS, NUM_QUERIES, draw_dialogue
-from transformers import GenerationConfig
+from tiny_models import build_conversation as build
 
 from msenc.data.collate import collate, dialogue_rows
 from msenc.models.attention import make_layout
-from msenc.models.connector import Mlp, QFormer, tie
+from msenc.models.connector import QFormer, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_llm
 from msenc.types import MsencError, Segment
 
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def build(folder, streams=("audio", "video"), freeze=False, lora=LORA, seed=0, connector="qformer", **options):
-    """A model whose every part matters: random values far from zero, LoRA's included."""
-    llm = load_llm(str(folder), freeze, lora, **options)
-    width = llm.get_input_embeddings().embedding_dim
-    torch.manual_seed(seed)
-    connectors = {}
-    for name in streams:
-        q = NUM_QUERIES[name]
-        if connector == "mlp":
-            connectors[name] = Mlp(DIMS[name], width, num_queries=q, hidden_dim=8)
-        else:
-            small = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "encoder_dim": 8, "dropout": 0.0}
-            connectors[name] = QFormer(DIMS[name], width, num_queries=q, **small)
-    for name, parameter in sorted(llm.named_parameters()):
-        if parameter.dim() > 1:  # norms stay 1
-            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else 0.3)
-    return ConversationModel(llm, connectors)
-
-
-def draw(seed, num, budget=10**6, layout="dialogue", vocab=50, with_targets=True, turns=(3, 6), pack=None, **options):
+def draw(seed, num, budget=10**6, layout="dialogue", vocab=50, turns=(3, 6), pack=None, **options):
     """The batch of all rows, and a batch of each row alone."""
     rng = np.random.default_rng(seed)
     low, high = turns
     drawn = [draw_dialogue(rng, int(rng.integers(low, high + 1)), f"d{i}", vocab=vocab, **options) for i in range(num)]
-    rows = [dialogue_rows(d, budget, NUM_QUERIES, layout, with_targets=with_targets) for d, _ in drawn]
+    rows = [dialogue_rows(d, budget, NUM_QUERIES, layout) for d, _ in drawn]
     pack = layout == "dialogue" if pack is None else pack
-    side = "right" if with_targets else "left"
-    batch = collate([d for d, _ in drawn], [f for _, f in drawn], rows, NUM_QUERIES, pack, side)
+    batch = collate([d for d, _ in drawn], [f for _, f in drawn], rows, NUM_QUERIES, pack)
     alone = [
-        collate([d], [f], [[row]], NUM_QUERIES, pack, side)
+        collate([d], [f], [[row]], NUM_QUERIES, pack)
         for (d, f), found in zip(drawn, rows, strict=True)
         for row in found
     ]
@@ -313,40 +292,6 @@ def test_a_stream_that_is_present_has_an_effect(tiny_models):
     for name, stream in batch.streams.items():
         other = dataclasses.replace(stream, features=[features.flip(1) + 1 for features in stream.features])
         assert apart(nll, losses(model, [dataclasses.replace(batch, streams={**batch.streams, name: other})])[0]) > 1e-3
-
-
-# ------------------------------------------------------------------------------------------------ generation
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replies_written_together_equal_replies_written_alone(tiny_models, family):
-    model = build(tiny_models[family]).eval()
-    batch, alone = draw(7, 3, layout="sample", with_targets=False)
-    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=5, pad_token_id=0)
-    together = model.generate(batch, settings)
-    assert together == [model.generate(one, settings)[0] for one in alone]
-    assert len({b.input_ids.shape[1] for b in alone}) > 1
-    assert len({tuple(reply) for reply in together}) > 1
-    assert all(5 not in reply for reply in together)
-
-    # and greedy decoding follows the scores of a forward: the reply is the likeliest token each time
-    row, reply = alone[0], together[0]
-    assert len(reply) > 2
-    embeds = torch.cat([model.embed(row), model.llm.get_input_embeddings()(torch.tensor([reply]))], 1)
-    with torch.inference_mode():
-        logits = model.llm(inputs_embeds=embeds).logits[0, -len(reply) - 1 : -1]
-    assert logits.argmax(-1).tolist() == reply
-
-
-def test_generation_stops_at_the_end_token(tiny_models):
-    model = build(tiny_models["llama"]).eval()
-    batch, _ = draw(7, 3, layout="sample", with_targets=False)
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    free = model.generate(batch, GenerationConfig(**settings, eos_token_id=5))
-    end = free[0][2]
-    cut = model.generate(batch, GenerationConfig(**settings, eos_token_id=end))
-    assert cut == [reply[: reply.index(end)] if end in reply else reply for reply in free]
-    assert cut != free
 
 
 # ------------------------------------------------------------------------------------------------ what trains

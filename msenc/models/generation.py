@@ -1,0 +1,269 @@
+"""Replies in tokens: many are decoded at once, from histories that are encoded once. Decoding is transformers' own.
+
+Batch of trunks -> key-value cache -> one row of it per reply, cut at its history -> `generate` -> token ids
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from msenc.models.conversation import ConversationModel
+from msenc.types import Batch, MsencError
+
+# Processors are made here, not by `generate`: it would skip the first tokens of a left-padded row when it punishes
+# repetitions, complete missing settings by its own (top_k=50), and draw from one generator for all rows.
+PENALTIES = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+}
+WARPERS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+}
+"""What narrows the distribution before a token is drawn, in the order in which transformers applies it."""
+COUNTS = ("no_repeat_ngram_size", "top_k")
+"""Those that take a whole number, 0 for none."""
+SEARCH = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping")
+DECODING_KEYS = ("batch_size", "do_sample", *SEARCH, *PENALTIES, *WARPERS)
+"""The settings of transformers' GenerationConfig that give a reply the same whatever else is in its batch."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One reply to write.
+
+    Args:
+        dialogue: the dialogue's id; it seeds the reply's draws together with `turn` and `alternative`.
+        turn: the turn to write.
+        alternative: number of the reply among those to the same history.
+        row: the batch's row that holds its history.
+        cut: how many of the row's tokens it sees: instruction and turns.
+        response: tokens that ask for the reply; they follow the history.
+    """
+
+    dialogue: str
+    turn: int
+    alternative: int
+    row: int
+    cut: int
+    response: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How replies are written; `read_decoding` makes one.
+
+    Args:
+        search: what `generate` itself decides: lengths, beams, end token.
+        processors: what changes the scores of the next token, in order.
+        is_sampled: draw from the changed distribution; else take the best.
+        batch_size: replies decoded at once.
+        seed: of the draws.
+    """
+
+    search: GenerationConfig
+    processors: tuple[LogitsProcessor, ...]
+    is_sampled: bool
+    batch_size: int
+    seed: int
+
+
+def read_decoding(settings: Mapping[str, Any], end_id: int, pad_id: int, seed: int) -> Decoding:
+    """Settings as in ``configs/decoding``; None counts as absent.
+
+    Args:
+        settings: keys of `DECODING_KEYS`.
+        end_id: the token that ends a reply.
+        pad_id: any token; it fills what lies behind a reply's end.
+        seed: of the draws.
+
+    Raises:
+        MsencError: an unknown or missing setting, or settings that do not go together.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key in given.keys() - set(DECODING_KEYS):
+        raise MsencError(f"decoding.{key}: no such setting. Expected some of {', '.join(DECODING_KEYS)}.")
+    for key in ("batch_size", "max_new_tokens"):
+        if not isinstance(given.get(key), int) or given[key] < 1:
+            raise MsencError(f"decoding.{key}: found {given.get(key)}, expected a whole number of 1 or more.")
+    is_sampled = given.get("do_sample", False)
+    if is_sampled and given.get("num_beams", 1) > 1:
+        raise MsencError("decoding: do_sample=true draws one token at a time, so num_beams must be 1 or absent.")
+    idle = [key for key in WARPERS if key in given and not is_sampled]
+    if idle:
+        raise MsencError(
+            f"decoding.{idle[0]}={given[idle[0]]} changes nothing where do_sample is false. Set do_sample=true, or "
+            f"{idle[0]}=null."
+        )
+    processors = []
+    for key, make in {**PENALTIES, **WARPERS}.items():
+        if key not in given or (key in COUNTS and given[key] == 0):
+            continue
+        try:
+            processors.append(make(given[key] if key in COUNTS else float(given[key])))
+        except (TypeError, ValueError) as e:
+            raise MsencError(f"decoding.{key}={given[key]}: {e}") from e
+    return Decoding(
+        search=GenerationConfig(
+            **{key: given[key] for key in SEARCH if key in given}, eos_token_id=end_id, pad_token_id=pad_id
+        ),
+        processors=tuple(processors),
+        is_sampled=is_sampled,
+        batch_size=given["batch_size"],
+        seed=seed,
+    )
+
+
+@torch.inference_mode()
+def write_from_trunks(
+    model: ConversationModel, batch: Batch, wanted: Sequence[Wanted], decoding: Decoding
+) -> list[list[int]]:
+    """Write replies to histories of which many share a row: each row passes the LLM once.
+
+    Args:
+        model: in eval mode.
+        batch: right-padded rows that begin with a trunk; what follows a row's longest history is not used.
+        wanted: the replies, in any order.
+        decoding: how.
+
+    Returns:
+        Per reply the new token ids, without the end token.
+
+    Raises:
+        MsencError: the LLM's cache cannot be cut at a history, or its sliding window is shorter than needed.
+    """
+    embeds = model.embed(batch)[:, : max(w.cut for w in wanted)]  # (B, P, H)
+    encoded = model.llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    cache = getattr(encoded, "past_key_values", None)
+    new = max(len(w.response) for w in wanted) + decoding.search.max_new_tokens
+    _check_cache(cache, embeds.shape[1] + new)
+    replies: list[list[int]] = [[] for _ in wanted]
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i].cut, reverse=True)
+    for at in range(0, len(order), decoding.batch_size):
+        chosen = order[at : at + decoding.batch_size]
+        ids = _continue(model, cache, [wanted[i] for i in chosen], decoding)
+        for i, reply in zip(chosen, ids, strict=True):
+            replies[i] = reply
+    return replies
+
+
+def _continue(
+    model: ConversationModel, cache: DynamicCache, wanted: Sequence[Wanted], decoding: Decoding
+) -> list[list[int]]:
+    """Decode one batch of replies, each from its own copy of a trunk's keys and values."""
+    embedding = model.llm.get_input_embeddings()
+    device = embedding.weight.device
+    num_seen = max(w.cut for w in wanted)  # P
+    num_asked = max(len(w.response) for w in wanted)  # R
+    rows = torch.tensor([w.row for w in wanted], device=device).repeat_interleave(decoding.search.num_beams or 1)
+    # Without the model's config every layer keeps all it gets; `_check_cache` has seen that no window is exceeded.
+    copies = DynamicCache(
+        [(layer.keys[:, :, :num_seen][rows], layer.values[:, :, :num_seen][rows]) for layer in cache.layers]
+    )
+    cuts = torch.tensor([w.cut for w in wanted], device=device)
+    starts = torch.tensor([num_asked - len(w.response) for w in wanted], device=device)
+    index = torch.arange(num_seen + num_asked, device=device)
+    # A gap lies between a history and its response prompt. Keys carry their positions, and `generate` counts those of
+    # new tokens over the mask, so that the gap moves nothing.
+    mask = (index < cuts[:, None]) | (index >= num_seen + starts[:, None])  # (B, P+R)
+    ids = torch.tensor([[0] * (num_asked - len(w.response)) + list(w.response) for w in wanted], device=device)
+    # `generate` takes embeddings for cached tokens too, and drops them; by embeddings, because from ids it would count
+    # the response prompt as something that must not be repeated.
+    embeds = pad(embedding(ids), (0, 0, num_seen, 0))  # (B, P+R, H)
+    return _generate(model, wanted, decoding, inputs_embeds=embeds, attention_mask=mask.long(), past_key_values=copies)
+
+
+@torch.inference_mode()
+def write_from_rows(
+    model: ConversationModel, batch: Batch, wanted: Sequence[Wanted], decoding: Decoding
+) -> list[list[int]]:
+    """Write replies to histories that share nothing: the reference, and the way for any LLM.
+
+    Args:
+        model: in eval mode.
+        batch: left-padded rows of instruction, turns and response prompt.
+        wanted: the reply of each row.
+        decoding: how; all rows are decoded at once.
+
+    Returns:
+        Per row the new token ids, without the end token.
+    """
+    mask = batch.attention_mask.long()  # (B, L)
+    return _generate(model, wanted, decoding, inputs_embeds=model.embed(batch), attention_mask=mask)
+
+
+def _generate(model: ConversationModel, wanted: Sequence[Wanted], decoding: Decoding, **inputs: Any) -> list[list[int]]:
+    processors = LogitsProcessorList(decoding.processors)
+    if decoding.is_sampled:
+        processors.append(_Draw(_uniforms(wanted, decoding), inputs["inputs_embeds"].device))
+    ids = model.llm.generate(**inputs, generation_config=decoding.search, logits_processor=processors).tolist()
+    end = decoding.search.eos_token_id
+    return [row[: row.index(end)] if end in row else row for row in ids]
+
+
+def _uniforms(wanted: Sequence[Wanted], decoding: Decoding) -> np.ndarray:
+    """(B, max_new_tokens) numbers in [0, 1): a reply's own stream, so that no other reply shifts it."""
+    return np.stack(
+        [
+            np.random.default_rng([decoding.seed, w.turn, w.alternative, *w.dialogue.encode()]).random(
+                decoding.search.max_new_tokens
+            )
+            for w in wanted
+        ]
+    )
+
+
+class _Draw(LogitsProcessor):
+    """Leave one token that is drawn from the scores' distribution, so that greedy search takes it.
+
+    By inversion of the distribution function: one number per token. Gumbel noise would need one per token of the
+    vocabulary.
+    """
+
+    def __init__(self, uniforms: np.ndarray, device: torch.device) -> None:
+        self.uniforms = torch.from_numpy(uniforms).to(device)  # (B, max_new_tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, new tokens so far), (B, V) -> (B, V), -inf but for the token that was drawn."""
+        cumulative = scores.double().softmax(-1).cumsum(-1)  # (B, V)
+        height = self.uniforms[:, input_ids.shape[1], None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, height, right=True)  # (B, 1): the first that rises above
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def _check_cache(cache: Any, length: int) -> None:
+    """Refuse what rows of a cache with a gap in them would get wrong."""
+    way_out = "model.layout=sample writes each reply from its own history."
+    for layer in getattr(cache, "layers", [cache]):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise MsencError(
+                f"the LLM keeps its past as {type(layer).__name__}, which cannot be cut at a history; replies that "
+                f"share one need keys and values of every token. {way_out}"
+            )
+        if layer.is_sliding and length > layer.sliding_window:
+            raise MsencError(
+                f"the LLM attends to a sliding window of {layer.sliding_window} tokens, and histories with their "
+                f"replies take up to {length}. {way_out} Or lower data.max_history_tokens."
+            )

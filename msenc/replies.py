@@ -1,0 +1,158 @@
+"""Dialogues -> replies: which of them share an encoded history, and which are decoded together.
+
+(tokens, features) per dialogue -> trunks and the replies that hang on them -> Batch -> token ids
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lightning.fabric.utilities import move_data_to_device
+from rich.progress import track
+
+from msenc.data.collate import Layout, Row, collate, dialogue_rows, history_starts
+from msenc.data.datamodule import Sample
+from msenc.models.conversation import ConversationModel
+from msenc.models.generation import Decoding, Wanted, read_decoding, write_from_rows, write_from_trunks
+from msenc.prompt import TokenizedDialogue
+from msenc.types import MsencError
+
+
+class Written(NamedTuple):
+    """A reply in tokens, and where it belongs.
+
+    Args:
+        sample: index of its dialogue.
+        turn: the turn it takes.
+        alternative: its number among the replies to the same history.
+        ids: token ids, without the end token.
+    """
+
+    sample: int
+    turn: int
+    alternative: int
+    ids: list[int]
+
+
+def decoding_for(settings: Mapping[str, Any], tokenizer: Any, seed: int) -> Decoding:
+    """Settings as in ``configs/decoding``, with the end and the padding of the LLM's tokenizer."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return read_decoding(settings, tokenizer.eos_token_id, pad, seed)
+
+
+def write_replies(
+    model: ConversationModel,
+    samples: Sequence[Sample],
+    decoding: Decoding,
+    *,
+    budget: int,
+    num_queries: Mapping[str, int],
+    layout: Layout = "dialogue",
+    turns: Sequence[Sequence[int]] | None = None,
+    num_replies: int = 1,
+    progress: str | None = None,
+) -> list[Written]:
+    """Write replies to many histories.
+
+    A reply depends on its own history, the settings and, where it is drawn, on the seed, its dialogue's id, its turn
+    and its number: not on what else is written, on batches, or on their order.
+
+    Args:
+        model: in eval mode, on its device.
+        samples: dialogues with features; read when needed, so that a split need not fit into memory.
+        decoding: how.
+        budget: see `collate.history_starts`.
+        num_queries: tokens that each stream's slot takes.
+        layout: ``dialogue`` encodes what histories of a dialogue share once; ``sample`` encodes every history by
+            itself, as any LLM can.
+        turns: for each sample the turns to write (from 1); all if None.
+        num_replies: replies to each history.
+        progress: title of a progress bar; None shows none.
+
+    Returns:
+        In the order of samples, turns and alternatives.
+
+    Raises:
+        MsencError: several replies to a history without drawing, or an LLM whose cache cannot share a history.
+    """
+    if num_replies > 1 and not decoding.is_sampled:
+        raise MsencError(
+            f"{num_replies} replies to one history: without do_sample=true all of them would be the same. Use "
+            "decoding=sample, or ask for one reply."
+        )
+    is_shared = layout == "dialogue"
+    units = []
+    for index in range(len(samples)):
+        tokens, _ = samples[index]
+        wanted_turns = range(1, len(tokens.turns)) if turns is None else turns[index]
+        units += _units(index, tokens, budget, num_queries, is_shared, wanted_turns, num_replies)
+    units.sort(key=lambda unit: max(len(trunk.row.ids) for trunk in unit), reverse=True)
+    chunks = list(_chunks(units, decoding.batch_size))
+    write = write_from_trunks if is_shared else write_from_rows
+    device = next(model.parameters()).device
+    written = []
+    for chunk in chunks if progress is None else track(chunks, description=progress):
+        read = [samples[unit[0].sample] for unit in chunk]
+        batch = collate(
+            [tokens for tokens, _ in read],
+            [features for _, features in read],
+            [[trunk.row for trunk in unit] for unit in chunk],
+            num_queries,
+            padding_side="right" if is_shared else "left",
+        )
+        trunks = [(tokens, trunk) for (tokens, _), unit in zip(read, chunk, strict=True) for trunk in unit]
+        keys, wanted = [], []
+        for row, (tokens, trunk) in enumerate(trunks):
+            for turn, alternative, cut in trunk.replies:
+                keys.append((trunk.sample, turn, alternative))
+                wanted.append(Wanted(tokens.id, turn, alternative, row, cut, tokens.responses[turn - 1]))
+        ids = write(model, move_data_to_device(batch, device), wanted, decoding)
+        written += [Written(*key, reply) for key, reply in zip(keys, ids, strict=True)]
+    return sorted(written)
+
+
+class _Trunk(NamedTuple):
+    """A row that begins with a history, and the replies to it and to its beginnings: (turn, alternative, cut)."""
+
+    sample: int
+    row: Row
+    replies: list[tuple[int, int, int]]
+
+
+def _units(
+    sample: int,
+    dialogue: TokenizedDialogue,
+    budget: int,
+    num_queries: Mapping[str, int],
+    is_shared: bool,
+    turns: Sequence[int],
+    num_replies: int,
+) -> list[list[_Trunk]]:
+    """Trunks of a dialogue, those that stay in one batch in one list: there each utterance passes its connector once.
+
+    Histories that start with the same turn are beginnings of the longest of them.
+    """
+    starts = history_starts(dialogue.turn_tokens, budget)
+    shared: dict[int, _Trunk] = {}
+    apart = []
+    for row in dialogue_rows(dialogue, budget, num_queries, "sample", sorted(turns), with_targets=False):
+        (turn,) = row.target_turns
+        replies = [(turn, alternative, row.trunk) for alternative in range(num_replies)]
+        if is_shared:
+            start = starts[turn - 1]
+            before = shared[start].replies if start in shared else []
+            shared[start] = _Trunk(sample, row, before + replies)  # turns ascend: the last row has the longest trunk
+        else:
+            apart += [[_Trunk(sample, row, [reply])] for reply in replies]
+    return [list(shared.values())] if shared else apart
+
+
+def _chunks(units: Sequence[list[_Trunk]], num_rows: int) -> Iterator[list[list[_Trunk]]]:
+    """Units in order, as many at once as have at most `num_rows` rows together, and at least one."""
+    chunk: list[list[_Trunk]] = []
+    for unit in units:
+        if chunk and sum(map(len, chunk)) + len(unit) > num_rows:
+            yield chunk
+            chunk = []
+        chunk.append(unit)
+    if chunk:
+        yield chunk
