@@ -87,7 +87,8 @@ class DataConfig:
         dir: the prepared data (shards, dataset.json); `prepare.py` writes it. A path, or where it is only read a URL.
         root: the raw material; only `prepare.py` reads it.
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
-        batch_size: dialogues per batch and process.
+        batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
+        max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
         num_workers: processes that prepare data, or load it while training.
         max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
         verify: hash every shard of a split before its first use.
@@ -97,7 +98,8 @@ class DataConfig:
     dir: str = MISSING
     root: str = MISSING
     generate: Any = None
-    batch_size: int = 8
+    batch_size: int | None = None
+    max_tokens_per_batch: int | None = None
     num_workers: int = 0
     max_history_tokens: int = 1024
     verify: bool = True

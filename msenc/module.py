@@ -41,39 +41,53 @@ class ConversationModule(L.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.strict_loading = False  # checkpoints hold what trains; `on_load_checkpoint` checks the rest
-        self._step_tokens: Tensor | float = 0.0
+        self._step_sums = torch.zeros(2)  # loss and target tokens since the optimizer's last step
+        self._validation_sums = torch.zeros(3)  # loss, likeliest tokens that were right, target tokens
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Sum of the batch's token losses; it is logged per token."""
-        scores = self.model(batch)
-        self._step_tokens = self._step_tokens + scores.nll.numel()
-        loss, tokens = scores.nll.sum(), max(scores.nll.numel(), 1)
-        self.log("train/loss", loss.detach() / tokens, prog_bar=True, batch_size=tokens)
-        return loss
+        """Sum of the batch's token losses."""
+        loss = self.model(batch).nll
+        self._step_sums = self._step_sums.to(loss.device) + torch.stack(
+            [loss.detach().sum(), loss.new_tensor(loss.numel())]
+        )
+        return loss.sum()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the gradient of summed losses into the gradient per target token of the global batch."""
-        tokens = torch.as_tensor(self._step_tokens, dtype=torch.float32, device=self.device)
-        if self.trainer.world_size > 1:
-            tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+        loss, tokens = self._over_processes(self._step_sums)
+        self._step_sums = torch.zeros(2)
+        self.log("train/loss", loss / tokens, prog_bar=True)
         # Lightning has divided each loss by the accumulation, and DDP has averaged over the processes.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
-        self._step_tokens = 0.0
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        sums = sums.to(self.device)
+        return self.trainer.strategy.reduce(sums, reduce_op="sum") if self.trainer.world_size > 1 else sums
+
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self._validation_sums = torch.zeros(3)
 
     def validation_step(self, batch: Batch) -> None:
-        """Loss per token, perplexity and token accuracy over the split, every token of equal weight."""
+        """Count; every token of the split has equal weight."""
         scores = self.model(batch)
-        tokens = scores.nll.numel()
-        self.log("val/loss", scores.nll.mean(), prog_bar=True, batch_size=tokens, sync_dist=True)
-        self.log("val/token_accuracy", scores.correct.float().mean(), batch_size=tokens, sync_dist=True)
+        counts = [scores.nll.sum(), scores.correct.sum(), torch.tensor(scores.nll.numel())]
+        self._validation_sums = self._validation_sums + torch.stack([n.float().cpu() for n in counts])
 
     def on_validation_epoch_end(self) -> None:
-        """Perplexity: from the split's mean loss, not the mean of the batches' perplexities."""
-        self.log("val/perplexity", self.trainer.callback_metrics["val/loss"].exp())
+        """Loss per token, perplexity and token accuracy over the split.
+
+        Summed over the processes here: Lightning's mean over processes rounds the number of tokens per process.
+        """
+        loss, correct, tokens = self._over_processes(self._validation_sums)
+        loss = loss / tokens
+        values = {"val/loss": loss, "val/token_accuracy": correct / tokens, "val/perplexity": loss.exp()}
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == "val/loss", sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and its schedule."""

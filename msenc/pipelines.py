@@ -299,6 +299,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
         tokenizer=DialogueTokenizer(_prompt(config), load_tokenizer(model["llm"]["name_or_path"])),
         layout=model["layout"],
         batch_size=data["batch_size"],
+        max_tokens_per_batch=data["max_tokens_per_batch"],
         num_workers=data["num_workers"],
         max_history_tokens=data["max_history_tokens"],
         seed=config["seed"],

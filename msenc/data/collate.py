@@ -53,6 +53,26 @@ def history_starts(turn_tokens: Sequence[int], budget: int) -> list[int]:
     return starts
 
 
+def group_targets(
+    starts: Sequence[int], layout: Layout, turns: Sequence[int] | None = None
+) -> list[tuple[int, list[int]]]:
+    """The targets of each row, with the first turn of the row's history.
+
+    Args:
+        starts: of each target of the dialogue, from `history_starts`.
+        layout: see `dialogue_rows`.
+        turns: the targets wanted (turn numbers from 1); all if None.
+
+    Example:
+        >>> group_targets([0, 0, 2, 2], "dialogue")
+        [(0, [1, 2]), (2, [3, 4])]
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for turn in range(1, len(starts) + 1) if turns is None else turns:
+        groups.setdefault((starts[turn - 1], turn if layout == "sample" else 0), []).append(turn)
+    return [(start, group) for (start, _), group in groups.items()]
+
+
 @dataclass
 class Row:
     """A trunk and its branches, before they are put into a batch.
@@ -110,11 +130,9 @@ def dialogue_rows(
         with_targets: False leaves the reply out, for generation.
     """
     starts = history_starts(dialogue.turn_tokens, budget)
-    wanted = range(1, len(dialogue.turns)) if turns is None else turns
-    groups: dict[tuple[int, int], list[int]] = {}
-    for turn in wanted:
-        groups.setdefault((starts[turn - 1], turn if layout == "sample" else 0), []).append(turn)
-    return [_row(dialogue, start, group, num_queries, with_targets) for (start, _), group in groups.items()]
+    return [
+        _row(dialogue, start, group, num_queries, with_targets) for start, group in group_targets(starts, layout, turns)
+    ]
 
 
 def _row(

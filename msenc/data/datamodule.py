@@ -3,18 +3,29 @@
 turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from msenc.data.collate import Features, Layout, collate, dialogue_rows, history_starts
+from msenc.data.batches import (
+    SharedBatches,
+    Unit,
+    budget_batches,
+    budget_in_order,
+    budget_units,
+    count_batches,
+    in_order,
+    share,
+    whole_dialogues,
+)
+from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, history_starts
+from msenc.data.lengths import DialogueLengths, split_lengths
 from msenc.data.location import Place, RemotePath
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import ShardReader, read_index
@@ -43,6 +54,7 @@ RUN_ONLY = ("device", "batch_s", "batch_frames")
 """Settings of encoders that change how fast features are made, and not what they are."""
 
 Sample = tuple[TokenizedDialogue, Features]
+UnitSample = tuple[TokenizedDialogue, Features, tuple[int, ...] | None]
 
 
 class DialogueDataset(Dataset):
@@ -106,48 +118,62 @@ class DialogueDataset(Dataset):
         return self._tokenized[id], features
 
 
-def collate_samples(
-    samples: Sequence[Sample], budget: int, num_queries: Mapping[str, int], layout: Layout = "dialogue"
-) -> Batch:
-    """Samples -> training batch: every target of every dialogue."""
-    dialogues = [dialogue for dialogue, _ in samples]
-    rows = [dialogue_rows(dialogue, budget, num_queries, layout) for dialogue in dialogues]
-    return collate(dialogues, [features for _, features in samples], rows, num_queries, pack=layout == "dialogue")
+class UnitDataset(Dataset):
+    """Unit -> (tokens, features, targets wanted): what the loaders read.
 
-
-class EpochShuffle(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone; of several processes, each takes every n-th of it.
-
-    Where the number does not divide by the processes, the first ones of the order come again.
-
-    Example:
-        >>> sampler = EpochShuffle(4, seed=1)
-        >>> first = list(sampler)
-        >>> sampler.set_epoch(1)
-        >>> sorted(first) == sorted(sampler), list(sampler) == list(sampler)
-        (True, True)
+    Args:
+        dialogues: of the split.
+        units: of the split.
     """
 
-    def __init__(self, num: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.num = num
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, dialogues: DialogueDataset, units: Sequence[Unit]) -> None:
+        self.dialogues = dialogues
+        self.units = units
+
+    def __len__(self) -> int:
+        """Units of the split."""
+        return len(self.units)
+
+    def __getitem__(self, index: int) -> UnitSample:
+        """The unit's dialogue, and which of its targets belong to the unit (None: all)."""
+        unit = self.units[index]
+        return *self.dialogues[unit.dialogue], unit.turns
+
+
+def collate_units(
+    samples: Sequence[UnitSample], budget: int, num_queries: Mapping[str, int], layout: Layout = "dialogue"
+) -> Batch:
+    """Units -> training batch: every target of every unit.
+
+    A process that has no unit of a batch gets one token without a target: its loss is zero, and so are its gradients,
+    which the other processes wait for.
+    """
+    if not samples:
+        return collate([], [], [[Row(ids=[0], positions=[0], trunk=1)]], num_queries, pack=layout == "dialogue")
+    dialogues = [dialogue for dialogue, _, _ in samples]
+    rows = [dialogue_rows(dialogue, budget, num_queries, layout, turns) for dialogue, _, turns in samples]
+    return collate(dialogues, [features for _, features, _ in samples], rows, num_queries, pack=layout == "dialogue")
+
+
+class EpochSampler:
+    """The batches of the epoch that Lightning announces."""
+
+    def __init__(self, batches: SharedBatches) -> None:
+        self.batches = batches
         self.epoch = 0
+        self.sampler = self  # where Lightning looks for `set_epoch`
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Number of indices that this process gets."""
-        return -(-self.num // self.world_size)
+        """Batches of an epoch."""
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[int]:
-        """The epoch's order."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num).tolist()
-        order += order[: len(self) * self.world_size - self.num]
-        return iter(order[self.rank :: self.world_size])
+    def __iter__(self) -> Iterator[list[int]]:
+        """The units of each batch."""
+        return iter(self.batches.batches_of(self.epoch))
 
 
 class DialogueDataModule(L.LightningDataModule):
@@ -158,7 +184,9 @@ class DialogueDataModule(L.LightningDataModule):
         streams: what the model expects; checked against what was prepared.
         tokenizer: of the run's prompt and LLM.
         layout: see `collate.dialogue_rows`.
-        batch_size: dialogues per batch and process.
+        batch_size: dialogues per batch of all processes together, or None where `max_tokens_per_batch` is given.
+        max_tokens_per_batch: tokens per batch of all processes together, media queries and padding included; a
+            dialogue that takes more is split between its targets.
         num_workers: loader processes.
         max_history_tokens: see `collate.history_starts`.
         seed: of the order of training dialogues.
@@ -172,7 +200,8 @@ class DialogueDataModule(L.LightningDataModule):
         streams: Mapping[str, StreamSpec],
         tokenizer: DialogueTokenizer,
         layout: Layout = "dialogue",
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
         num_workers: int = 0,
         max_history_tokens: int = 1024,
         seed: int = 1,
@@ -180,11 +209,13 @@ class DialogueDataModule(L.LightningDataModule):
         prepare_command: str = "python prepare.py",
     ) -> None:
         super().__init__()
+        _check_size(batch_size, max_tokens_per_batch)
         self.folder = folder
         self.streams = dict(streams)
         self.tokenizer = tokenizer
         self.layout: Layout = layout
         self.batch_size = batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.num_workers = num_workers
         self.max_history_tokens = max_history_tokens
         self.seed = seed
@@ -193,6 +224,8 @@ class DialogueDataModule(L.LightningDataModule):
         if isinstance(folder, RemotePath):
             self.hint += f", and copy the folder to {folder}"
         self._datasets: dict[str, DialogueDataset] = {}
+        self._lengths: dict[str, list[DialogueLengths]] = {}
+        self._units: dict[str, list[Unit]] = {}
 
     @property
     def num_queries(self) -> dict[str, int]:
@@ -213,32 +246,72 @@ class DialogueDataModule(L.LightningDataModule):
             )
         return self._datasets[split]
 
-    def collate_fn(self) -> Callable[[Sequence[Sample]], Batch]:
-        """Samples -> Batch, with this module's budget and layout."""
-        return partial(
-            collate_samples, budget=self.max_history_tokens, num_queries=self.num_queries, layout=self.layout
-        )
+    def lengths(self, split: str) -> list[DialogueLengths]:
+        """Tokens of the split's dialogues; see `split_lengths`."""
+        if split not in self._lengths:
+            dataset = self.dataset(split)
+            self._lengths[split] = split_lengths(
+                self.folder, dataset.ids, dataset.turns, dataset.streams, self.tokenizer
+            )
+        return self._lengths[split]
+
+    def units(self, split: str) -> list[Unit]:
+        """What enters the split's batches as a whole: dialogues, or parts of them under a token budget.
+
+        Raises:
+            MsencError: a target that takes more than the budget by itself.
+        """
+        if split not in self._units:
+            known, history = self.lengths(split), self.max_history_tokens
+            if self.max_tokens_per_batch is None:
+                units = whole_dialogues(known, history, self.num_queries, self.layout)
+            else:
+                ids = self.dataset(split).ids
+                units = budget_units(known, history, self.num_queries, self.layout, self.max_tokens_per_batch, ids)
+            self._units[split] = units
+        return self._units[split]
+
+    def collate_fn(self) -> Callable[[Sequence[UnitSample]], Batch]:
+        """Units -> Batch, with this module's history budget and layout."""
+        return partial(collate_units, budget=self.max_history_tokens, num_queries=self.num_queries, layout=self.layout)
+
+    def train_batches(self, rank: int = 0, world_size: int = 1) -> SharedBatches:
+        """The units of each training batch, in an order of (seed, epoch) alone, and a process's share of them."""
+        tokens = [unit.tokens for unit in self.units("train")]
+        if self.max_tokens_per_batch is None:
+            batches = count_batches(len(tokens), self.batch_size, self.seed)
+        else:
+            batches = budget_batches(tokens, self.max_tokens_per_batch, self.seed, self.layout == "sample")
+        return SharedBatches(batches, tokens, rank, world_size)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew each epoch."""
-        dataset = self.dataset("train")
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        shuffle = EpochShuffle(len(dataset), self.seed, rank, world_size)
-        return self._loader(dataset, BatchSampler(shuffle, self.batch_size, drop_last=False))
+        """Shuffled anew each epoch; each process gets its share of every batch."""
+        return self._loader("train", EpochSampler(self.train_batches(*self._process())))
 
     def val_dataloader(self) -> DataLoader:
-        """In the order of the shards."""
-        return self.eval_dataloader("val")
+        """In the order of the shards; each process gets its share of every batch."""
+        return self._loader("val", self._eval_batches("val", *self._process()))
 
     def eval_dataloader(self, split: str, limit: int | None = None) -> DataLoader:
-        """A split in order; with `limit`, its first dialogues."""
-        dataset = self.dataset(split)
-        order = range(min(len(dataset), limit or len(dataset)))
-        return self._loader(dataset, batch_sampler=BatchSampler(order, self.batch_size, drop_last=False))
+        """A split in order, all of it in this process; with `limit`, its first dialogues."""
+        return self._loader(split, self._eval_batches(split, limit=limit))
 
-    def _loader(self, dataset: DialogueDataset, batch_sampler: BatchSampler) -> DataLoader:
+    def _process(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _eval_batches(
+        self, split: str, rank: int = 0, world_size: int = 1, limit: int | None = None
+    ) -> list[list[int]]:
+        tokens = [unit.tokens for unit in self.units(split) if limit is None or unit.dialogue < limit]
+        if self.max_tokens_per_batch is None:
+            batches = in_order(len(tokens), self.batch_size)
+        else:
+            batches = budget_in_order(tokens, self.max_tokens_per_batch, self.layout == "sample")
+        return [share(batch, tokens, rank, world_size) for batch in batches]
+
+    def _loader(self, split: str, batch_sampler: Iterable[list[int]]) -> DataLoader:
         return DataLoader(
-            dataset,
+            UnitDataset(self.dataset(split), self.units(split)),
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
             collate_fn=self.collate_fn(),
@@ -246,14 +319,11 @@ class DialogueDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def dropped_turns(self, split: str, limit: int | None = None) -> dict[str, int]:
-        """How many turns of history the split's targets have, and how many of them the budget drops."""
-        dataset = self.dataset(split)
+    def dropped_turns(self, split: str) -> dict[str, int]:
+        """How many turns of history the split's targets have, and how many of them the history rule drops."""
         count = {"targets": 0, "targets_cut": 0, "history_turns": 0, "dropped_turns": 0}
-        for index in range(min(len(dataset), limit or len(dataset))):
-            dialogue = dataset.dialogue(index)
-            turn_tokens = self.tokenizer(dialogue, [()] * len(dialogue.utterances)).turn_tokens
-            for turn, start in enumerate(history_starts(turn_tokens, self.max_history_tokens), start=1):
+        for known in self.lengths(split):
+            for turn, start in enumerate(history_starts(known.turn_tokens, self.max_history_tokens), start=1):
                 count["targets"] += 1
                 count["targets_cut"] += start > 0
                 count["history_turns"] += turn
@@ -262,12 +332,19 @@ class DialogueDataModule(L.LightningDataModule):
 
     def described_targets(self, split: str) -> int:
         """How many of the split's targets have a voice description."""
-        dataset = self.dataset(split)
-        return sum(
-            utterance.description is not None
-            for index in range(len(dataset))
-            for utterance in dataset.dialogue(index).utterances[1:]
+        return sum(known.described for known in self.lengths(split))
+
+
+def _check_size(batch_size: int | None, max_tokens_per_batch: int | None) -> None:
+    given = f"data.batch_size={batch_size} and data.max_tokens_per_batch={max_tokens_per_batch}"
+    if (batch_size is None) == (max_tokens_per_batch is None):
+        raise MsencError(
+            f"{given.replace('None', 'null')}: exactly one of them says how large a batch is. For a token budget: "
+            "data.batch_size=null data.max_tokens_per_batch=4096"
         )
+    for name, value in (("batch_size", batch_size), ("max_tokens_per_batch", max_tokens_per_batch)):
+        if value is not None and value < 1:
+            raise MsencError(f"data.{name}={value}: expected 1 or more.")
 
 
 def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) -> DatasetManifest:

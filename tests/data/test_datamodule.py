@@ -10,7 +10,7 @@ import pytest
 import torch
 from file_server import serve
 
-from msenc.data.datamodule import DialogueDataModule, EpochShuffle, StreamSpec
+from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.location import locate
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import write_stream
@@ -61,20 +61,6 @@ def refusal(datamodule, split="train"):
 
 
 # ------------------------------------------------------------------------------------------------ order
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        sampler = EpochShuffle(30, seed)
-        sampler.set_epoch(epoch)
-        assert sorted(sampler) == list(range(30))
-        return tuple(sampler)
-
-    torch.manual_seed(1)
-    first = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
-    torch.manual_seed(2)
-    assert first == [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
-    assert len(set(first)) == 6
 
 
 class Recorder(L.LightningModule):
@@ -172,7 +158,7 @@ def test_only_the_wanted_streams_are_opened(prepared, tokenizer, opened, streams
     datamodule.dropped_turns("train")
     datamodule.described_targets("train")
     folders = {Path(name).parent.name for name in opened if str(prepared) in name and name.endswith((".tar", ".json"))}
-    folders -= {"demo"}  # dataset.json
+    folders -= {"demo", "lengths"}  # dataset.json, and what is kept of the tokens' numbers
     assert folders == {"turns", *(f"{name}-{SPECS[name].name}" for name in streams)}
 
 
@@ -338,11 +324,3 @@ def test_other_settings_of_the_same_encoder_are_refused(prepared, tokenizer):
         datamodule.setup()
     datamodule.streams["audio"] = dataclasses.replace(SPECS["audio"], settings={"hop_s": 0.02, "device": "cuda"})
     datamodule.setup()
-
-
-def test_processes_share_the_order():
-    whole = list(EpochShuffle(7, seed=3))
-    shards = [list(EpochShuffle(7, 3, rank, 2)) for rank in range(2)]
-    assert [len(EpochShuffle(7, 3, rank, 2)) for rank in range(2)] == [4, 4]
-    merged = [index for pair in zip(*shards, strict=True) for index in pair]
-    assert merged == [*whole, whole[0]]

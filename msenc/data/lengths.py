@@ -1,0 +1,134 @@
+"""How many tokens each dialogue takes, before any batch is made, and without reading a feature.
+
+turns, indexes of the streams -> DialogueLengths (cached beside the data) -> tokens of rows
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import track
+
+from msenc.data.collate import Layout, group_targets, history_starts
+from msenc.data.shards import ShardReader
+from msenc.prompt import DialogueTokenizer, Slot, TokenizedDialogue
+from msenc.types import Dialogue
+
+SCHEMA_VERSION = 1
+"""Of the cached files; another number makes all of them unknown."""
+
+
+@dataclass(frozen=True)
+class DialogueLengths:
+    """Tokens of a dialogue's parts.
+
+    Args:
+        instruction: tokens before the first turn.
+        turns: per turn the text tokens of its block, cut at its slots as they are.
+        slots: per turn the streams of its slots.
+        responses: per target the tokens that ask for it.
+        targets: per target the tokens to write.
+        turn_tokens: what the history rule counts; see `TokenizedDialogue`.
+        described: number of targets with a voice description.
+    """
+
+    instruction: int
+    turns: Sequence[int]
+    slots: Sequence[Sequence[str]]
+    responses: Sequence[int]
+    targets: Sequence[int]
+    turn_tokens: Sequence[int]
+    described: int
+
+
+def measure(tokens: TokenizedDialogue, dialogue: Dialogue) -> DialogueLengths:
+    """Count a dialogue's tokens."""
+    return DialogueLengths(
+        instruction=len(tokens.instruction),
+        turns=[sum(len(piece) for piece in block if not isinstance(piece, Slot)) for block in tokens.turns],
+        slots=[[piece.stream for piece in block if isinstance(piece, Slot)] for block in tokens.turns],
+        responses=[len(ids) for ids in tokens.responses],
+        targets=[len(target.ids) for target in tokens.targets],
+        turn_tokens=list(tokens.turn_tokens),
+        described=sum(u.description is not None for u in dialogue.utterances[1:]),
+    )
+
+
+def row_tokens(
+    lengths: DialogueLengths,
+    budget: int,
+    num_queries: Mapping[str, int],
+    layout: Layout = "dialogue",
+    turns: Sequence[int] | None = None,
+) -> list[int]:
+    """The length of each row that `dialogue_rows` would make with the same arguments."""
+    blocks = [
+        text + sum(num_queries[stream] for stream in slots)
+        for text, slots in zip(lengths.turns, lengths.slots, strict=True)
+    ]
+    return [
+        lengths.instruction
+        + sum(blocks[start : max(group)])
+        + sum(lengths.responses[turn - 1] + lengths.targets[turn - 1] for turn in group)
+        for start, group in group_targets(history_starts(lengths.turn_tokens, budget), layout, turns)
+    ]
+
+
+def split_lengths(
+    folder: Path,
+    ids: Sequence[str],
+    turns: ShardReader,
+    streams: Mapping[str, ShardReader],
+    tokenizer: DialogueTokenizer,
+) -> list[DialogueLengths]:
+    """Lengths of a split's dialogues; tokenized once per data, prompt, tokenizer and set of streams.
+
+    They are kept in ``lengths/`` of the prepared data; where that cannot be written, nothing is kept.
+
+    Args:
+        folder: the prepared data.
+        ids: the dialogues wanted.
+        turns: the split's turns.
+        streams: the split's streams that the model reads; of these, the index alone is looked at.
+        tokenizer: of the run's prompt and LLM.
+    """
+    path = Path(folder) / "lengths" / f"{turns.split}-{_key(turns, streams, tokenizer)}.json"
+    with suppress(OSError, ValueError, TypeError, KeyError):  # unreadable is as good as absent
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return [DialogueLengths(**known[id]) for id in ids]
+    frames = {stream: dict(zip(reader.ids, reader.lengths, strict=True)) for stream, reader in streams.items()}
+    lengths = {}
+    # A bar that leaves no trace: most data take a moment, some take minutes.
+    hide = rank_zero_only.rank != 0
+    for id in track(ids, f"counting tokens of {turns.split}", transient=True, disable=hide):
+        dialogue = Dialogue.from_json(turns.read(id)["turns.json"])
+        present = [[s for s in streams if frames[s][id][k]] for k in range(len(dialogue.utterances))]
+        lengths[id] = measure(tokenizer(dialogue, present), dialogue)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps({id: asdict(known) for id, known in lengths.items()}), encoding="utf-8")
+        temporary.replace(path)
+    return [lengths[id] for id in ids]
+
+
+def _key(turns: ShardReader, streams: Mapping[str, ShardReader], tokenizer: DialogueTokenizer) -> str:
+    """A hash of all that lengths depend on."""
+    kind = tokenizer.tokenizer
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "turns": turns.hash,
+        "streams": {stream: reader.hash for stream, reader in streams.items()},
+        "prompt": asdict(tokenizer.prompt),
+        "tokenizer": [
+            kind.backend_tokenizer.to_str(),
+            kind.chat_template,
+            {name: str(token) for name, token in kind.special_tokens_map.items()},
+        ],
+    }
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
