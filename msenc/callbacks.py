@@ -17,4 +17,5 @@ class SweepEnd(Callback):
         """Hydra calls this once per sweep."""
         from msenc.pipelines import end_sweep
 
-        end_sweep(Path(config.hydra.sweep.dir))
+        if not config.plan:
+            end_sweep(Path(config.hydra.sweep.dir))

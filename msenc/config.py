@@ -124,8 +124,9 @@ class PathsConfig:
 
 @dataclass
 class TrainConfig:
-    """Schema of ``train.yaml``."""
+    """Schema of ``train.yaml``; with `plan`, what the run would take is printed, and nothing trains."""
 
+    plan: bool = False
     seed: int = 1
     modality: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)

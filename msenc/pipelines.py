@@ -2,12 +2,13 @@
 
 import logging
 import math
-import os
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -29,12 +31,13 @@ from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.module import ConversationModule
+from msenc.plan import count_batches, largest_batch, predict_memory
 from msenc.prepare.dataset import StreamRecipe, folder_lock, prepare_dataset
 from msenc.prompt import DialogueTokenizer, Prompt
 from msenc.run import RunRecord, digest, read_run, write_json
 from msenc.types import MsencError
 
-console = Console()
+console = Console(quiet=rank_zero_only.rank != 0)  # of several processes, the first one speaks
 
 GIVEN = {
     "model.connector": {"in_dim", "out_dim"},
@@ -128,6 +131,12 @@ def train(cfg: DictConfig) -> float | None:
     In a multirun a failure is written to ``run.json`` and reported when the sweep ends, so that the other jobs run.
     """
     hydra = HydraConfig.get()
+    if cfg.plan:
+        try:
+            _plan(cfg, _prepare_command(list(hydra.overrides.task), cfg.modality))
+        finally:
+            _discard_run_folder(Path(hydra.runtime.output_dir))
+        return None
     record = RunRecord(
         Path(cfg.paths.output_dir), seed=cfg.seed, modality=cfg.modality, overrides=list(hydra.overrides.task)
     )
@@ -163,6 +172,9 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
             f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
             "Train on the words alone: prompt.target=text."
         )
+    evaluates = config["evaluate"] and not config["trainer"].get("fast_dev_run")
+    for split in ("train", "val", config["evaluate"]) if evaluates else ("train", "val"):
+        datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     model = build_model(config)
     counts = model.trainable_parameters()
     record.add(
@@ -175,8 +187,9 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         turns_hash=datamodule.manifest.turns_hash,
         history=datamodule.dropped_turns("train"),
         described_targets=described,
+        batches=count_batches(datamodule, config["trainer"]),
     )
-    _print_plan(config, record)
+    _print_summary(config, record)
     loss = None
     if sum(counts.values()):
         loss = _fit(config, model, datamodule, record)
@@ -184,10 +197,10 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
         console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
     del model, datamodule
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if rank_zero_only.rank != 0:
         return loss
     console.print(f"Run folder: {_shown(run_dir)}", soft_wrap=True)
-    if config["evaluate"] and not config["trainer"].get("fast_dev_run"):
+    if evaluates:
         evaluate_run(run_dir, split=config["evaluate"], device=record.facts.get("device", "auto"))
     return loss
 
@@ -215,7 +228,8 @@ def _fit(
     module.train()
     trainer.fit(module, datamodule=datamodule)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    write_json(record.folder / "metrics.json", metrics)
+    if rank_zero_only.rank == 0:
+        write_json(record.folder / "metrics.json", metrics)
     record.add(
         stop_reason=_stop_reason(trainer),
         device=str(trainer.strategy.root_device),
@@ -237,20 +251,89 @@ def _stop_reason(trainer: L.Trainer) -> str:
     return "all epochs done" if trainer.current_epoch == trainer.max_epochs else "stopped before its last epoch"
 
 
-def _print_plan(config: Mapping[str, Any], record: RunRecord) -> None:
+def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
     facts = record.facts
     table = Table(title=f"{config['modality']} on {config['data']['name']}, seed {config['seed']}", show_header=False)
     table.add_row("LLM", f"{facts['llm']} ({facts['base_fingerprint']})")
     table.add_row(
         "trainable parameters", ", ".join(f"{part} {n:,}" for part, n in facts["trainable_parameters"].items())
     )
-    history, described = facts["history"], facts["described_targets"]
+    _add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
+    console.print(table)
+
+
+def _add_batches(table: Table, batches: Mapping[str, Any], history: Mapping[str, int], described: int) -> None:
+    budget, steps = batches["max_tokens_per_batch"], batches["steps"]
+    table.add_row("dialogues", f"{batches['dialogues']:,}")
     table.add_row("targets", f"{history['targets']:,}, {described:,} of them with a voice description")
     table.add_row(
         "history over budget",
         f"{history['targets_cut']:,} targets, {history['dropped_turns']:,} of {history['history_turns']:,} turns lost",
     )
+    if budget is None:
+        table.add_row("batch", f"{batches['batch_size']:,} dialogues (data.batch_size)")
+    else:
+        table.add_row(
+            "batch",
+            f"at most {budget:,} tokens (data.max_tokens_per_batch); "
+            f"{batches['units']:,} units, {batches['split_dialogues']:,} dialogues split",
+        )
+    table.add_row("batches per epoch", f"{batches['batches_per_epoch']:,}")
+    table.add_row("optimizer steps", "until stopped" if steps is None else f"{steps:,}")
+
+
+def _plan(cfg: DictConfig, prepare_command: str) -> None:
+    """Print what a run would take; builds its data module, and of its model the shapes."""
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    _quieten()
+    trainer = config["trainer"]
+    _ensure_llm(config)
+    datamodule = build_datamodule(config, prepare_command)
+    _ensure_prepared(config, datamodule)
+    model = build_model(config, empty=True)
+    if model.llm.attention_kernel != "eager":
+        # Shapes are followed on a CPU: of its kernels, the one that keeps what the device's kernel keeps.
+        on_gpu = trainer["accelerator"] in ("gpu", "cuda") or torch.cuda.is_available()
+        kept = {"flex_attention": "split", "auto": "dense" if on_gpu else "split"}
+        model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
+    table = Table(title=f"Plan: {config['modality']} on {config['data']['name']}", show_header=False)
+    batches, processes = count_batches(datamodule, trainer), _num_processes(trainer)
+    _add_batches(table, batches, datamodule.dropped_turns("train"), datamodule.described_targets("train"))
+    tokens = batches["tokens_per_batch"]
+    table.add_row("tokens per epoch", f"{batches['tokens_per_epoch']:,}")
+    table.add_row("tokens per batch", f"{tokens['min']:,} to {tokens['max']:,}, median {tokens['median']:,}")
+    if batches["fill"] is not None:
+        table.add_row("budget filled", f"{100 * batches['fill']:.1f} %")
+    table.add_row("padding", f"{100 * batches['padding']:.1f} %")
+    if sum(model.trainable_parameters().values()):
+        batch = largest_batch(datamodule, processes)
+        bytes_of = predict_memory(model, build(config["optimizer"]), batch, str(trainer["precision"]), processes)
+        table.add_section()
+        for name, size in bytes_of.items():
+            title = "predicted peak memory" if name == "peak" else name.replace("_", " ")
+            table.add_row(
+                title, f"{size / 2**20:,.1f} MiB" + (f" in each of {processes} processes" if processes > 1 else "")
+            )
     console.print(table)
+    console.print("The memory of Python, its libraries and the allocator comes on top. Nothing was trained.")
+
+
+def _num_processes(trainer: Mapping[str, Any]) -> int:
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, list):
+        num = len(devices)
+    else:
+        num = int(devices) if str(devices).isdigit() else max(torch.cuda.device_count(), 1)
+    return num * trainer.get("num_nodes", 1)
+
+
+def _discard_run_folder(folder: Path) -> None:
+    """Remove what Hydra has written for a job that is no run; a folder that holds anything else stays."""
+    if not (folder / "run.json").exists():
+        shutil.rmtree(folder / ".hydra", ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _prepare_command(overrides: list[str], modality: str) -> str:
@@ -308,15 +391,23 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
     )
 
 
-def build_model(config: Mapping[str, Any]) -> ConversationModel:
-    """The composed model of a run's config, base weights loaded, connectors as they start."""
+def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationModel:
+    """The composed model of a run's config, base weights loaded, connectors as they start.
+
+    Args:
+        config: of the run.
+        empty: shapes alone, on the meta device; no weight is read.
+    """
     model = config["model"]
-    llm = build(model["llm"])
+    llm = build({**model["llm"], "empty": empty})
     width = llm.get_input_embeddings().embedding_dim
-    connectors = {
-        name: build(model["connector"], in_dim=stream["dim"], out_dim=width)
-        for name, stream in model["streams"].items()
-    }
+    connector = model["connector"]
+    if empty and connector and "init" in connector:
+        connector = {**connector, "init": None}
+    with torch.device("meta") if empty else nullcontext():
+        connectors = {
+            name: build(connector, in_dim=stream["dim"], out_dim=width) for name, stream in model["streams"].items()
+        }
     if model["tie_connectors"]:
         tie(connectors)
     return ConversationModel(llm, connectors)

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from msenc.types import MsencError
@@ -54,7 +55,7 @@ class RunRecord:
         self.facts.update(facts)
         self.facts["seconds"] = round(time.monotonic() - self._start, 2)
         self.facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, the first one keeps the record
+        if rank_zero_only.rank == 0:  # of several processes, the first one keeps the record
             write_json(self.folder / "run.json", self.facts)
 
 

@@ -284,6 +284,11 @@ class DialogueDataModule(L.LightningDataModule):
             batches = budget_batches(tokens, self.max_tokens_per_batch, self.seed, self.layout == "sample")
         return SharedBatches(batches, tokens, rank, world_size)
 
+    def train_batch(self, units: Sequence[int]) -> Batch:
+        """The training batch of these units."""
+        dataset = UnitDataset(self.dataset("train"), self.units("train"))
+        return self.collate_fn()([dataset[i] for i in units])
+
     def train_dataloader(self) -> DataLoader:
         """Shuffled anew each epoch; each process gets its share of every batch."""
         return self._loader("train", EpochSampler(self.train_batches(*self._process())))

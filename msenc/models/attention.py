@@ -105,7 +105,10 @@ def token_limits(segments: Sequence[Segment], device: torch.device) -> tuple[Ten
             limits.append(segment.start + cut)
             number += 1
     repeats = torch.tensor(sizes)
-    row, branch, limit = (torch.tensor(values).repeat_interleave(repeats) for values in (rows, branches, limits))
+    total = sum(sizes)  # given, so that shapes alone are enough (see plan.py)
+    row, branch, limit = (
+        torch.tensor(values).repeat_interleave(repeats, output_size=total) for values in (rows, branches, limits)
+    )
     limit = torch.where(limit < 0, torch.arange(len(limit)) + 1, limit)  # the trunk is causal
     return row.to(device), branch.to(device), limit.to(device)
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from msenc.models.attention import KERNELS, register
@@ -35,6 +36,7 @@ def load_llm(
     dtype: str = "float32",
     attn_implementation: str = "auto",
     gradient_checkpointing: bool = False,
+    empty: bool = False,
 ) -> nn.Module:
     """The LLM, with what trains in it decided.
 
@@ -45,6 +47,7 @@ def load_llm(
         dtype: of the base weights; LoRA's stay float32.
         attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``.
         gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
+        empty: shapes alone: the config is read and no weight; all tensors are on the meta device.
 
     Returns:
         A causal LM with attributes ``base_fingerprint`` (see `fingerprint`) and ``attention_kernel``.
@@ -52,22 +55,22 @@ def load_llm(
     Raises:
         MsencError: it cannot be loaded, or PEFT refuses the LoRA arguments.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if attn_implementation not in (*KERNELS, "eager"):
         raise MsencError(
             f"model.llm.attn_implementation={attn_implementation}: expected one of {', '.join(KERNELS)}, eager."
         )
     is_eager = attn_implementation == "eager"
-    llm = load_pretrained(
-        AutoModelForCausalLM,
-        name_or_path,
-        dtype=to_dtype(dtype),
-        attn_implementation="eager" if is_eager else register(),
-    )
+    options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else register()}
+    if empty:
+        with torch.device("meta"):
+            llm = AutoModelForCausalLM.from_config(load_pretrained(AutoConfig, name_or_path), **options)
+    else:
+        llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
     llm.generation_config = GenerationConfig()
-    base = fingerprint(llm)
+    base = None if empty else fingerprint(llm)
     if gradient_checkpointing:
         # transformers 5.23 renamed it; by default, both recompute without re-entering autograd.
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable

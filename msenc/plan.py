@@ -1,0 +1,196 @@
+"""What a run is going to take, before it runs: its batches, its steps, its peak memory.
+
+DialogueDataModule -> counts; shapes of model and largest batch -> bytes. Nothing is computed, no weight is loaded.
+"""
+
+import math
+import statistics
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.lengths import row_tokens
+from msenc.models.conversation import ConversationModel
+from msenc.types import Batch
+
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALVED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Values of trainer.precision under which activations, or weights too, take half the bytes."""
+
+
+def batch_tokens(datamodule: DialogueDataModule, units: Sequence[int]) -> tuple[int, int]:
+    """Tokens of a training batch: real ones, and as it is laid out, padding included."""
+    rows: list[int] = []
+    for unit in (datamodule.units("train")[i] for i in units):
+        known = datamodule.lengths("train")[unit.dialogue]
+        rows += row_tokens(known, datamodule.max_history_tokens, datamodule.num_queries, datamodule.layout, unit.turns)
+    return sum(rows), len(rows) * max(rows) if datamodule.layout == "sample" else sum(rows)
+
+
+def count_batches(datamodule: DialogueDataModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The training batches of an epoch, and the steps of a run.
+
+    Args:
+        datamodule: of the run, set up.
+        trainer: Lightning's arguments; those that bound the steps are read.
+
+    Returns:
+        Plain values; tokens per batch are those of the first epoch (others differ in composition, hardly in size).
+    """
+    units = datamodule.units("train")
+    batches = datamodule.train_batches().batches_of(0)
+    real, laid_out = zip(*(batch_tokens(datamodule, batch) for batch in batches), strict=True)
+    budget = datamodule.max_tokens_per_batch
+    by_dialogue = [unit.dialogue for unit in units if unit.turns is not None]
+    steps = math.ceil(len(batches) / trainer.get("accumulate_grad_batches", 1))
+    bounds = [steps * epochs for epochs in (trainer.get("max_epochs"),) if epochs is not None and epochs >= 0]
+    bounds += [most for most in (trainer.get("max_steps"),) if most is not None and most >= 0]
+    return {
+        "dialogues": len(datamodule.lengths("train")),
+        "units": len(units),
+        "split_dialogues": len(set(by_dialogue)) if datamodule.layout == "dialogue" else 0,
+        "batch_size": datamodule.batch_size,
+        "max_tokens_per_batch": budget,
+        "batches_per_epoch": len(batches),
+        "steps": min(bounds, default=None),
+        "tokens_per_epoch": sum(real),
+        "tokens_per_batch": {
+            "min": min(laid_out),
+            "median": round(statistics.median(laid_out)),
+            "max": max(laid_out),
+        },
+        "fill": None if budget is None else sum(laid_out) / (budget * len(batches)),
+        "padding": 1 - sum(real) / sum(laid_out),
+    }
+
+
+def largest_batch(datamodule: DialogueDataModule, world_size: int) -> Batch:
+    """The largest share that a process gets of a batch of the first epoch, as the model would see it."""
+    shares = [
+        units
+        for rank in range(world_size)
+        for units in datamodule.train_batches(rank, world_size).batches_of(0)
+        if units
+    ]
+    largest = max(shares, key=lambda units: batch_tokens(datamodule, units)[1])
+    return datamodule.train_batch(largest)
+
+
+def predict_memory(
+    model: ConversationModel,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    batch: Batch,
+    precision: str = "32-true",
+    world_size: int = 1,
+) -> dict[str, int]:
+    """Bytes that a process takes at the peak of a training step, by what takes them.
+
+    The second of two steps runs on tensors that have a shape, a type and a place on a CPU, and no content; what is
+    allocated and freed in it is counted. Not in it: what Python and the libraries take, what kernels allocate for
+    themselves, and what an allocator does not give back.
+
+    Args:
+        model: on the meta device; it is changed.
+        optimizer: parameters -> optimizer.
+        batch: the largest one.
+        precision: Lightning's word for it.
+        world_size: number of processes; of several, each keeps its gradients a second time, to exchange them.
+
+    Returns:
+        Bytes of ``base_weights``, ``trainable_weights``, ``gradients``, ``optimizer_state``, ``activations`` (what is
+        left of the peak: saved for the backward pass, logits, mask, temporary) and ``peak``, their sum.
+    """
+    if precision in HALVED:
+        model.to(HALVED[precision])
+    mode = FakeTensorMode()
+    with mode:
+        _give_shapes(model)
+        batch = apply_to_collection(batch, Tensor, mode.from_tensor)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = _size(trainable)
+    base = _size([*model.parameters(), *model.buffers()]) - weights
+    mixed: AbstractContextManager = nullcontext()
+    model.train()
+    memory = _Memory()
+    with mode, memory:
+        stepper = optimizer(trainable)
+        for _ in range(2):
+            memory.peak = memory.now
+            if precision in MIXED:
+                mixed = torch.autocast("cpu", MIXED[precision])
+            with mixed:
+                loss = model(batch).nll.sum()
+            stepper.zero_grad()
+            loss.backward()
+            del loss
+            stepper.step()
+    gradients = _size([p.grad for p in trainable if p.grad is not None])
+    state = _size([t for values in stepper.state.values() for t in values.values() if isinstance(t, Tensor)])
+    activations = memory.peak - gradients - state
+    if world_size > 1:
+        gradients *= 2
+    parts = {
+        "base_weights": base,
+        "trainable_weights": weights,
+        "gradients": gradients,
+        "optimizer_state": state,
+        "activations": activations,
+    }
+    return {**parts, "peak": sum(parts.values())}
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of what tensors take together; what several share counts once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _give_shapes(model: nn.Module) -> None:
+    """Put tensors of the mode that is on in the place of meta tensors; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    is_parameter = isinstance(old, nn.Parameter)
+                    made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
+                tensors[name] = made[id(old)]
+
+
+class _Memory(TorchDispatchMode):
+    """Bytes of all that was allocated while it is on and lives, and the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and storage not in self._known:
+                    self._known[storage] = None
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        return out
+
+    def _free(self, size: int) -> None:
+        self.now -= size
