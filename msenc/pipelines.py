@@ -349,7 +349,8 @@ def _prepare_command(overrides: list[str], modality: str) -> str:
 
 def _quieten() -> None:
     # Lightning lists devices it does not use and advertises; what matters is printed by msenc.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     # Between libraries: PEFT asks transformers by an old name, Lightning torch by an old call.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

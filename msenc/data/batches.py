@@ -14,7 +14,7 @@ from msenc.data.collate import Layout
 from msenc.data.lengths import DialogueLengths, row_tokens
 from msenc.types import MsencError
 
-BUCKET_RATIO, BUCKET_SIZE = 1.03, 8
+BUCKET_RATIO, BUCKET_SIZE = 1.03, 4
 """Units are exchangeable whose lengths differ by no more than this ratio, and always with some of their like."""
 
 
