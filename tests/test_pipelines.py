@@ -84,6 +84,8 @@ def test_a_finished_run_explains_itself(finished):
     assert run["versions"]["torch"] == torch.__version__
     assert "modality=text_audio" in run["overrides"]
     assert run["history"]["targets"] == run["described_targets"] == 55
+    assert run["batches"]["batch_size"] == 8
+    assert run["batches"]["steps"] == 2 * run["batches"]["batches_per_epoch"] == 4
     assert (finished.run / "checkpoints" / "best.ckpt").is_file()
     assert (finished.run / "logs" / "csv" / "metrics.csv").is_file()
     assert read(finished.run / "metrics.json")["val/loss"] == pytest.approx(run["metrics"]["val/loss"])

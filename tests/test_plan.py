@@ -6,6 +6,7 @@ from msenc import pipelines
 from msenc.data.datamodule import collate_units
 from msenc.module import ConversationModule
 from msenc.plan import batch_tokens, count_batches, largest_batch, predict_memory
+from msenc.types import MsencError
 
 
 @pytest.fixture
@@ -124,6 +125,63 @@ def test_other_settings_need_other_memory(planned):
     assert shared["gradients"] == 2 * whole["gradients"]
     assert shared["activations"] < 0.8 * whole["activations"]
     assert activations("optimizer._target_=torch.optim.SGD")["optimizer_state"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ plan=true
+
+
+def test_a_plan_is_printed_and_leaves_no_run(train, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setenv("COLUMNS", "200")
+    run = train(["plan=true", "modality=text_audio", "data.max_history_tokens=30", *BUDGETS])
+    assert run.loss is None
+    assert not run.folder.exists()
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        if len(cells) == 2:
+            found[cells[0]] = cells[1]
+    assert found["dialogues"] == "16"
+    assert found["targets"].startswith("55, 55 of them")
+    assert found["batch"].startswith("at most 500 tokens (data.max_tokens_per_batch); 16 units, 0 dialogues split")
+    batches = int(found["batches per epoch"])
+    assert int(found["optimizer steps"]) == 14 * batches
+    low, high = found["tokens per batch"].partition(",")[0].split(" to ")
+    assert int(low) < int(high) <= 500
+    filled = int(found["tokens per epoch"].replace(",", "")) / 500 / batches
+    assert found["budget filled"] == f"{100 * filled:.1f} %"
+    assert found["padding"] == "0.0 %"
+    assert not found["history over budget"].startswith("0 targets")
+    parts = ("base weights", "trainable weights", "gradients", "optimizer state", "activations")
+    sizes = [float(found[name].removesuffix(" MiB")) for name in (*parts, "predicted peak memory")]
+    assert min(sizes) > 0
+    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.3)
+
+
+def test_a_plan_removes_nothing_that_was_there(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("kept", encoding="utf-8")
+    train(["plan=true", "modality=text"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_refused_plan_leaves_no_run_either(train, tmp_path):
+    with pytest.raises(MsencError, match=r"data\.max_tokens_per_batch=20: \d+ targets take more by themselves"):
+        train(["plan=true", "modality=text", "data.batch_size=null", "data.max_tokens_per_batch=20"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_nothing_trains_no_memory_is_predicted(train, capsys):
+    train(["plan=true", "modality=text", "model.llm.freeze=true"])
+    out = capsys.readouterr().out
+    assert "batches per epoch" in out
+    assert "predicted peak memory" not in out
+
+
+# ------------------------------------------------------------------------------------------------ several processes
 
 
 def test_a_process_without_a_unit_has_a_gradient_of_zero(planned):

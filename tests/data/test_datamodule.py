@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import lightning as L
@@ -324,3 +326,63 @@ def test_other_settings_of_the_same_encoder_are_refused(prepared, tokenizer):
         datamodule.setup()
     datamodule.streams["audio"] = dataclasses.replace(SPECS["audio"], settings={"hop_s": 0.02, "device": "cuda"})
     datamodule.setup()
+
+
+# ------------------------------------------------------------------------------------------------ size of a batch
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((8, 4096), "data.batch_size=8 and data.max_tokens_per_batch=4096: exactly one of them says how large"),
+        ((None, None), "data.batch_size=null and data.max_tokens_per_batch=null: exactly one"),
+        ((0, None), "data.batch_size=0: expected 1 or more"),
+        ((None, -5), "data.max_tokens_per_batch=-5: expected 1 or more"),
+    ],
+)
+def test_exactly_one_size_is_accepted(tmp_path, tokenizer, sizes, message):
+    with pytest.raises(MsencError, match=re.escape(message)):
+        module_of(tmp_path, tokenizer, batch_size=sizes[0], max_tokens_per_batch=sizes[1])
+
+
+@pytest.mark.parametrize("layout", ["dialogue", "sample"])
+def test_a_budget_holds_for_real_batches_and_loses_no_target(prepared, tokenizer, layout):
+    options = {"batch_size": None, "max_tokens_per_batch": 200, "max_history_tokens": 60, "layout": layout}
+    datamodule = module_of(prepared, tokenizer, ("audio", "video"), **options)
+    datamodule.setup()
+    assert any(unit.turns is not None for unit in datamodule.units("train"))
+    whole = module_of(prepared, tokenizer, ("audio", "video"), max_history_tokens=60)
+    for split, loader in (("train", datamodule.train_dataloader()), ("val", datamodule.val_dataloader())):
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert max(batch.input_ids.numel() for batch in batches) <= 200
+        found = [target for batch in batches for target in batch.target_ids]
+        expected = [target for batch in whole.eval_dataloader(split) for target in batch.target_ids]
+        assert sorted(found) == sorted(expected)
+        assert split == "train" or found == expected
+
+
+def test_a_limit_counts_dialogues_and_not_units(prepared, tokenizer):
+    datamodule = module_of(prepared, tokenizer, batch_size=None, max_tokens_per_batch=160, layout="sample")
+    found = [target for batch in datamodule.eval_dataloader("train", 3) for target in batch.target_ids]
+    ids = datamodule.dataset("train").ids[:3]
+    assert found == [
+        (id, turn)
+        for id, known in zip(ids, datamodule.lengths("train"), strict=False)
+        for turn in range(1, len(known.turns))
+    ]
+
+
+def test_processes_divide_validation_and_training(prepared, tokenizer):
+    def targets(rank, world_size, name):
+        datamodule = module_of(prepared, tokenizer, batch_size=3)
+        datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        return [batch.target_ids for batch in getattr(datamodule, name)()]
+
+    for name in ("train_dataloader", "val_dataloader"):
+        whole = targets(0, 1, name)
+        shares = [targets(rank, 3, name) for rank in range(3)]
+        assert len(whole[-1]) > 0
+        for i, batch in enumerate(whole):
+            assert sorted(t for share in shares for t in share[i]) == sorted(batch)
+    assert [] in [share[-1] for share in shares]  # val's last batch holds one dialogue
