@@ -317,8 +317,8 @@ def _plan(cfg: DictConfig, prepare_command: str) -> None:
             )
     console.print(table)
     console.print(
-        "On top of it come Python and its libraries (0.4 GiB), and what the allocator does not give back (on a CPU, up to "
-        "half as much again). Nothing was trained.",
+        "On top of it come Python and its libraries (0.4 GiB), and what the allocator does not give back (on a CPU, "
+        "up to half as much again). Nothing was trained.",
         soft_wrap=True,
     )
 

@@ -16,9 +16,11 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from msenc import pipelines
+from msenc.data.manifest import DatasetManifest
+from msenc.data.shards import write_stream
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import TOKEN_KINDS
-from msenc.types import MsencError
+from msenc.types import Dialogue, MsencError, Utterance
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FAST = ["trainer.max_epochs=2", "decoding.max_new_tokens=3"]
@@ -248,7 +250,7 @@ def test_a_text_run_opens_no_audio_and_no_video(train, demo_home, monkeypatch):
     train([*FAST, "modality=text"])
     data = demo_home / "data" / "demo"
     read_from = {Path(name).relative_to(data).parts[0] for name in found if name.startswith(f"{data}/")}
-    assert read_from == {"dataset.json", "turns"}
+    assert read_from - {"lengths"} == {"dataset.json", "turns"}
 
 
 # ------------------------------------------------------------------------------------------------ refusals: runs
@@ -307,6 +309,21 @@ def test_a_checkpoint_of_another_connector_is_refused(spoilt, compose):
 
 
 # ---------------------------------------------------------------------------------------------- refusals: data, models
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_what_does_not_fit_the_budget_is_refused_before_training(train, tmp_path, split):
+    def dialogue(name):
+        text = "Well, " * (200 if name == split else 1)
+        return Dialogue(f"x/{name}/dia0", name, tuple(Utterance(str(i), "Ana", text, "a man") for i in range(3)))
+
+    samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in map(dialogue, ("train", "val", "test"))]
+    index = write_stream(tmp_path / "data" / "turns", samples, {})
+    DatasetManifest("x", {}, {}, turns_hash=index["hash"]).write(tmp_path / "data")
+    overrides = ["modality=text", f"data.dir={tmp_path / 'data'}", "data.batch_size=null"]
+    with pytest.raises(MsencError, match=rf"=300: 2 targets .* the longest is turn 2 of x/{split}/dia0 with"):
+        train([*FAST, *overrides, "data.max_tokens_per_batch=300"])
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_missing_data_is_refused_with_the_command_that_makes_it(train, compose, tmp_path):
