@@ -168,6 +168,15 @@ def test_a_plan_removes_nothing_that_was_there(train, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+def test_a_sweep_of_plans_makes_no_report(call_script, tmp_path, capsys):
+    call_script("train.py", "-m", "plan=true", "modality=text", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+    out = capsys.readouterr().out
+    assert out.count("batches per epoch") == 2
+    assert "did not finish" not in out
+    assert "No table" not in out
+    assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]
+
+
 def test_a_refused_plan_leaves_no_run_either(train, tmp_path):
     with pytest.raises(MsencError, match=r"data\.max_tokens_per_batch=20: \d+ targets take more by themselves"):
         train(["plan=true", "modality=text", "data.batch_size=null", "data.max_tokens_per_batch=20"])
