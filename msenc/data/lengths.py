@@ -9,12 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from msenc.data.collate import Layout, group_targets, history_starts
+from msenc.data.location import Place, RemotePath
 from msenc.data.shards import ShardReader
 from msenc.prompt import DialogueTokenizer, Slot, TokenizedDialogue
 from msenc.types import Dialogue
@@ -80,7 +80,7 @@ def row_tokens(
 
 
 def split_lengths(
-    folder: Path,
+    folder: Place,
     ids: Sequence[str],
     turns: ShardReader,
     streams: Mapping[str, ShardReader],
@@ -88,7 +88,7 @@ def split_lengths(
 ) -> list[DialogueLengths]:
     """Lengths of a split's dialogues; tokenized once per data, prompt, tokenizer and set of streams.
 
-    They are kept in ``lengths/`` of the prepared data; where that cannot be written, nothing is kept.
+    They are kept in ``lengths/`` of the prepared data, or of its cache; where that cannot be written, nothing is kept.
 
     Args:
         folder: the prepared data.
@@ -97,7 +97,8 @@ def split_lengths(
         streams: the split's streams that the model reads; of these, the index alone is looked at.
         tokenizer: of the run's prompt and LLM.
     """
-    path = Path(folder) / "lengths" / f"{turns.split}-{_key(turns, streams, tokenizer)}.json"
+    local = folder.copy if isinstance(folder, RemotePath) else folder
+    path = local / "lengths" / f"{turns.split}-{_key(turns, streams, tokenizer)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):  # unreadable is as good as absent
         known = json.loads(path.read_text(encoding="utf-8"))
         return [DialogueLengths(**known[id]) for id in ids]

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from msenc.data.lengths import split_lengths
+from msenc.data.location import locate
 from msenc.data.shards import ShardReader
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer, Prompt, Slot
@@ -90,6 +91,15 @@ def test_what_lengths_depend_on_makes_another_key(prepared, llm, tmp_path):
         index = json.loads((prepared / stream / "index.json").read_text(encoding="utf-8"))
         (prepared / stream / "index.json").write_text(json.dumps({**index, "hash": "0" * 64}), encoding="utf-8")
         assert count(prepared, llm)[1] == 16, stream
+
+
+def test_behind_a_url_lengths_are_kept_in_the_cache(prepared, llm, tmp_path):
+    place = locate(f"file://{prepared}", tmp_path / "cache")
+    first, tokenized = count(place, llm)
+    assert tokenized == 16
+    assert count(locate(f"file://{prepared}", tmp_path / "cache"), llm) == (first, 0)
+    assert not (prepared / "lengths").exists()
+    assert list((tmp_path / "cache").rglob("lengths/train-*.json"))
 
 
 def test_where_nothing_can_be_kept_lengths_are_counted_again(prepared, llm):
