@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 ARGS =
+BENCHMARKS = training_step memory generation loading checkpoint startup
 
 BIN = .venv/bin
 STAMP = .venv/.installed
@@ -11,6 +12,7 @@ STAMP = .venv/.installed
 help:
 	@echo "make train   train on the demo data          ARGS=\"modality=text seed=1\" adds overrides"
 	@echo "make test    run all tests and doctests      ARGS=\"tests/report -x\" selects"
+	@echo "make bench   run all benchmarks              ARGS=--quick shows that they run"
 	@echo "make lint    ruff check, ruff format --check, lint-imports"
 	@echo ""
 	@echo "Each sets up .venv when it is missing or older than pyproject.toml or constraints.txt."
@@ -21,6 +23,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Side by side they would measure each other.
+bench: $(STAMP)
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,4 +60,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 	@echo "Installed."
 
-.PHONY: help train test lint
+.PHONY: help train test bench lint
