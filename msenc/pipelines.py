@@ -9,10 +9,12 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +29,7 @@ from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.location import is_url, local_folder, locate
 from msenc.data.manifest import DatasetManifest
 from msenc.evaluation import evaluate_split, write_evaluation
-from msenc.models.connector import tie
+from msenc.models.connector import calibrate, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.module import ConversationModule
@@ -44,6 +46,9 @@ GIVEN = {
     "data.generate": {"root", "num_workers"},
 }
 """Arguments that the pipelines add to a node when they build it."""
+
+CALIBRATION_UTTERANCES = 1000
+"""Training utterances that a new connector is calibrated on: tens of thousands of frames for each mean."""
 
 PREPARE_KEYS = ("data", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
 
@@ -176,6 +181,7 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
     for split in ("train", "val", config["evaluate"]) if evaluates else ("train", "val"):
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     model = build_model(config)
+    _calibrate(model, datamodule)
     counts = model.trainable_parameters()
     record.add(
         llm=config["model"]["llm"]["name_or_path"],
@@ -416,6 +422,18 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
     if model["tie_connectors"]:
         tie(connectors)
     return ConversationModel(llm, connectors)
+
+
+def _calibrate(model: ConversationModel, datamodule: DialogueDataModule) -> None:
+    """Fit the ends of new connectors to training utterances and to the LLM; the same in every process."""
+    dataset = datamodule.dataset("train")
+    embeddings = model.llm.get_input_embeddings().weight
+    # Drawn from everywhere: a corpus may be sorted. Independent of the seed, as what runs share.
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    for name, connector in model.connectors.items():
+        present = (frames for index in order for frames in dataset[index][1][name] if frames is not None)
+        utterances = (torch.from_numpy(frames) for frames in islice(present, CALIBRATION_UTTERANCES))
+        calibrate(connector, utterances, embeddings)
 
 
 def task_hash(config: Mapping[str, Any], manifest: DatasetManifest) -> str:

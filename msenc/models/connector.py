@@ -2,11 +2,13 @@
 
 Each is a module ``(features (N, T, D), mask (N, T) bool, True = real) -> (N, Q, H)``, whose output for an utterance
 depends neither on padding nor on the other utterances of the batch.
+
+With ``normalize=True``, a connector meets both of its neighbours on their own scale (see `calibrate`).
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class QFormer(nn.Module):
         init: a folder or hub id of a BLIP-2 checkpoint, whose Q-Former and query tokens are taken, and nothing else
             is read; None: random.
         freeze_core: the Q-Former and its queries do not train; the two linear maps do.
+        normalize: standardize the features, and scale the output to the LLM's token embeddings (see `calibrate`).
 
     Source: Li et al., BLIP-2 (arXiv 2301.12597), section 3.1; the linear maps as in arXiv 2509.14627.
 
@@ -66,9 +69,11 @@ class QFormer(nn.Module):
         dropout: float = 0.1,
         init: str | None = None,
         freeze_core: bool = False,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         self.num_queries = num_queries
+        self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
         self.in_proj = nn.Linear(in_dim, encoder_dim, bias=False)
         self.core = QFormerCore(
             num_queries=num_queries,
@@ -82,6 +87,7 @@ class QFormer(nn.Module):
             freeze=freeze_core,
         )
         self.out_proj = nn.Linear(hidden_dim, out_dim, bias=False)
+        self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Connect each utterance. A row without a real frame gives the same finite vectors whatever its padding.
@@ -93,7 +99,8 @@ class QFormer(nn.Module):
         Returns:
             (N, Q, H).
         """
-        return self.out_proj(self.core(self.in_proj(_real(features, mask)), mask))
+        frames = self.in_proj(self.in_norm(_real(features, mask)))  # (N, T, E)
+        return self.out_norm(self.out_proj(self.core(frames, mask)))
 
 
 class QFormerCore(nn.Module):
@@ -180,16 +187,21 @@ class Mlp(nn.Module):
         out_dim: width H of the LLM.
         num_queries: Q, vectors per utterance.
         hidden_dim: width between the two linear maps.
+        normalize: standardize the features, and scale the output to the LLM's token embeddings (see `calibrate`).
 
     Example:
         >>> Mlp(8, 24)(torch.zeros(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)).shape
         torch.Size([3, 8, 24])
     """
 
-    def __init__(self, in_dim: int, out_dim: int, num_queries: int = 8, hidden_dim: int = 512) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, num_queries: int = 8, hidden_dim: int = 512, normalize: bool = False
+    ) -> None:
         super().__init__()
         self.num_queries = num_queries
+        self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
         self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
+        self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Connect each utterance; a row without a real frame counts as one frame of zeros.
@@ -202,7 +214,76 @@ class Mlp(nn.Module):
             (N, Q, H).
         """
         weights = span_weights(mask, self.num_queries).to(features.dtype)  # (N, Q, T)
-        return self.layers(weights @ _real(features, mask))
+        return self.out_norm(self.layers(weights @ self.in_norm(_real(features, mask))))
+
+
+class Standardize(nn.Module):
+    """Features (..., D) -> (x - shift) * scale, per dimension. Does nothing until it is fitted; then trains on.
+
+    Both are parameters, so that they go where the connector's weights go, into checkpoints first of all.
+
+    Example:
+        >>> norm = Standardize(2)
+        >>> norm.fit([torch.tensor([[0.0, 5.0], [4.0, 5.0]])])
+        >>> norm(torch.tensor([[4.0, 5.0]])).tolist()
+        [[1.0, 0.0]]
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(dim))
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    @torch.no_grad()
+    def fit(self, utterances: Iterable[Tensor]) -> None:
+        """Take mean and standard deviation of the frames (T, D) of utterances; a constant dimension becomes 0."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for frames in utterances:
+            frames = frames.double()
+            count += len(frames)
+            total = total + frames.sum(0)
+            squares = squares + frames.square().sum(0)
+        if not count:
+            return
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        self.shift.copy_(mean)
+        self.scale.copy_(1 / std.clamp_min(1e-2 * std.mean().item() + 1e-6))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return (features - self.shift) * self.scale
+
+
+class EmbeddingScale(nn.Module):
+    """Vectors (..., H) -> the same directions, each with a root mean square of 1, times a gain per dimension."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(..., H) -> (..., H), in the input's type; computed in float32."""
+        return (nn.functional.rms_norm(vectors.float(), self.gain.shape) * self.gain).to(vectors.dtype)
+
+
+def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Tensor) -> None:
+    """Set the ends of a connector that was made with ``normalize=True``, once, before it trains; leave others alone.
+
+    What all utterances share is by far the larger part of most features. It drives the whole connector to one common
+    output, a prompt, before what tells utterances apart has been noticed: standardized features lack that part. And
+    an LLM reads its inputs relative to the vectors that it adds to them, so a connector's output has the root mean
+    square of a token embedding, and keeps it: it cannot grow without bound in one direction.
+
+    Args:
+        connector: changed in place.
+        utterances: features (T, D) of training utterances.
+        embeddings: (V, H) of the LLM's tokens.
+    """
+    if isinstance(connector.in_norm, Standardize):
+        connector.in_norm.fit(utterances)
+        with torch.no_grad():
+            connector.out_norm.gain.fill_(embeddings.float().square().mean().sqrt())
 
 
 def span_weights(mask: Tensor, num_spans: int) -> Tensor:

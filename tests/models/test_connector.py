@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from msenc.models.connector import Mlp, QFormer, load_blip2, span_weights, tie
+from msenc.models.connector import Mlp, QFormer, Standardize, calibrate, load_blip2, span_weights, tie
 from msenc.types import MsencError
 
 SMALL = {"num_queries": 3, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "encoder_dim": 12}
@@ -23,7 +23,16 @@ def qformer(**kwargs):
     return QFormer(5, 8, **{**SMALL, **kwargs})
 
 
-CONNECTORS = {"qformer": qformer, "mlp": lambda: Mlp(5, 8, num_queries=3, hidden_dim=16)}
+def mlp(**kwargs):
+    return Mlp(5, 8, **{"num_queries": 3, "hidden_dim": 16, **kwargs})
+
+
+CONNECTORS = {
+    "qformer": qformer,
+    "mlp": mlp,
+    "qformer, normalized": lambda: qformer(normalize=True),
+    "mlp, normalized": lambda: mlp(normalize=True),
+}
 
 
 @pytest.fixture(params=sorted(CONNECTORS))
@@ -111,6 +120,83 @@ def test_a_new_qformer_hears_its_input_at_any_width(hidden_dim):
     features = torch.randn(64, 20, 5) + torch.randn(64, 1, 5)
     output = connector(features, torch.ones(64, 20, dtype=torch.bool))
     assert output.std(0).mean() > 0.1 * output.std()
+
+
+# ------------------------------------------------------------------------------------------ normalized ends
+
+
+@pytest.mark.parametrize("make", [qformer, mlp])
+def test_a_calibrated_connector_meets_features_and_embeddings_on_their_scale(make):
+    connector = make(normalize=True)
+    offset, spread = torch.tensor([300.0, -5.0, 0.0, 7.0, 1.0]), torch.tensor([4.0, 0.1, 1.0, 30.0, 0.0])
+    utterances = [u * spread + offset for u in rows([6, 900, 2, 1000])]
+    embeddings = 0.03 * torch.randn(50, 8)
+    calibrate(connector, utterances, embeddings)
+    frames = connector.in_norm(torch.cat(utterances))
+    torch.testing.assert_close(frames.mean(0), torch.zeros(5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(frames.std(0), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), rtol=1e-2, atol=1e-3)
+    output = connector.eval()(*padded(utterances))
+    rms = embeddings.square().mean().sqrt()
+    torch.testing.assert_close(output.square().mean(-1).sqrt(), rms.expand(4, 3), rtol=1e-2, atol=0)
+
+
+def test_utterances_of_half_precision_are_measured_exactly():
+    norm = Standardize(1)
+    norm.fit([torch.full((40_000, 1), 1000.0, dtype=torch.float16), torch.full((40_000, 1), 1002.0).half()])
+    assert norm.shift.item() == pytest.approx(1001.0)
+    assert norm.scale.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("make", [qformer, mlp])
+def test_a_connector_without_normalized_ends_is_left_as_it_is(make):
+    connector = make()
+    before = {name: tensor.clone() for name, tensor in connector.state_dict().items()}
+    calibrate(connector, rows([4]), torch.ones(3, 8))
+    assert not any("norm" in name.split(".")[0] for name in before)
+    for name, tensor in connector.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_ends_are_saved_with_the_weights():
+    fitted, fresh = qformer(normalize=True).eval(), qformer(normalize=True).eval()
+    calibrate(fitted, rows([40]), torch.full((3, 8), 0.1))
+    fresh.load_state_dict({name: p for name, p in fitted.named_parameters() if p.requires_grad}, strict=False)
+    features, mask = padded(rows([6, 3]))
+    torch.testing.assert_close(fresh(features, mask), fitted(features, mask))
+
+
+@pytest.mark.parametrize("make", [qformer, mlp])
+def test_a_frozen_llm_is_told_apart_what_differs_little(make):
+    """Two kinds of utterances differ by a tenth of what they share; the LLM's next token has to follow the kind."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=12, initializer_range=0.3, **sizes)).requires_grad_(False)
+    kinds = torch.arange(64) % 2
+    common = 3 * torch.randn(5)
+    difference = torch.nn.functional.normalize(torch.randn(5), dim=0)
+    features = common + 0.5 * torch.randn(64, 7, 5) + 0.6 * (kinds[:, None, None] - 0.5) * difference
+    mask = torch.ones(64, 7, dtype=torch.bool)
+    connector = make(normalize=True)
+    calibrate(connector, features, llm.get_input_embeddings().weight)
+
+    def loss():
+        asked = llm.get_input_embeddings()(torch.full((64, 1), 2))
+        logits = llm(inputs_embeds=torch.cat([connector(features, mask), asked], 1)).logits[:, -1, 4:6]
+        return torch.nn.functional.cross_entropy(logits, kinds)
+
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=5e-3)
+    untrained = loss().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert untrained > 0.6
+    assert loss().item() < 0.3
+    assert all(p.grad is None for p in llm.parameters())
+
+
+# ------------------------------------------------------------------------------------------ Q-Former
 
 
 def test_queries_of_a_new_qformer_differ():
