@@ -167,15 +167,14 @@ def test_the_ends_are_saved_with_the_weights():
 
 @pytest.mark.parametrize("make", [qformer, mlp])
 def test_a_frozen_llm_is_told_apart_what_differs_little(make):
-    """Two kinds of utterances differ by a tenth of what they share; the LLM's next token has to follow the kind."""
+    """Two kinds of utterances differ by a hundredth of what they share; the LLM's next token has to follow the kind."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=12, initializer_range=0.3, **sizes)).requires_grad_(False)
     kinds = torch.arange(64) % 2
-    common = 3 * torch.randn(5)
-    difference = torch.nn.functional.normalize(torch.randn(5), dim=0)
-    features = common + 0.5 * torch.randn(64, 7, 5) + 0.6 * (kinds[:, None, None] - 0.5) * difference
+    common, difference = torch.nn.functional.normalize(torch.randn(2, 5), dim=1)
+    features = 100 * common + 0.5 * torch.randn(64, 7, 5) + (kinds[:, None, None] - 0.5) * difference
     mask = torch.ones(64, 7, dtype=torch.bool)
     connector = make(normalize=True)
     calibrate(connector, features, llm.get_input_embeddings().weight)
