@@ -1,9 +1,12 @@
 """Train one run, or a sweep: python train.py [-m] [modality=...] [key=value ...]. See configs/train.yaml."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from msenc.config import readable_errors, register_schemas
+from msenc.run import resumed_arguments
 
 register_schemas()
 
@@ -18,4 +21,5 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     with readable_errors():
+        sys.argv[1:] = resumed_arguments(sys.argv[1:])
         main()

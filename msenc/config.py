@@ -124,7 +124,14 @@ class PathsConfig:
 
 @dataclass
 class TrainConfig:
-    """Schema of ``train.yaml``; with `plan`, what the run would take is printed, and nothing trains."""
+    """Schema of ``train.yaml``.
+
+    Args:
+        plan: what the run would take is printed, and nothing trains.
+        evaluate: the split that is evaluated when training ends; None for none.
+        resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
+            began and did not finish, or skip what it has finished.
+    """
 
     plan: bool = False
     seed: int = 1
@@ -140,6 +147,7 @@ class TrainConfig:
     decoding: Any = MISSING
     evaluate: str | None = "test"
     prepare_workers: int = 2
+    resume: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 

@@ -101,6 +101,7 @@ class ConversationModule(L.LightningModule):
         if self.scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)
+        self.trainer.fit_loop.setup_data()  # without a limit of epochs, the estimate has not counted the batches
         batches = self.trainer.num_training_batches
         per_epoch = max(math.ceil(batches / self.trainer.accumulate_grad_batches), 1)
         return [optimizer], [{"scheduler": self.scheduler(optimizer, total, per_epoch), "interval": "step"}]
@@ -109,7 +110,10 @@ class ConversationModule(L.LightningModule):
         """Keep the trainable tensors; the base weights are named by their fingerprint."""
         trainable = self.trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        checkpoint["msenc"] = {"base_fingerprint": self.model.base_fingerprint}
+        checkpoint["msenc"] = {
+            "base_name": self.model.base_name,
+            "base_fingerprint": self.model.base_fingerprint,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not belong to this model.
@@ -117,11 +121,12 @@ class ConversationModule(L.LightningModule):
         Raises:
             MsencError: other base weights, or trainable tensors missing, unknown or of another shape.
         """
-        base = checkpoint.get("msenc", {}).get("base_fingerprint")
-        if base != self.model.base_fingerprint:
+        base = checkpoint.get("msenc", {})
+        if base.get("base_fingerprint") != self.model.base_fingerprint:
             raise MsencError(
-                f"the checkpoint was trained on base weights with fingerprint {base}, the LLM loaded here has "
-                f"{self.model.base_fingerprint}. Load the LLM that the run names (run.json: llm), unchanged."
+                f"the checkpoint was trained on base weights with fingerprint {base.get('base_fingerprint')}, the LLM "
+                f"loaded here has {self.model.base_fingerprint}. Load the LLM that it was trained on "
+                f"({base.get('base_name')}), unchanged; loaded here: {self.model.base_name}."
             )
         saved, wanted = checkpoint["state_dict"], self.state_dict()
         trainable = self.trainable_names()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -22,13 +23,16 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from msenc.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint, training_outcome
 from msenc.config import build, check_targets, plain
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.location import is_url, local_folder, locate
 from msenc.data.manifest import DatasetManifest
 from msenc.evaluation import evaluate_split, write_evaluation
+from msenc.export import write_export
 from msenc.models.connector import calibrate, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
@@ -36,7 +40,18 @@ from msenc.module import ConversationModule
 from msenc.plan import count_batches, largest_batch, predict_memory
 from msenc.prepare.dataset import StreamRecipe, folder_lock, prepare_dataset
 from msenc.prompt import DialogueTokenizer, Prompt
-from msenc.run import RunRecord, digest, read_run, write_json
+from msenc.run import (
+    RunRecord,
+    check_same_settings,
+    digest,
+    find_run,
+    is_finished,
+    is_first_process,
+    read_run,
+    run_settings,
+    write_json,
+)
+from msenc.signals import STOPPED, Termination
 from msenc.types import MsencError
 
 console = Console(quiet=rank_zero_only.rank != 0)  # of several processes, the first one speaks
@@ -49,6 +64,12 @@ GIVEN = {
 
 CALIBRATION_UTTERANCES = 1000
 """Training utterances that a new connector is calibrated on: tens of thousands of frames for each mean."""
+
+PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
+"""Loggers that drop, when a run is resumed, what was logged after its checkpoint."""
+
+RUN_FOLDER = "MSENC_RUN_FOLDER"
+"""Environment variable by which the first process tells the others of its run which folder it works in."""
 
 PREPARE_KEYS = ("data", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
 
@@ -131,46 +152,84 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Train one run and evaluate it; returns its best validation loss.
+    """Train one run, or continue it, and evaluate it; returns its best validation loss.
 
     In a multirun a failure is written to ``run.json`` and reported when the sweep ends, so that the other jobs run.
     """
     hydra = HydraConfig.get()
+    overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
     if cfg.plan:
         try:
-            _plan(cfg, _prepare_command(list(hydra.overrides.task), cfg.modality))
+            _plan(cfg, _prepare_command(overrides, cfg.modality))
         finally:
             _discard_run_folder(Path(hydra.runtime.output_dir))
         return None
-    record = RunRecord(
-        Path(cfg.paths.output_dir), seed=cfg.seed, modality=cfg.modality, overrides=list(hydra.overrides.task)
-    )
-    try:
-        loss = _train(cfg, record, _prepare_command(list(hydra.overrides.task), cfg.modality))
-        record.add(status="finished")
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        record.add(status="interrupted", error="interrupted from the keyboard, or by a signal")
-        raise
-    except Exception as e:
-        record.add(status="failed", error=f"{type(e).__name__}: {e}")
-        if hydra.mode is not RunMode.MULTIRUN:
+    with Termination() as termination:
+        record = _open_record(cfg, overrides)
+        try:
+            loss = _train(cfg, record, _prepare_command(overrides, cfg.modality), termination)
+            record.add(status="finished", best_loss=loss)
+        except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
+            by = "SIGTERM" if getattr(e, "code", None) == STOPPED else "the keyboard, or by a signal"
+            record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
             raise
-        if not isinstance(e, MsencError):
-            traceback.print_exc()
-        console.print(f"[red]This job failed; the sweep goes on.[/red] {e}", soft_wrap=True)
-        return None
+        except Exception as e:
+            if not is_finished(record.facts):
+                record.add(status="failed", error=f"{type(e).__name__}: {e}")
+            if hydra.mode is not RunMode.MULTIRUN:
+                raise
+            if not isinstance(e, MsencError):
+                traceback.print_exc()
+            console.print(f"[red]This job failed; the sweep goes on.[/red] {e}", soft_wrap=True)
+            return None
+        finally:
+            record.close()
     return loss
 
 
-def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | None:
+def _open_record(cfg: DictConfig, overrides: list[str]) -> RunRecord:
+    """The record of a new run, or of the one in the run's folder that `resume` continues."""
+    if not is_first_process() and RUN_FOLDER in os.environ:
+        own, cfg.paths.output_dir = cfg.paths.output_dir, os.environ[RUN_FOLDER]
+        if own != cfg.paths.output_dir:
+            shutil.rmtree(own, ignore_errors=True)  # Hydra has made it again
+    folder = Path(cfg.paths.output_dir)
+    if cfg.resume not in (None, "auto") and Path(cfg.resume).resolve() != folder.resolve():
+        raise MsencError(f"resume={cfg.resume}: only train.py itself takes a folder. Expected null or auto.")
+    if cfg.resume is not None and is_first_process() and (folder / "run.json").is_file():
+        check_same_settings(folder, cfg)
+        return RunRecord.reopen(folder)
+    return RunRecord(folder, seed=cfg.seed, modality=cfg.modality, overrides=overrides)
+
+
+def _train(cfg: DictConfig, record: RunRecord, prepare_command: str, termination: Termination) -> float | None:
     config = plain(cfg)
     check_targets(config, GIVEN)
-    run_dir = record.folder
     _quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     _ensure_llm(config)
     datamodule = build_datamodule(config, prepare_command)
     _ensure_prepared(config, datamodule)
+    data = {
+        "turns_hash": datamodule.manifest.turns_hash,
+        "streams": _stream_hashes(datamodule),
+        "task_hash": task_hash(config, datamodule.manifest),
+    }
+    identity = digest({**run_settings(cfg), **data})
+    if cfg.resume == "auto" and "identity" not in record.facts:
+        earlier = find_run(Path(cfg.paths.runs_dir), identity)
+        if earlier is not None:
+            record.move(earlier)
+            cfg.paths.output_dir = str(earlier)
+            config = plain(cfg)
+    if is_finished(record.facts):
+        console.print(f"Finished already: {_shown(record.folder)}", soft_wrap=True)
+        return record.facts.get("best_loss")
+    if record.facts["resumed"]:
+        _say_resumed(record)
+    if "identity" in record.facts:
+        _check_same_data(record.facts, config, datamodule)
+    record.add(identity=identity, data=config["data"]["name"], **data)
     described = datamodule.described_targets("train")
     if config["prompt"]["target"] == "text_description" and not described:
         raise MsencError(
@@ -187,33 +246,47 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str) -> float | 
         llm=config["model"]["llm"]["name_or_path"],
         base_fingerprint=model.base_fingerprint,
         trainable_parameters=counts,
-        data=config["data"]["name"],
-        task_hash=task_hash(config, datamodule.manifest),
-        streams=_stream_hashes(datamodule),
-        turns_hash=datamodule.manifest.turns_hash,
         history=datamodule.dropped_turns("train"),
         described_targets=described,
         batches=count_batches(datamodule, config["trainer"]),
     )
     _print_summary(config, record)
-    loss = None
     if sum(counts.values()):
-        loss = _fit(config, model, datamodule, record)
+        if "stop_reason" not in record.facts:  # it was killed while it was evaluated
+            _fit(config, model, datamodule, record, termination)
     else:
         record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
         console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
+    if is_first_process() and not config["trainer"].get("fast_dev_run"):
+        _export(config, model, record)
+    loss = record.facts.get("best_loss")
     del model, datamodule
-    if rank_zero_only.rank != 0:
+    if not is_first_process():
         return loss
-    console.print(f"Run folder: {_shown(run_dir)}", soft_wrap=True)
+    console.print(f"Run folder: {_shown(record.folder)}", soft_wrap=True)
     if evaluates:
-        evaluate_run(run_dir, split=config["evaluate"], device=record.facts.get("device", "auto"))
+        evaluate_run(record.folder, split=config["evaluate"], device=record.facts.get("device", "auto"))
     return loss
 
 
+def _warn(text: str) -> None:
+    console.print(f"[yellow]{escape(text)}[/yellow]", soft_wrap=True)
+
+
+def _say_resumed(record: RunRecord) -> None:
+    facts = record.facts
+    console.print(f"Resuming {_shown(record.folder)}", soft_wrap=True)
+    if facts["commit_resumed"] != facts["commit"]:
+        _warn(f"The code changed: the run began with commit {facts['commit']}, this is {facts['commit_resumed']}.")
+
+
 def _fit(
-    config: Mapping[str, Any], model: ConversationModel, datamodule: DialogueDataModule, record: RunRecord
-) -> float | None:
+    config: Mapping[str, Any],
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    record: RunRecord,
+    termination: Termination,
+) -> None:
     module = ConversationModule(
         model,
         optimizer=build(config["optimizer"]),
@@ -222,39 +295,53 @@ def _fit(
     # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
     is_debug = bool(config["trainer"].get("fast_dev_run"))
     callbacks = [] if is_debug else [build(node) for node in config["callbacks"].values()]
-    loggers = [] if is_debug else [build(node) for node in config["logger"].values()]
-    trainer = build(
-        config["trainer"],
-        callbacks=callbacks,
-        logger=loggers,
-        default_root_dir=str(record.folder),
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # the data module shards by itself, and keeps its order
-    )
-    module.train()
-    trainer.fit(module, datamodule=datamodule)
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    if rank_zero_only.rank == 0:
-        write_json(record.folder / "metrics.json", metrics)
-    record.add(
-        stop_reason=_stop_reason(trainer),
-        device=str(trainer.strategy.root_device),
-        epochs=trainer.current_epoch,
-        steps=trainer.global_step,
-        metrics=metrics,
-    )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    best = [c.best_model_score for c in callbacks if getattr(c, "monitor", None) == "val/loss"]
-    return float(best[0]) if best and best[0] is not None else metrics.get("val/loss")
+    files = CheckpointFiles()
+    checkpoints = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
+    newest = None
+    if checkpoints is not None:
+        checkpoints.termination, checkpoints.on_saved = termination, record.add
+        newest = files.newest(checkpoints.folder, _warn)
+    path, resume = (newest[0], newest[1]["resume"]) if newest else (None, None)
+    if resume:
+        checkpoints.best_score = resume["best_score"]
+    outcome = resume["outcome"] if resume else None
+    if outcome is None:
+        if record.facts["resumed"]:
+            at = (
+                f"step {newest[1]['global_step']:,} ({path.name})" if newest else "the start: no checkpoint was written"
+            )
+            console.print(f"Training goes on from {at}.")
+        purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
+        loggers = [build(n, **(purge if n["_target_"] in PURGING else {})) for n in config["logger"].values()]
+        os.environ[RUN_FOLDER] = str(record.folder)
+        trainer = build(
+            config["trainer"],
+            callbacks=callbacks,
+            logger=[] if is_debug else loggers,
+            plugins=[files],
+            default_root_dir=str(record.folder),
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the data module shards by itself, and keeps its order
+        )
+        module.train()
+        trainer.fit(module, datamodule=datamodule, ckpt_path=path)
+        outcome = training_outcome(trainer)
+    if is_first_process():
+        write_json(record.folder / "metrics.json", outcome["metrics"])
+    best = checkpoints.best_score if checkpoints and checkpoints.monitor == "val/loss" else None
+    record.add(**outcome, best_loss=outcome["metrics"].get("val/loss") if best is None else best)
 
 
-def _stop_reason(trainer: L.Trainer) -> str:
-    if trainer.interrupted:
-        return "interrupted"
-    if trainer.global_step == trainer.max_steps:
-        return "trainer.max_steps reached"
-    return "all epochs done" if trainer.current_epoch == trainer.max_epochs else "stopped before its last epoch"
+def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
+    folder = record.folder / "export"
+    if (folder / "export.json").is_file():
+        return
+    trained = next((n for n in ("best", "last") if (record.folder / "checkpoints" / f"{n}.ckpt").is_file()), None)
+    if trained is not None:
+        load_checkpoint(ConversationModule(model), record.folder, trained)
+    facts = {key: record.facts[key] for key in ("task_hash", "turns_hash", "seed", "commit")}
+    write_export(folder, model, config, {"data": record.facts["data"], "checkpoint": trained, **facts})
+    console.print(f"Written: {_shown(folder)}", soft_wrap=True)
 
 
 def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
@@ -371,7 +458,6 @@ def _quieten() -> None:
     warnings.filterwarnings(
         "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
     )
-    warnings.filterwarnings("ignore", message=r".*could not find the monitored key.*")  # see _final_checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -575,14 +661,7 @@ def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) 
     if not path.is_file():
         found = sorted(f.name for f in (run_dir / "checkpoints").glob("*.ckpt"))
         raise MsencError(f"{path}: no such checkpoint. Found: {', '.join(found) or 'none'}. Did the run finish?")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises a dozen types for a file that is none of its own
-        raise MsencError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {e}).") from e
-    if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
-        raise MsencError(
-            f"{path}: no checkpoint of train.py (it holds no state_dict). Expected best.ckpt or last.ckpt."
-        )
+    saved = read_checkpoint(path)
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
 

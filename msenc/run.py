@@ -3,22 +3,26 @@
 - ``run.json``: what ran, on what, and how it ended
 - ``metrics.json``: validation metrics at the end of training
 - ``.hydra/``: the config, as it was composed (written by Hydra)
-- ``checkpoints/``: best.ckpt and last.ckpt, what trained
+- ``checkpoints/``: best.ckpt, last.ckpt and previous.ckpt, what trained
+- ``export/``: what trained, for use elsewhere
 - ``evaluation/``: one folder per data set, split and settings
 """
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from msenc.types import MsencError
@@ -27,18 +31,38 @@ SCHEMA_VERSION = 1
 PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
 
 
+ANOTHER_PLACE = {
+    "": ("paths", "logger", "resume", "plan", "prepare_workers"),
+    "data": ("dir", "root", "num_workers", "verify"),
+}
+"""Keys that do not tell one run from another: where things lie, who watches, and how many help."""
+
+
 class RunRecord:
     """``run.json``, kept up to date: written when the run starts, and again whenever something is known.
+
+    It holds the run's folder for this process alone, until `close`; the hold goes when the process ends, however it
+    ends. Of several processes that train together, the first one keeps the record.
 
     Args:
         folder: the run's folder; it is made.
         **facts: what is known at the start.
+
+    Raises:
+        MsencError: the folder holds a run, or another process works in it.
     """
 
     def __init__(self, folder: Path, **facts: Any) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._start = time.monotonic()
+        self._hold()
+        if is_first_process() and (self.folder / "run.json").is_file():
+            self.close()
+            raise MsencError(
+                f"{self.folder}: holds a run already. Continue it (python train.py resume={self.folder}), or give "
+                "another folder."
+            )
+        self._begin(0.0, 0)
         self.facts = {
             "schema_version": SCHEMA_VERSION,
             "status": "running",
@@ -46,21 +70,186 @@ class RunRecord:
             "versions": {name: _version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "resumed": 0,
             **facts,
         }
         self.add()
 
+    @classmethod
+    def reopen(cls, folder: Path) -> "RunRecord":
+        """Open an earlier run's record to continue the run.
+
+        Raises:
+            MsencError: another process works in the folder, or the record cannot be read.
+        """
+        record = cls.__new__(cls)
+        record.folder = Path(folder)
+        record._hold()
+        record._continue()
+        return record
+
+    def move(self, folder: Path) -> None:
+        """Continue an earlier run in its folder instead, and remove this one, in which nothing has happened yet."""
+        empty, hold = self.folder, self._lock
+        self.folder = Path(folder)
+        self._hold()
+        if hold is not None:
+            hold.release()
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == empty:
+                handler.close()
+                handler.baseFilename = str(self.folder / Path(handler.baseFilename).name)
+        shutil.rmtree(empty, ignore_errors=True)
+        self._continue()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
     def add(self, **facts: Any) -> None:
-        """Note facts, with the seconds and the peak memory so far."""
+        """Note facts, with the seconds of all starts together and the peak memory so far."""
         self.facts.update(facts)
-        self.facts["seconds"] = round(time.monotonic() - self._start, 2)
-        self.facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        if rank_zero_only.rank == 0:  # of several processes, the first one keeps the record
+        self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._start, 2)
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        self.facts["peak_memory_mib"] = max(self._memory_before, memory)
+        if is_first_process():
             write_json(self.folder / "run.json", self.facts)
 
+    def _hold(self) -> None:
+        self._lock = None
+        if is_first_process():
+            lock = FileLock(self.folder / ".lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout as e:
+                raise MsencError(
+                    f"{self.folder}: another process works in this run's folder. Wait for it, or end it, then repeat."
+                ) from e
+            self._lock = lock
 
-def read_run(run_dir: str | Path) -> tuple[dict[str, Any], DictConfig]:
+    def _begin(self, seconds_before: float, memory_before: int) -> None:
+        self._start = time.monotonic()
+        self._seconds_before = seconds_before
+        self._memory_before = memory_before
+
+    def _continue(self) -> None:
+        self.facts = read_json(self.folder / "run.json")
+        self._begin(self.facts["seconds"], self.facts["peak_memory_mib"])
+        if not is_finished(self.facts):
+            self.facts.pop("error", None)
+            self.add(status="running", resumed=self.facts.get("resumed", 0) + 1, commit_resumed=_commit())
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, of those that train one run together."""
+    from lightning.pytorch.utilities import rank_zero_only  # late: train.py's --help must not wait for it
+
+    return rank_zero_only.rank == 0
+
+
+def is_finished(facts: Mapping[str, Any]) -> bool:
+    """Whether a record is of a run that is done; one that was killed still says that it is running."""
+    return facts["status"] == "finished"
+
+
+# ---------------------------------------------------------------------------------------------------- which run
+
+
+def run_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What tells a run from others, of its config: all that changes what is trained or measured.
+
+    Places do not: they are replaced by their names before anything refers to them.
+    """
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    cfg.paths = {name: name for name in cfg.paths}
+    for path, keys in ANOTHER_PLACE.items():
+        node = OmegaConf.select(cfg, path) if path else cfg
+        for key in keys:
+            if key in node and key != "paths":
+                del node[key]
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    del settings["paths"]
+    return settings
+
+
+def check_same_settings(folder: Path, cfg: DictConfig) -> None:
+    """Refuse to continue a run with other settings than its own.
+
+    Raises:
+        MsencError: it names up to three that differ.
+    """
+    _, own = read_run(folder)
+    before, now = _flat(run_settings(own)), _flat(run_settings(cfg))
+    differ = [
+        f"{key}={before.get(key, '(none)')} there, {now.get(key, '(none)')} now"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise MsencError(
+            f"{folder}: the run cannot be continued with other settings than its own: {'; '.join(differ[:3])}{more}. "
+            "Leave them out (or restore configs/ as it was), or start another run, without resume."
+        )
+
+
+def find_run(runs_dir: Path, identity: str) -> Path | None:
+    """The run of this identity below a folder: a finished one before others, the latest before earlier ones."""
+    found = []
+    for path in runs_dir.rglob("run.json"):
+        facts = read_json(path)
+        if facts.get("identity") == identity:
+            found.append((is_finished(facts), path.stat().st_mtime, path.parent))
+    return max(found)[2] if found else None
+
+
+def resumed_arguments(arguments: list[str]) -> list[str]:
+    """A command line with ``resume=RUN`` -> the one that composes that run's config, and works in its folder.
+
+    Args:
+        arguments: of `train.py`; returned as they are where they name no run's folder.
+
+    Raises:
+        MsencError: the folder is no run, or the command is a multirun.
+    """
+    named = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
+    if not named or named[-1] in ("auto", "null", ""):
+        return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise MsencError(
+            f"resume={named[-1]}: a multirun makes many runs, this is one. Leave out -m, or use resume=auto."
+        )
+    folder = Path(named[-1])
+    read_run(folder, "resume")
+    file = folder / ".hydra" / "overrides.yaml"
+    given = [a for a in arguments if not a.startswith("resume=")]
+    keys = {_key(a) for a in given}
+    own = [o for o in OmegaConf.load(file) if _key(o) not in keys | {"resume"}] if file.is_file() else []
+    quoted = str(folder.resolve()).replace("\\", "\\\\").replace("'", "\\'")
+    # Hydra would write the run's .hydra/ anew.
+    return [*own, *given, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}".lstrip(".")).items()}
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def read_run(run_dir: str | Path, argument: str = "run_dir") -> tuple[dict[str, Any], DictConfig]:
     """Open a run: its record and its config.
+
+    Args:
+        run_dir: its folder.
+        argument: what named it, for messages.
 
     Raises:
         MsencError: the folder is no run, or one that never got as far as a config.
@@ -72,8 +261,8 @@ def read_run(run_dir: str | Path) -> tuple[dict[str, Any], DictConfig]:
             inside = f" It holds runs, though: {', '.join(runs)}." if runs else ""
             what = "is not a run's folder" if folder.is_dir() else "does not exist"
             raise MsencError(
-                f"run_dir={run_dir}: {what} (no {file.relative_to(folder)}).{inside} Expected a folder that train.py "
-                "wrote, such as runs/single/TIME."
+                f"{argument}={run_dir}: {what} (no {file.relative_to(folder)}).{inside} Expected a folder that "
+                "train.py wrote, such as runs/single/TIME."
             )
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(config, DictConfig)

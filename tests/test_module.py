@@ -218,7 +218,10 @@ def test_a_checkpoint_holds_what_trains_and_fills_another_module(tiny_models, tm
     trainer.save_checkpoint(path)
 
     saved = torch.load(path, weights_only=True)
-    assert saved["msenc"] == {"base_fingerprint": module.model.base_fingerprint}
+    assert saved["msenc"] == {
+        "base_name": str(tiny_models["llama"]),
+        "base_fingerprint": module.model.base_fingerprint,
+    }
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     assert saved["state_dict"].keys() == trainable
     assert (sum(t.numel() for t in saved["state_dict"].values())) == sum(module.model.trainable_parameters().values())

@@ -3,7 +3,7 @@
 turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -30,6 +30,7 @@ from msenc.data.location import Place, RemotePath
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import ShardReader, read_index
 from msenc.prompt import DialogueTokenizer, TokenizedDialogue
+from msenc.signals import ignore_termination
 from msenc.types import SPLITS, Batch, Dialogue, MsencError
 
 
@@ -155,25 +156,92 @@ def collate_units(
     return collate(dialogues, [features for _, features, _ in samples], rows, num_queries, pack=layout == "dialogue")
 
 
-class EpochSampler:
-    """The batches of the epoch that Lightning announces."""
+class EpochLoader:
+    """Iterates over the batches of an epoch, from the first one or, resumed, from the first that is not done yet.
 
-    def __init__(self, batches: SharedBatches) -> None:
-        self.batches = batches
+    The order is `batches_of` alone, so a position is all that has to be saved; loader processes change neither.
+    A batch counts as done when the next one is asked for. So `state_dict` is right at the start of a batch, which is
+    where `checkpoints.Checkpoints` saves.
+
+    Args:
+        dataset: index -> sample.
+        batches_of: epoch -> its batches, as indices; every epoch has the same number of them.
+        collate: samples -> batch.
+        num_workers: loader processes, which live as long as the loader.
+
+    Example:
+        >>> loader = EpochLoader([1, 2, 3, 4], lambda epoch: [[0, epoch], [2, 3]], list)
+        >>> loader.set_epoch(1)
+        >>> list(loader)
+        [[1, 2], [3, 4]]
+        >>> loader.load_state_dict({"epoch": 1, "batches_done": 1})
+        >>> len(loader), list(loader)
+        (2, [[3, 4]])
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batches_of: Callable[[int], list[list[int]]],
+        collate: Callable[[list], Any],
+        num_workers: int = 0,
+    ) -> None:
+        self.batches_of = batches_of
         self.epoch = 0
-        self.sampler = self  # where Lightning looks for `set_epoch`
+        self.batches_done = 0
+        self._first = 0
+        self._length = len(batches_of(0))
+        self._batches: list[list[int]] = []
+        self._loader = make_loader(dataset, self._batches, collate, num_workers)
+
+    @property
+    def sampler(self) -> "EpochLoader":
+        """Where Lightning looks for `set_epoch`."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch."""
-        self.epoch = epoch
+        """Lightning calls this before every epoch, and after it has asked for the first epoch's iterator."""
+        if epoch != self.epoch:
+            self.epoch, self.batches_done, self._first = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Which epoch, and how many of its batches are done."""
+        return {"epoch": self.epoch, "batches_done": self.batches_done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue there, if that epoch comes next."""
+        self.epoch, self._first = state["epoch"], state["batches_done"]
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
-        return len(self.batches)
+        """Batches of a whole epoch, also when only its rest is left."""
+        return self._length
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """The units of each batch."""
-        return iter(self.batches.batches_of(self.epoch))
+    def __iter__(self) -> Iterator[Any]:
+        """The epoch's batches that are left. Which epoch is decided when the first batch is asked for."""
+        first, self._first = self._first, 0
+        self.batches_done = first
+        self._batches[:] = self.batches_of(self.epoch)[first:]
+        for batch in self._loader:
+            yield batch
+            self.batches_done += 1
+
+
+def make_loader(
+    dataset: Any, batches: Sequence[list[int]], collate: Callable[[list], Any], num_workers: int
+) -> DataLoader:
+    """A loader of the batches in their order, which takes nothing from the process's random numbers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_termination,
+        # Each iterator draws a seed for its workers, which draw nothing: without a generator of its own it would take
+        # it from the process's, and dropout would depend on when an iterator was made.
+        generator=torch.Generator(),
+    )
 
 
 class DialogueDataModule(L.LightningDataModule):
@@ -286,20 +354,21 @@ class DialogueDataModule(L.LightningDataModule):
 
     def train_batch(self, units: Sequence[int]) -> Batch:
         """The training batch of these units."""
-        dataset = UnitDataset(self.dataset("train"), self.units("train"))
+        dataset = self._unit_dataset("train")
         return self.collate_fn()([dataset[i] for i in units])
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled anew each epoch; each process gets its share of every batch."""
-        return self._loader("train", EpochSampler(self.train_batches(*self._process())))
+    def train_dataloader(self) -> EpochLoader:
+        """Shuffled anew each epoch; each process gets its share of every batch. Resumes in the middle of an epoch."""
+        batches = self.train_batches(*self._process())
+        return EpochLoader(self._unit_dataset("train"), batches.batches_of, self.collate_fn(), self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """In the order of the shards; each process gets its share of every batch."""
-        return self._loader("val", self._eval_batches("val", *self._process()))
+        return self._eval_loader("val", self._eval_batches("val", *self._process()))
 
     def eval_dataloader(self, split: str, limit: int | None = None) -> DataLoader:
         """A split in order, all of it in this process; with `limit`, its first dialogues."""
-        return self._loader(split, self._eval_batches(split, limit=limit))
+        return self._eval_loader(split, self._eval_batches(split, limit=limit))
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -314,15 +383,11 @@ class DialogueDataModule(L.LightningDataModule):
             batches = budget_in_order(tokens, self.max_tokens_per_batch, self.layout == "sample")
         return [share(batch, tokens, rank, world_size) for batch in batches]
 
-    def _loader(self, split: str, batch_sampler: Iterable[list[int]]) -> DataLoader:
-        return DataLoader(
-            UnitDataset(self.dataset(split), self.units(split)),
-            batch_sampler=batch_sampler,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn(),
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+    def _unit_dataset(self, split: str) -> UnitDataset:
+        return UnitDataset(self.dataset(split), self.units(split))
+
+    def _eval_loader(self, split: str, batches: Sequence[list[int]]) -> DataLoader:
+        return make_loader(self._unit_dataset(split), batches, self.collate_fn(), self.num_workers)
 
     def dropped_turns(self, split: str) -> dict[str, int]:
         """How many turns of history the split's targets have, and how many of them the history rule drops."""

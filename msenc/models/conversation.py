@@ -40,6 +40,7 @@ class ConversationModel(nn.Module):
         super().__init__()
         self.llm = llm
         self.connectors = nn.ModuleDict(connectors)
+        self.base_name: str = llm.base_name
         self.base_fingerprint: str = llm.base_fingerprint
 
     def train(self, mode: bool = True) -> "ConversationModel":

@@ -50,7 +50,7 @@ def load_llm(
         empty: shapes alone: the config is read and no weight; all tensors are on the meta device.
 
     Returns:
-        A causal LM with attributes ``base_fingerprint`` (see `fingerprint`) and ``attention_kernel``.
+        A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`), ``attention_kernel``.
 
     Raises:
         MsencError: it cannot be loaded, or PEFT refuses the LoRA arguments.
@@ -79,7 +79,7 @@ def load_llm(
     llm.requires_grad_(not freeze and lora is None)
     if not freeze and lora is not None:
         llm = _with_lora(llm, lora)
-    llm.base_fingerprint = base
+    llm.base_name, llm.base_fingerprint = name_or_path, base
     llm.attention_kernel = "dense" if is_eager else attn_implementation
     return llm
 

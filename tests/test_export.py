@@ -1,0 +1,66 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from msenc import pipelines
+from msenc.config import plain
+from msenc.export import load_export
+from msenc.run import read_run
+from msenc.types import MsencError
+
+FAST = ["trainer.max_epochs=1", "evaluate=null", "optimizer.lr=0.02", "model.connector.num_layers=1"]
+WHAT = {
+    "adapter": ["modality=text_audio"],
+    "llm": ["modality=text_audio", "model.llm.lora=null"],
+    "frozen": ["modality=text_audio_video", "model.llm.freeze=true", "model.tie_connectors=true"],
+    "text": ["modality=text", *[]],
+}
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_one_call_loads_what_a_run_has_trained(what, train):
+    overrides = [o for o in FAST if what != "text" or "connector" not in o]
+    run = train([*overrides, *WHAT[what]]).folder
+    _, cfg = read_run(run)
+    cfg.paths.output_dir = str(run)
+    config = plain(cfg)
+    expected = pipelines.build_model(config)
+    pipelines.load_checkpoint(pipelines.ConversationModule(expected), run, "best")
+    datamodule = pipelines.build_datamodule(config, "")
+
+    model, tokenizer = load_export(run / "export")
+    assert tokenizer.prompt == datamodule.tokenizer.prompt
+    assert not any(p.requires_grad or m.training for m in model.modules() for p in m.parameters())
+    batch = next(iter(datamodule.eval_dataloader("val")))
+    with torch.no_grad():
+        assert torch.equal(model(batch).nll, expected.eval()(batch).nll)
+
+    names = {p.relative_to(run / "export").as_posix() for p in (run / "export").rglob("*") if p.is_file()}
+    assert ("adapter/adapter_model.safetensors" in names) == (what in ("adapter", "text"))
+    assert ("llm/model.safetensors" in names) == (what == "llm")
+    assert ("connectors.safetensors" in names) == (what != "text")
+    content = json.loads((run / "export" / "export.json").read_text())
+    assert content["task_hash"] == json.loads((run / "run.json").read_text())["task_hash"]
+    assert set(content["streams"]) == set(config["model"]["streams"])
+
+
+def test_other_base_weights_and_versions_are_refused(train, demo_home, tmp_path):
+    llm = shutil.copytree(demo_home / "data" / "tiny-llm", tmp_path / "llm")
+    export = train([*FAST, "modality=text_audio", f"model.llm.name_or_path={llm}"]).folder / "export"
+    with safe_open(export / "adapter" / "adapter_model.safetensors", "pt") as tensors:
+        assert all("lora_" in name for name in tensors.keys())  # noqa: SIM118
+    tensors = load_file(llm / "model.safetensors")
+    save_file(
+        {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, llm / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(MsencError, match=r"trained on the base weights .*llm with fingerprint \w+, .*llm has \w+"):
+        load_export(export)
+    load_export(export, base=str(demo_home / "data" / "tiny-llm"))
+    path = export / "export.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 0}))
+    with pytest.raises(MsencError, match="format_version 0, this msenc reads 1"):
+        load_export(export)

@@ -1,0 +1,318 @@
+"""Runs that are killed, for good, at the worst moments, and resumed: nothing of them differs from an unbroken one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+FAST = [
+    "modality=text_audio",
+    "data.batch_size=2",  # 16 dialogues: 8 batches
+    "model.connector.num_layers=1",
+    "callbacks.checkpoints.every_n_steps=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.max_epochs=3",
+    "optimizer.lr=0.01",
+    "decoding.max_new_tokens=1",
+    "evaluate=val",
+]
+
+
+SHORT = [*(o for o in FAST if "connector" not in o), "modality=text", "trainer.max_epochs=1", "evaluate=null"]
+
+
+@pytest.fixture(scope="module")
+def drive(demo_home, tmp_path_factory):
+    """``drive([(name, overrides, moments, again), ...])`` -> {name: (folder, starts)}; see `kill_driver`."""
+
+    def call(*runs):
+        home = tmp_path_factory.mktemp("runs")
+        spec = []
+        for name, overrides, moments, again in runs:
+            (home / name).mkdir()
+            folder = str(home / name / "run")
+            first = [*FAST, *overrides, f"hydra.run.dir={folder}"]
+            spec.append({"folder": folder, "first": first, "again": again(folder), "moments": moments})
+        (home / "spec.json").write_text(json.dumps(spec))
+        driver = Path(__file__).parent / "kill_driver.py"
+        done = subprocess.run(
+            [sys.executable, str(driver), str(home / "spec.json"), str(home / "result.json")],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads((home / "result.json").read_text())
+        for starts in results:
+            assert starts[-1]["status"] == 0, starts[-1]["said"]
+            for start in starts[:-1]:
+                expected = (signal.SIGKILL, None) if start["moment"].startswith("kill") else (None, 75)
+                assert (start["signal"], start["status"]) == expected, (start["moment"], start["said"])
+        return {name: (home / name / "run", starts) for (name, *_), starts in zip(runs, results, strict=True)}
+
+    return call
+
+
+def by_folder(folder):
+    return [f"resume={folder}"]
+
+
+def batches_of(folder):
+    """(epoch, batch) -> optimizer steps before it and its dialogues, however often it was begun; and how often."""
+    found = {}
+    lines = Path(f"{folder}.batches").read_text().splitlines()
+    for epoch, batch, step, ids in map(json.loads, lines):
+        assert found.setdefault((epoch, batch), (step, ids)) == (step, ids)
+    return found, len(lines)
+
+
+def scalars(folder):
+    """What TensorBoard shows: name -> (step, value) in order."""
+    events = EventAccumulator(str(folder / "logs" / "tensorboard")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def load(folder, name="last"):
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def assert_same_run(folder, whole):
+    """Weights, optimizer, schedule, random numbers, order of batches, metrics, logs, evaluation: bit by bit."""
+    for name in ("last", "best", "previous"):
+        one, other = load(folder, name), load(whole, name)
+        assert one["state_dict"].keys() == other["state_dict"].keys()
+        assert all(torch.equal(one["state_dict"][k], other["state_dict"][k]) for k in one["state_dict"]), name
+    one, other = load(folder), load(whole)
+    assert flat(one["optimizer_states"]) == flat(other["optimizer_states"])
+    assert flat(one["lr_schedulers"]) == flat(other["lr_schedulers"])
+    assert flat(one["resume"]) == flat(other["resume"])
+    assert one["loops"]["fit_loop"]["epoch_progress"] == other["loops"]["fit_loop"]["epoch_progress"]
+    assert batches_of(folder)[0] == batches_of(whole)[0]
+    for file in ("metrics.json", "logs/csv/metrics.csv"):
+        assert (folder / file).read_text() == (whole / file).read_text()
+    assert scalars(folder) == scalars(whole)
+    (one,), (other,) = ((f / "evaluation").glob("*/predictions.jsonl") for f in (folder, whole))
+    assert one.read_text() == other.read_text()
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, dict):
+        return {k: flat(v) for k, v in value.items()}
+    return [flat(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+RANDOM = random.Random(20)
+
+
+def at_random(epoch, first=0):
+    return f"kill batch {epoch} {RANDOM.randrange(first, 8)}"
+
+
+SETTINGS = {
+    "one_step_per_batch": (
+        [],
+        [
+            at_random(0, first=3),
+            "kill epoch_end 0",
+            "kill epoch_start 1",
+            "kill write 2",
+            "kill batch 1 7",
+            "kill outcome",
+        ],
+    ),
+    "accumulating_in_workers": (
+        ["trainer.accumulate_grad_batches=4", "data.num_workers=2", "callbacks.checkpoints.every_n_steps=1"],
+        ["kill batch 0 1", "kill write 2", "kill validation 0", at_random(1), "kill link"],
+    ),
+    "so_many_steps_in_workers": (
+        ["trainer.max_steps=22", "data.num_workers=2"],
+        [at_random(0, first=3), "kill epoch_start 1", at_random(1, first=1), "kill validation 1", "kill evaluation"],
+    ),
+    "validating_within_an_epoch": (
+        [
+            "trainer.max_steps=9",
+            "trainer.max_epochs=-1",
+            "trainer.accumulate_grad_batches=2",
+            "+trainer.val_check_interval=0.5",
+            "model.llm.lora=null",
+        ],
+        ["kill batch 0 4", "kill best", "kill epoch_start 1", "kill batch 1 5"],
+    ),
+}
+"""Name -> overrides, and where it is killed, start by start."""
+
+
+@pytest.fixture(scope="module")
+def killed(drive):
+    runs = []
+    for name, (overrides, moments) in SETTINGS.items():
+        runs += [(f"{name}-whole", overrides, [], by_folder), (name, overrides, moments, by_folder)]
+    return drive(*runs)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_was_killed_again_and_again_is_the_unbroken_one(killed, name):
+    folder, _ = killed[name]
+    whole, _ = killed[f"{name}-whole"]
+    assert_same_run(folder, whole)
+
+
+def test_a_killed_run_counts_as_running_and_always_has_a_whole_checkpoint(killed):
+    for name in SETTINGS:
+        _, starts = killed[name]
+        for start in starts[:-1]:
+            assert start["record"]["status"] == "running"
+            if start["moment"] not in ("kill batch 0 1", "kill batch 0 4"):
+                assert {"last.ckpt", "previous.ckpt"} & set(start["files"])
+        last = starts[-1]["record"]
+        assert (last["status"], last["resumed"]) == ("finished", len(starts) - 1)
+        assert last["seconds"] >= max(s["record"]["seconds"] for s in starts)
+
+
+def test_what_was_evaluated_when_it_was_killed_is_not_trained_again(killed):
+    for name in ("one_step_per_batch", "so_many_steps_in_workers"):  # killed before metrics.json, and after it
+        folder, starts = killed[name]
+        before, after = starts[-2]["record"], starts[-1]["record"]
+        assert "Training goes on" not in starts[-1]["said"]
+        assert ("stop_reason" in before) == (name == "so_many_steps_in_workers")
+        assert after["steps"] == json.loads((folder / "run.json").read_text())["steps"]
+
+
+# ------------------------------------------------------------------------------------------------ signals, auto
+
+
+@pytest.fixture(scope="module")
+def stopped(drive):
+    workers = ["data.num_workers=2", "callbacks.checkpoints.every_n_steps=null"]
+
+    def same_command(folder):
+        other = f"{folder}-again"
+        return [*FAST, *workers, "resume=auto", f"hydra.run.dir={other}", f"paths.runs_dir={Path(folder).parent}"]
+
+    moments = ["stop batch 0 3", "stop batch 1 7", "stop validation 1", "stop evaluation"]
+    return drive(
+        ("whole", workers, [], by_folder),
+        ("stopped", workers, moments, same_command),
+        ("done", workers, ["stop batch 0 3"], lambda folder: [*same_command(folder), "seed=2"]),
+    )
+
+
+def test_a_termination_is_a_checkpoint_and_a_status_of_its_own(stopped):
+    folder, starts = stopped["stopped"]
+    for start in starts[:-1]:
+        assert start["status"] == 75
+        assert start["record"]["status"] == "interrupted"
+        assert "SIGTERM" in start["record"]["error"]
+    assert starts[0]["files"] == ["last.ckpt"]  # no epoch has ended, no other rule asks for it
+    assert "goes on from step 4 (last.ckpt)" in starts[1]["said"]
+    assert_same_run(folder, stopped["whole"][0])
+
+
+def test_the_same_command_finds_its_own_unfinished_run(stopped):
+    folder, starts = stopped["stopped"]
+    assert not Path(f"{folder}-again").exists()
+    assert starts[-1]["record"]["resumed"] == 4
+    folder, starts = stopped["done"]  # another seed is another run
+    assert starts[-1]["record"]["status"] == "interrupted"
+    assert json.loads((Path(f"{folder}-again") / "run.json").read_text())["seed"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ in this process
+
+
+@pytest.fixture
+def begun(train):
+    """A run of one epoch, finished, whose record says that it was killed while it trained."""
+    run = train(SHORT)
+    path = run.folder / "run.json"
+    record = json.loads(path.read_text())
+    del record["stop_reason"]
+    path.write_text(json.dumps({**record, "status": "running"}))
+    return run.folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    tensor = next(iter(load(path.parents[1], path.stem)["state_dict"].values()))
+    data[data.index(tensor.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", [cut, flip, Path.unlink])
+def test_an_unreadable_checkpoint_gives_way_to_the_previous_one(begun, call_script, capsys, spoil):
+    before = load(begun)
+    spoil(begun / "checkpoints" / "last.ckpt")
+    capsys.readouterr()
+    call_script("train.py", f"resume={begun}")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "last.ckpt: missing" in said if spoil is Path.unlink else "last.ckpt: cannot be read" in said
+    assert "previous.ckpt, step 6" in said
+    after = load(begun)
+    assert all(torch.equal(before["state_dict"][k], after["state_dict"][k]) for k in before["state_dict"])
+    capsys.readouterr()
+    call_script("train.py", f"resume={begun}")
+    assert "Finished already" in capsys.readouterr().out
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_guessed(begun, call_script):
+    for name in ("last", "previous"):
+        cut(begun / "checkpoints" / f"{name}.ckpt")
+    with pytest.raises(SystemExit, match=r"last\.ckpt: cannot be read.*previous\.ckpt: cannot be read.*from the start"):
+        call_script("train.py", f"resume={begun}")
+
+
+def test_another_run_is_not_continued(begun, call_script, tmp_path):
+    with pytest.raises(SystemExit, match=r"other settings.*trainer\.max_epochs=1 there, 9 now.*start another run"):
+        call_script("train.py", f"resume={begun}", "trainer.max_epochs=9")
+    with pytest.raises(SystemExit, match=r"resume=.*nowhere: does not exist"):
+        call_script("train.py", f"resume={tmp_path / 'nowhere'}")
+    with pytest.raises(SystemExit, match="a multirun makes many runs"):
+        call_script("train.py", "-m", f"resume={begun}")
+    with pytest.raises(SystemExit, match=r"holds a run already.*resume="):
+        call_script("train.py", *SHORT, f"hydra.run.dir={begun}")
+    with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process works in this run's folder"):
+        call_script("train.py", f"resume={begun}")
+    assert json.loads((begun / "run.json").read_text())["status"] == "running"
+    call_script("train.py", f"resume={begun}", "data.num_workers=2", "~logger.tensorboard")  # of no consequence
+    assert json.loads((begun / "run.json").read_text())["status"] == "finished"
+
+
+def test_changed_code_is_reported(begun, call_script, capsys):
+    path = begun / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "commit": "0123456"}))
+    call_script("train.py", f"resume={begun}")
+    assert "The code changed: the run began with commit 0123456" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_job_of_a_sweep_is_skipped_where_it_is_finished(begun, call_script, demo_home, capsys):
+    call_script("train.py", f"resume={begun}")
+    sweep = begun.parent / "sweep"
+    capsys.readouterr()
+    call_script(
+        "train.py",
+        "-m",
+        *(o for o in SHORT if not o.startswith("optimizer.lr")),
+        "optimizer.lr=0.01,0.02",
+        "resume=auto",
+        f"paths.runs_dir={begun.parent}",
+        f"hydra.sweep.dir={sweep}",
+    )
+    assert capsys.readouterr().out.count("Finished already") == 1
+    assert [p.parent.name for p in sweep.glob("*/run.json")] == ["1"]
