@@ -5,20 +5,14 @@ optimizer step is taken, so that the optimizer has a state; then its checkpoint 
 comparison, with all the LLM's weights in it, as Lightning does by itself.
 """
 
-import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from measure import interleave, parser, print_table, summarise, write_json
 from torch import Tensor
 
 from msenc.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint, write_checkpoint
@@ -69,23 +63,14 @@ def num_bytes(value: Any) -> int:
     return sum(num_bytes(v) for v in value) if isinstance(value, list | tuple) else 0
 
 
-def seconds(call: Callable[[], object], repetitions: int) -> list[float]:
-    found = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return found
-
-
-def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
+def measure(folder: Path, is_quick: bool, repetitions: int = 2) -> dict[str, Any]:
     """Train a step, save, and measure.
 
     Args:
         folder: for what is written.
-        is_quick: a small LLM, few repetitions.
+        is_quick: a small LLM.
+        repetitions: of each write and read.
     """
-    repetitions = 2 if is_quick else 5
     module = OneStep(
         ConversationModel(load_llm(str(llm_folder(folder, is_quick)), lora=LORA), {}),
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
@@ -109,13 +94,13 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     write_checkpoint(everything, whole)
     trainable = num_bytes(saved["state_dict"])
     optimizer = num_bytes([o["state"] for o in saved["optimizer_states"]])
-    times = {
-        "save": seconds(lambda: write_checkpoint(saved, folder / "again.ckpt"), repetitions),
-        "save_everything": seconds(lambda: write_checkpoint(everything, whole), repetitions),
-        "load": seconds(lambda: read_checkpoint(path), repetitions),
-        "load_everything": seconds(lambda: read_checkpoint(whole), repetitions),
+    variants = {
+        "save": lambda: write_checkpoint(saved, folder / "again.ckpt"),
+        "save everything": lambda: write_checkpoint(everything, whole),
+        "load": lambda: read_checkpoint(path),
+        "load everything": lambda: read_checkpoint(whole),
     }
-    median = {name: statistics.median(values) for name, values in times.items()}
+    times = summarise(interleave(variants, repetitions), base="save")["seconds"]
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
@@ -128,39 +113,27 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
         "ratios": {
             "checkpoint_to_what_trains": path.stat().st_size / (trainable + optimizer),
             "everything_to_checkpoint": whole.stat().st_size / path.stat().st_size,
-            "save": median["save_everything"] / median["save"],
-            "load": median["load_everything"] / median["load"],
+            **{what: times[f"{what} everything"]["median"] / times[what]["median"] for what in ("save", "load")},
         },
         "seconds": times,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--quick", action="store_true", help="a small LLM, few repetitions")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), arguments.quick)
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    result["commit"] = commit.stdout.strip()
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    size, ratios = result["bytes"], result["ratios"]
-    print(f"{result['parameters']:,} parameters, {result['trainable_parameters']:,} of them train")
-    print("| | checkpoint | everything | ratio |\n| --- | --- | --- | --- |")
-    print(
-        f"| MB | {size['checkpoint'] / 1e6:.2f} | {size['everything'] / 1e6:.2f} | "
-        f"{ratios['everything_to_checkpoint']:.1f} |"
-    )
+        result = measure(Path(folder), arguments.quick, arguments.repetitions)
+    size, ratios, times = result["bytes"], result["ratios"], result["seconds"]
+    rows = [["MB", size["checkpoint"] / 1e6, size["everything"] / 1e6, ratios["everything_to_checkpoint"]]]
     for what in ("save", "load"):
-        own, other = (result["seconds"][name] for name in (what, f"{what}_everything"))
-        shown = [f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in (own, other)]
-        print(f"| {what}, s | {shown[0]} | {shown[1]} | {ratios[what]:.1f} |")
+        both = [times[name] for name in (what, f"{what} everything")]
+        rows.append(
+            [f"{what}, s", *(f"{t['median']:.3f} ({t['min']:.3f} to {t['max']:.3f})" for t in both), ratios[what]]
+        )
+    title = f"{result['parameters']:,} parameters, {result['trainable_parameters']:,} of them train"
+    print_table(title, ["", "checkpoint", "everything", "ratio"], rows)
     print(f"checkpoint / (trainable tensors + optimizer state): {ratios['checkpoint_to_what_trains']:.3f}")
-    print(f"{result['machine']}, commit {result['commit']}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def make_model(size: Size) -> ConversationModel:
         attn_implementation=register(),
     )
     llm = LlamaForCausalLM(config)
-    llm.base_fingerprint = "random"
+    llm.base_name = llm.base_fingerprint = "random"
     small = {"num_layers": 2, "hidden_dim": 256, "num_heads": 4, "encoder_dim": 256}
     connectors = {s: QFormer(dim, size.hidden, num_queries=QUERIES[s], **small) for s, dim in DIMS.items()}
     return ConversationModel(llm, connectors).eval()

@@ -1,10 +1,15 @@
 import os
-import runpy
 from pathlib import Path
 
+import checkpoint
 import pytest
 
-BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "checkpoint.py"))
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*in eval mode",
+    "ignore:.*does not have many workers",
+    "ignore:.*logging interval",
+    "ignore:.*no `val_dataloader`",
+)
 
 
 def check(result):
@@ -13,16 +18,14 @@ def check(result):
     assert result["bytes"]["everything"] > 10 * result["bytes"]["checkpoint"]
 
 
-@pytest.mark.filterwarnings("ignore:.*in eval mode", "ignore:.*does not have many workers", "ignore:.*logging interval")
 def test_a_checkpoint_holds_little_but_what_trains(tmp_path):
-    check(BENCHMARK["measure"](tmp_path, is_quick=True))
+    check(checkpoint.measure(tmp_path, is_quick=True))
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("ignore:.*in eval mode", "ignore:.*does not have many workers", "ignore:.*logging interval")
 def test_so_it_does_for_a_real_llm(tmp_path):
     if not (Path(os.environ.get("MSENC_MODELS", "nowhere")).expanduser() / "smollm2-135m-instruct").is_dir():
         pytest.skip("MSENC_MODELS names no folder with smollm2-135m-instruct")
-    result = BENCHMARK["measure"](tmp_path, is_quick=False)
+    result = checkpoint.measure(tmp_path, is_quick=False)
     assert result["parameters"] > 134e6
     check(result)
