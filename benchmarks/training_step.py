@@ -174,7 +174,7 @@ def make_model(size: Size, kernel: str = "auto") -> ConversationModel:
         attn_implementation=register(),
     )
     llm = get_peft_model(LlamaForCausalLM(config), LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32))
-    llm.base_fingerprint, llm.attention_kernel = "random", kernel
+    llm.base_name, llm.base_fingerprint, llm.attention_kernel = "random", "random", kernel
     connectors = {
         stream: QFormer(
             dim,
