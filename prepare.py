@@ -1,4 +1,7 @@
-"""Raw clips and annotations -> shards: python prepare.py data=demo|meld [data.root=FOLDER] [modality=...]."""
+"""Raw clips and annotations -> shards: python prepare.py data=demo|meld [data.root=FOLDER] [modality=...].
+
+With stage=audit: what is wrong with them.
+"""
 
 import hydra
 from omegaconf import DictConfig

@@ -92,6 +92,7 @@ class DataConfig:
         num_workers: processes that prepare data, or load it while training.
         max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
         verify: hash every shard of a split before its first use.
+        filter: ``no_<flag>``, or a list of them: what carries such a flag of the audit is left out of what is read.
     """
 
     name: str = MISSING
@@ -103,6 +104,7 @@ class DataConfig:
     num_workers: int = 0
     max_history_tokens: int = 1024
     verify: bool = True
+    filter: Any = field(default_factory=list)
 
 
 @dataclass
@@ -153,8 +155,14 @@ class TrainConfig:
 
 @dataclass
 class PrepareConfig:
-    """Schema of ``prepare.yaml``."""
+    """Schema of ``prepare.yaml``.
 
+    Args:
+        stage: None makes shards, ``audit`` looks the raw material through.
+        prepare_workers: processes that decode clips; 0 works in this one.
+    """
+
+    stage: str | None = None
     modality: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -29,6 +29,7 @@ from rich.table import Table
 from msenc.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint, training_outcome
 from msenc.config import build, check_targets, plain
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.flags import count_left_out
 from msenc.data.location import is_url, local_folder, locate
 from msenc.data.manifest import DatasetManifest
 from msenc.evaluation import evaluate_split, write_evaluation
@@ -38,6 +39,7 @@ from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.module import ConversationModule
 from msenc.plan import count_batches, largest_batch, predict_memory
+from msenc.prepare.audit import Audit, audit_dataset
 from msenc.prepare.dataset import StreamRecipe, folder_lock, prepare_dataset
 from msenc.prompt import DialogueTokenizer, Prompt
 from msenc.run import (
@@ -77,13 +79,47 @@ PREPARE_KEYS = ("data", "modality", "model/audio", "model/video", "model.streams
 # ---------------------------------------------------------------------------------------------------- prepare
 
 
-def prepare(cfg: DictConfig) -> DatasetManifest:
-    """Raw material -> shards; makes the demo and its LLM where the config asks for them and they are missing."""
+def prepare(cfg: DictConfig) -> DatasetManifest | Audit:
+    """Raw material -> shards; makes the demo and its LLM where the config asks for them and they are missing.
+
+    With ``stage=audit``: raw material -> what is wrong with it.
+    """
     config = plain(cfg)
     check_targets(config, GIVEN)
+    if config["stage"] not in (None, "audit"):
+        raise MsencError(f"stage={config['stage']}: no such stage. Expected audit, or null for shards.")
+    if config["stage"] == "audit":
+        return _audit(config)
     manifest = _prepare(config)
     _print_manifest(config, manifest)
     return manifest
+
+
+def _audit(config: Mapping[str, Any]) -> Audit:
+    data, workers = config["data"], config["prepare_workers"]
+    root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
+    with folder_lock(folder):
+        if data["generate"] is not None:
+            build(data["generate"], root=root, num_workers=workers)
+        audit = audit_dataset(data["name"], root, folder, workers)
+    table = Table(title=f"{data['name']}, audited")
+    for column in ("found", *audit.facts):
+        table.add_column(column, justify="left" if column == "found" else "right")
+    sections = {
+        "not usable": audit.rejected_by_split(),
+        "flagged": audit.flagged_by_split(),
+        "facts": {fact: {s: v.get(fact) for s, v in audit.facts.items()} for fact in audit.facts["test"]},
+    }
+    for title, rows in sections.items():
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]" + ("" if rows else ": nothing"))
+        for name, counts in rows.items():
+            found = [counts.get(split, 0) for split in audit.facts]
+            table.add_row(f"  {name}", *("" if n is None else n if isinstance(n, str) else f"{n:,}" for n in found))
+    console.print(table)
+    written = ", ".join(str(_shown(folder / "audit" / f)) for f in ("rejected.csv", "audit.csv", "audit.html"))
+    console.print(f"Nothing was dropped; data.filter=no_<flag> leaves out what carries a flag. Written: {written}")
+    return audit
 
 
 def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
@@ -213,7 +249,7 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str, termination
     data = {
         "turns_hash": datamodule.manifest.turns_hash,
         "streams": _stream_hashes(datamodule),
-        "task_hash": task_hash(config, datamodule.manifest),
+        "task_hash": task_hash(config, datamodule),
     }
     identity = digest({**run_settings(cfg), **data})
     if cfg.resume == "auto" and "identity" not in record.facts:
@@ -246,6 +282,8 @@ def _train(cfg: DictConfig, record: RunRecord, prepare_command: str, termination
         llm=config["model"]["llm"]["name_or_path"],
         base_fingerprint=model.base_fingerprint,
         trainable_parameters=counts,
+        audit_hash=datamodule.manifest.audit_hash,
+        left_out=count_left_out(datamodule.left_out),
         history=datamodule.dropped_turns("train"),
         described_targets=described,
         batches=count_batches(datamodule, config["trainer"]),
@@ -351,6 +389,8 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
     table.add_row(
         "trainable parameters", ", ".join(f"{part} {n:,}" for part, n in facts["trainable_parameters"].items())
     )
+    for split, counts in facts["left_out"].items():
+        table.add_row(f"left out of {split}", f"{counts['dialogues']:,} dialogues, {counts['utterances']:,} utterances")
     _add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
     console.print(table)
 
@@ -484,6 +524,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
         max_history_tokens=data["max_history_tokens"],
         seed=config["seed"],
         verify=data["verify"],
+        filters=[data["filter"]] if isinstance(data["filter"], str) else data["filter"],
         prepare_command=prepare_command,
     )
 
@@ -522,15 +563,16 @@ def _calibrate(model: ConversationModel, datamodule: DialogueDataModule) -> None
         calibrate(connector, utterances, embeddings)
 
 
-def task_hash(config: Mapping[str, Any], manifest: DatasetManifest) -> str:
+def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
     """What two runs must share to be compared: turns and splits, the targets' form, and the history rule."""
-    return digest(
-        {
-            "turns": manifest.turns_hash,
-            "target": config["prompt"]["target"],
-            "max_history_tokens": config["data"]["max_history_tokens"],
-        }
-    )
+    task = {
+        "turns": datamodule.manifest.turns_hash,
+        "target": config["prompt"]["target"],
+        "max_history_tokens": config["data"]["max_history_tokens"],
+    }
+    if datamodule.left_out:
+        task["left_out"] = sorted(datamodule.left_out)
+    return digest(task)
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate
@@ -616,7 +658,7 @@ def evaluate_run(
 
 def _check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
     """Refuse data that was prepared anew, with other content, since the run."""
-    now = {"task_hash": task_hash(config, datamodule.manifest), "streams": _stream_hashes(datamodule)}
+    now = {"task_hash": task_hash(config, datamodule), "streams": _stream_hashes(datamodule)}
     for what, found in now.items():
         if record[what] != found:
             raise MsencError(

@@ -37,12 +37,19 @@ class Annotations:
     Args:
         dialogues: in the order of the files, train before val before test.
         rejections: one per row that was dropped.
-        num_repaired: rows whose text or speaker needed a repair of its encoding.
+        repaired: ids of the utterances whose text or speaker needed a repair of its encoding, dropped ones included.
+        recordings: dialogue id -> the recording that its times count in, where the tables name one.
     """
 
     dialogues: list[Dialogue]
     rejections: list[Rejection]
-    num_repaired: int
+    repaired: list[str]
+    recordings: dict[str, str]
+
+    @property
+    def num_repaired(self) -> int:
+        """Rows whose encoding was repaired."""
+        return len(self.repaired)
 
 
 def read_meld(root: Path, dataset: str = "meld") -> Annotations:
@@ -50,8 +57,8 @@ def read_meld(root: Path, dataset: str = "meld") -> Annotations:
 
     The turns of a dialogue keep the order of their rows. `Utterance.clip` follows from the naming rule
     (``train_splits/dia3_utt5.mp4``), whether that file exists or not. The columns ``Description`` and ``Marks`` are
-    read where they exist. A row without text and a repeated utterance id are rejected and listed; a time that cannot
-    be read is None.
+    read where they exist, and so are ``Season`` and ``Episode``, which name the recording. A row without text and a
+    repeated utterance id are rejected and listed; a time that cannot be read is None.
 
     Args:
         root: the folder that holds the three files.
@@ -63,14 +70,20 @@ def read_meld(root: Path, dataset: str = "meld") -> Annotations:
     """
     dialogues: list[Dialogue] = []
     rejections: list[Rejection] = []
-    num_repaired = 0
+    repaired: list[str] = []
+    recordings: dict[str, str] = {}
     for split, (name, clip_folder) in MELD_FILES.items():
         path = Path(root) / name
         turns: dict[int, dict[int, Utterance]] = {}
         for row, values, is_repaired in _read_rows(path):
-            num_repaired += is_repaired
             dia, utt = (_whole_number(values[c], c, path, row) for c in ("Dialogue_ID", "Utterance_ID"))
             utterance_id = f"{dataset}/{split}/dia{dia}/utt{utt}"
+            if is_repaired:
+                repaired.append(utterance_id)
+            if values.get("Season") and values.get("Episode"):
+                recordings.setdefault(
+                    f"{dataset}/{split}/dia{dia}", f"season {values['Season']}, episode {values['Episode']}"
+                )
             if not values["Utterance"]:
                 rejections.append(Rejection(utterance_id, "row", "empty text", name, row))
             elif utt in turns.setdefault(dia, {}):
@@ -90,7 +103,7 @@ def read_meld(root: Path, dataset: str = "meld") -> Annotations:
                 "Put the complete file there."
             )
         dialogues += found
-    return Annotations(dialogues, rejections, num_repaired)
+    return Annotations(dialogues, rejections, repaired, recordings)
 
 
 def repair_encoding(text: str) -> str:

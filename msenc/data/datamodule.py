@@ -5,7 +5,7 @@ turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,7 @@ from msenc.data.batches import (
     whole_dialogues,
 )
 from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, history_starts
+from msenc.data.flags import FilteredReader, left_out
 from msenc.data.lengths import DialogueLengths, split_lengths
 from msenc.data.location import Place, RemotePath
 from msenc.data.manifest import DatasetManifest
@@ -68,6 +69,7 @@ class DialogueDataset(Dataset):
         tokenizer: makes tokens of turns; every dialogue is tokenized once per process.
         verify: hash the shards first.
         hint: what to do where something is missing, for messages.
+        left_out: ids that a filter leaves out; see `msenc.data.flags.left_out`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class DialogueDataset(Dataset):
         tokenizer: DialogueTokenizer,
         verify: bool = True,
         hint: str = "",
+        left_out: frozenset[str] = frozenset(),
     ) -> None:
         self.split = split
         self.tokenizer = tokenizer
@@ -86,10 +89,15 @@ class DialogueDataset(Dataset):
             stream: ShardReader(folder / f"{stream}-{spec.name}", split, verify, hint=hint)
             for stream, spec in streams.items()
         }
+        if left_out:
+            turns = self.turns
+            self.turns = FilteredReader(turns, turns, left_out)
+            self.streams = {name: FilteredReader(reader, turns, left_out) for name, reader in self.streams.items()}
         self.ids = [id for id, lengths in zip(self.turns.ids, self.turns.lengths, strict=True) if len(lengths) > 1]
         if not self.ids:
             raise MsencError(
-                f"{folder}: the split {split!r} holds no dialogue of two turns or more, so nothing to learn or measure."
+                f"{folder}: the split {split!r} holds no dialogue of two turns or more"
+                f"{' that data.filter keeps' if left_out else ''}, so nothing to learn or measure."
             )
         self._tokenized: dict[str, TokenizedDialogue] = {}
 
@@ -259,6 +267,7 @@ class DialogueDataModule(L.LightningDataModule):
         max_history_tokens: see `collate.history_starts`.
         seed: of the order of training dialogues.
         verify: hash the shards before their first use.
+        filters: ``no_<flag>`` each; what carries a flag is left out.
         prepare_command: what to run where data is missing, for messages.
     """
 
@@ -274,6 +283,7 @@ class DialogueDataModule(L.LightningDataModule):
         max_history_tokens: int = 1024,
         seed: int = 1,
         verify: bool = True,
+        filters: Sequence[str] = (),
         prepare_command: str = "python prepare.py",
     ) -> None:
         super().__init__()
@@ -288,6 +298,7 @@ class DialogueDataModule(L.LightningDataModule):
         self.max_history_tokens = max_history_tokens
         self.seed = seed
         self.verify = verify
+        self.filters = filters
         self.hint = f"Run: {prepare_command}"
         if isinstance(folder, RemotePath):
             self.hint += f", and copy the folder to {folder}"
@@ -300,9 +311,17 @@ class DialogueDataModule(L.LightningDataModule):
         """Tokens that each stream's slot takes."""
         return {stream: spec.num_queries for stream, spec in self.streams.items()}
 
+    @cached_property
+    def left_out(self) -> frozenset[str]:
+        """Ids that the filters leave out."""
+        if not self.filters:
+            return frozenset()
+        return left_out(self.folder, self.filters, DatasetManifest.read(self.folder, self.hint), self.hint)
+
     def setup(self, stage: str | None = None) -> None:
         """Check what was prepared, before any weight is loaded."""
         self.manifest = check_prepared(self.folder, self.streams, self.hint)
+        self.left_out  # noqa: B018 (a filter that cannot be applied is refused here)
 
     def dataset(self, split: str) -> DialogueDataset:
         """The split's dialogues; opened, and verified, at the first call."""
@@ -310,7 +329,7 @@ class DialogueDataModule(L.LightningDataModule):
             raise MsencError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}.")
         if split not in self._datasets:
             self._datasets[split] = DialogueDataset(
-                self.folder, split, self.streams, self.tokenizer, self.verify, self.hint
+                self.folder, split, self.streams, self.tokenizer, self.verify, self.hint, self.left_out
             )
         return self._datasets[split]
 

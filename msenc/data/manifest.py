@@ -69,6 +69,7 @@ class DatasetManifest:
         num_repaired: rows whose encoding was repaired.
         settings: what the dataset was prepared with.
         turns_hash: of the turns' stream.
+        audit_hash: of the audit of these turns, or empty where there was none.
     """
 
     name: str
@@ -78,11 +79,12 @@ class DatasetManifest:
     num_repaired: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     turns_hash: str = ""
+    audit_hash: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def write(self, folder: Path) -> None:
         """Write ``dataset.json`` into `folder`, whole or not at all."""
-        _write_text(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @staticmethod
     def read(folder: Place, hint: str = "") -> "DatasetManifest":
@@ -162,7 +164,7 @@ def write_rejections(path: Path, rejections: Iterable[Rejection]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([f.name for f in fields(Rejection)])
     writer.writerows(astuple(rejection) for rejection in rejections)
-    _write_text(Path(path), buffer.getvalue())
+    write_text(Path(path), buffer.getvalue())
 
 
 def read_rejections(path: Path) -> list[Rejection]:
@@ -172,7 +174,12 @@ def read_rejections(path: Path) -> list[Rejection]:
         return [Rejection(**{**row, "row": int(row["row"]) if row["row"] else None}) for row in rows]
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        MsencError: the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

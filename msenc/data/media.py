@@ -5,6 +5,8 @@ PyAV does the decoding and is an extra, so it is imported where it is used.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from msenc.types import MsencError
 SILENCE_PEAK = 10 ** (-90 / 20)  # -90 dBFS: about the last bit of 16-bit sound
 # A stream that ends before this share of the length that its header declares was cut off.
 MIN_DECODED_SHARE = 0.5
+# Pictures of a constant rate lie one tick more or less apart.
+MAX_GAP_RATIO = 1.5
 
 
 class MediaError(Exception):
@@ -65,8 +69,9 @@ def read_audio(path: Path, sample_rate: int) -> np.ndarray:
 def read_frames(path: Path, fps: float) -> np.ndarray:
     """Decode the pictures that are on screen at 0, 1/fps, 2/fps ... seconds after the first one.
 
-    Sampling goes by presentation time, so a variable frame rate keeps its timing: at each of these times the picture
-    is the last one that started (within half a tick of the stream's clock). Only pictures that are kept are converted.
+    A picture that is stored on its side, as phones do, is turned upright. Sampling goes by presentation time, so a
+    variable frame rate keeps its timing: at each of these times the picture is the last one that started (within half a
+    tick of the stream's clock). Only pictures that are kept are converted.
 
     Args:
         path: any file that FFmpeg reads.
@@ -79,12 +84,13 @@ def read_frames(path: Path, fps: float) -> np.ndarray:
         MediaError: if there is no such clip, or no picture in it.
     """
     with _open(path) as container:
-        streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+        streams = _moving(container)
         if not streams:
             raise MediaError("no picture")
         stream = streams[0]
         half_tick = float(stream.time_base) / 2
         kept: list[np.ndarray] = []
+        size: dict[str, int] = {}  # of the first picture; a later one of another size is scaled to it
         current = first_s = None
 
         def keep_until(end_s: float) -> None:
@@ -92,8 +98,9 @@ def read_frames(path: Path, fps: float) -> np.ndarray:
             picture = None
             while (len(kept) / fps) < end_s - half_tick:
                 if picture is None:
-                    size = {"width": kept[0].shape[1], "height": kept[0].shape[0]} if kept else {}
                     picture = current.to_ndarray(format="rgb24", **size)
+                    size.update(width=picture.shape[1], height=picture.shape[0])
+                    picture = _upright(picture, current.rotation)
                 kept.append(picture)
 
         for frame in container.decode(stream):
@@ -112,9 +119,66 @@ def read_frames(path: Path, fps: float) -> np.ndarray:
     return np.stack(kept)
 
 
+@dataclass(frozen=True)
+class ClipProperties:
+    """What a clip's headers say.
+
+    Args:
+        formats: FFmpeg's names of the container, such as ``mov`` and ``mp4``, which are one.
+        duration_s: of the longest stream, or None where it is not said.
+        sample_rate: of the sound in Hz, 0 without.
+        channels: of the sound, 0 without.
+        rotation: degrees by which the first picture is to be turned counter-clockwise to stand upright.
+        is_variable: whether the pictures follow each other at uneven times.
+    """
+
+    formats: tuple[str, ...]
+    duration_s: float | None
+    sample_rate: int
+    channels: int
+    rotation: int
+    is_variable: bool
+
+
+def read_properties(path: Path) -> ClipProperties:
+    """Read a clip's headers, the times of its pictures, and the first of them.
+
+    Raises:
+        MediaError: if there is no such clip, or FFmpeg cannot open it.
+    """
+    with _open(path) as container:
+        sound = next(iter(container.streams.audio), None)
+        video = next(iter(_moving(container)), None)
+        rotation, times = 0, []
+        if video is not None:
+            for packet in container.demux(video):
+                times += [] if packet.pts is None else [packet.pts]
+                if rotation == 0 and len(times) < 8:  # all pictures of a file are turned alike
+                    rotation = next((frame.rotation for frame in packet.decode()), 0)
+        gaps = [b - a for a, b in pairwise(sorted(times))][:-1]  # some writers lengthen the last but one
+        return ClipProperties(
+            formats=tuple(container.format.name.split(",")),
+            duration_s=container.duration / _import_av().time_base if container.duration else None,
+            sample_rate=sound.rate or 0 if sound else 0,
+            channels=sound.layout.nb_channels if sound else 0,
+            rotation=rotation,
+            is_variable=bool(gaps) and max(gaps) > MAX_GAP_RATIO * max(min(gaps), 1),
+        )
+
+
+def _moving(container: Any) -> list[Any]:
+    """The streams of pictures that are no cover of a sound file."""
+    return [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+
+
 def _frame_length(stream: Any) -> float:
     """Seconds that one picture usually lasts in a stream."""
     return 1 / float(stream.average_rate) if stream.average_rate else 0.0
+
+
+def _upright(picture: np.ndarray, rotation: int) -> np.ndarray:
+    """Turn a picture (h, w, 3) by the angle that its file asks for, if that is a quarter turn or several."""
+    return np.ascontiguousarray(np.rot90(picture, rotation // 90)) if rotation % 90 == 0 and rotation else picture
 
 
 def _check_length(stream: Any, decoded_s: float) -> None:

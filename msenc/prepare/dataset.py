@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from msenc.data.annotations import read_meld
+from msenc.data.flags import find_audit
 from msenc.data.manifest import (
     DatasetManifest,
     StreamInfo,
@@ -93,6 +94,7 @@ def prepare_dataset(
         num_repaired=annotations.num_repaired,
         settings={"annotations": "meld"},
         turns_hash=turns["hash"],
+        audit_hash=find_audit(folder, turns["settings"]["content"]),
     )
     write_rejections(folder / "rejected.csv", rejections)
     manifest.write(folder)
@@ -118,9 +120,14 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
         raise MsencError(f"{folder}: another process is preparing this folder. Wait for it, then repeat.") from e
 
 
+def content_digest(dialogues: Iterable[Dialogue]) -> str:
+    """A hash of all that the annotations say; turns and audit carry it."""
+    return _digest(d.to_json() for d in dialogues)
+
+
 def _write_turns(folder: Path, dialogues: list[Dialogue]) -> dict[str, Any]:
     samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in dialogues]
-    settings = {"content": _digest(d.to_json() for d in dialogues)}
+    settings = {"content": content_digest(dialogues)}
     return _reuse(folder / "turns", settings) or write_stream(folder / "turns", samples, settings)
 
 

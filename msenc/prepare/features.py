@@ -1,9 +1,6 @@
 """Dialogues with clips -> features of one encoder, ready for `msenc.data.shards.write_stream`."""
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from msenc.data.media import MediaError, read_audio, read_frames
+from msenc.prepare.workers import progress_bar, watch_parent
 from msenc.types import Dialogue, MsencError, Rejection
 
 if TYPE_CHECKING:
@@ -55,9 +51,7 @@ def extract(
     Raises:
         MsencError: if an encoder gives what float16 cannot hold or another width than it says, or a worker dies.
     """
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
-    ) as progress:
+    with progress_bar("utterances") as progress:
         bar = progress.add_task(description, total=sum(len(d.utterances) for d in dialogues))
         results = _results(dialogues, Path(root), make_encoder, kind, num_workers)
         for dialogue, (members, rejected) in zip(dialogues, results, strict=True):
@@ -170,28 +164,13 @@ class _Worker:
         return features.astype(np.float16)
 
 
-class _Rate(ProgressColumn):
-    """Utterances per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} utterances/s")
-
-
 _worker: _Worker | None = None  # of this worker process
 
 
 def _start(root: Path, make_encoder: "Callable[[], Encoder]", kind: str) -> None:
     global _worker
     _worker = _Worker(root, make_encoder, kind)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers; they would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    watch_parent()
 
 
 def _work(dialogue: Dialogue) -> Result:
