@@ -86,11 +86,11 @@ def histogram(title: str, values: Sequence[float], unit: str, limits: tuple[floa
     counts, edges = np.histogram(np.clip(values, low, high), NUM_BINS, limits)
     highest = max(int(counts.max(initial=0)), 1)
     width = 400 / NUM_BINS
-    bars = [
-        (round(i * width, 2), round(120 - 120 * n / highest, 2), round(width - 1, 2), round(120 * n / highest, 2),
-         f"{edges[i]:.1f} to {edges[i + 1]:.1f} {unit}: {n:,}")
-        for i, n in enumerate(counts.tolist())
-    ]  # fmt: skip
+    bars = []
+    for i, count in enumerate(counts.tolist()):
+        height = max(120 * count / highest, 1.5 if count else 0.0)  # a single case is still seen
+        label = f"{edges[i]:.1f} to {edges[i + 1]:.1f} {unit}: {count:,}"
+        bars.append((round(i * width, 2), round(120 - height, 2), round(width - 1, 2), round(height, 2), label))
     beyond = sum(not low <= value <= high for value in values)
     return {
         "title": title,
@@ -115,9 +115,9 @@ def _worst(root: Path, examples: Mapping[str, Sequence[Any]]) -> list[dict[str, 
     worst: dict[str, dict[str, str]] = {}
     for flag in candidates:
         if flag.file in worst:
-            worst[flag.file]["what"] += f"; {flag.flag} {flag.found}"
+            worst[flag.file]["what"] += f"; {flag.flag} {flag.found}".rstrip()
         elif len(worst) < NUM_THUMBNAILS:
-            what = f"{flag.flag} {flag.found}"
+            what = f"{flag.flag} {flag.found}".rstrip()
             worst[flag.file] = {"id": flag.id, "file": flag.file, "what": what, "image": _thumbnail(root / flag.file)}
     return list(worst.values())
 
@@ -162,7 +162,7 @@ th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.id, figcaption, li { overflow-wrap: anywhere; }
 small { opacity: .75; }
-svg { width: 100%; height: auto; display: block; } rect { fill: var(--bar); }
+svg { width: 100%; max-width: 36rem; height: auto; display: block; } rect { fill: var(--bar); }
 svg text { font-size: 11px; fill: currentColor; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
 figure { margin: 0; font-size: .8rem; }

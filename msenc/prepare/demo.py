@@ -428,7 +428,7 @@ def _write_csv(path: Path, demos: list[DemoDialogue], num_frames: list[list[int]
                         "positive" if turn.is_happy else "negative",
                         number,
                         index,
-                        1,
+                        1 + SPLITS.index(demo.dialogue.split),
                         number + 1,
                         _clock(start_ms),
                         _clock(end_ms),
