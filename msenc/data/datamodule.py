@@ -3,6 +3,7 @@
 turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -474,10 +475,19 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
             )
         hashes[wanted] = manifest.streams[wanted].hash
     for name, expected in hashes.items():
-        found = read_index(folder / name, hint)["hash"]
+        index = read_index(folder / name, hint)
+        found = index["hash"]
         if found != expected:
             raise MsencError(
                 f"{folder / name}: found shards with hash {found[:12]}, dataset.json expects {expected[:12]}: a "
                 f"preparation ended before its time, so turns and features may not belong together. {hint}"
+            )
+        utterances = Counter()
+        for sample in index["samples"]:
+            utterances[sample["split"]] += sum(length > 0 for length in sample["lengths"])
+        if +utterances != +Counter(manifest.streams[name].utterances):
+            raise MsencError(
+                f"{folder / name}: its index names {dict(utterances)} utterances, dataset.json "
+                f"{manifest.streams[name].utterances}. Prepare the data again. {hint}"
             )
     return manifest

@@ -156,7 +156,7 @@ def _read_record(folder: Place, hint: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise MsencError(f"{path}: cannot be read ({error}). Audit again: python prepare.py stage=audit") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
-    if version != SCHEMA_VERSION or not {"hash", "content", "flags"} <= record.keys():
+    if version != SCHEMA_VERSION or not all(isinstance(record.get(key), str) for key in ("hash", "content", "flags")):
         raise MsencError(
             f"{path}: found schema version {version}, expected a complete audit of version {SCHEMA_VERSION}. "
             f"Audit again: python prepare.py stage=audit {hint}".rstrip()

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from msenc.data.location import Place
 from msenc.types import SPLITS, Dialogue, MsencError, Rejection
@@ -110,13 +110,22 @@ class DatasetManifest:
                 f"{path}: found schema version {version}, expected {SCHEMA_VERSION}. Prepare again. {hint}".strip()
             )
         try:
-            splits = {name: SplitCounts(**counts) for name, counts in value["splits"].items()}
-            streams = {name: StreamInfo(**info) for name, info in value["streams"].items()}
-            return DatasetManifest(**{**value, "splits": splits, "streams": streams})
+            splits = {name: _typed(SplitCounts, counts) for name, counts in value["splits"].items()}
+            streams = {name: _typed(StreamInfo, info) for name, info in value["streams"].items()}
+            return _typed(DatasetManifest, {**value, "splits": splits, "streams": streams})
         except (KeyError, TypeError, AttributeError) as error:
             raise MsencError(
                 f"{path}: not a complete manifest ({error}). Prepare the data again. {hint}".strip()
             ) from error
+
+
+def _typed(cls: type[Any], values: dict[str, Any]) -> Any:
+    """An instance of a dataclass, if the values are of the types that its fields say."""
+    for name, hint in get_type_hints(cls).items():
+        kind = int | float if hint is float else get_origin(hint) if get_origin(hint) is dict else hint
+        if name in values and not isinstance(values[name], kind):
+            raise TypeError(f"{name} is {values[name]!r}")
+    return cls(**values)
 
 
 def count_splits(dialogues: Iterable[Dialogue], clips: dict[str, int] | None = None) -> dict[str, SplitCounts]:

@@ -195,7 +195,10 @@ def _open(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise MediaError("clip missing")
     try:
-        with av.open(str(path)) as container:
+        # titles and the like may be in any encoding; nothing here reads them
+        with av.open(str(path), metadata_errors="replace") as container:
+            if any(stream.codec_context is None for stream in (*container.streams.audio, *container.streams.video)):
+                raise MediaError("clip corrupt")  # nothing decodes what its header names
             yield container
     except PermissionError as error:
         raise MsencError(f"{path}: no permission to read this clip. Make the dataset's files readable.") from error

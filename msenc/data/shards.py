@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -114,7 +114,33 @@ def read_index(folder: Place, hint: str = "") -> dict[str, Any]:
     missing = [key for key in ("stream", "settings", "hash", "shards", "samples") if key not in index]
     if missing:
         raise MsencError(_with_hint(f"{path}: no {', '.join(missing)} in it. Prepare again.", hint))
+    if not _is_sound(index):
+        raise MsencError(_with_hint(f"{path}: damaged; it does not hold what its hash says. Prepare again.", hint))
     return index
+
+
+def _is_sound(index: dict[str, Any]) -> bool:
+    """Whether all is of the type and range that a reader relies on, and the hash is that of settings and shards."""
+    shard, sample = {"file": str, "sha256": str, "bytes": int}, {"id": str, "split": str, "shard": int}
+    try:
+        return (
+            all(isinstance(s[key], kind) for s in index["shards"] for key, kind in shard.items())
+            and all(isinstance(s[key], kind) for s in index["samples"] for key, kind in sample.items())
+            and all(0 <= s["shard"] < len(index["shards"]) for s in index["samples"])
+            and all(int(length) >= 0 for s in index["samples"] for length in s["lengths"])
+            and all(min(int(a), int(b)) >= 0 for s in index["samples"] for a, b in s["members"].values())
+            and len({s["id"] for s in index["samples"]}) == len(index["samples"])
+            and isinstance(index["settings"], dict)
+            and _identity(index["settings"], index["shards"]) == index["hash"]
+        )
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False
+
+
+def _identity(settings: dict[str, Any], shards: list[dict[str, Any]]) -> str:
+    """The hash of a stream: what made it, and the content of its shards."""
+    identity = {"settings": settings, "shards": [{key: s[key] for key in ("file", "sha256")} for s in shards]}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class ShardReader:
@@ -175,7 +201,10 @@ class ShardReader:
             raise KeyError(f"no dialogue {id!r} in {self.folder} (split {self.split})")
         entry = self._entries[id]
         descriptor = self._open(entry["shard"])
-        return {name: _decode(name, self._read(descriptor, *place)) for name, place in entry["members"].items()}
+        try:
+            return {name: _decode(name, self._read(descriptor, *place)) for name, place in entry["members"].items()}
+        except ValueError as error:  # the index names bytes that are no such member
+            self._refuse(self.folder, f"no {' or '.join(entry['members'])} where the index says ({error})")
 
     def check(self) -> None:
         """Verify every shard of the split now; copies of this reader made afterwards do not verify again."""
@@ -213,7 +242,7 @@ class ShardReader:
             self._refuse(self.folder, "a shard that ends before its index says")
         return data
 
-    def _refuse(self, path: Place, found: str) -> None:
+    def _refuse(self, path: Place, found: str) -> NoReturn:
         raise MsencError(_with_hint(f"{path}: found {found}. Prepare the data again.", self.hint))
 
 
@@ -283,13 +312,11 @@ def _index(folder: Path, stream: str, settings: dict[str, Any], writers: list[_S
         samples += [
             {**sample, "shard": first + sample["shard"], "members": members[sample["id"]]} for sample in writer.samples
         ]
-    identity = {"settings": settings, "shards": [{key: s[key] for key in ("file", "sha256")} for s in shards]}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return {
         "schema_version": SCHEMA_VERSION,
         "stream": stream,
         "settings": settings,
-        "hash": digest,
+        "hash": _identity(settings, shards),
         "shards": shards,
         "samples": samples,
     }

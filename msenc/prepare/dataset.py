@@ -128,7 +128,7 @@ def content_digest(dialogues: Iterable[Dialogue]) -> str:
 def _write_turns(folder: Path, dialogues: list[Dialogue]) -> dict[str, Any]:
     samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in dialogues]
     settings = {"content": content_digest(dialogues)}
-    return _reuse(folder / "turns", settings) or write_stream(folder / "turns", samples, settings)
+    return _reuse(folder / "turns", settings, dialogues) or write_stream(folder / "turns", samples, settings)
 
 
 def _write_features(
@@ -143,7 +143,7 @@ def _write_features(
     clips = _digest(_clip_size(root, u.clip) for d in dialogues for u in d.utterances)
     settings = {**recipe.settings, "dim": recipe.dim, "turns": turns_hash, "clips": clips}
     rejections: list[Rejection] = []
-    index = _reuse(stream, settings) if (stream / "rejected.csv").is_file() else None
+    index = _reuse(stream, settings, dialogues) if (stream / "rejected.csv").is_file() else None
     if index is None:
         dim = recipe.make_encoder().dim
         if dim != recipe.dim:
@@ -161,13 +161,15 @@ def _write_features(
     return index, rejections
 
 
-def _reuse(stream: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The stream's index, if it is there and was made with these settings."""
+def _reuse(stream: Path, settings: Mapping[str, Any], dialogues: list[Dialogue]) -> dict[str, Any] | None:
+    """The stream's index, if it is there and was made with these settings, of all utterances of these dialogues."""
     try:
         index = read_index(stream)
     except MsencError:
         return None
-    return index if index["settings"] == settings else None
+    found = [(s["id"], s["split"], len(s["lengths"])) for s in index["samples"]]
+    is_complete = found == [(d.id, d.split, len(d.utterances)) for d in dialogues]
+    return index if index["settings"] == settings and is_complete else None
 
 
 def _kept_streams(folder: Path, turns_hash: str, remade: set[str]) -> dict[str, StreamInfo]:

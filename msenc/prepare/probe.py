@@ -52,7 +52,7 @@ def probe_clip(path: Path) -> ClipFacts:
     reasons: dict[str, str | None] = {"audio": None, "video": None}
     duration_s = None
     try:
-        duration_s = len(read_audio(path, SAMPLE_RATE)) / SAMPLE_RATE
+        duration_s = round(len(read_audio(path, SAMPLE_RATE)) / SAMPLE_RATE, 3)
     except MediaError as error:
         reasons["audio"] = error.reason
     try:
@@ -63,7 +63,7 @@ def probe_clip(path: Path) -> ClipFacts:
     try:
         properties = read_properties(path)
     except MediaError:
-        return ClipFacts(**reasons, sha256=_hash(path))
+        return ClipFacts(**reasons, duration_s=duration_s, sha256=_hash(path))
     if properties.channels > 2:
         notes.append(("surround_sound", f"{properties.channels} channels"))
     if 0 < properties.sample_rate < SAMPLE_RATE:
@@ -74,10 +74,9 @@ def probe_clip(path: Path) -> ClipFacts:
         notes.append(("variable_frame_rate", ""))
     if not {path.suffix[1:].lower(), *_OTHER_NAMES.get(path.suffix[1:].lower(), ())} & {*properties.formats}:
         notes.append(("wrong_extension", properties.formats[0]))
-    if duration_s is None:
-        duration_s = properties.duration_s
-    rounded = None if duration_s is None else round(duration_s, 3)
-    return ClipFacts(**reasons, duration_s=rounded, notes=tuple(notes), sha256=_hash(path))
+    if duration_s is None and properties.duration_s is not None:
+        duration_s = round(properties.duration_s, 3)
+    return ClipFacts(**reasons, duration_s=duration_s, notes=tuple(notes), sha256=_hash(path))
 
 
 _OTHER_NAMES = {"mkv": ("matroska",), "m4v": ("mp4",), "wmv": ("asf",), "opus": ("ogg",), "mpg": ("mpeg",)}
