@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -41,6 +41,9 @@ class ClipFacts:
     duration_s: float | None = None
     notes: tuple[tuple[str, str], ...] = ()
     sha256: str = ""
+
+
+Probe = Callable[[Path], ClipFacts]
 
 
 def probe_clip(path: Path) -> ClipFacts:
@@ -90,7 +93,9 @@ def _hash(path: Path) -> str:
         return ""
 
 
-def probe_clips(root: Path, clips: Sequence[str], num_workers: int, cache: Path) -> dict[str, ClipFacts]:
+def probe_clips(
+    root: Path, clips: Sequence[str], num_workers: int, cache: Path, probe: Probe = probe_clip
+) -> dict[str, ClipFacts]:
     """Facts of clips, in their order.
 
     What is found is added to `cache` line by line, so that a kill loses at most the clips in hand. A clip whose size
@@ -101,6 +106,7 @@ def probe_clips(root: Path, clips: Sequence[str], num_workers: int, cache: Path)
         clips: paths below it; each need not exist.
         num_workers: processes; 0 works in this one, where a clip that kills its process ends the whole.
         cache: a file of JSON lines, made where it is missing.
+        probe: looks at one clip; picklable.
 
     Raises:
         MsencError: a clip may not be read, or the disk refuses.
@@ -122,7 +128,7 @@ def probe_clips(root: Path, clips: Sequence[str], num_workers: int, cache: Path)
         try:
             with cache.open("a", encoding="utf-8") as file, progress_bar("clips") as progress:
                 bar = progress.add_task(f"probing clips ({len(stamps) - len(new):,} known)", total=len(new))
-                for clip, found in _probe(root, new, num_workers):
+                for clip, found in _probe(root, new, num_workers, probe):
                     facts[clip] = found
                     if found.audio != DIED:  # memory may suffice next time
                         file.write(_line(clip, stamps[clip], found))
@@ -137,23 +143,23 @@ def probe_clips(root: Path, clips: Sequence[str], num_workers: int, cache: Path)
     return {clip: facts[clip] for clip in clips}
 
 
-def _probe(root: Path, clips: Sequence[str], num_workers: int) -> Iterator[tuple[str, ClipFacts]]:
+def _probe(root: Path, clips: Sequence[str], num_workers: int, probe: Probe) -> Iterator[tuple[str, ClipFacts]]:
     if num_workers == 0:
-        yield from ((clip, probe_clip(root / clip)) for clip in clips)
+        yield from ((clip, probe(root / clip)) for clip in clips)
         return
     waiting = deque(clips)
     while waiting:
         # Nothing says which of the clips in hand killed the worker; alone in a process, the one that did does so again.
-        for clip in (yield from _probe_until_death(root, waiting, num_workers)):
+        for clip in (yield from _probe_until_death(root, waiting, num_workers, probe)):
             with _pool(1) as pool:
                 try:
-                    yield clip, pool.submit(probe_clip, root / clip).result()
+                    yield clip, pool.submit(probe, root / clip).result()
                 except BrokenProcessPool:
                     yield clip, ClipFacts(DIED, DIED)
 
 
 def _probe_until_death(
-    root: Path, waiting: deque[str], num_workers: int
+    root: Path, waiting: deque[str], num_workers: int, probe: Probe
 ) -> Generator[tuple[str, ClipFacts], None, list[str]]:
     """Probe until nothing waits, or a worker dies; then return the clips that were in hand."""
     in_hand: deque = deque()
@@ -161,7 +167,7 @@ def _probe_until_death(
     try:
         while waiting or in_hand:
             while waiting and len(in_hand) < 4 * num_workers:
-                in_hand.append((waiting[0], pool.submit(probe_clip, root / waiting[0])))
+                in_hand.append((waiting[0], pool.submit(probe, root / waiting[0])))
                 waiting.popleft()
             clip, future = in_hand[0]
             found = future.result()
