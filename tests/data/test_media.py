@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from clips import write_media
 
 from msenc.data import media
-from msenc.data.media import MediaError, read_audio, read_frames
+from msenc.data.media import MediaError, read_audio, read_frames, read_properties
 from msenc.types import MsencError
 
 RATE = 16000
@@ -156,6 +157,48 @@ def test_what_a_clip_lacks_is_told(tmp_path):
         assert reason(read, empty, rate) == "clip corrupt"
         assert reason(read, tmp_path / "none.mp4", rate) == "clip missing"
         assert reason(read, tmp_path, rate) == "clip missing"
+
+
+def test_a_picture_stored_on_its_side_is_turned_upright(tmp_path):
+    for rotation, shape, bright in ((90, (48, 32), (slice(None), slice(20, 32))), (180, (32, 48), (slice(20, 32),))):
+        frames = read_frames(write_media(tmp_path / "a.mp4", rotation=rotation, ticks=(2, 3)), fps=12)
+        assert frames.shape == (2, *shape, 3)
+        # the white upper half goes to the right, or to the bottom
+        white = np.zeros(shape, bool)
+        white[bright] = True
+        assert (frames[0][white] > 220).all()
+        assert (frames[0][~white] < 220).mean() > 0.7
+        assert read_properties(tmp_path / "a.mp4").rotation % 360 in (90, 180, 270)
+
+
+def test_headers_tell_what_is_odd(tmp_path):
+    plain = read_properties(write_media(tmp_path / "plain.mp4"))
+    assert (plain.sample_rate, plain.channels, plain.rotation, plain.is_variable) == (16000, 1, 0, False)
+    assert plain.duration_s == pytest.approx(0.5, abs=0.1)
+    assert "mp4" in plain.formats
+    assert read_properties(write_media(tmp_path / "a.mp4", channels="5.1")).channels == 6
+    assert read_properties(write_media(tmp_path / "a.mp4", rate=8000)).sample_rate == 8000
+    assert read_properties(write_media(tmp_path / "a.mp4", ticks=(0, 1, 7, 8, 30))).is_variable
+    assert read_properties(write_media(tmp_path / "a.mp4", with_sound=False)).channels == 0
+    radio = read_properties(write_media(tmp_path / "a.mp4", container="wav", with_picture=False))
+    assert (radio.formats, radio.is_variable) == (("wav",), False)
+
+
+def test_surround_sound_is_mixed_down(tmp_path):
+    path = write_media(tmp_path / "a.mp4", channels="5.1", seconds=1.0)
+    samples = read_audio(path, 16000)
+    assert len(samples) == pytest.approx(16000, rel=0.1)
+    assert 0.1 < np.abs(samples).max() <= 1
+
+
+def test_a_title_in_any_encoding_is_no_reason_to_drop_a_clip(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_clip(path, tone(1.0), steady(1))
+    data = path.read_bytes()
+    assert b"Lavf" in data
+    path.write_bytes(data.replace(b"Lavf", b"\x92\xe9\x80\xff"))  # the writer's name, in no encoding at all
+    assert len(read_audio(path, RATE)) > 0.9 * RATE
+    assert len(read_frames(path, 3)) == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}], ids=["index at the end", "index first"])

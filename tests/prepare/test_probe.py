@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from clips import write_media
 
-from msenc.prepare.probe import ClipFacts, probe_clips
+from msenc.prepare.probe import ClipFacts, probe_clip, probe_clips
 from msenc.types import MsencError
 
 NAMES = [f"clip{i}.mp4" for i in range(12)]
@@ -98,3 +99,23 @@ def test_an_end_in_the_middle_loses_the_clip_in_hand_alone(root, tmp_path):
 def test_a_cache_that_cannot_be_written_is_refused(root, tmp_path):
     with pytest.raises(MsencError, match=r"clips\.jsonl: cannot be written \(No such file"):
         probe_clips(root, NAMES, 0, tmp_path / "none" / "clips.jsonl", look)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "note"),
+    [
+        ("a.mp4", {"channels": "5.1"}, ("surround_sound", "6 channels")),
+        ("a.mp4", {"rate": 8000}, ("low_sample_rate", "8000 Hz")),
+        ("a.mp4", {"rotation": 90}, ("rotated", "-90 degrees")),
+        ("a.mp4", {"ticks": (0, 1, 7, 8, 30)}, ("variable_frame_rate", "")),
+        ("a.mp4", {"container": "matroska"}, ("wrong_extension", "matroska")),
+        ("a.mkv", {}, ("wrong_extension", "mov")),
+        ("a.mkv", {"container": "matroska"}, None),
+        ("A.MOV", {}, None),
+    ],
+)
+def test_odd_clips_are_usable_and_noted(tmp_path, name, kind, note):
+    facts = probe_clip(write_media(tmp_path / name, **kind))
+    assert (facts.audio, facts.video) == (None, None)
+    assert facts.notes == ((note,) if note else ())
+    assert facts.duration_s == pytest.approx(0.5, abs=0.1)
