@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,8 @@ def test_a_filter_that_cannot_act_is_refused(folder):
     without = DatasetManifest("demo", {}, {})
     with pytest.raises(MsencError, match=r"data\.filter=no_leakage needs an audit.*stage=audit"):
         left_out(folder, ["no_leakage"], without)
+    with pytest.raises(MsencError, match=r"audit\.csv: not the audit that dataset\.json records"):
+        left_out(folder, ["no_leakage"], replace(manifest, audit_hash="other"))
     with (folder / AUDIT / "audit.csv").open("a") as file:
         file.write("demo/test/dia1,test,leakage,,\n")
     with pytest.raises(MsencError, match=r"audit\.csv: not the audit that dataset\.json records"):

@@ -263,6 +263,21 @@ def test_new_turns_beside_old_features_are_refused_until_prepared_again(root, tm
     DialogueDataModule(out, specs, tokenizer=None).setup()
 
 
+def test_an_index_that_lost_a_dialogue_is_refused_and_made_anew(root, tmp_path):
+    out = tmp_path / "out"
+    manifest = prepare(root, out, audio())
+    path = out / "audio-logmel" / "index.json"
+    whole = path.read_bytes()
+    index = json.loads(whole)
+    index["samples"].pop()
+    path.write_text(json.dumps(index))
+    specs = {"audio": StreamSpec("logmel", 8, 2)}
+    with pytest.raises(MsencError, match=r"audio-logmel: its index names .* utterances, dataset\.json"):
+        DialogueDataModule(out, specs, tokenizer=None, batch_size=1).setup()
+    assert prepare(root, out, audio()) == manifest
+    assert path.read_bytes() == whole
+
+
 def test_a_stream_remade_without_its_manifest_is_not_kept(root, tmp_path):
     out = tmp_path / "out"
     prepare(root, out, audio(), video())
