@@ -130,16 +130,14 @@ def probe_clips(
                 bar = progress.add_task(f"probing clips ({len(stamps) - len(new):,} known)", total=len(new))
                 for clip, found in _probe(root, new, num_workers, probe):
                     facts[clip] = found
-                    if found.audio != DIED:  # memory may suffice next time
-                        file.write(_line(clip, stamps[clip], found))
-                        file.flush()
+                    file.write(_line(clip, stamps[clip], found))
+                    file.flush()
                     progress.advance(bar)
         except OSError as error:
             raise MsencError(
                 f"{cache}: cannot be written ({error.strerror}). Free space or permissions there."
             ) from error
-        known = {clip: (stamps[clip], facts[clip]) for clip in stamps if facts[clip].audio != DIED}
-        write_text(cache, "".join(_line(clip, *entry) for clip, entry in known.items()))
+        write_text(cache, "".join(_line(clip, stamp, facts[clip]) for clip, stamp in stamps.items()))
     return {clip: facts[clip] for clip in clips}
 
 
@@ -201,7 +199,7 @@ def _read_cache(path: Path) -> dict[str, tuple[list[int], ClipFacts]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             value: dict[str, Any] = json.loads(line)
-            if value["version"] == PROBE_VERSION:
+            if value["version"] == PROBE_VERSION and value["facts"]["audio"] != DIED:  # memory may suffice this time
                 notes = tuple((flag, found) for flag, found in value["facts"]["notes"])
                 known[value["clip"]] = (value["stamp"], ClipFacts(**{**value["facts"], "notes": notes}))
         except (ValueError, KeyError, TypeError):

@@ -183,7 +183,7 @@ def test_missing_clips_are_listed_counted_and_the_dialogue_stays(root, tmp_path,
     llm = load_llm(str(tiny_models["llama"]), freeze=True)
     tokenizer = DialogueTokenizer(prompt, load_tokenizer(str(tiny_models["llama"])))
     specs = {"audio": StreamSpec("logmel", 8, 2), "video": StreamSpec("pixels", 16, 3)}
-    datamodule = DialogueDataModule(out, specs, tokenizer)
+    datamodule = DialogueDataModule(out, specs, tokenizer, batch_size=2)
     datamodule.setup()
     dataset = datamodule.dataset("train")
     present = {
@@ -245,7 +245,7 @@ def test_an_end_in_the_middle_leaves_what_was_there(root, tmp_path):
     assert (out / "dataset.json").read_bytes() == manifest
     assert stamps(out) == before
     assert DatasetManifest.read(out) == first
-    datamodule = DialogueDataModule(out, {"video": StreamSpec("pixels", 16, 3)}, tokenizer=None)
+    datamodule = DialogueDataModule(out, {"video": StreamSpec("pixels", 16, 3)}, tokenizer=None, batch_size=1)
     datamodule.setup()
     assert datamodule.dataset("train").streams["video"].read("meld/train/dia0")["features.npy"].shape[1] == 16
 
@@ -258,9 +258,9 @@ def test_new_turns_beside_old_features_are_refused_until_prepared_again(root, tm
         prepare(root, out, audio(Failing), video())
     specs = {"audio": StreamSpec("logmel", 8, 2)}
     with pytest.raises(MsencError, match=r"turns: found shards with hash .* a preparation ended before its time"):
-        DialogueDataModule(out, specs, tokenizer=None).setup()
+        DialogueDataModule(out, specs, tokenizer=None, batch_size=1).setup()
     prepare(root, out, audio())
-    DialogueDataModule(out, specs, tokenizer=None).setup()
+    DialogueDataModule(out, specs, tokenizer=None, batch_size=1).setup()
 
 
 def test_an_index_that_lost_a_dialogue_is_refused_and_made_anew(root, tmp_path):
