@@ -485,7 +485,7 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
         utterances = Counter()
         for sample in index["samples"]:
             utterances[sample["split"]] += sum(length > 0 for length in sample["lengths"])
-        if +utterances != +Counter(manifest.streams[name].utterances):
+        if name in manifest.streams and +utterances != +Counter(manifest.streams[name].utterances):
             raise MsencError(
                 f"{folder / name}: its index names {dict(utterances)} utterances, dataset.json "
                 f"{manifest.streams[name].utterances}. Prepare the data again. {hint}"

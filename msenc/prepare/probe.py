@@ -196,7 +196,7 @@ def _line(clip: str, stamp: list[int], facts: ClipFacts) -> str:
 def _read_cache(path: Path) -> dict[str, tuple[list[int], ClipFacts]]:
     """What is known; a line that a kill cut off, or that another version wrote, is not."""
     known = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             value: dict[str, Any] = json.loads(line)
             if value["version"] == PROBE_VERSION and value["facts"]["audio"] != DIED:  # memory may suffice this time
