@@ -131,13 +131,13 @@ def _is_sound(index: dict[str, Any]) -> bool:
             and all(min(int(a), int(b)) >= 0 for s in index["samples"] for a, b in s["members"].values())
             and len({s["id"] for s in index["samples"]}) == len(index["samples"])
             and isinstance(index["settings"], dict)
-            and _identity(index["settings"], index["shards"]) == index["hash"]
+            and stream_hash(index["settings"], index["shards"]) == index["hash"]
         )
     except (TypeError, KeyError, ValueError, AttributeError):
         return False
 
 
-def _identity(settings: dict[str, Any], shards: list[dict[str, Any]]) -> str:
+def stream_hash(settings: dict[str, Any], shards: list[dict[str, Any]]) -> str:
     """The hash of a stream: what made it, and the content of its shards."""
     identity = {"settings": settings, "shards": [{key: s[key] for key in ("file", "sha256")} for s in shards]}
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -316,7 +316,7 @@ def _index(folder: Path, stream: str, settings: dict[str, Any], writers: list[_S
         "schema_version": SCHEMA_VERSION,
         "stream": stream,
         "settings": settings,
-        "hash": _identity(settings, shards),
+        "hash": stream_hash(settings, shards),
         "shards": shards,
         "samples": samples,
     }

@@ -6,7 +6,7 @@ import pytest
 
 from msenc.data.lengths import split_lengths
 from msenc.data.location import locate
-from msenc.data.shards import ShardReader
+from msenc.data.shards import ShardReader, stream_hash
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer, Prompt, Slot
 from msenc.types import Dialogue
@@ -89,7 +89,9 @@ def test_what_lengths_depend_on_makes_another_key(prepared, llm, tmp_path):
     assert len(list((prepared / "lengths").iterdir())) == 1 + len(variants)
     for stream in ("turns", "audio-logmel"):
         index = json.loads((prepared / stream / "index.json").read_text(encoding="utf-8"))
-        (prepared / stream / "index.json").write_text(json.dumps({**index, "hash": "0" * 64}), encoding="utf-8")
+        index["settings"] = {**index["settings"], "made": "otherwise"}
+        index["hash"] = stream_hash(index["settings"], index["shards"])
+        (prepared / stream / "index.json").write_text(json.dumps(index), encoding="utf-8")
         assert count(prepared, llm)[1] == 16, stream
 
 
