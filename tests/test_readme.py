@@ -100,7 +100,7 @@ def test_a_command_runs(command, call_script, own_home, a_run, tiny_models):
     small = SMALL_DEMO if "data=demo" in arguments else []
     before = files_of(own_home)
     call_script(script, *arguments, *stand_ins, *SHORT[script], *small)
-    assert files_of(own_home) != before, "the command wrote nothing"
+    assert ("plan=true" in arguments) or files_of(own_home) != before, "the command wrote nothing"
 
 
 def files_of(folder):
