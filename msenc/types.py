@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the command lines' --help must not wait for torch
     from torch import Tensor
 
 SPLITS = ("train", "val", "test")
+UNKNOWN = "unknown"
 
 
 class MsencError(Exception):
@@ -41,6 +42,31 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class VoiceAttributes:
+    """How something is spoken, in words; ``unknown`` for what was not measured or not said.
+
+    `msenc.speech.description` has the words of each attribute, and turns them into sentences and back.
+
+    Args:
+        gender: of the voice.
+        pitch: level of the voice's pitch among voices of its gender.
+        range: how far the pitch moves (expressivity).
+        rate: syllables per second of speech.
+        loudness: level of the speech.
+        pauses: share of silence between the first and the last word.
+        noise: what is heard beside the speech.
+    """
+
+    gender: str = UNKNOWN
+    pitch: str = UNKNOWN
+    range: str = UNKNOWN
+    rate: str = UNKNOWN
+    loudness: str = UNKNOWN
+    pauses: str = UNKNOWN
+    noise: str = UNKNOWN
+
+
+@dataclass(frozen=True)
 class Utterance:
     """One turn of a dialogue.
 
@@ -53,6 +79,7 @@ class Utterance:
         end_s: end in the source recording, in seconds.
         clip: the media file, relative to the dataset's root, or None where there is none.
         marks: spans of known information, when this utterance is a target (only the demo has them).
+        attributes: what the description says, word by word, or None where nothing was described.
     """
 
     id: str
@@ -63,6 +90,7 @@ class Utterance:
     end_s: float | None = None
     clip: str | None = None
     marks: tuple[Mark, ...] = ()
+    attributes: VoiceAttributes | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +114,11 @@ class Dialogue:
 
     def to_json(self) -> dict[str, Any]:
         """The dialogue as plain values; `from_json` reads it back to an equal object."""
-        return asdict(self)
+        value = asdict(self)
+        for utterance in value["utterances"]:
+            if utterance["attributes"] is None:  # data that was never described keeps its bytes and its hash
+                del utterance["attributes"]
+        return value
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Dialogue:
@@ -97,10 +129,15 @@ class Dialogue:
             >>> Dialogue.from_json(d.to_json()) == d
             True
         """
-        utterances = tuple(
-            Utterance(**{**u, "marks": tuple(Mark(**m) for m in u["marks"])}) for u in value["utterances"]
-        )
-        return Dialogue(id=value["id"], split=value["split"], utterances=utterances)
+        utterances = []
+        for u in value["utterances"]:
+            attributes = u.get("attributes")
+            parts = {
+                "marks": tuple(Mark(**m) for m in u["marks"]),
+                "attributes": VoiceAttributes(**attributes) if attributes else None,
+            }
+            utterances.append(Utterance(**{**u, **parts}))
+        return Dialogue(id=value["id"], split=value["split"], utterances=tuple(utterances))
 
 
 @dataclass(frozen=True)
