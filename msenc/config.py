@@ -79,6 +79,17 @@ class ModelConfig:
 
 
 @dataclass
+class VoiceConfig:
+    """How `prepare.py describe=true` describes voices; the keys of `msenc.prepare.describe.VoiceSettings`."""
+
+    levels: int = 3
+    genders: dict[str, str] = field(default_factory=dict)
+    edges: dict[str, list[float]] = field(default_factory=dict)
+    overwrite: bool = False
+    seed: int = 1
+
+
+@dataclass
 class DataConfig:
     """A data set: where it lies, and how it is read.
 
@@ -87,6 +98,7 @@ class DataConfig:
         dir: the prepared data (shards, dataset.json); `prepare.py` writes it. A path, or where it is only read a URL.
         root: the raw material; only `prepare.py` reads it.
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
+        voice: how `prepare.py` describes voices.
         batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
         max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
         num_workers: processes that prepare data, or load it while training.
@@ -99,6 +111,7 @@ class DataConfig:
     dir: str = MISSING
     root: str = MISSING
     generate: Any = None
+    voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None
     max_tokens_per_batch: int | None = None
     num_workers: int = 0
@@ -159,6 +172,7 @@ class PrepareConfig:
 
     Args:
         stage: None makes shards, ``audit`` looks the raw material through.
+        describe: measure the voices and describe them, as `data.voice` says; None: as the folder was prepared before.
         prepare_workers: processes that decode clips; 0 works in this one.
     """
 
@@ -167,6 +181,7 @@ class PrepareConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: Any = MISSING
+    describe: bool | None = None
     prepare_workers: int = 2
     paths: PathsConfig = field(default_factory=PathsConfig)
 

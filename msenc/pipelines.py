@@ -41,6 +41,7 @@ from msenc.module import ConversationModule
 from msenc.plan import count_batches, largest_batch, predict_memory
 from msenc.prepare.audit import Audit, audit_dataset
 from msenc.prepare.dataset import StreamRecipe, folder_lock, prepare_dataset
+from msenc.prepare.describe import UNITS, VoiceSettings, read_bins
 from msenc.prompt import DialogueTokenizer, Prompt
 from msenc.run import (
     RunRecord,
@@ -138,10 +139,22 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
     with folder_lock(folder, wait):
         if data["generate"] is not None:
             build(data["generate"], root=root, num_workers=workers)
-        manifest = prepare_dataset(data["name"], root, folder, streams, workers)
+        voice = _voice_settings(config.get("describe"), data["voice"], folder)
+        manifest = prepare_dataset(data["name"], root, folder, streams, workers, voice)
     if data["generate"] is not None:
         _ensure_llm(config)
     return manifest
+
+
+def _voice_settings(describe: bool | None, wanted: Mapping[str, Any], folder: Path) -> VoiceSettings | None:
+    """How to describe voices; without a word in the config as before, so that no later call loses descriptions."""
+    if describe is not None:
+        return VoiceSettings(**wanted) if describe else None
+    try:
+        before = DatasetManifest.read(folder).settings.get("voice")
+    except MsencError:
+        return None
+    return VoiceSettings(**{key: before[key] for key in wanted}) if before else None
 
 
 def _ensure_llm(config: Mapping[str, Any]) -> None:
@@ -177,11 +190,32 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
         )
     console.print(table)
     folder = Path(config["data"]["dir"])
+    if "voice" in manifest.settings:
+        _print_bins(folder)
     if manifest.num_repaired:
         console.print(f"Text with repaired encoding: {manifest.num_repaired:,} rows.")
     for reason, count in manifest.rejected.items():
         console.print(f"Not used: {count:,} x {reason}")
     console.print(f"Written: {folder / 'dataset.json'}, {folder / 'rejected.csv'}, one folder per stream beside them.")
+
+
+def _print_bins(folder: Path) -> None:
+    table = Table(title="voice attributes: where the words change, from the train split")
+    for column in ("attribute", "words", "unit", "clips", "10 %", "50 %", "90 %"):
+        table.add_column(column, justify="left" if column in ("attribute", "words", "unit") else "right")
+    for name, bin in read_bins(folder).items():
+        words = bin.words[0] + "".join(f" {e:.4g} {w}" for e, w in zip(bin.edges or (), bin.words[1:], strict=False))
+        table.add_row(
+            name,
+            words if bin.edges else f"unknown: {bin.source}",
+            UNITS[name.partition("/")[0]],
+            f"{bin.clips:,}",
+            *(f"{p:.3g}" for p in bin.percentiles or ()),
+        )
+    console.print(table)
+    console.print(
+        f"Written: {_shown(folder / 'voice-bins.json')}, {_shown(folder / 'voice-turns.jsonl')}", soft_wrap=True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- train

@@ -25,6 +25,7 @@ from msenc.data.manifest import (
     write_rejections,
 )
 from msenc.data.shards import read_index, write_stream
+from msenc.prepare.describe import VoiceSettings, describe_dialogues, describe_settings
 from msenc.prepare.features import extract
 from msenc.types import Dialogue, MsencError, Rejection
 
@@ -54,6 +55,7 @@ def prepare_dataset(
     folder: Path,
     streams: list[StreamRecipe],
     num_workers: int,
+    voice: VoiceSettings | None = None,
 ) -> DatasetManifest:
     """Make what is missing of a prepared data set.
 
@@ -63,6 +65,7 @@ def prepare_dataset(
         folder: where the prepared data goes; streams of other encoders in it stay.
         streams: the features wanted.
         num_workers: processes for decoding and encoding.
+        voice: how to describe the turns' voices; None leaves the descriptions as the annotations have them.
 
     Returns:
         The manifest, as written to ``dataset.json``; what could not be used stands in ``rejected.csv``.
@@ -72,27 +75,29 @@ def prepare_dataset(
             that prepares the same folder.
     """
     annotations = read_meld(root, name)
-    turns = _write_turns(folder, annotations.dialogues)
-    rejections = list(annotations.rejections)
-    infos = {"turns": _info("text", None, None, turns, annotations.dialogues)}
+    dialogues, rejections = annotations.dialogues, list(annotations.rejections)
+    settings: dict[str, Any] = {"annotations": "meld"}
+    if voice is not None:
+        dialogues, _ = describe_dialogues(dialogues, root, folder, voice, num_workers, rejections)
+        settings["voice"] = describe_settings(voice)
+    turns = _write_turns(folder, dialogues)
+    infos = {"turns": _info("text", None, None, turns, dialogues)}
     # Streams of other encoders stay usable as long as they were made from these turns.
     for stream, info in _kept_streams(folder, turns["hash"], {f"{s.kind}-{s.name}" for s in streams}).items():
         infos[stream] = info
         rejections += read_rejections(folder / stream / "rejected.csv")
     for recipe in streams:
-        index, rejected = _write_features(folder, root, recipe, annotations.dialogues, turns["hash"], num_workers)
+        index, rejected = _write_features(folder, root, recipe, dialogues, turns["hash"], num_workers)
         rejections += rejected
-        infos[f"{recipe.kind}-{recipe.name}"] = _info(
-            recipe.kind, recipe.name, recipe.dim, index, annotations.dialogues
-        )
+        infos[f"{recipe.kind}-{recipe.name}"] = _info(recipe.kind, recipe.name, recipe.dim, index, dialogues)
     rejections = list(dict.fromkeys(rejections))  # two encoders of one stream lack the same clips
     manifest = DatasetManifest(
         name=name,
-        splits=count_splits(annotations.dialogues),
+        splits=count_splits(dialogues),
         streams=infos,
         rejected=count_rejections(rejections),
         num_repaired=annotations.num_repaired,
-        settings={"annotations": "meld"},
+        settings=settings,
         turns_hash=turns["hash"],
         audit_hash=find_audit(folder, turns["settings"]["content"]),
     )

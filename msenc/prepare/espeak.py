@@ -1,4 +1,4 @@
-"""eSpeak NG through ctypes: text and voice settings in, samples out. Used by the demo's generator alone.
+"""eSpeak NG through ctypes: text and voice settings in, samples or phonemes out.
 
 The library keeps state between two calls (the phase of its pitch flutter, among others), so the same words sound
 slightly different the second time. Here it is loaded and unloaded again for each utterance, which costs some
@@ -8,6 +8,7 @@ and some others), whose noise comes from memory that was never written.
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from msenc.types import MsencError
 _SYNCHRONOUS = 2
 _DONT_EXIT = 0x8000
 _CHARS_UTF8 = 1
+_IPA = 2
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -81,6 +83,42 @@ def speak(text: str, settings: VoiceSettings) -> tuple[np.ndarray, int]:
         return _speak_with(library, loader.get_data_path(), text, settings)
     finally:
         _unload(library)
+
+
+def to_phonemes(texts: Sequence[str], voice: str = "en-us") -> list[str]:
+    """Texts -> IPA, as eSpeak NG would speak them; clauses are joined by a space.
+
+    Raises:
+        MsencError: if the library is missing, or has no such voice.
+
+    Example:
+        >>> to_phonemes(["Hello."])
+        ['həlˈoʊ']
+    """
+    loader = load_espeak()
+    library = ctypes.CDLL(loader.get_library_path())
+    library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+    library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
+    library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
+    library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+    try:
+        library.espeak_Initialize(_SYNCHRONOUS, 0, loader.get_data_path().encode(), _DONT_EXIT)
+        try:
+            if library.espeak_SetVoiceByName(voice.encode()) != 0:
+                raise MsencError(f"eSpeak NG has no voice {voice!r}. Choose one of its voices.")
+            return [_clauses_to_phonemes(library, text) for text in texts]
+        finally:
+            library.espeak_Terminate()
+    finally:
+        _unload(library)
+
+
+def _clauses_to_phonemes(library: ctypes.CDLL, text: str) -> str:
+    rest = ctypes.c_char_p(text.replace("\0", " ").encode())
+    clauses = []
+    while rest.value:  # each call moves it behind a clause; at the end it is NULL
+        clauses.append((library.espeak_TextToPhonemes(ctypes.byref(rest), _CHARS_UTF8, _IPA) or b"").decode())
+    return " ".join(clause.strip() for clause in clauses if clause.strip())
 
 
 def _speak_with(library: ctypes.CDLL, data_path: str, text: str, settings: VoiceSettings) -> tuple[np.ndarray, int]:

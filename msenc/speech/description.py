@@ -17,9 +17,9 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
     "rate": ("slow", "moderate", "fast"),
     "loudness": ("quiet", "moderate", "loud"),
     "pauses": ("few", "some", "many"),
-    "noise": ("clean", "slight", "noisy"),
+    "noise": ("noisy", "slight", "clean"),
 }
-"""The words of each attribute; of all but the gender in rising order of what is measured."""
+"""The words of each attribute; of all but the gender in rising order of what is measured (of noise: the SNR)."""
 
 _SUBJECTS = {
     "woman": ("a woman", "a female speaker"),

@@ -1,0 +1,451 @@
+"""The describe stage: measures of all clips -> bins fitted on the train split -> attributes and a sentence per turn.
+
+Measures are cached by a clip's content, so a second call measures nothing. Bins pool all train clips, pitch per
+gender; never by speaker id, which in many data sets is local to its dialogue.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from msenc.data.media import MediaError, read_audio
+from msenc.prepare.voice import SAMPLE_RATE, VERSION, VoiceMeasures, count_syllables, guess_syllables, measure
+from msenc.speech.description import VOCABULARY, describe, parse
+from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
+
+CACHE = "voice-cache.jsonl"
+BINS = "voice-bins.json"
+TURNS = "voice-turns.jsonl"
+
+UNITS = {
+    "pitch": "Hz",
+    "range": "semitones",
+    "rate": "syllables/s",
+    "loudness": "LUFS",
+    "pauses": "share",
+    "noise": "dB SNR",
+}
+"""The unit of each attribute's value."""
+
+MIN_SPREAD = {"pitch": 2.0, "range": 1.0, "rate": 0.5, "loudness": 3.0, "pauses": 0.05, "noise": 6.0}
+"""What the middle 80 % of the train clips must span for words to say anything; pitch in semitones, others in `UNITS`.
+
+About the smallest difference that one hears between two sentences, or that the measures resolve.
+"""
+
+MIN_CLIPS = 10
+
+# Median fundamental frequency of a speaker: between these two a voice may be either.
+MAX_MAN_HZ, MIN_WOMAN_HZ = 145.0, 175.0
+
+
+@dataclass(frozen=True)
+class VoiceSettings:
+    """How turns are described.
+
+    Args:
+        levels: words per attribute: 3, or 2 without the middle one.
+        genders: speaker -> ``woman`` or ``man``, where the data set tells; others are estimated by pitch.
+        edges: values at which the next word begins, for those that are not to be quantiles of the train split, by
+            name: ``noise``, ``pitch/woman``, ...
+        overwrite: replace the data set's own descriptions; else they stay and are read for their attributes.
+        seed: of the sentences' templates.
+    """
+
+    levels: int = 3
+    genders: Mapping[str, str] = field(default_factory=dict)
+    edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    overwrite: bool = False
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what no bins could be made of."""
+        if self.levels not in (2, 3):
+            raise MsencError(f"data.voice.levels: found {self.levels!r}, expected 2 or 3 words per attribute.")
+        for speaker, gender in self.genders.items():
+            if gender not in VOCABULARY["gender"]:
+                raise MsencError(
+                    f"data.voice.genders: found {gender!r} for {speaker}, expected {' or '.join(VOCABULARY['gender'])}."
+                )
+        for name, edges in self.edges.items():
+            if name not in _GROUPS:
+                raise MsencError(f"data.voice.edges: no value {name!r}; there are {', '.join(_GROUPS)}.")
+            if len(edges) != self.levels - 1 or list(edges) != sorted(edges):
+                raise MsencError(
+                    f"data.voice.edges.{name}: found {list(edges)}, expected {self.levels - 1} rising number(s) for "
+                    f"{self.levels} levels."
+                )
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Where one attribute's words change.
+
+    Args:
+        edges: the values at which the next word begins, rising; None where the words would say nothing.
+        words: one more than the edges.
+        source: ``quantiles``, ``given``, or why there are no edges.
+        clips: train clips that it was fitted on.
+        percentiles: their 10th, 50th and 90th, or None without clips.
+    """
+
+    edges: tuple[float, ...] | None
+    words: tuple[str, ...]
+    source: str
+    clips: int
+    percentiles: tuple[float, float, float] | None
+
+    def word(self, value: float | None) -> str:
+        """The word of a value; ``unknown`` without a value, or without edges."""
+        if value is None or self.edges is None:
+            return UNKNOWN
+        return self.words[int(np.searchsorted(self.edges, value, side="right"))]
+
+
+_GROUPS = (*(f"pitch/{gender}" for gender in VOCABULARY["gender"]), *(name for name in UNITS if name != "pitch"))
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One turn's values by attribute, and its gender with where that comes from (None where there is none)."""
+
+    values: Mapping[str, float | None]
+    gender: str
+    gender_source: str | None
+
+
+def describe_dialogues(
+    dialogues: Sequence[Dialogue],
+    root: Path,
+    folder: Path,
+    settings: VoiceSettings,
+    num_workers: int,
+    rejections: list[Rejection],
+) -> tuple[list[Dialogue], dict[str, Bin]]:
+    """Give every turn its attributes and, where it has none, a description.
+
+    Writes ``voice-bins.json`` and ``voice-turns.jsonl`` (per turn: measures, attributes, where gender and description
+    come from) into `folder`, and keeps ``voice-cache.jsonl`` there.
+
+    Args:
+        dialogues: of all splits.
+        root: folder that the clips' paths start from.
+        folder: of the prepared data set.
+        settings: how to describe.
+        num_workers: processes that measure; 0 works in this one. The result does not depend on it.
+        rejections: receives the clips that have no sound.
+
+    Returns:
+        The dialogues, described; and the bins by name (``pitch/woman``, ``rate``, ...).
+
+    Raises:
+        MsencError: no clip of the train split has a voice, a worker died, or the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    measures = _measure_all(dialogues, Path(root), folder / CACHE, num_workers, rejections)
+    turns = _turns(dialogues, measures, settings)
+    bins = fit_bins((turns[d.id, u.id] for d in dialogues if d.split == "train" for u in d.utterances), settings)
+    described, lines = [], []
+    for dialogue in dialogues:
+        utterances = []
+        for utterance in dialogue.utterances:
+            turn = turns[dialogue.id, utterance.id]
+            measured = attributes_of(turn.values, turn.gender, bins)
+            rng = Random(f"{settings.seed}/{dialogue.id}/{utterance.id}")
+            utterances.append(_described(utterance, measured, settings, rng))
+            lines.append(
+                {
+                    "id": f"{dialogue.id}/utt{utterance.id}",
+                    **asdict(measures.get(utterance.clip) or VoiceMeasures()),
+                    "rate": turn.values["rate"],
+                    "gender_source": turn.gender_source,
+                    "measured": asdict(measured),
+                    "description_source": _source(utterance, utterances[-1]),
+                }
+            )
+        described.append(replace(dialogue, utterances=tuple(utterances)))
+    value = {"settings": describe_settings(settings), "bins": {name: asdict(b) for name, b in bins.items()}}
+    _write(folder / BINS, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    _write(folder / TURNS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return described, bins
+
+
+def describe_settings(settings: VoiceSettings) -> dict[str, Any]:
+    """The settings as plain values, with the version of the measures and what counts the syllables."""
+    plain = json.loads(json.dumps(asdict(settings)))
+    return {**plain, "measures": VERSION, "syllables": "espeak" if _has_espeak() else "letters"}
+
+
+def read_bins(folder: Path) -> dict[str, Bin]:
+    """The bins that `describe_dialogues` wrote; the same words can then be given to other sound.
+
+    Raises:
+        MsencError: if the folder has none.
+    """
+    path = Path(folder) / BINS
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))["bins"]
+    except (OSError, ValueError, KeyError) as error:
+        raise MsencError(
+            f"{path}: cannot be read ({error}). Expected the bins of a described data set: prepare.py describe=true."
+        ) from error
+    return {
+        name: Bin(**{**b, **{k: tuple(b[k]) if b[k] else None for k in ("edges", "words", "percentiles")}})
+        for name, b in value.items()
+    }
+
+
+def fit_bins(turns: Iterable[_Turn], settings: VoiceSettings) -> dict[str, Bin]:
+    """Edges by name, at quantiles of the train split's clips, or as given.
+
+    An attribute that (nearly) does not vary, or that fewer than ten clips show, gets no edges: its words would tell
+    noise.
+
+    Raises:
+        MsencError: not one clip has a voice.
+    """
+    pooled: dict[str, list[float]] = {name: [] for name in _GROUPS}
+    num_voices = 0
+    for turn in turns:
+        num_voices += turn.values["pitch"] is not None
+        for name, value in turn.values.items():
+            group = f"pitch/{turn.gender}" if name == "pitch" else name
+            if value is not None and group in pooled:
+                pooled[group].append(value)
+    if num_voices == 0:
+        raise MsencError(
+            "No clip of the train split has a voice that could be measured, so there is nothing to fit the words of "
+            "voice descriptions on. Check that data.root holds the clips with their sound, or prepare without "
+            "describe=true."
+        )
+    return {name: _fit_bin(name, np.array(values), settings) for name, values in pooled.items()}
+
+
+def attributes_of(values: Mapping[str, float | None], gender: str, bins: Mapping[str, Bin]) -> VoiceAttributes:
+    """Values in the units of `UNITS` -> words; a pitch without a gender has none."""
+    words = {name: bins[name].word(values.get(name)) for name in UNITS if name != "pitch"}
+    pitch = bins.get(f"pitch/{gender}")
+    return VoiceAttributes(gender=gender, pitch=pitch.word(values.get("pitch")) if pitch else UNKNOWN, **words)
+
+
+def measured_values(measures: VoiceMeasures, num_syllables: int) -> dict[str, float | None]:
+    """A clip's measures -> the value of each attribute, in the units of `UNITS`."""
+    speech_s = measures.speech_s
+    return {
+        "pitch": measures.f0_hz,
+        "range": measures.f0_range_st,
+        "rate": round(num_syllables / speech_s, 4) if speech_s and num_syllables > 1 else None,
+        "loudness": measures.loudness_lufs,
+        "pauses": measures.pause_share,
+        "noise": measures.snr_db,
+    }
+
+
+def estimate_gender(f0_hz: Sequence[float]) -> str:
+    """The likely gender of one speaker by the median of some clips' pitch; ``unknown`` where women and men overlap.
+
+    Example:
+        >>> estimate_gender([110.0, 120.0, 190.0]), estimate_gender([160.0]), estimate_gender([])
+        ('man', 'unknown', 'unknown')
+    """
+    if not f0_hz:
+        return UNKNOWN
+    median = float(np.median(f0_hz))
+    return "man" if median < MAX_MAN_HZ else "woman" if median > MIN_WOMAN_HZ else UNKNOWN
+
+
+def _fit_bin(name: str, values: np.ndarray, settings: VoiceSettings) -> Bin:
+    vocabulary = VOCABULARY[name.partition("/")[0]]
+    words = vocabulary if settings.levels == 3 else (vocabulary[0], vocabulary[-1])
+    percentiles = tuple(round(float(p), 4) for p in np.percentile(values, [10, 50, 90])) if len(values) else None
+    if name in settings.edges:
+        return Bin(tuple(float(e) for e in settings.edges[name]), words, "given", len(values), percentiles)
+    if len(values) < MIN_CLIPS:
+        return Bin(None, words, f"fewer than {MIN_CLIPS} clips", len(values), percentiles)
+    low, _, high = percentiles
+    spread = 12 * np.log2(high / low) if name.startswith("pitch") else high - low
+    if spread < MIN_SPREAD[name.partition("/")[0]]:
+        return Bin(None, words, "does not vary", len(values), percentiles)
+    shares = np.arange(1, settings.levels) / settings.levels
+    edges = tuple(round(float(e), 4) for e in np.quantile(values, shares))
+    if len(set(edges)) < len(edges) or edges[0] <= values.min():
+        # many clips share one value (no pause at all): their word would begin at it, and the one below stay empty
+        return Bin(None, words, "most clips share one value", len(values), percentiles)
+    return Bin(edges, words, "quantiles", len(values), percentiles)
+
+
+def _turns(
+    dialogues: Sequence[Dialogue], measures: Mapping[str, VoiceMeasures], settings: VoiceSettings
+) -> dict[tuple[str, str], _Turn]:
+    texts = [u.text for d in dialogues for u in d.utterances]
+    syllables = iter(_syllables(texts))
+    turns = {}
+    for dialogue in dialogues:
+        own = [(u, measures.get(u.clip) or VoiceMeasures()) for u in dialogue.utterances]
+        for utterance, measured in own:
+            gender, source = settings.genders.get(utterance.speaker, UNKNOWN), "given"
+            if gender == UNKNOWN:
+                gender = parse(utterance.description or "").gender
+            if gender == UNKNOWN:
+                heard = [m.f0_hz for u, m in own if u.speaker == utterance.speaker and m.f0_hz is not None]
+                gender, source = estimate_gender(heard), "estimated"
+            values = measured_values(measured, next(syllables))
+            turns[dialogue.id, utterance.id] = _Turn(values, gender, source if gender != UNKNOWN else None)
+    return turns
+
+
+def _described(utterance: Utterance, measured: VoiceAttributes, settings: VoiceSettings, rng: Random) -> Utterance:
+    if utterance.description is not None and not settings.overwrite:
+        return replace(utterance, attributes=parse(utterance.description))
+    if measured == VoiceAttributes():
+        return replace(utterance, description=None, attributes=None, marks=_marks_of_text(utterance))
+    return replace(utterance, description=describe(measured, rng), attributes=measured, marks=_marks_of_text(utterance))
+
+
+def _marks_of_text(utterance: Utterance) -> tuple[Any, ...]:
+    """Marks in a description that is replaced would point into another sentence."""
+    return tuple(mark for mark in utterance.marks if mark.field == "text")
+
+
+def _source(before: Utterance, after: Utterance) -> str | None:
+    if after.description is None:
+        return None
+    return "given" if after.description == before.description else "template"
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+def _measure_all(
+    dialogues: Sequence[Dialogue], root: Path, cache_file: Path, num_workers: int, rejections: list[Rejection]
+) -> dict[str, VoiceMeasures]:
+    """Clip -> its measures; only clips that the cache does not know are decoded."""
+    utterances = {u.clip: f"{d.id}/utt{u.id}" for d in dialogues for u in d.utterances if u.clip is not None}
+    for dialogue in dialogues:
+        rejections += [
+            Rejection(f"{dialogue.id}/utt{u.id}", "audio", "clip missing", "")
+            for u in dialogue.utterances
+            if u.clip is None
+        ]
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:  # hashing leaves the interpreter's lock
+        hashes = dict(zip(utterances, pool.map(lambda clip: _hash(root / clip), utterances), strict=True))
+    cache = _read_cache(cache_file)
+    new = {digest: clip for clip, digest in hashes.items() if digest is not None and digest not in cache}
+    if new:
+        with _refusals(cache_file), cache_file.open("a", encoding="utf-8") as file:
+            for digest, outcome in _measure_new(root, new, num_workers):
+                cache[digest] = outcome
+                file.write(json.dumps({"sha256": digest, "version": VERSION, **outcome}) + "\n")
+                file.flush()  # a kill loses the clips in hand and no more
+    measures = {}
+    for clip, digest in hashes.items():
+        outcome = {"reason": "clip missing"} if digest is None else cache[digest]
+        if outcome.get("reason"):
+            rejections.append(Rejection(utterances[clip], "audio", outcome["reason"], clip))
+        else:
+            measures[clip] = VoiceMeasures(**outcome["measures"])
+    return measures
+
+
+def _measure_new(root: Path, clips: Mapping[str, str], num_workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    from rich.progress import track
+
+    paths = [root / clip for clip in clips.values()]
+    pool = None
+    if num_workers > 0:
+        # spawn: a forked child would inherit the threads' locks of whatever runs in this process
+        pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start)
+    try:
+        outcomes = pool.map(measure_clip, paths, chunksize=8) if pool else map(measure_clip, paths)
+        yield from zip(clips, track(outcomes, "voice: measuring", total=len(paths)), strict=True)
+    except BrokenProcessPool as error:
+        raise MsencError(
+            f"A process that measures voices ended without a word ({error}). Found {num_workers} of them; try fewer, "
+            "or look for a lack of memory. What was measured is kept."
+        ) from error
+    finally:
+        if pool:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def measure_clip(path: Path) -> dict[str, Any]:
+    """``{"measures": ...}`` of one clip, or ``{"reason": ...}`` where it has no sound."""
+    try:
+        return {"measures": asdict(measure(read_audio(path, SAMPLE_RATE), SAMPLE_RATE))}
+    except MediaError as error:
+        return {"reason": error.reason}
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers; they would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _hash(path: Path) -> str | None:
+    """Of the clip's content; None where there is no file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
+    """Outcomes by hash; a line that a kill cut off counts as not there."""
+    if not path.is_file():
+        return {}
+    cache = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if entry["version"] == VERSION and ("reason" in entry or VoiceMeasures(**entry["measures"])):
+                cache[entry["sha256"]] = entry
+    return cache
+
+
+def _syllables(texts: Sequence[str]) -> list[int]:
+    if not _has_espeak():
+        return [guess_syllables(text) for text in texts]
+    from msenc.prepare.espeak import to_phonemes
+
+    return [count_syllables(phonemes) for phonemes in to_phonemes(texts)]
+
+
+def _has_espeak() -> bool:
+    return find_spec("espeakng_loader") is not None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    with _refusals(path):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MsencError(
+            f"{path}: cannot be written ({error.strerror or error}). Free space or permissions there, then repeat."
+        ) from error
