@@ -7,12 +7,13 @@ sampled sound", Proceedings of the Institute of Phonetic Sciences 17 (1993), wit
 import numpy as np
 
 HOP_S = 0.01
+LOW_HZ, HIGH_HZ = 50.0, 500.0
 _NUM_CANDIDATES = 6  # of which the first is "no voice"
 _SILENCE, _VOICING = 0.03, 0.45
 _OCTAVE_COST, _JUMP_COST, _ONSET_COST = 0.01, 0.35, 0.14
 
 
-def track_pitch(samples: np.ndarray, sample_rate: int, low_hz: float = 50.0, high_hz: float = 500.0) -> np.ndarray:
+def track_pitch(samples: np.ndarray, sample_rate: int, low_hz: float = LOW_HZ, high_hz: float = HIGH_HZ) -> np.ndarray:
     """Fundamental frequency every 10 ms.
 
     Args:
