@@ -334,15 +334,10 @@ def _measure_all(
     dialogues: Sequence[Dialogue], root: Path, cache_file: Path, num_workers: int, rejections: list[Rejection]
 ) -> dict[str, VoiceMeasures]:
     """Clip -> its measures; only clips that the cache does not know are decoded."""
-    utterances = {u.clip: f"{d.id}/utt{u.id}" for d in dialogues for u in d.utterances if u.clip is not None}
-    for dialogue in dialogues:
-        rejections += [
-            Rejection(f"{dialogue.id}/utt{u.id}", "audio", "clip missing", "")
-            for u in dialogue.utterances
-            if u.clip is None
-        ]
+    turns = [(f"{d.id}/utt{u.id}", u.clip) for d in dialogues for u in d.utterances]
+    clips = list(dict.fromkeys(clip for _, clip in turns if clip is not None))
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:  # hashing leaves the interpreter's lock
-        hashes = dict(zip(utterances, pool.map(lambda clip: _hash(root / clip), utterances), strict=True))
+        hashes = dict(zip(clips, pool.map(lambda clip: _hash(root / clip), clips), strict=True))
     cache = _read_cache(cache_file)
     new = {digest: clip for clip, digest in hashes.items() if digest is not None and digest not in cache}
     if new:
@@ -352,10 +347,11 @@ def _measure_all(
                 file.write(json.dumps({"sha256": digest, "version": VERSION, **outcome}) + "\n")
                 file.flush()  # a kill loses the clips in hand and no more
     measures = {}
-    for clip, digest in hashes.items():
+    for id, clip in turns:
+        digest = hashes.get(clip)
         outcome = {"reason": "clip missing"} if digest is None else cache[digest]
         if outcome.get("reason"):
-            rejections.append(Rejection(utterances[clip], "audio", outcome["reason"], clip))
+            rejections.append(Rejection(id, "audio", outcome["reason"], clip or ""))
         else:
             measures[clip] = VoiceMeasures(**outcome["measures"])
     return measures

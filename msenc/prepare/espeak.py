@@ -49,7 +49,7 @@ def load_espeak() -> ModuleType:
         import espeakng_loader
     except ImportError as error:
         raise MsencError(
-            "The demo's speech needs eSpeak NG, and the package espeakng-loader is not installed. "
+            "The demo's speech and phonemes need eSpeak NG, and the package espeakng-loader is not installed. "
             "Install it with: pip install 'msenc[demo]'"
         ) from error
     return espeakng_loader
@@ -75,10 +75,7 @@ def speak(text: str, settings: VoiceSettings) -> tuple[np.ndarray, int]:
             "eSpeak NG is already loaded in this process, so its state is not known and the demo would not be "
             "reproducible. Use num_workers of 1 or more, which speaks in processes of its own."
         )
-    try:
-        library = ctypes.CDLL(path)
-    except OSError as error:
-        raise MsencError(f"Could not load eSpeak NG from {path}: {error}. Reinstall espeakng-loader.") from error
+    library = _load(path)
     try:
         return _speak_with(library, loader.get_data_path(), text, settings)
     finally:
@@ -96,7 +93,7 @@ def to_phonemes(texts: Sequence[str], voice: str = "en-us") -> list[str]:
         ['həlˈoʊ']
     """
     loader = load_espeak()
-    library = ctypes.CDLL(loader.get_library_path())
+    library = _load(loader.get_library_path())
     library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
     library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
     library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
@@ -167,6 +164,13 @@ def _speak_with(library: ctypes.CDLL, data_path: str, text: str, settings: Voice
     if code != 0 or not chunks:
         raise MsencError(f"eSpeak NG gave no sound for {text!r} (code {code}). Expected words to speak.")
     return np.concatenate(chunks).astype(np.float32) / 32768, rate
+
+
+def _load(path: str) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(path)
+    except OSError as error:
+        raise MsencError(f"Could not load eSpeak NG from {path}: {error}. Reinstall espeakng-loader.") from error
 
 
 def _is_loaded(path: str) -> bool:
