@@ -60,6 +60,13 @@ def test_more_of_something_measures_more(name, low, high):
     assert getattr(measure(low, RATE), name) < getattr(measure(high, RATE), name)
 
 
+def test_a_closure_of_a_stop_is_no_pause_and_a_click_no_speech():
+    stopped = np.concatenate([phrase(0.6), silence(0.1), phrase(0.6)])
+    assert measure(stopped, RATE).pause_share == 0
+    clicked = np.concatenate([phrase(0.8), silence(0.3), phrase(0.02), silence(0.3), phrase(0.8)])
+    assert measure(clicked, RATE).pause_share == pytest.approx(0.62 / 2.22, abs=0.03)
+
+
 def test_loudness_alone_changes_nothing_else():
     samples = noise(np.concatenate([silence(0.3), phrase(1.2), silence(0.3)]), 30)
     loud, quiet = measure(samples, RATE), measure(samples / 8, RATE)

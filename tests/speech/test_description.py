@@ -59,6 +59,7 @@ def test_the_seed_decides_the_sentence():
         ("she does not speak loudly", {"gender": "woman"}),
         ("he isn't very loud", {"gender": "man"}),
         ("fast or slow", {}),
+        ("loudly or at a fast pace", {}),
         ("less expressive than before", {}),
         ("slightly high-pitched", {}),
         ("a fast pace with high volume", {"rate": "fast", "loudness": "loud"}),
