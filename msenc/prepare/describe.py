@@ -4,12 +4,9 @@ Measures are cached by a clip's content, so a second call measures nothing. Bins
 gender; never by speaker id, which in many data sets is local to its dialogue.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from msenc.data.location import hash_file
 from msenc.data.media import MediaError, read_audio
 from msenc.prepare.voice import SAMPLE_RATE, VERSION, VoiceMeasures, count_syllables, guess_syllables, measure
+from msenc.prepare.workers import watch_parent
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
 
@@ -364,7 +363,7 @@ def _measure_new(root: Path, clips: Mapping[str, str], num_workers: int) -> Iter
     pool = None
     if num_workers > 0:
         # spawn: a forked child would inherit the threads' locks of whatever runs in this process
-        pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start)
+        pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=watch_parent)
     try:
         outcomes = pool.map(measure_clip, paths, chunksize=8) if pool else map(measure_clip, paths)
         yield from zip(clips, track(outcomes, "voice: measuring", total=len(paths)), strict=True)
@@ -386,23 +385,9 @@ def measure_clip(path: Path) -> dict[str, Any]:
         return {"reason": error.reason}
 
 
-def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers; they would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def _hash(path: Path) -> str | None:
     """Of the clip's content; None where there is no file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(path) if path.is_file() else None
 
 
 def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
