@@ -63,8 +63,8 @@ class Size:
 
 
 SIZES = {
-    "small": Size(8, 512, 1344, 8, 8, 8192, dialogues=6),
-    "smollm2": Size(30, 576, 1536, 9, 3, 49152, dialogues=4),
+    "small": Size(8, 512, 1344, 8, 8, 8192, dialogues=3),
+    "smollm2": Size(30, 576, 1536, 9, 3, 49152, dialogues=2),
 }
 QUERIES = dict.fromkeys(DIMS, 8)
 
