@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from msenc.types import Dialogue, MsencError, Reply, Utterance
 
-TOKEN_KINDS = ("reply", "description", "end", "planted_text", "planted_audio", "planted_video", "planted_both")
+TOKEN_KINDS = ("reply", "description", "end", "planted_text", "planted_audio", "planted_video", "planted_both", "begin")
 """What a target token belongs to; predictions store the index."""
 
 SLOTS = ("video", "audio")
@@ -89,6 +89,8 @@ class Prompt:
             brackets at the end, which is how `parse` finds it again.
         speakers: ``names`` as the data has them, or ``numbers`` in order of appearance.
         chat: wrap instruction and turns in the tokenizer's chat template (system and user message).
+        piecewise: cut the turn at its media slots whether they are filled or not, and tokenize every piece, the target
+            included, as a text of its own, so that each begins with BOS where the tokenizer adds one.
     """
 
     instruction: str
@@ -99,6 +101,7 @@ class Prompt:
     target_format: str = " {text} ({description})"
     speakers: Literal["names", "numbers"] = "names"
     chat: bool = False
+    piecewise: bool = False
 
     def __post_init__(self) -> None:
         """Refuse templates that could not be filled or read back."""
@@ -117,6 +120,10 @@ class Prompt:
             raise MsencError(
                 f"prompt.target_format: {self.target_format!r} must be '{{text}} ({{description}})', with or without "
                 "spaces before its parts: a reply's text and description are found again by the brackets alone."
+            )
+        if self.piecewise and self.chat:
+            raise MsencError(
+                "prompt: chat and piecewise exclude each other: a chat template writes one text. Drop one."
             )
 
     def speaker_labels(self, dialogue: Dialogue) -> list[str]:
@@ -156,11 +163,12 @@ class Prompt:
                 piece += text
             elif words and name in words:
                 piece += words[name]
-            elif name in streams:
+            elif name in streams or self.piecewise:
                 if piece:
                     yield piece
                     piece = ""
-                yield Slot(name)
+                if name in streams:
+                    yield Slot(name)
         piece += self.turn[at:]
         if piece:
             yield piece
@@ -272,18 +280,22 @@ class DialogueTokenizer:
         ids = self.tokenizer(text, add_special_tokens=not self.prompt.chat).input_ids if text else []
         if not ids and self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id]
-        if ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id and not self.prompt.chat:
-            ids = ids[:-1]
-        return tuple(ids)
+        return tuple(ids if self.prompt.chat else self._without_end(ids))
 
     def _ids(self, text: str, allow_special: bool = False) -> tuple[int, ...]:
         # Speaker labels and response prompts come again and again; a tokenizer call costs far more than a look-up.
         key = (text, allow_special)
         if key not in self._known:
             # What people say may hold the characters of a control token; it stays text.
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not allow_special).input_ids
-            self._known[key] = tuple(ids)
+            piecewise = self.prompt.piecewise
+            ids = self.tokenizer(text, add_special_tokens=piecewise, split_special_tokens=not allow_special).input_ids
+            self._known[key] = tuple(self._without_end(ids) if piecewise else ids)
         return self._known[key]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """A tokenizer that adds special tokens may close each text; the sample goes on."""
+        end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        return ids[:-1] if ids and ids[-1] == end != begin else ids
 
     def __call__(
         self,
@@ -308,7 +320,7 @@ class DialogueTokenizer:
             block = tuple(p if isinstance(p, Slot) else self._ids(p) for p in pieces)
             turns.append(block)
             # Counted as if no slot had cut the text, so that every modality keeps the same turns.
-            turn_tokens.append(len(self._ids("".join(self.prompt.turn_pieces(label, utterance.text, ())))))
+            turn_tokens.append(sum(len(self._ids(p)) for p in self.prompt.turn_pieces(label, utterance.text, ())))
         replies = list(zip(labels, dialogue.utterances, strict=True))[1:]
         responses = tuple(
             self._ids(self._response.replace("{speaker}", label), self.prompt.chat) for label, _ in replies
@@ -329,19 +341,22 @@ class DialogueTokenizer:
 
     def _target(self, utterance: Utterance) -> Target:
         string, split, spans = self.prompt.format_target(utterance)
+        piecewise = self.prompt.piecewise
         encoded = self.tokenizer(
-            string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            string, add_special_tokens=piecewise, split_special_tokens=True, return_offsets_mapping=True
         )
-        kinds = []
-        for start, end in encoded.offset_mapping:
+        ids, kinds = self._without_end(encoded.input_ids) if piecewise else encoded.input_ids, []
+        for id, (start, end) in zip(ids, encoded.offset_mapping[: len(ids)], strict=True):
             kind = "reply" if end <= split else "description"
+            if id == self.tokenizer.bos_token_id:
+                kind = "begin"
             # Every token that overlaps a planted span counts, so that none of the span's loss is lost.
             kinds.append(next((s.kind for s in spans if start < s.end and s.start < end), kind))
         bits: dict[str, float] = {}
         for span in spans:
             bits[span.kind] = bits.get(span.kind, 0.0) + span.bits
         return Target(
-            ids=(*encoded.input_ids, self.tokenizer.eos_token_id),
+            ids=(*ids, self.tokenizer.eos_token_id),
             kinds=tuple(TOKEN_KINDS.index(k) for k in (*kinds, "end")),
             bits=bits,
         )

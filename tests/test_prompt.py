@@ -177,7 +177,7 @@ def test_a_slot_between_signs_that_merge_does_not_change_the_count():
     turns = tuple(Utterance(str(i), "Ana", "(ok)") for i in range(3))
     demo = transcripts(1, seed=0)[0]
     said = DemoDialogue(Dialogue("d", "train", turns), demo.turns[:1] * 3)
-    prompt = prompt_of("upstream")
+    prompt = prompt_of("upstream", piecewise=False)
     tokenizer = train_tokenizer([said] * 50, prompt_of("default", turn="{speaker}:{text}"), vocab_size=300)
     assert len(tokenizer(":(", add_special_tokens=False).input_ids) == 1
     tokenize = DialogueTokenizer(prompt, tokenizer)
@@ -200,12 +200,39 @@ def test_upstream_prompt_in_words(tokenizer):
     tokenized = DialogueTokenizer(prompt_of("upstream"), tokenizer)(DIALOGUE, STREAMS)
     history = (
         "<s>###Instruction: Generate a following response of this conversation\n"
-        "###Speaker_0:<video><audio>Hi (you)!###Speaker_1:<audio>Hello."
+        "<s>###Speaker_0:<video><audio><s>Hi (you)!<s>###Speaker_1:<audio><s>Hello."
     )
-    asked = "\n###Generate a response format as [text of response (voice description)], Speaker_0:"
-    assert render(tokenized, tokenizer, 2) == f"{history}{asked}Bye.(a woman speaks slowly)</s>"
+    asked = "<s>\n###Generate a response format as [text of response (voice description)], Speaker_0:"
+    assert render(tokenized, tokenizer, 2) == f"{history}{asked}<s>Bye.(a woman speaks slowly)</s>"
     tokenized = DialogueTokenizer(prompt_of("upstream", target="text"), tokenizer)(DIALOGUE, STREAMS)
-    assert render(tokenized, tokenizer, 2) == f"{history}\n###Generate a text response , Speaker_0:Bye.</s>"
+    assert render(tokenized, tokenizer, 2) == f"{history}<s>\n###Generate a text response , Speaker_0:<s>Bye.</s>"
+
+
+def test_piecewise_pieces_are_texts_of_their_own(tokenizer):
+    prompt = prompt_of("upstream")
+    tokenized = DialogueTokenizer(prompt, tokenizer)(DIALOGUE, STREAMS)
+    for k, (block, speaker) in enumerate(zip(tokenized.turns, "010", strict=True)):
+        texts = [tuple(tokenizer(text).input_ids) for text in (f"###Speaker_{speaker}:", TURNS[k].text)]
+        assert [p for p in block if isinstance(p, tuple)] == texts  # with slots between, or none
+    target = tokenized.targets[1]
+    assert list(target.ids) == [*tokenizer("Bye.(a woman speaks slowly)").input_ids, tokenizer.eos_token_id]
+    assert [TOKEN_KINDS[k] for k in target.kinds].count("begin") == 1
+    assert TOKEN_KINDS[target.kinds[0]] == "begin"
+
+
+def test_piecewise_adds_nothing_where_the_tokenizer_adds_nothing(tokenizer):
+    from tokenizers import processors
+
+    bare, both = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    ends = [("<s>", both.bos_token_id), ("</s>", both.eos_token_id)]
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenized = DialogueTokenizer(prompt_of("upstream"), bare)(DIALOGUE, STREAMS)
+    assert TOKEN_KINDS.index("begin") not in tokenized.targets[0].kinds
+    assert not any(tokenizer.bos_token_id in p for block in tokenized.turns for p in block if isinstance(p, tuple))
+    # an end that it adds to every text does not end the sample
+    prompt = prompt_of("upstream")
+    assert DialogueTokenizer(prompt, both)(DIALOGUE, STREAMS) == DialogueTokenizer(prompt, tokenizer)(DIALOGUE, STREAMS)
 
 
 def test_chat_prompt_in_words(tokenizer):
@@ -265,6 +292,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off(tokenizer):
         ({"target_format": "({description}) {text}"}, r"prompt\.target_format: .* must"),
         ({"target_format": "Reply: {text} ({description})"}, r"prompt\.target_format: .* must"),
         ({"target_format": "{text} ({description})\n"}, r"prompt\.target_format: .* must"),
+        ({"piecewise": True, "chat": True}, "chat and piecewise exclude each other"),
     ],
 )
 def test_unfit_templates_are_refused(changes, message):
