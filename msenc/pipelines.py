@@ -74,7 +74,7 @@ PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogg
 RUN_FOLDER = "MSENC_RUN_FOLDER"
 """Environment variable by which the first process tells the others of its run which folder it works in."""
 
-PREPARE_KEYS = ("data", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
+PREPARE_KEYS = ("data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
@@ -228,16 +228,17 @@ def train(cfg: DictConfig) -> float | None:
     """
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
+    command = prepare_command(overrides, hydra.runtime.choices)
     if cfg.plan:
         try:
-            _plan(cfg, _prepare_command(overrides, cfg.modality))
+            _plan(cfg, command)
         finally:
             _discard_run_folder(Path(hydra.runtime.output_dir))
         return None
     with Termination() as termination:
-        record = _open_record(cfg, overrides)
+        record = _open_record(cfg, overrides, command)
         try:
-            loss = _train(cfg, record, _prepare_command(overrides, cfg.modality), termination)
+            loss = _train(cfg, record, termination)
             record.add(status="finished", best_loss=loss)
         except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
             by = "SIGTERM" if getattr(e, "code", None) == STOPPED else "the keyboard, or by a signal"
@@ -257,7 +258,7 @@ def train(cfg: DictConfig) -> float | None:
     return loss
 
 
-def _open_record(cfg: DictConfig, overrides: list[str]) -> RunRecord:
+def _open_record(cfg: DictConfig, overrides: list[str], command: str) -> RunRecord:
     """The record of a new run, or of the one in the run's folder that `resume` continues."""
     if not is_first_process() and RUN_FOLDER in os.environ:
         own, cfg.paths.output_dir = cfg.paths.output_dir, os.environ[RUN_FOLDER]
@@ -269,16 +270,16 @@ def _open_record(cfg: DictConfig, overrides: list[str]) -> RunRecord:
     if cfg.resume is not None and is_first_process() and (folder / "run.json").is_file():
         check_same_settings(folder, cfg)
         return RunRecord.reopen(folder)
-    return RunRecord(folder, seed=cfg.seed, modality=cfg.modality, overrides=overrides)
+    return RunRecord(folder, seed=cfg.seed, modality=cfg.modality, overrides=overrides, prepare_command=command)
 
 
-def _train(cfg: DictConfig, record: RunRecord, prepare_command: str, termination: Termination) -> float | None:
+def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> float | None:
     config = plain(cfg)
     check_targets(config, GIVEN)
     _quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     _ensure_llm(config)
-    datamodule = build_datamodule(config, prepare_command)
+    datamodule = build_datamodule(config, record.facts["prepare_command"])
     _ensure_prepared(config, datamodule)
     data = {
         "turns_hash": datamodule.manifest.turns_hash,
@@ -507,12 +508,16 @@ def _discard_run_folder(folder: Path) -> None:
             folder.rmdir()
 
 
-def _prepare_command(overrides: list[str], modality: str) -> str:
-    """The `prepare.py` call that makes what a `train.py` call with these overrides needs."""
+def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> str:
+    """The `prepare.py` call that makes what a `train.py` call with these overrides, and these choices, needs."""
     kept = [o for o in overrides if o.lstrip("+").split("=")[0].split("@")[0].startswith(PREPARE_KEYS)]
-    if not any(o.startswith("modality=") for o in kept):
-        kept.append(f"modality={modality}")
-    if not any(o.startswith(("data.root=", "data=demo")) for o in kept) and any(o.startswith("data=") for o in kept):
+    given = {o.split("=")[0] for o in kept}
+    # An experiment chooses too; what prepare.py would choose by itself is left out.
+    chosen = [f"{group}={choices[group]}" for group in ("data", "streams") if choices[group] != "demo"]
+    kept = [*(c for c in chosen if c.split("=")[0] not in given), *kept]
+    if "modality" not in given:
+        kept.append(f"modality={choices['modality']}")
+    if choices["data"] != "demo" and "data.root" not in given:
         kept.append("data.root=FOLDER")
     kept = ["data.dir=FOLDER" if o.startswith("data.dir=") and is_url(o) else o for o in kept]
     return shlex.join(["python", "prepare.py", *kept])
@@ -661,7 +666,7 @@ def evaluate_run(
     decoding = config["decoding"] if decoding is None else decoding
     _quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    datamodule = build_datamodule(config, _prepare_command(record["overrides"], config["modality"]))
+    datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))
     datamodule.setup()
     _check_same_data(record, config, datamodule)
     model = build_model(config)
@@ -679,7 +684,7 @@ def evaluate_run(
     metrics |= {
         "split": split,
         "data": config["data"]["name"],
-        "task_hash": record["task_hash"],
+        "task_hash": task_hash(config, datamodule.manifest),
         "settings": " ".join(f"{k}={v}" for k, v in settings.items()),
     }
     folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
@@ -691,10 +696,10 @@ def evaluate_run(
 
 
 def _check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
-    """Refuse data that was prepared anew, with other content, since the run."""
+    """Refuse data that was prepared anew, with other content, since the run; imported weights know no data."""
     now = {"task_hash": task_hash(config, datamodule), "streams": _stream_hashes(datamodule)}
     for what, found in now.items():
-        if record[what] != found:
+        if record[what] not in (found, None):
             raise MsencError(
                 f"{datamodule.folder}: not the data that the run was trained on ({what} was {record[what]}, is "
                 f"{found}). Prepare it as it was, or train again."

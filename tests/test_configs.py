@@ -35,6 +35,8 @@ GROUPS = {
     "paths": ["train", "prepare"],
     "prompt": ["train", "prepare"],
     "scheduler": ["train"],
+    "streams": ["train", "prepare"],
+    "sweep": ["train"],
     "trainer": ["train"],
 }
 """Group -> the scripts whose configs take it."""
@@ -45,8 +47,15 @@ QFORMER = {
     "hidden_dim": 16,
     "num_heads": 2,
     "cross_attention_frequency": 2,
+    "intermediate_dim": 64,
     "encoder_dim": 16,
 }
+
+AUDIO = "model.streams.audio.dim=16 model.streams.audio.encoder.name_or_path={wavlm} "
+VIDEO = "model.streams.video.dim=12 model.streams.video.encoder.name_or_path={clip} "
+BLIP2 = "model.connector.init={blip2} " + " ".join(f"model.connector.{k}={v}" for k, v in QFORMER.items())
+PAPER = "data=demo trainer=cpu model.llm.name_or_path={mistral} "
+"""What makes the paper's parts small."""
 
 TRAINED = {
     "callbacks/default": "",
@@ -54,28 +63,37 @@ TRAINED = {
     "decoding/greedy": "",
     "decoding/sample": "modality=text",
     "experiment/known_answer": "",
+    "experiment/paper_frozen": PAPER + AUDIO + VIDEO + BLIP2,
+    "experiment/paper_meld": PAPER + AUDIO + VIDEO + BLIP2,
+    "experiment/paper_msenc": PAPER + AUDIO + VIDEO + BLIP2,
+    "experiment/paper_text": PAPER,
+    "experiment/paper_text_audio": PAPER + AUDIO + BLIP2,
+    "experiment/paper_text_video": PAPER + VIDEO + BLIP2,
     "hydra/default": "",
     "logger/default": "",
     "modality/text": "",
     "modality/text_audio": "",
     "modality/text_audio_video": "",
     "modality/text_video": "",
+    "model/audio/demo": "modality=text_audio",
     "model/audio/logmel": "modality=text_audio",
+    "model/audio/paper": "modality=text_audio " + AUDIO,
     "model/audio/wav2vec2": "modality=text_audio model.streams.audio.dim=16 "
     "model.streams.audio.encoder.name_or_path={wav2vec2}",
-    "model/audio/wavlm": "modality=text_audio model.streams.audio.dim=16 "
-    "model.streams.audio.encoder.name_or_path={wavlm}",
+    "model/audio/wavlm": "modality=text_audio " + AUDIO,
     "model/audio/whisper": "modality=text_audio model.streams.audio.dim=16 "
     "model.streams.audio.encoder.name_or_path={whisper}",
+    "model/connector/demo": "",
     "model/connector/mlp": "",
+    "model/connector/paper": BLIP2,
     "model/connector/qformer": "",
-    "model/connector/qformer_blip2": "model.connector.init={blip2} "
-    + " ".join(f"model.connector.{k}={v}" for k, v in QFORMER.items()),
+    "model/connector/qformer_blip2": BLIP2,
     "model/llm/mistral_7b": "model.llm.name_or_path={mistral}",
     "model/llm/smollm2": "model.llm.name_or_path={llama}",
     "model/llm/tiny": "",
-    "model/video/clip": "modality=text_video model.streams.video.dim=12 "
-    "model.streams.video.encoder.name_or_path={clip}",
+    "model/video/clip": "modality=text_video " + VIDEO,
+    "model/video/demo": "modality=text_video",
+    "model/video/paper": "modality=text_video " + VIDEO,
     "model/video/pixels": "modality=text_video",
     "optimizer/adam": "modality=text scheduler=epoch_decay",
     "optimizer/adamw": "modality=text",
@@ -85,6 +103,8 @@ TRAINED = {
     "prompt/upstream": "",
     "scheduler/epoch_decay": "modality=text",
     "scheduler/warmup_cosine": "modality=text",
+    "streams/demo": "",
+    "streams/paper": AUDIO + VIDEO + BLIP2,
     "trainer/cpu": "modality=text",
     "trainer/debug": "",
 }
@@ -92,8 +112,10 @@ TRAINED = {
 
 BINDS_ONLY = {
     "data/meld": "needs MELD's files (tests that have them train on them)",
+    "data/msenc": "needs MSenC's videos",
     "hydra/in_place": "for scripts that do not train",
     "logger/wandb": "needs the extra wandb and its service",
+    "sweep/paper": "its rows are experiments, which are trained one by one",
     "trainer/ddp": "needs two processes",
     "trainer/gpu": "needs a GPU",
 }
@@ -149,6 +171,7 @@ def test_every_file_composes_and_binds(home, tmp_path):
         for name in map(named, files_of(group)):
             own = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
             own.pop("defaults", None)
+            own.get("hydra", {}).pop("mode", None)  # composing, a test sets it
             package = re.match(r"# @package (\S+)", (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
             package = package.group(1) if package else group
             for script in scripts:
@@ -177,14 +200,23 @@ def blip2(tmp_path_factory):
     return save_blip2(tmp_path_factory.mktemp("connector") / "blip2", **QFORMER)
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The folder of the demo as the paper's encoders see it; the first test that needs it fills it."""
+    return tmp_path_factory.mktemp("prepared") / "demo"
+
+
 @pytest.mark.parametrize("name", TRAINED)
-def test_trains_a_step(name, train, tiny_models, blip2, tmp_path):
+def test_trains_a_step(name, train, tiny_models, blip2, prepared, tmp_path):
     overrides = TRAINED[name].format(**tiny_models, blip2=blip2).split()
-    overrides = [*(o for o in choose(name, "train") if o.split("=")[0] not in TRAINED[name]), *overrides]
+    given = {o.split("=")[0] for o in overrides}
+    overrides = [*(o for o in choose(name, "train") if o.split("=")[0] not in given), *overrides]
     if not name.startswith("decoding/"):
         overrides.append("evaluate=null")
     if "encoder.name_or_path" in TRAINED[name]:  # features of its own, which the shared demo does without
-        overrides += [*SMALL_DEMO, "prepare_workers=0", f"data.dir={tmp_path / 'prepared'}"]
+        folder = prepared if AUDIO in TRAINED[name] and VIDEO in TRAINED[name] else tmp_path / "prepared"
+        small = SMALL_DEMO[:1] if PAPER in TRAINED[name] else SMALL_DEMO  # the paper's LLM has no recipe
+        overrides += [*small, "prepare_workers=0", f"data.dir={folder}"]
     # one batch is the epoch, so that one step ends in a validation
     run = train([*overrides, "trainer.max_steps=1", "data.batch_size=16"])
     record = read_json(run.folder / "run.json")
@@ -226,6 +258,35 @@ def test_every_target_is_ours_or_trusted():
     ]
     assert len(targets) > 10
     assert [t for t in targets if not t[1].startswith(TRUSTED_PACKAGES)] == []
+
+
+def test_the_papers_sweep_lists_upstreams_ablations():
+    cfg = compose_with_hydra("train", ["sweep=paper"])
+    rows = cfg.hydra.sweeper.params.experiment.split(",")
+    assert {f"experiment/{row}" for row in rows} <= set(TRAINED)
+    assert OmegaConf.load(CONFIGS / "sweep" / "paper.yaml").hydra.mode == "MULTIRUN"
+    composed = [compose_with_hydra("train", ["sweep=paper", f"experiment={row}"]) for row in rows]
+    # --modal text, text_audio, text_video; all; --LLM_freeze
+    assert [(c.modality, c.model.llm.freeze) for c in composed] == [
+        ("text", False),
+        ("text_audio", False),
+        ("text_video", False),
+        ("text_audio_video", False),
+        ("text_audio_video", True),
+    ]
+    for c in composed:
+        del c.hydra
+        c.modality, c.model.llm.freeze = "text", False
+        c.model.streams, c.model.connector = {}, None
+    assert all(c == composed[0] for c in composed), "rows differ in more than what they compare"
+
+
+@pytest.mark.parametrize("modality", ["text", "text_audio", "text_video", "text_audio_video"])
+def test_an_experiment_of_the_paper_takes_any_modality(modality, home, tmp_path):
+    cfg = compose_with_hydra("train", ["experiment=paper_msenc", f"modality={modality}"])
+    names = {stream: node.name for stream, node in cfg.model.streams.items()}
+    assert names == {s: n for s, n in (("audio", "wavlm_large"), ("video", "clip_vit_b32")) if s in modality}
+    assert bind(cfg, tmp_path) > 0
 
 
 # Refusals, through the scripts

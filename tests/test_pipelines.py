@@ -341,7 +341,8 @@ def test_missing_data_is_refused_with_the_command_that_makes_it(train, compose, 
 
 def test_the_command_survives_a_shell(train, tmp_path):
     overrides = ["data=meld", f"data.dir={tmp_path / 'with space'}", "+data.generate={sizes:{train:1,val:1}}"]
-    command = pipelines._prepare_command(overrides, "text")
+    choices = {"data": "meld", "streams": "demo", "modality": "text"}
+    command = pipelines.prepare_command(overrides, choices)
     assert shlex.split(command) == ["python", "prepare.py", *overrides, "modality=text", "data.root=FOLDER"]
     assert "'+data.generate={sizes:{train:1,val:1}}'" in command
 
@@ -378,6 +379,16 @@ def test_nothing_is_prepared_to_a_url(demo_home, compose, tmp_path, monkeypatch,
     with pytest.raises(MsencError, match=rf"{key}=s3://bucket/x: a URL, expected a folder of this machine"):
         pipelines.prepare(cfg)
     assert not (tmp_path / "s3:").exists()
+
+
+def test_the_command_has_what_an_experiment_chose(train, compose, demo_home):
+    with pytest.raises(MsencError, match=r"dataset\.json: missing") as caught:
+        llm = demo_home / "data" / "tiny-llm"
+        train(["experiment=paper_meld", "modality=text_audio", f"model.llm.name_or_path={llm}"])
+    command = str(caught.value).rpartition("Run: ")[2]
+    cfg = compose(shlex.split(command)[2:], "prepare")
+    assert (cfg.data.name, cfg.model.streams.audio.name, cfg.data.root) == ("meld", "wavlm_large", "FOLDER")
+    assert set(cfg.model.streams) == {"audio"}
 
 
 def test_a_model_that_cannot_be_loaded_is_refused(train):

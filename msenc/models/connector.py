@@ -38,8 +38,9 @@ class QFormer(nn.Module):
         out_dim: width H of the LLM.
         num_queries: Q, vectors per utterance.
         num_layers: layers of the Q-Former.
-        hidden_dim: its width; its feed-forward is four times as wide.
+        hidden_dim: its width.
         num_heads: its attention heads.
+        intermediate_dim: width of its feed-forward; four times `hidden_dim` if None.
         cross_attention_frequency: layers 0, k, 2k, ... attend to the frames.
         encoder_dim: width of the frames as the Q-Former sees them.
         dropout: of hidden states and attention.
@@ -64,6 +65,7 @@ class QFormer(nn.Module):
         num_layers: int = 12,
         hidden_dim: int = 768,
         num_heads: int = 12,
+        intermediate_dim: int | None = None,
         cross_attention_frequency: int = 2,
         encoder_dim: int = 1408,
         dropout: float = 0.1,
@@ -80,6 +82,7 @@ class QFormer(nn.Module):
             num_layers=num_layers,
             hidden_dim=hidden_dim,
             num_heads=num_heads,
+            intermediate_dim=intermediate_dim,
             cross_attention_frequency=cross_attention_frequency,
             encoder_dim=encoder_dim,
             dropout=dropout,
@@ -119,6 +122,7 @@ class QFormerCore(nn.Module):
         cross_attention_frequency: int,
         encoder_dim: int,
         dropout: float,
+        intermediate_dim: int | None = None,
         init: str | None = None,
         freeze: bool = False,
     ) -> None:
@@ -128,6 +132,7 @@ class QFormerCore(nn.Module):
             "num_layers": num_layers,
             "hidden_dim": hidden_dim,
             "num_heads": num_heads,
+            "intermediate_dim": intermediate_dim or 4 * hidden_dim,
             "cross_attention_frequency": cross_attention_frequency,
             "encoder_dim": encoder_dim,
             "dropout": dropout,
@@ -144,7 +149,7 @@ class QFormerCore(nn.Module):
             hidden_size=hidden_dim,
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
-            intermediate_size=4 * hidden_dim,
+            intermediate_size=self.settings["intermediate_dim"],
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             cross_attention_frequency=cross_attention_frequency,
