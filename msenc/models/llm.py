@@ -36,6 +36,7 @@ def load_llm(
     dtype: str = "float32",
     attn_implementation: str = "auto",
     gradient_checkpointing: bool = False,
+    round_to: str | None = None,
     empty: bool = False,
 ) -> nn.Module:
     """The LLM, with what trains in it decided.
@@ -47,6 +48,8 @@ def load_llm(
         dtype: of the base weights; LoRA's stay float32.
         attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``.
         gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
+        round_to: narrower type whose values the base weights take, to compute in `dtype` what a model of that type was
+            trained to be; None leaves them as they are.
         empty: shapes alone: the config is read and no weight; all tensors are on the meta device.
 
     Returns:
@@ -70,6 +73,10 @@ def load_llm(
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
     llm.generation_config = GenerationConfig()
+    if round_to is not None:
+        with torch.no_grad():
+            for parameter in llm.parameters():
+                parameter.copy_(parameter.to(to_dtype(round_to)))
     base = None if empty else fingerprint(llm)
     if gradient_checkpointing:
         # transformers 5.23 renamed it; by default, both recompute without re-entering autograd.
