@@ -5,7 +5,6 @@ evaluate.py takes. Further overrides are those of train.py, on top of experiment
 what that modality does not read, model.connector.num_layers=2 is for a smaller Q-Former. docs/upstream.md says more.
 """
 
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,18 +111,14 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
     """
     import torch
 
+    from msenc.models.pretrained import load_torch_file
+
     if not path.is_file():
         raise MsencError(f"checkpoint={path}: no such file. Expected upstream's .tar file.")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # torch raises a dozen types for a file that is none of its own
-        # torch's own text recommends to load such a file with everything that it would execute.
-        found = re.search(r"GLOBAL (\S+)", str(e))
-        what = f"it holds {found[1]}, which is no tensor" if found else f"{type(e).__name__}: {str(e).splitlines()[0]}"
-        raise MsencError(
-            f"checkpoint={path}: cannot be read ({what}). Expected a file of torch.save that holds tensors in plain "
-            "containers, and nothing else; msenc executes nothing of a file."
-        ) from e
+        saved = load_torch_file(path)
+    except ValueError as e:
+        raise MsencError(f"checkpoint={path}: {e}. Expected upstream's file; msenc executes nothing of one.") from e
     tensors = saved.get("model_state_dict") if isinstance(saved, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         found = ", ".join(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__

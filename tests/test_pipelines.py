@@ -382,9 +382,9 @@ def test_nothing_is_prepared_to_a_url(demo_home, compose, tmp_path, monkeypatch,
 
 
 def test_the_command_has_what_an_experiment_chose(train, compose, demo_home):
+    overrides = ["modality=text_audio", f"model.llm.name_or_path={demo_home / 'data' / 'tiny-llm'}"]
     with pytest.raises(MsencError, match=r"dataset\.json: missing") as caught:
-        llm = demo_home / "data" / "tiny-llm"
-        train(["experiment=paper_meld", "modality=text_audio", f"model.llm.name_or_path={llm}"])
+        train(["experiment=paper_meld", *overrides])
     command = str(caught.value).rpartition("Run: ")[2]
     cfg = compose(shlex.split(command)[2:], "prepare")
     assert (cfg.data.name, cfg.model.streams.audio.name, cfg.data.root) == ("meld", "wavlm_large", "FOLDER")

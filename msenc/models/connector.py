@@ -9,6 +9,7 @@ With ``normalize=True``, a connector meets both of its neighbours on their own s
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
-from msenc.models.pretrained import load_error, name_some
+from msenc.models.pretrained import load_error, load_torch_file, name_some
 from msenc.types import MsencError
 
 # Of checkpoints whose Q-Former also reads text: the layers' second feed-forward, which queries never pass.
 TEXT_PATH = re.compile(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
+
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of a checkpoint's weights; several files have an index, ``<name>.index.json``."""
 
 
 class QFormer(nn.Module):
@@ -339,13 +344,13 @@ def load_blip2(core: QFormerCore, name_or_path: str) -> None:
 
     Args:
         core: changed in place.
-        name_or_path: a folder or hub id with safetensors weights, in one file or several; of these, only the files
-            that hold Q-Former tensors are opened (or downloaded).
+        name_or_path: a folder or hub id with weights (safetensors or bin, the first where there are both), in one
+            file or several; of these, only the files that hold Q-Former tensors are opened (or downloaded).
 
     Raises:
         MsencError: when there is no such checkpoint, or its Q-Former is of another shape; tensors are named.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from transformers import Blip2QFormerConfig
 
     wanted = core.state_dict()
@@ -353,9 +358,7 @@ def load_blip2(core: QFormerCore, name_or_path: str) -> None:
         config = _read_json(name_or_path, "config.json").get("qformer_config", {})
         found: dict[str, Tensor] = {}
         for file in _files_of(name_or_path):
-            with safe_open(file, framework="pt") as tensors:
-                names = [key for key in tensors.keys() if _is_qformer(key)]  # noqa: SIM118 (not a mapping)
-                found |= {name: tensors.get_tensor(name) for name in names}
+            found |= _qformer_tensors(file)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise load_error("QFormer", name_or_path, error) from error
 
@@ -384,14 +387,28 @@ def load_blip2(core: QFormerCore, name_or_path: str) -> None:
     core.load_state_dict(found)
 
 
+def _qformer_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    if file.suffix != ".safetensors":
+        return {name: tensor for name, tensor in load_torch_file(file).items() if _is_qformer(name)}
+    with safe_open(file, framework="pt") as tensors:
+        names = [key for key in tensors.keys() if _is_qformer(key)]  # noqa: SIM118 (not a mapping)
+        return {name: tensors.get_tensor(name) for name in names}
+
+
 def _files_of(name_or_path: str) -> list[Path]:
     """The weight files that hold Q-Former tensors."""
-    try:
-        index = _read_json(name_or_path, "model.safetensors.index.json")
-    except (FileNotFoundError, EntryNotFoundError):
-        return [_fetch(name_or_path, "model.safetensors")]
-    files = sorted({file for name, file in index["weight_map"].items() if _is_qformer(name)})
-    return [_fetch(name_or_path, file) for file in files]
+    for weights in WEIGHT_FILES:
+        index = None
+        with suppress(FileNotFoundError, EntryNotFoundError):
+            index = _read_json(name_or_path, f"{weights}.index.json")
+        if index is not None:
+            files = sorted({file for name, file in index["weight_map"].items() if _is_qformer(name)})
+            return [_fetch(name_or_path, file) for file in files]
+        with suppress(FileNotFoundError, EntryNotFoundError):
+            return [_fetch(name_or_path, weights)]
+    raise FileNotFoundError(f"none of {', '.join(WEIGHT_FILES)}, nor an index of several such files")
 
 
 def _read_json(name_or_path: str, file: str) -> dict[str, Any]:
@@ -400,7 +417,11 @@ def _read_json(name_or_path: str, file: str) -> dict[str, Any]:
 
 def _fetch(name_or_path: str, file: str) -> Path:
     folder = Path(name_or_path).expanduser()
-    return folder / file if folder.is_dir() else Path(hf_hub_download(name_or_path, file))
+    if not folder.is_dir():
+        return Path(hf_hub_download(name_or_path, file))
+    if not (folder / file).is_file():
+        raise FileNotFoundError(f"no {file} in the folder")
+    return folder / file
 
 
 def _is_qformer(name: str) -> bool:

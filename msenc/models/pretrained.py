@@ -3,6 +3,7 @@
 Used by the encoders, the connectors and the LLM.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,21 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
     if missing:
         raise load_error(cls.__name__, name_or_path, f"its weights lack {len(missing)} tensors ({name_some(missing)})")
     return model
+
+
+def load_torch_file(path: Path) -> Any:
+    """What ``torch.save`` wrote. Tensors stay on disk until they are used, and nothing that is pickled is executed.
+
+    Raises:
+        ValueError: the file is no such, or holds anything but tensors and plain containers.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen types for a file that is none of its own
+        # Its own text recommends to load such a file with all that it would execute.
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it holds {held[1]}, which is no tensor" if held else str(error).partition("\n")[0]
+        raise ValueError(f"{path.name} cannot be read as tensors in plain containers: {found}") from error
 
 
 def load_error(what: str, name_or_path: str, reason: Exception | str) -> MsencError:

@@ -265,36 +265,66 @@ def test_heads_that_do_not_divide_are_refused():
         qformer(num_heads=3)
 
 
-def blip2_folder(path, core, change=None, sharded=True, num_heads=2):
-    """A stand-in for a BLIP-2 checkpoint: its Q-Former over two files, its LLM in a third that is no safetensors."""
+def blip2_folder(path, core, change=None, sharded=True, num_heads=2, weights="model.safetensors"):
+    """A stand-in for a BLIP-2 checkpoint: its Q-Former over two files, its LLM in a third that is no weights."""
     tensors = {name: tensor.clone() for name, tensor in core.state_dict().items()}
     tensors["qformer.encoder.layer.0.intermediate.dense.weight"] = torch.zeros(4, 4)  # text's feed-forward
     if change:
         change(tensors)
     path.mkdir()
+    kind = weights.rpartition(".")[2]
+    save = save_file if kind == "safetensors" else torch.save
     (path / "config.json").write_text(json.dumps({"qformer_config": {"num_attention_heads": num_heads}}))
     if not sharded:
-        save_file({**tensors, "language_model.big": torch.zeros(9)}, path / "model.safetensors")
+        save({**tensors, "language_model.big": torch.zeros(9)}, path / weights)
         return path
     names = sorted(tensors)
-    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    files = {f"a.{kind}": names[::2], f"b.{kind}": names[1::2]}
     for file, part in files.items():
-        save_file({**{n: tensors[n] for n in part}, f"vision_model.{file}": torch.zeros(9)}, path / file)
-    (path / "c.safetensors").write_bytes(b"not to be opened")
+        save({**{n: tensors[n] for n in part}, f"vision_model.{file}": torch.zeros(9)}, path / file)
+    (path / f"c.{kind}").write_bytes(b"not to be opened")
     weight_map = {name: file for file, part in files.items() for name in part}
-    weight_map |= {"language_model.big": "c.safetensors", "vision_model.x": "a.safetensors"}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    weight_map |= {"language_model.big": f"c.{kind}", "vision_model.x": f"a.{kind}"}
+    (path / f"{weights}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return path
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("sharded", [True, False])
-def test_a_qformer_starts_from_a_blip2_checkpoint(tmp_path, sharded):
+def test_a_qformer_starts_from_a_blip2_checkpoint(tmp_path, sharded, weights):
     source = qformer().core
-    folder = blip2_folder(tmp_path / "blip2", source, sharded=sharded)
+    folder = blip2_folder(tmp_path / "blip2", source, sharded=sharded, weights=weights)
     connector = qformer(init=str(folder))
     for name, tensor in source.state_dict().items():
         assert torch.equal(connector.core.state_dict()[name], tensor), name
     assert all(p.requires_grad for p in connector.parameters())
+
+
+def test_safetensors_go_before_bin(tmp_path):
+    source = qformer().core
+    folder = blip2_folder(tmp_path / "blip2", source)
+    (folder / "pytorch_model.bin").write_bytes(b"not to be opened")
+    assert torch.equal(qformer(init=str(folder)).core.query_tokens, source.query_tokens)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_only_the_needed_files_of_a_hub_checkpoint_are_fetched(tmp_path, monkeypatch, weights):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    hub = blip2_folder(tmp_path / "hub", qformer().core, weights=weights)
+    fetched = []
+
+    def download(repo, file):
+        assert repo == "Salesforce/blip2"
+        if not (hub / file).is_file():
+            raise EntryNotFoundError(f"no {file}")
+        fetched.append(file)
+        return str(hub / file)
+
+    monkeypatch.setattr("msenc.models.connector.hf_hub_download", download)
+    qformer(init="Salesforce/blip2")
+    kind = weights.rpartition(".")[2]
+    assert sorted(fetched) == [f"a.{kind}", f"b.{kind}", "config.json", f"{weights}.index.json"]
 
 
 def test_only_qformer_tensors_are_read(tmp_path, monkeypatch):
@@ -354,9 +384,16 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MsencError, match=r"QFormer: cannot load .*empty"):
         qformer(init=str(tmp_path / "empty"))
-    folder = blip2_folder(tmp_path / "blip2", qformer().core)
-    (folder / "b.safetensors").write_bytes(b"cut short")
-    with pytest.raises(MsencError, match=r"QFormer: cannot load .*blip2"):
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(MsencError, match=r"found: none of model\.safetensors, pytorch_model\.bin, nor an index"):
+        qformer(init=str(tmp_path / "empty"))
+    for kind, weights in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        folder = blip2_folder(tmp_path / kind, qformer().core, weights=weights)
+        (folder / f"b.{kind}").write_bytes(b"cut short")
+        with pytest.raises(MsencError, match=rf"QFormer: cannot load .*{kind}"):
+            qformer(init=str(folder))
+    (folder / "b.bin").unlink()
+    with pytest.raises(MsencError, match=r"QFormer: cannot load[\s\S]*found: no b\.bin in the folder"):
         qformer(init=str(folder))
     with pytest.raises(MsencError, match=r"as a folder \(there is none of this name\)"):
         qformer(init=str(tmp_path / "absent"))
