@@ -15,7 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
 from torch.utils.data import Subset
 
-from msenc.data.collate import history_starts
+from msenc.data.collate import histories
 from msenc.data.datamodule import DialogueDataModule
 from msenc.metrics.text import text_metrics
 from msenc.models.conversation import ConversationModel
@@ -78,7 +78,7 @@ def _score(
     predictions = []
     for index in range(min(len(dataset), limit or len(dataset))):
         dialogue, (tokens, _) = dataset.dialogue(index), dataset[index]
-        starts = history_starts(tokens.turn_tokens, datamodule.max_history_tokens)
+        starts = histories(tokens.turn_tokens, datamodule.max_history_tokens, tokens.windows)
         for turn, utterance in enumerate(dialogue.utterances[1:], start=1):
             nll, kinds, correct = losses[(dialogue.id, turn)]
             predictions.append(
@@ -87,7 +87,7 @@ def _score(
                     "turn": turn,
                     "utterance": utterance.id,
                     "speaker": utterance.speaker,
-                    "history": [starts[turn - 1], turn],
+                    "history": [starts[turn - 1].start, turn],
                     "reference": {"text": utterance.text, "description": utterance.description},
                     "nll": [round(v, 6) for v in nll],
                     "kinds": [TOKEN_KINDS[k] for k in kinds],

@@ -279,7 +279,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     _quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     _ensure_llm(config)
-    datamodule = build_datamodule(config, record.facts["prepare_command"])
+    datamodule = build_datamodule(config, record.facts.get("prepare_command", "python prepare.py"))
     _ensure_prepared(config, datamodule)
     data = {
         "turns_hash": datamodule.manifest.turns_hash,
@@ -611,6 +611,8 @@ def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
     }
     if datamodule.left_out:
         task["left_out"] = sorted(datamodule.left_out)
+    if windows := config["prompt"].get("windows"):
+        task["windows"] = windows
     return digest(task)
 
 

@@ -9,7 +9,7 @@ depend on its neighbours and every layout of a dialogue uses the same ones.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -54,6 +54,18 @@ class Target:
     bits: Mapping[str, float] = field(default_factory=dict)
 
 
+class History(NamedTuple):
+    """Where a target's history begins.
+
+    Args:
+        start: the first turn that it keeps.
+        skips: (stream, frames) that a window cuts off the beginning of that turn's features.
+    """
+
+    start: int
+    skips: tuple[tuple[str, int], ...] = ()
+
+
 @dataclass(frozen=True)
 class TokenizedDialogue:
     """A dialogue in tokens, cut at its turns.
@@ -65,6 +77,7 @@ class TokenizedDialogue:
         responses: per target (turn 1, 2, ...) the tokens that ask for it.
         targets: per target the tokens to write.
         turn_tokens: text tokens of each turn's block, slots not counted: what the history rule counts.
+        windows: per target the history that the prompt's windows leave; empty without windows.
     """
 
     id: str
@@ -73,6 +86,7 @@ class TokenizedDialogue:
     responses: tuple[tuple[int, ...], ...]
     targets: tuple[Target, ...]
     turn_tokens: tuple[int, ...]
+    windows: tuple[History, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,8 @@ class Prompt:
         chat: wrap instruction and turns in the tokenizer's chat template (system and user message).
         piecewise: cut the turn at its media slots whether they are filled or not, and tokenize every piece, the target
             included, as a text of its own, so that each begins with BOS where the tokenizer adds one.
+        windows: stream -> frames; of all frames of a target's history, only the last so many are read, and turns whose
+            frames all fall out of a stream's window are dropped, text included. None: no window.
     """
 
     instruction: str
@@ -102,6 +118,7 @@ class Prompt:
     speakers: Literal["names", "numbers"] = "names"
     chat: bool = False
     piecewise: bool = False
+    windows: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse templates that could not be filled or read back."""
@@ -121,6 +138,11 @@ class Prompt:
                 f"prompt.target_format: {self.target_format!r} must be '{{text}} ({{description}})', with or without "
                 "spaces before its parts: a reply's text and description are found again by the brackets alone."
             )
+        for stream, frames in (self.windows or {}).items():
+            if stream not in SLOTS or not isinstance(frames, int) or frames < 1:
+                raise MsencError(
+                    f"prompt.windows: found {stream}: {frames!r}, expected audio or video: frames, 1 or more."
+                )
         if self.piecewise and self.chat:
             raise MsencError(
                 "prompt: chat and piecewise exclude each other: a chat template writes one text. Drop one."
@@ -142,7 +164,7 @@ class Prompt:
         return [order[name] for name in names]
 
     def turn_pieces(
-        self, speaker: str, text: str, streams: Sequence[str], words: Mapping[str, str] | None = None
+        self, speaker: str, text: str, streams: Collection[str], words: Mapping[str, str] | None = None
     ) -> Iterator[str | Slot]:
         """Fill the turn's template: text pieces and slots, in order.
 
@@ -226,6 +248,39 @@ class Prompt:
         return Reply(string[:opening].rstrip(), string[opening + 1 : -1].strip())
 
 
+def window_histories(frames: Sequence[Mapping[str, int]], windows: Mapping[str, int]) -> tuple[History, ...]:
+    """What windows over the whole history leave of it, for targets 1, 2, ... (every turn but the first).
+
+    Args:
+        frames: per turn the frames of its streams.
+        windows: see `Prompt`.
+
+    Example:
+        >>> window_histories([{"audio": 4}, {"audio": 3}, {"audio": 5}, {}], {"audio": 6})
+        (History(start=0, skips=()), History(start=0, skips=(('audio', 1),)), History(start=1, skips=(('audio', 2),)))
+    """
+    histories = []
+    for target in range(1, len(frames)):
+        begins = {
+            stream: _window_begin([f.get(stream, 0) for f in frames[:target]], n) for stream, n in windows.items()
+        }
+        start = max(turn for turn, _ in begins.values())
+        skips = tuple((stream, skip) for stream, (turn, skip) in begins.items() if turn == start and skip)
+        histories.append(History(start, skips))
+    return tuple(histories)
+
+
+def _window_begin(frames: Sequence[int], window: int) -> tuple[int, int]:
+    """The turn in which the last `window` frames begin, 0 if these are all; how many of its frames come before them."""
+    oldest = 0
+    for turn in reversed(range(len(frames))):
+        if frames[turn] > window:
+            return (turn, frames[turn] - window) if window else (oldest, 0)
+        window -= frames[turn]
+        oldest = turn if frames[turn] else oldest
+    return 0, 0
+
+
 class DialogueTokenizer:
     """Dialogue -> TokenizedDialogue.
 
@@ -300,14 +355,14 @@ class DialogueTokenizer:
     def __call__(
         self,
         dialogue: Dialogue,
-        streams: Sequence[Sequence[str]],
+        streams: Sequence[Collection[str]],
         words: Sequence[Mapping[str, str]] | None = None,
     ) -> TokenizedDialogue:
         """Tokenize a dialogue.
 
         Args:
             dialogue: the turns.
-            streams: per turn the streams that it has and the model reads.
+            streams: per turn the streams that it has and the model reads; with windows, and their frames (a mapping).
             words: per turn, texts that stand in place of slots.
 
         Raises:
@@ -337,6 +392,7 @@ class DialogueTokenizer:
             responses=responses,
             targets=tuple(self._target(utterance) for _, utterance in replies),
             turn_tokens=tuple(turn_tokens),
+            windows=window_histories(streams, self.prompt.windows) if self.prompt.windows else (),
         )
 
     def _target(self, utterance: Utterance) -> Target:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
 
-from msenc.data.collate import Layout, Row, collate, dialogue_rows, history_starts
+from msenc.data.collate import Layout, Row, collate, dialogue_rows, histories
 from msenc.data.datamodule import Sample
 from msenc.models.conversation import ConversationModel
 from msenc.models.generation import Decoding, Wanted, read_decoding, write_from_rows, write_from_trunks
-from msenc.prompt import TokenizedDialogue
+from msenc.prompt import History, TokenizedDialogue
 from msenc.types import MsencError
 
 
@@ -129,10 +129,10 @@ def _units(
 ) -> list[list[_Trunk]]:
     """Trunks of a dialogue, those that stay in one batch in one list: there each utterance passes its connector once.
 
-    Histories that start with the same turn are beginnings of the longest of them.
+    Histories that start alike are beginnings of the longest of them.
     """
-    starts = history_starts(dialogue.turn_tokens, budget)
-    shared: dict[int, _Trunk] = {}
+    starts = histories(dialogue.turn_tokens, budget, dialogue.windows)
+    shared: dict[History, _Trunk] = {}
     apart = []
     for row in dialogue_rows(dialogue, budget, num_queries, "sample", sorted(turns), with_targets=False):
         (turn,) = row.target_turns

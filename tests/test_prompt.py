@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from msenc.config import build
 from msenc.prepare.demo import DemoDialogue, transcripts
 from msenc.prepare.tiny_llm import train_tokenizer
-from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Slot
+from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Slot, window_histories
 from msenc.types import Dialogue, Mark, MsencError, Reply, Utterance
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "prompt"
@@ -275,6 +275,29 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off(tokenizer):
     assert both.eos_token_id not in tokenized.instruction
 
 
+def test_windows_leave_the_last_frames_of_the_history():
+    rng = random.Random(5)
+    num_cut = num_dropped = 0
+    for _ in range(300):
+        windows = {stream: rng.randint(1, 12) for stream in rng.sample(["audio", "video"], rng.randint(1, 2))}
+        frames = [{s: n for s in ("audio", "video") if (n := rng.randint(0, 6))} for _ in range(6)]
+        found = window_histories(frames, windows)
+        assert len(found) == 5
+        for target, (start, skips) in enumerate(found, start=1):
+            # each frame marked with its turn; of the marks of all turns, the last ones are left
+            marks = {s: [k for k in range(target) for _ in range(frames[k].get(s, 0))] for s in windows}
+            left = {s: marks[s][-n:] for s, n in windows.items()}
+            fallen = [k for s in windows for k in marks[s] if k not in left[s]]
+            assert start == max(fallen, default=-1) + 1
+            for stream in windows:
+                kept = left[stream].count(start)
+                assert dict(skips).get(stream, 0) == frames[start].get(stream, 0) - kept
+            num_cut += bool(skips)
+            num_dropped += start > 0
+    assert num_cut > 100
+    assert num_dropped > 100
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -292,6 +315,8 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off(tokenizer):
         ({"target_format": "({description}) {text}"}, r"prompt\.target_format: .* must"),
         ({"target_format": "Reply: {text} ({description})"}, r"prompt\.target_format: .* must"),
         ({"target_format": "{text} ({description})\n"}, r"prompt\.target_format: .* must"),
+        ({"windows": {"speech": 3}}, "prompt.windows: found speech: 3, expected audio or video: frames, 1 or more"),
+        ({"windows": {"audio": 0}}, "prompt.windows: found audio: 0, expected"),
         ({"piecewise": True, "chat": True}, "chat and piecewise exclude each other"),
     ],
 )

@@ -34,6 +34,8 @@ MODALITIES = {
 
 QUERIES = 32
 WIDTHS = {"audio": 80, "video": 256}  # of the demo's features
+FRAMES = {"audio": (9, 4, 1), "video": (3, 4, 2)}
+WINDOWS = {"audio": 4, "video": 5}  # turn 0 falls out of both, and both cut turn 1
 SIZES = {"num_layers": 2, "hidden_dim": 24, "num_heads": 12, "intermediate_dim": 16, "encoder_dim": 28}
 INSTRUCTION = "###Instruction: Generate a following response of this conversation\n"
 RESPONSE = "\n###Generate a response format as [text of response (voice description)], Speaker_{}:"
@@ -66,12 +68,13 @@ def synthetic(tmp_path_factory, demo_home):
         "texts": ["Did you sleep?", "Hardly (as always).", "Why is that?"],
         "speakers": [0, 1, 2, 1],
         "target": "The dog barked. (A man speaks slowly.)",
-        **{s: [rng.integers(-3, 4, (t, w)).tolist() for t in (9, 1, 5)] for s, w in WIDTHS.items()},
+        **{s: [rng.integers(-3, 4, (t, w)).tolist() for t in FRAMES[s]] for s, w in WIDTHS.items()},
     }
     torch.manual_seed(0)
     parts = upstream_parts(folder / "llm", demo_home / "data" / "tiny-llm")
     with torch.inference_mode():
         expected = {m: upstream_forward(parts, dialogue, streams) for m, streams in MODALITIES.items()}
+        windowed = upstream_forward(parts, dialogue, MODALITIES["text_audio_video"], WINDOWS)
     torch.save({"model_state_dict": upstream_state(parts), "optimizer_state_dict": {}}, folder / "checkpoint.tar")
     return SimpleNamespace(
         checkpoint=folder / "checkpoint.tar",
@@ -80,6 +83,7 @@ def synthetic(tmp_path_factory, demo_home):
         sizes=["model/connector=paper", *(f"model.connector.{key}={value}" for key, value in SIZES.items())],
         dialogue=dialogue,
         expected=expected,
+        windowed=windowed,
     )
 
 
@@ -144,19 +148,29 @@ def upstream_state(parts):
     return state
 
 
-def upstream_forward(parts, dialogue, streams):
-    """One sample, piece by piece, as upstream puts it together; nothing of msenc takes part."""
+def upstream_forward(parts, dialogue, streams, windows=None):
+    """One sample, piece by piece, as upstream puts it together; nothing of msenc takes part.
+
+    With windows, the frames of all turns stand in one line, each marked with its turn, and the last ones are left.
+    """
+    marks = {s: [k for k, frames in enumerate(dialogue[s]) for _ in frames] for s in streams}
+    left = {s: marks[s][-(windows or {}).get(s, 10**6) :] for s in streams}
+    first = max((min(left[s]) for s in streams), default=0)
     table = parts.lora.get_input_embeddings()
 
     def piece(text):
         return table(torch.tensor([parts.tokenizer(text).input_ids]))
 
     def queries(stream, turn):
-        frames = torch.tensor([dialogue[stream][turn]], dtype=torch.float32) @ parts.feature_proj[stream].T
+        frames = (
+            torch.tensor([dialogue[stream][turn][-left[stream].count(turn) :]], dtype=torch.float32)
+            @ parts.feature_proj[stream].T
+        )
         return parts.qformer(parts.query, encoder_hidden_states=frames).last_hidden_state @ parts.out_proj[stream].T
 
     pieces = [piece(INSTRUCTION)]
-    for turn, (speaker, text) in enumerate(zip(dialogue["speakers"], dialogue["texts"], strict=False)):
+    for turn in range(first, len(dialogue["texts"])):
+        speaker, text = dialogue["speakers"][turn], dialogue["texts"][turn]
         pieces += [piece(f"###Speaker_{speaker}:"), *(queries(s, turn) for s in streams), piece(text)]
     pieces.append(piece(RESPONSE.format(dialogue["speakers"][-1])))
     labels = [*parts.tokenizer(dialogue["target"]).input_ids, parts.tokenizer.eos_token_id]
@@ -168,8 +182,8 @@ def upstream_forward(parts, dialogue, streams):
 # ------------------------------------------------------------------------------------------------ the same numbers
 
 
-def run_import(source, out, modality="text_audio_video", checkpoint=None, llm=None):
-    overrides = ["model.llm.dtype=float32", f"modality={modality}", *source.base]
+def run_import(source, out, modality="text_audio_video", checkpoint=None, llm=None, overrides=()):
+    overrides = [*overrides, "model.llm.dtype=float32", f"modality={modality}", *source.base]
     overrides += source.sizes if MODALITIES[modality] else []
     import_run(checkpoint or source.checkpoint, str(llm or source.llm), out, overrides)
 
@@ -195,7 +209,8 @@ def dialogue_of(source):
 
 def batch_of(source, datamodule, layout):
     streams = list(datamodule.streams)
-    tokens = datamodule.tokenizer(dialogue_of(source), [streams] * len(source.dialogue["texts"]) + [[]])
+    present = [{s: len(source.dialogue[s][turn]) for s in streams} for turn in range(len(source.dialogue["texts"]))]
+    tokens = datamodule.tokenizer(dialogue_of(source), [*present, {}])
     frames = {s: [*(np.array(f, dtype=np.float16) for f in source.dialogue[s]), None] for s in streams}
     rows = dialogue_rows(tokens, datamodule.max_history_tokens, datamodule.num_queries, layout)
     return collate([tokens], [frames], [rows], datamodule.num_queries, pack=layout == "dialogue"), rows
@@ -224,12 +239,25 @@ def imported(request, source, home, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ["sample", "dialogue"])
 def test_an_imported_run_computes_what_upstream_computes(imported, layout):
-    expected = imported.expected
-    batch, rows = batch_of(imported.source, imported.datamodule, layout)
-    last = len(imported.source.dialogue["texts"])
-    own = batch.targets == batch.target_ids.index(("d", last))
-    alone = dialogue_rows_of_last(imported)
-    assert len(alone.ids) == expected["length"]
+    assert_computes(imported.model, imported.datamodule, imported.source, layout, imported.expected)
+
+
+@pytest.mark.parametrize("layout", ["sample", "dialogue"])
+def test_windows_over_the_history_are_upstreams(synthetic, layout, home, tmp_path):
+    whole, windowed = synthetic.expected["text_audio_video"], synthetic.windowed
+    assert windowed["length"] < whole["length"]
+    assert np.abs(np.subtract(windowed["ce"], whole["ce"])).max() > 0.01
+    windows = ",".join(f"{stream}:{frames}" for stream, frames in WINDOWS.items())
+    run_import(synthetic, tmp_path / "run", overrides=[f"prompt.windows={{{windows}}}"])
+    assert_computes(*load(tmp_path / "run"), synthetic, layout, windowed)
+
+
+def assert_computes(model, datamodule, source, layout, expected):
+    """Length and label ids exactly, cross entropy of every label token and final logits to 1e-4."""
+    batch, _ = batch_of(source, datamodule, layout)
+    _, alone = batch_of(source, datamodule, "sample")
+    own = batch.targets == batch.target_ids.index(("d", len(source.dialogue["texts"])))
+    assert len(alone[-1].ids) == expected["length"]
     assert batch.labels[own].tolist() == expected["label_ids"]
     # One more position to look at: the last token, after which upstream's final logits come.
     final = batch.predictors[own][-1:] + 1
@@ -239,18 +267,12 @@ def test_an_imported_run_computes_what_upstream_computes(imported, layout):
         labels=torch.cat([batch.labels, batch.labels[:1]]),
     )
     seen = []
-    hook = imported.model.llm.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[-1]))
+    hook = model.llm.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[-1]))
     with torch.inference_mode():
-        scores = imported.model(probe)
+        scores = model(probe)
     hook.remove()
     assert (scores.nll[:-1][own] - torch.tensor(expected["ce"])).abs().max() < 1e-4
     assert (seen[0][0, -1] - torch.tensor(expected["last"])).abs().max() < 1e-4
-    assert len(rows) == (last if layout == "sample" else 1)
-
-
-def dialogue_rows_of_last(imported):
-    _, rows = batch_of(imported.source, imported.datamodule, "sample")
-    return rows[-1]
 
 
 def test_an_imported_run_holds_what_trained_and_says_where_it_is_from(imported):

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from msenc.prompt import Slot, TokenizedDialogue
+from msenc.prompt import History, Slot, TokenizedDialogue
 from msenc.types import Batch, Segment, StreamBatch
 
 Layout = Literal["dialogue", "sample"]
@@ -53,21 +53,38 @@ def history_starts(turn_tokens: Sequence[int], budget: int) -> list[int]:
     return starts
 
 
-def group_targets(
-    starts: Sequence[int], layout: Layout, turns: Sequence[int] | None = None
-) -> list[tuple[int, list[int]]]:
-    """The targets of each row, with the first turn of the row's history.
+def histories(
+    turn_tokens: Sequence[int], budget: int, windows: Sequence[tuple[int, Sequence[tuple[str, int]]]] = ()
+) -> list[History]:
+    """Where the history of each target (turn 1, 2, ...) begins: the later of what budget and windows say.
 
     Args:
-        starts: of each target of the dialogue, from `history_starts`.
+        turn_tokens: see `history_starts`.
+        budget: see `history_starts`.
+        windows: see `TokenizedDialogue`.
+    """
+    found = [History(start) for start in history_starts(turn_tokens, budget)]
+    for i, (start, skips) in enumerate(windows):
+        if start >= found[i].start:
+            found[i] = History(start, tuple((stream, frames) for stream, frames in skips))
+    return found
+
+
+def group_targets(
+    starts: Sequence[History], layout: Layout, turns: Sequence[int] | None = None
+) -> list[tuple[History, list[int]]]:
+    """The targets of each row, with the row's history.
+
+    Args:
+        starts: of each target of the dialogue, from `histories`.
         layout: see `dialogue_rows`.
         turns: the targets wanted (turn numbers from 1); all if None.
 
     Example:
-        >>> group_targets([0, 0, 2, 2], "dialogue")
-        [(0, [1, 2]), (2, [3, 4])]
+        >>> [targets for _, targets in group_targets([History(0), History(0), History(2)], "dialogue")]
+        [[1, 2], [3]]
     """
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[History, int], list[int]] = {}
     for turn in range(1, len(starts) + 1) if turns is None else turns:
         groups.setdefault((starts[turn - 1], turn if layout == "sample" else 0), []).append(turn)
     return [(start, group) for (start, _), group in groups.items()]
@@ -86,7 +103,7 @@ class Row:
         labels: the tokens to be predicted.
         kinds: index into `prompt.TOKEN_KINDS` of each.
         owners: the branch of each.
-        slots: (stream, turn, first token) of each media slot.
+        slots: (stream, turn, frames to skip, first token) of each media slot.
         target_turns: the turn that each branch asks for.
     """
 
@@ -98,7 +115,7 @@ class Row:
     labels: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
-    slots: list[tuple[str, int, int]] = field(default_factory=list)
+    slots: list[tuple[str, int, int, int]] = field(default_factory=list)
     target_turns: list[int] = field(default_factory=list)
 
     @property
@@ -129,20 +146,21 @@ def dialogue_rows(
         turns: the targets wanted (turn numbers from 1); all if None.
         with_targets: False leaves the reply out, for generation.
     """
-    starts = history_starts(dialogue.turn_tokens, budget)
+    starts = histories(dialogue.turn_tokens, budget, dialogue.windows)
     return [
         _row(dialogue, start, group, num_queries, with_targets) for start, group in group_targets(starts, layout, turns)
     ]
 
 
 def _row(
-    dialogue: TokenizedDialogue, start: int, turns: list[int], num_queries: Mapping[str, int], with_targets: bool
+    dialogue: TokenizedDialogue, history: History, turns: list[int], num_queries: Mapping[str, int], with_targets: bool
 ) -> Row:
-    ids, slots, cuts = list(dialogue.instruction), [], {}
-    for turn in range(start, max(turns)):
+    ids, slots, cuts, skips = list(dialogue.instruction), [], {}, dict(history.skips)
+    for turn in range(history.start, max(turns)):
         for piece in dialogue.turns[turn]:
             if isinstance(piece, Slot):
-                slots.append((piece.stream, turn, len(ids)))
+                skip = skips.get(piece.stream, 0) if turn == history.start else 0
+                slots.append((piece.stream, turn, skip, len(ids)))
                 piece = (0,) * num_queries[piece.stream]
             ids += piece
         cuts[turn + 1] = len(ids)
@@ -195,7 +213,7 @@ def collate(
     ids, positions, real = (np.zeros(length if pack else len(flat) * length, dtype=t) for t in (int, int, bool))
     target_ids: list[tuple[str, int]] = []
     wanted: dict[str, list[np.ndarray]] = {"predictors": [], "labels": [], "kinds": [], "targets": []}
-    slots: dict[str, list[tuple[tuple[int, int], int]]] = {}
+    slots: dict[str, list[tuple[tuple[int, int, int], int]]] = {}
     for at, (d, row) in zip(offsets, flat, strict=True):
         span = slice(at, at + len(row.ids))
         ids[span], positions[span], real[span] = row.ids, row.positions, True
@@ -204,8 +222,8 @@ def collate(
         wanted["kinds"].append(np.array(row.kinds, dtype=int))
         wanted["targets"].append(np.array(row.owners, dtype=int) + len(target_ids))
         target_ids += [(dialogues[d].id, turn) for turn in row.target_turns]
-        for stream, turn, start in row.slots:
-            slots.setdefault(stream, []).append(((d, turn), int(at) + start))
+        for stream, turn, skip, start in row.slots:
+            slots.setdefault(stream, []).append(((d, turn, skip), int(at) + start))
     per_token = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in wanted.items()}
     return Batch(
         input_ids=torch.from_numpy(ids).reshape(-1, length),
@@ -221,10 +239,10 @@ def collate(
 
 
 def _stream_batch(
-    stream: str, slots: list[tuple[tuple[int, int], int]], features: Sequence[Features], num_queries: int
+    stream: str, slots: list[tuple[tuple[int, int, int], int]], features: Sequence[Features], num_queries: int
 ) -> StreamBatch:
-    """Slots as ((dialogue, turn), first token) -> the stream's features, grouped by length, and their places."""
-    frames = {(d, turn): features[d][stream][turn] for d, turn in dict.fromkeys(key for key, _ in slots)}
+    """Slots as ((dialogue, turn, skip), first token) -> the stream's features, grouped by length, and their places."""
+    frames = {key: features[key[0]][stream][key[1]][key[2] :] for key in dict.fromkeys(key for key, _ in slots)}
     order = sorted(frames, key=lambda key: -len(frames[key]))
     groups: list[list[np.ndarray]] = []
     for key in order:

@@ -25,7 +25,7 @@ from msenc.data.batches import (
     share,
     whole_dialogues,
 )
-from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, history_starts
+from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, histories
 from msenc.data.flags import FilteredReader, left_out
 from msenc.data.lengths import DialogueLengths, split_lengths
 from msenc.data.location import Place, RemotePath
@@ -121,7 +121,7 @@ class DialogueDataset(Dataset):
         if id not in self._tokenized:
             dialogue = self.dialogue(index)
             present = [
-                [stream for stream in features if features[stream][k] is not None]
+                {stream: len(turns[k]) for stream, turns in features.items() if turns[k] is not None}
                 for k in range(len(dialogue.utterances))
             ]
             self._tokenized[id] = self.tokenizer(dialogue, present)
@@ -289,6 +289,12 @@ class DialogueDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         _check_size(batch_size, max_tokens_per_batch)
+        unread = sorted((tokenizer.prompt.windows or {}).keys() - streams.keys())
+        if unread:
+            raise MsencError(
+                f"prompt.windows: {', '.join(unread)} is no stream of this modality, so its frames cannot be counted, "
+                "and other turns would be kept than with it. Take a modality that has it, or prompt.windows=null."
+            )
         self.folder = folder
         self.streams = dict(streams)
         self.tokenizer = tokenizer
@@ -413,7 +419,8 @@ class DialogueDataModule(L.LightningDataModule):
         """How many turns of history the split's targets have, and how many of them the history rule drops."""
         count = {"targets": 0, "targets_cut": 0, "history_turns": 0, "dropped_turns": 0}
         for known in self.lengths(split):
-            for turn, start in enumerate(history_starts(known.turn_tokens, self.max_history_tokens), start=1):
+            starts = histories(known.turn_tokens, self.max_history_tokens, known.windows)
+            for turn, (start, _) in enumerate(starts, start=1):
                 count["targets"] += 1
                 count["targets_cut"] += start > 0
                 count["history_turns"] += turn

@@ -9,17 +9,18 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
-from msenc.data.collate import Layout, group_targets, history_starts
+from msenc.data.collate import Layout, group_targets, histories
 from msenc.data.location import Place, RemotePath
 from msenc.data.shards import ShardReader
 from msenc.prompt import DialogueTokenizer, Slot, TokenizedDialogue
 from msenc.types import Dialogue
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of the cached files; another number makes all of them unknown."""
 
 
@@ -35,6 +36,7 @@ class DialogueLengths:
         targets: per target the tokens to write.
         turn_tokens: what the history rule counts; see `TokenizedDialogue`.
         described: number of targets with a voice description.
+        windows: see `TokenizedDialogue`.
     """
 
     instruction: int
@@ -44,6 +46,7 @@ class DialogueLengths:
     targets: Sequence[int]
     turn_tokens: Sequence[int]
     described: int
+    windows: Sequence[Sequence[Any]] = ()
 
 
 def measure(tokens: TokenizedDialogue, dialogue: Dialogue) -> DialogueLengths:
@@ -56,6 +59,7 @@ def measure(tokens: TokenizedDialogue, dialogue: Dialogue) -> DialogueLengths:
         targets=[len(target.ids) for target in tokens.targets],
         turn_tokens=list(tokens.turn_tokens),
         described=sum(u.description is not None for u in dialogue.utterances[1:]),
+        windows=[[start, [list(skip) for skip in skips]] for start, skips in tokens.windows],
     )
 
 
@@ -67,15 +71,16 @@ def row_tokens(
     turns: Sequence[int] | None = None,
 ) -> list[int]:
     """The length of each row that `dialogue_rows` would make with the same arguments."""
+    starts = histories(lengths.turn_tokens, budget, lengths.windows)
     blocks = [
         text + sum(num_queries[stream] for stream in slots)
         for text, slots in zip(lengths.turns, lengths.slots, strict=True)
     ]
     return [
         lengths.instruction
-        + sum(blocks[start : max(group)])
+        + sum(blocks[history.start : max(group)])
         + sum(lengths.responses[turn - 1] + lengths.targets[turn - 1] for turn in group)
-        for start, group in group_targets(history_starts(lengths.turn_tokens, budget), layout, turns)
+        for history, group in group_targets(starts, layout, turns)
     ]
 
 
@@ -108,7 +113,7 @@ def split_lengths(
     hide = rank_zero_only.rank != 0
     for id in track(ids, f"counting tokens of {turns.split}", transient=True, disable=hide):
         dialogue = Dialogue.from_json(turns.read(id)["turns.json"])
-        present = [[s for s in streams if frames[s][id][k]] for k in range(len(dialogue.utterances))]
+        present = [{s: frames[s][id][k] for s in streams if frames[s][id][k]} for k in range(len(dialogue.utterances))]
         lengths[id] = measure(tokenizer(dialogue, present), dialogue)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     with suppress(OSError):

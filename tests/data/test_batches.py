@@ -187,7 +187,7 @@ def test_a_split_shortens_no_history():
     assert len(units) > 2
     for unit in units:
         for row in dialogue_rows(dialogue, 40, NUM_QUERIES, turns=unit.turns):
-            trunk = {turn for _, turn, _ in row.slots}
+            trunk = {turn for _, turn, *_ in row.slots}
             assert not trunk or min(trunk) >= starts[row.target_turns[0] - 1]
         one_by_one = [dialogue_rows(dialogue, 40, NUM_QUERIES, "sample", [turn])[0] for turn in unit.turns]
         whole = {t: r for r in dialogue_rows(dialogue, 40, NUM_QUERIES, "sample") for t in r.target_turns}

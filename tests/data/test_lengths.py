@@ -2,9 +2,11 @@ import json
 import shutil
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from msenc.data.lengths import split_lengths
+from msenc.data.collate import dialogue_rows
+from msenc.data.lengths import row_tokens, split_lengths
 from msenc.data.location import locate
 from msenc.data.shards import ShardReader, stream_hash
 from msenc.models.llm import load_tokenizer
@@ -57,6 +59,21 @@ def test_lengths_are_those_of_the_tokens(prepared, llm):
         assert found[i].slots == [[p.stream for p in block if isinstance(p, Slot)] for block in tokens.turns]
         assert found[i].targets == [len(target.ids) for target in tokens.targets]
         assert found[i].turn_tokens == list(tokens.turn_tokens)
+
+
+@pytest.mark.parametrize("layout", ["dialogue", "sample"])
+def test_rows_with_windows_are_as_long_as_was_counted(prepared, llm, layout):
+    prompt = {"windows": {"audio": 150}}  # 3 s
+    for _ in range(2):  # counted, and read again
+        found, _ = count(prepared, llm, **prompt)
+    assert {skips[0][0] for known in found for _, skips in known.windows if skips} == {"audio"}
+    tokenizer = DialogueTokenizer(Prompt(**{**PROMPT, **prompt}), load_tokenizer(str(llm)))
+    turns, frames = ShardReader(prepared / "turns", "train"), ShardReader(prepared / "audio-logmel", "train")
+    for known, id in zip(found, turns.ids, strict=True):
+        present = [{"audio": n} if n else {} for n in np.diff(frames.read(id)["offsets.npy"]).tolist()]
+        tokens = tokenizer(Dialogue.from_json(turns.read(id)["turns.json"]), present)
+        rows = dialogue_rows(tokens, 10**6, {"audio": 4}, layout)
+        assert row_tokens(known, 10**6, {"audio": 4}, layout) == [len(row.ids) for row in rows]
 
 
 def test_a_second_start_tokenizes_nothing(prepared, llm):
