@@ -24,7 +24,7 @@ OVERRIDES = ("experiment=paper_msenc", "+model.llm.round_to=bfloat16")
 OWN = ("checkpoint", "llm", "out")
 
 LLM_VIEWS = ("generator_model.", "lora_model.base_model.model.", "generator_mode.")
-"""The places at which upstream's file holds the one LLM, its LoRA included."""
+"""The places at which upstream's file holds the one LLM, its LoRA included; without LoRA, the first alone."""
 
 QFORMER_VIEWS = ("video_q_former.", "audio_q_former.")
 """The places of the connectors: linear maps of their own around one Q-Former with one set of queries."""
@@ -203,7 +203,8 @@ def _places(name: str) -> list[str]:
     """The names under which upstream's file holds a tensor of `ConversationModel`."""
     part, _, rest = name.partition(".")
     if part == "llm":
-        return [view + rest.removeprefix("base_model.model.") for view in LLM_VIEWS]
+        has_lora = rest.startswith("base_model.model.")
+        return [view + rest.removeprefix("base_model.model.") for view in (LLM_VIEWS if has_lora else LLM_VIEWS[:1])]
     stream, _, rest = rest.partition(".")
     ours, theirs = next((pair for pair in CONNECTOR_NAMES.items() if rest.startswith(pair[0])), ("", ""))
     return [f"{stream}_q_former.{theirs}{rest.removeprefix(ours)}"]

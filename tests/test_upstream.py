@@ -288,6 +288,23 @@ def test_an_imported_run_holds_what_trained_and_says_where_it_is_from(imported):
         assert connectors["video"].core is connectors["audio"].core
 
 
+def test_a_checkpoint_of_a_frozen_llm_is_imported_with_freeze(synthetic, home, tmp_path):
+    """Upstream adds no LoRA then, and its file holds the LLM once, under the names of the plain model."""
+
+    def freeze(state):
+        for name in [n for n in state if n.startswith(("lora_model.", "generator_mode.")) or ".lora_" in n]:
+            del state[name]
+        for name in [n for n in state if ".base_layer." in n]:
+            state[name.replace(".base_layer.", ".")] = state.pop(name)
+
+    checkpoint = changed(synthetic, tmp_path, freeze)
+    run_import(synthetic, tmp_path / "run", checkpoint=checkpoint, overrides=["model.llm.freeze=true"])
+    model, _ = load(tmp_path / "run")
+    assert model.trainable_parameters()["llm"] == 0
+    with pytest.raises(MsencError, match=r"tensors missing there: .*lora_A"):
+        run_import(synthetic, tmp_path / "other", checkpoint=checkpoint)
+
+
 def test_evaluate_takes_an_imported_run(synthetic, compose, tmp_path):
     run_import(synthetic, tmp_path / "imported")
     overrides = ["split=val", "limit=2", "decoding.max_new_tokens=3", "device=cpu"]
