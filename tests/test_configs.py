@@ -274,6 +274,8 @@ def test_the_papers_sweep_lists_upstreams_ablations():
         ("text_audio_video", False),
         ("text_audio_video", True),
     ]
+    on_meld = compose_with_hydra("train", ["sweep=paper", "experiment=paper_text", "data=meld"])
+    assert (on_meld.data.name, on_meld.prompt.target) == ("meld", "text_description")
     for c in composed:
         del c.hydra
         c.modality, c.model.llm.freeze = "text", False

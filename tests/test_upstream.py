@@ -1,19 +1,23 @@
-"""Upstream's checkpoint, imported: the same numbers as upstream's model computes, and refusals by name."""
+"""Upstream's checkpoint, imported: the same numbers as upstream's model computes, and refusals by name; its options."""
 
 import dataclasses
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn.functional import cross_entropy
 
 from msenc import pipelines
-from msenc.config import plain
+from msenc.config import check_targets, plain
 from msenc.data.collate import collate, dialogue_rows
 from msenc.module import ConversationModule
 from msenc.prompt import TOKEN_KINDS
@@ -474,3 +478,54 @@ def test_a_missing_argument_is_named(arguments, message):
     with pytest.raises(MsencError) as caught:
         main(arguments)
     assert message in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ command and docs
+
+
+def run_module(*arguments):
+    command = [sys.executable, "-m", "msenc.upstream", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_command_imports(synthetic, home, tmp_path):
+    overrides = [*synthetic.base, *synthetic.sizes]
+    given = [f"checkpoint={synthetic.checkpoint}", f"llm={synthetic.llm}", f"out={tmp_path / 'run'}"]
+    refused = run_module(*given, "modality=text_adio")
+    assert refused.returncode == 1
+    assert "modality=text_adio: no such choice. Did you mean 'text_audio'?" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    done = run_module(*given, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert f"python evaluate.py run_dir={tmp_path / 'run'}" in done.stdout
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "finished"
+
+
+def test_help_needs_no_torch():
+    code = "import sys, msenc.upstream as u; u.main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint=FILE llm=FOLDER out=RUN" in done.stdout
+
+
+DOCS = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
+OPTIONS = [line.split(" | ") for line in DOCS.splitlines() if line.startswith("| `--")]
+OVERRIDES = [
+    *(span for _, here, *_ in OPTIONS for span in re.findall(r"`([^`]+)`", here)),
+    *re.findall(r"^\| `([^`-][^`]*=[^`]*)`", DOCS, flags=re.MULTILINE),
+]
+
+
+def test_every_option_of_upstream_is_in_the_table():
+    named = {name for option, *_ in OPTIONS for name in re.findall(r"--(\w+)", option)}
+    given = """data_name stage LLM LLM_freeze QFormer QFormer_freeze seed epochs batch_size bs lr dropout decay_rate act
+        max_history audio_type audio_pad_size video_pad_size fps max_length target modal wandb_name save metric resume"""
+    assert named >= set(given.split())
+    assert len(OVERRIDES) > 25
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_an_override_of_the_table_composes(override, compose):
+    cfg = compose(["experiment=paper_msenc", *override.replace("FOLDER", "folder").split()])
+    del cfg.logger  # wandb is an extra
+    check_targets(plain(cfg), pipelines.GIVEN)
