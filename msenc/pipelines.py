@@ -276,7 +276,7 @@ def _open_record(cfg: DictConfig, overrides: list[str], command: str) -> RunReco
 def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> float | None:
     config = plain(cfg)
     check_targets(config, GIVEN)
-    _quieten()
+    quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     _ensure_llm(config)
     datamodule = build_datamodule(config, record.facts.get("prepare_command", "python prepare.py"))
@@ -454,7 +454,7 @@ def _plan(cfg: DictConfig, prepare_command: str) -> None:
     """Print what a run would take; builds its data module, and of its model the shapes."""
     config = plain(cfg)
     check_targets(config, GIVEN)
-    _quieten()
+    quieten()
     trainer = config["trainer"]
     _ensure_llm(config)
     datamodule = build_datamodule(config, prepare_command)
@@ -523,7 +523,8 @@ def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> 
     return shlex.join(["python", "prepare.py", *kept])
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Hold back what libraries say of each other, and of choices that a config makes on purpose."""
     # Lightning lists devices it does not use and advertises; what matters is printed by msenc.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -666,7 +667,7 @@ def evaluate_run(
     config = plain(run_config)
     check_targets(config, GIVEN)
     decoding = config["decoding"] if decoding is None else decoding
-    _quieten()
+    quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))
     datamodule.setup()

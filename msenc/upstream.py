@@ -57,7 +57,7 @@ def import_run(checkpoint: Path, llm: str, out: Path, overrides: list[str]) -> N
 
     from msenc.config import check_targets, plain
     from msenc.module import ConversationModule
-    from msenc.pipelines import GIVEN, build_model, prepare_command
+    from msenc.pipelines import GIVEN, build_model, prepare_command, quieten
     from msenc.run import RunRecord, write_text
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -76,6 +76,7 @@ def import_run(checkpoint: Path, llm: str, out: Path, overrides: list[str]) -> N
     config = plain(cfg)
     check_targets(config, GIVEN)
 
+    quieten()
     tensors = read_tensors(checkpoint)
     check_views(tensors, checkpoint)
     model = build_model(config)
@@ -184,8 +185,9 @@ def fill(model: "ConversationModel", tensors: Mapping[str, "Tensor"], path: Path
         raise MsencError(
             f"checkpoint={path}: does not fit the model that the config describes.\n"
             + "".join(f"  {line}\n" for line in lines)
-            + "  do: give llm= the LLM that it was trained on, and the sizes of its parts "
-            "(model.connector.num_layers=..., model.streams.audio.dim=..., model.llm.lora.r=...)"
+            + "  do: give llm= the LLM that it was trained on, and the sizes of its parts: "
+            "model.connector.num_layers=..., model.connector.intermediate_dim=..., model.streams.audio.dim=..., "
+            "model.llm.lora.r=..."
         )
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     other_base = [name for name in own.keys() - trained if not _is_equal(own[name], tensors[places[name][0]])]
