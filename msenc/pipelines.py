@@ -687,7 +687,7 @@ def evaluate_run(
     metrics |= {
         "split": split,
         "data": config["data"]["name"],
-        "task_hash": task_hash(config, datamodule.manifest),
+        "task_hash": task_hash(config, datamodule),
         "settings": " ".join(f"{k}={v}" for k, v in settings.items()),
     }
     folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
