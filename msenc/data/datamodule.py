@@ -289,12 +289,6 @@ class DialogueDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         _check_size(batch_size, max_tokens_per_batch)
-        unread = sorted((tokenizer.prompt.windows or {}).keys() - streams.keys())
-        if unread:
-            raise MsencError(
-                f"prompt.windows: {', '.join(unread)} is no stream of this modality, so its frames cannot be counted, "
-                "and other turns would be kept than with it. Take a modality that has it, or prompt.windows=null."
-            )
         self.folder = folder
         self.streams = dict(streams)
         self.tokenizer = tokenizer
@@ -341,8 +335,19 @@ class DialogueDataModule(L.LightningDataModule):
         return self._datasets[split]
 
     def lengths(self, split: str) -> list[DialogueLengths]:
-        """Tokens of the split's dialogues; see `split_lengths`."""
+        """Tokens of the split's dialogues; see `split_lengths`.
+
+        Raises:
+            MsencError: the prompt's windows count frames of a stream that is not read.
+        """
         if split not in self._lengths:
+            unread = sorted((self.tokenizer.prompt.windows or {}).keys() - self.streams.keys())
+            if unread:
+                raise MsencError(
+                    f"prompt.windows: {', '.join(unread)} is no stream of this modality, so its frames cannot be "
+                    "counted, and other turns would be kept than with it. Take a modality that has it, or "
+                    "prompt.windows=null."
+                )
             dataset = self.dataset(split)
             self._lengths[split] = split_lengths(
                 self.folder, dataset.ids, dataset.turns, dataset.streams, self.tokenizer

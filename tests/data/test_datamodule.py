@@ -66,7 +66,7 @@ def test_windows_of_a_stream_that_is_not_read_are_refused(prepared, tokenizer):
     prompt = dataclasses.replace(tokenizer.prompt, windows={"audio": 100, "video": 9})
     windowed = DialogueTokenizer(prompt, tokenizer.tokenizer)
     with pytest.raises(MsencError, match=r"prompt\.windows: video is no stream of this modality"):
-        module_of(prepared, windowed, ("audio",))
+        module_of(prepared, windowed, ("audio",)).lengths("train")
     datamodule = module_of(prepared, windowed, ("audio", "video"))
     with_windows, without = (m.dropped_turns("train") for m in (datamodule, module_of(prepared, tokenizer)))
     assert with_windows["dropped_turns"] > without["dropped_turns"] == 0
