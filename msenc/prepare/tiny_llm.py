@@ -32,7 +32,7 @@ WEIGHTS = {
     "planted_text": 50.0,
     "planted_audio": 10.0,
     "planted_video": 10.0,
-    "planted_both": 10.0,
+    "planted_both": 30.0,
 }
 
 PROMPT = Prompt(instruction="A conversation.\n", turn="{speaker}:{video}{audio} {text}\n", response="{speaker}:")
@@ -40,6 +40,10 @@ PROMPT = Prompt(instruction="A conversation.\n", turn="{speaker}:{video}{audio} 
 every run starts from the same LLM."""
 
 RECIPE = "recipe.json"
+UNSEEN = 100
+"""Transcripts that are kept apart to see what was learned."""
+LEARNED = 0.25
+"""Nats per token below which a kind of planted words counts as learned; a guess costs 0.69."""
 FIRST_LESSONS = 0.7
 """Share of the transcripts that are cut to two turns."""
 
@@ -57,6 +61,7 @@ def pretrain(
     learning_rate: float = 5e-3,
     silence: float = 0.25,
     seed: int = 1,
+    attempts: int = 4,
 ) -> None:
     """Make the folder of a tiny LLM, unless it is there; it appears whole or not at all.
 
@@ -74,6 +79,8 @@ def pretrain(
         silence: share of the whole dialogues in which no mood is written out, and of those in which no voice is: the
             LLM has to do without a stream, too.
         seed: of transcripts, weights and silences.
+        attempts: how often to begin anew, from other weights, where unseen transcripts show that a planted word was
+            not learned; the best is kept.
     """
     recipe = {k: v for k, v in locals().items() if k != "folder"}
     target = Path(folder)
@@ -90,25 +97,36 @@ def pretrain(
     # Short dialogues in which all is said come first: what a reply depends on is learned there many times faster.
     lessons = [_first_turns(_tokenize(d, tokenize, 0.0, rng), 2) for d in dialogues[:first]]
     lessons += [_tokenize(d, tokenize, silence, rng) for d in dialogues[first:]]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        llm = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=hidden_size,
-                intermediate_size=4 * hidden_size,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                num_key_value_heads=num_heads,
-                max_position_embeddings=4096,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                tie_word_embeddings=False,
-                initializer_range=0.15,  # at this width, transformers' 0.02 costs several times the steps
-            )
-        )
-    _fit(llm, lessons, batch_size, learning_rate)
+    unseen = [_tokenize(d, tokenize, 0.0, rng) for d in transcripts(num_dialogues + UNSEEN, seed)[num_dialogues:]]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        initializer_range=0.15,  # at this width, transformers' 0.02 costs several times the steps
+    )
+    llm, lowest = None, math.inf
+    for attempt in range(attempts):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1000 * attempt)
+            candidate = LlamaForCausalLM(config)
+        _fit(candidate, lessons, batch_size, learning_rate)
+        # Whether the parity is found hangs on rounding: it comes or it does not.
+        loss = _planted_loss(candidate, unseen, batch_size)
+        if loss < lowest:
+            llm, lowest = candidate, loss
+        if lowest < LEARNED:
+            break
+    if lowest >= LEARNED:
+        Console().print(f"The tiny LLM has not learned all planted words: the worst kind's loss is {lowest:.2f} nats.")
+    llm.set_attn_implementation("sdpa")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -180,17 +198,7 @@ def _fit(llm: torch.nn.Module, lessons: list[TokenizedDialogue], batch_size: int
     with Progress() as progress:
         task = progress.add_task("pre-training the tiny LLM", total=steps)
         for step in range(steps):
-            dialogues = lessons[step * batch_size : (step + 1) * batch_size]
-            rows = [dialogue_rows(d, budget=10**9, num_queries={}) for d in dialogues]
-            batch = collate(dialogues, [{} for _ in dialogues], rows, num_queries={}, pack=True)
-            layout = make_layout(batch.segments, batch.input_ids.device)
-            logits = llm(
-                input_ids=batch.input_ids,
-                attention_mask=layout.mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                layout=layout,
-            ).logits[0]  # (L, V)
+            batch, logits = _run(llm, lessons[step * batch_size : (step + 1) * batch_size])
             loss = _weighted_loss(logits, batch)
             optimizer.zero_grad()
             loss.backward()
@@ -199,6 +207,34 @@ def _fit(llm: torch.nn.Module, lessons: list[TokenizedDialogue], batch_size: int
             schedule.step()
             progress.update(task, advance=1, description=f"pre-training the tiny LLM, loss {loss.item():.3f}")
     llm.eval()
+
+
+@torch.inference_mode()
+def _planted_loss(llm: torch.nn.Module, dialogues: list[TokenizedDialogue], batch_size: int) -> float:
+    """The mean loss of the kind of planted words that is known worst."""
+    losses, kinds = [], []
+    for at in range(0, len(dialogues), batch_size):
+        batch, logits = _run(llm, dialogues[at : at + batch_size])
+        losses.append(cross_entropy(logits[batch.predictors], batch.labels, reduction="none"))
+        kinds.append(batch.kinds)
+    loss, kind = torch.cat(losses), torch.cat(kinds)
+    planted = [k for k, name in enumerate(TOKEN_KINDS) if name.startswith("planted") and (kind == k).any()]
+    return max((loss[kind == k].mean().item() for k in planted), default=0.0)
+
+
+def _run(llm: torch.nn.Module, dialogues: list[TokenizedDialogue]) -> tuple[Batch, torch.Tensor]:
+    """The packed batch of whole dialogues, and its logits (L, V)."""
+    rows = [dialogue_rows(d, budget=10**9, num_queries={}) for d in dialogues]
+    batch = collate(dialogues, [{} for _ in dialogues], rows, num_queries={}, pack=True)
+    layout = make_layout(batch.segments, batch.input_ids.device)
+    logits = llm(
+        input_ids=batch.input_ids,
+        attention_mask=layout.mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        layout=layout,
+    ).logits[0]
+    return batch, logits
 
 
 def _weighted_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
