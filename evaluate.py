@@ -11,9 +11,9 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Score a split with the run's own config and weights."""
-    from msenc import pipelines  # imported here: --help must not wait for torch
+    from msenc.pipelines.evaluate import evaluate  # imported here: --help must not wait for torch
 
-    pipelines.evaluate(cfg)
+    evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Prepare what is missing of a data set."""
-    from msenc import pipelines  # imported here: --help must not wait for torch
+    from msenc.pipelines.prepare import prepare  # imported here: --help must not wait for torch
 
-    pipelines.prepare(cfg)
+    prepare(cfg)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="report")
 def main(cfg: DictConfig) -> None:
     """Summarise all runs below a folder."""
-    from msenc import pipelines  # imported here: --help must not wait for torch
+    from msenc.pipelines.report import report  # imported here: --help must not wait for torch
 
-    pipelines.report(cfg)
+    report(cfg)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Compose, train, evaluate."""
-    from msenc import pipelines  # imported here: --help must not wait for torch
+    from msenc.pipelines.train import train  # imported here: --help must not wait for torch
 
-    return pipelines.train(cfg)
+    return train(cfg)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from meld import RATES, meld_dialogues, num_frames
 from msenc.config import CONFIGS, build, plain, register_schemas
 from msenc.data.manifest import DatasetManifest, StreamInfo, count_splits
 from msenc.data.shards import write_stream
-from msenc.pipelines import build_datamodule, build_model
+from msenc.pipelines.parts import build_datamodule, build_model
 from msenc.types import Dialogue
 
 UPSTREAM_RATES = {"audio": 50, "video": 30}

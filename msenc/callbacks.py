@@ -15,7 +15,7 @@ class SweepEnd(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra calls this once per sweep."""
-        from msenc.pipelines import end_sweep
+        from msenc.pipelines.report import end_sweep
 
         if not config.plan:
             end_sweep(Path(config.hydra.sweep.dir))

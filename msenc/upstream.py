@@ -57,7 +57,8 @@ def import_run(checkpoint: Path, llm: str, out: Path, overrides: list[str]) -> N
 
     from msenc.config import check_targets, plain
     from msenc.module import ConversationModule
-    from msenc.pipelines import GIVEN, build_model, prepare_command, quieten
+    from msenc.pipelines.parts import GIVEN, build_model, quieten
+    from msenc.pipelines.prepare import prepare_command
     from msenc.run import RunRecord, write_text
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -44,9 +44,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_home(home) -> Path:
     """A folder with the small demo's raw material, shards and tiny LLM in ``data/``, as `prepare.py` makes them."""
-    from msenc import pipelines
+    from msenc.pipelines.prepare import prepare
 
-    pipelines.prepare(_compose([*SMALL_DEMO, "prepare_workers=0"], "prepare", home))
+    prepare(_compose([*SMALL_DEMO, "prepare_workers=0"], "prepare", home))
     return home
 
 
@@ -75,12 +75,12 @@ def train(demo_home, tmp_path) -> Callable[..., SimpleNamespace]:
     """
 
     def call(overrides: list[str], folder: str = "run") -> SimpleNamespace:
-        from msenc import pipelines
+        from msenc.pipelines.train import train
 
         run_dir = tmp_path / folder
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             job = GlobalHydra.instance().hydra.run(
-                "train", pipelines.train, [*overrides, f"hydra.run.dir={run_dir}"], with_log_configuration=False
+                "train", train, [*overrides, f"hydra.run.dir={run_dir}"], with_log_configuration=False
             )
         return SimpleNamespace(folder=run_dir, loss=job.return_value)
 

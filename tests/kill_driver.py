@@ -16,9 +16,11 @@ import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from msenc import checkpoints, pipelines
+from msenc import checkpoints
 from msenc.config import register_schemas
 from msenc.module import ConversationModule
+from msenc.pipelines import evaluate as evaluation
+from msenc.pipelines import train as training
 from msenc.run import resumed_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -59,7 +61,7 @@ def plant(moment: str | None, witness: Path) -> None:
     for hook in (on_train_batch_start, on_validation_batch_start, on_train_epoch_end, on_train_epoch_start):
         setattr(ConversationModule, hook.__name__, hook)
 
-    save, link, evaluate, write_json = torch.save, os.link, pipelines.evaluate_split, pipelines.write_json
+    save, link, evaluate, write_json = torch.save, os.link, evaluation.evaluate_split, training.write_json
 
     def half_save(checkpoint, file):
         save(checkpoint, file)
@@ -81,7 +83,7 @@ def plant(moment: str | None, witness: Path) -> None:
         return end(kind) if place == "outcome" and path.name == "metrics.json" else write_json(path, value)
 
     checkpoints.torch.save, checkpoints.os.link = half_save, link_only
-    pipelines.evaluate_split, pipelines.write_json = no_evaluation, no_metrics
+    evaluation.evaluate_split, training.write_json = no_evaluation, no_metrics
 
 
 def start(arguments: list[str], moment: str | None, run: dict, number: int) -> dict:
@@ -97,7 +99,7 @@ def start(arguments: list[str], moment: str | None, run: dict, number: int) -> d
         try:
             plant(moment, Path(f"{run['folder']}.batches"))
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                GlobalHydra.instance().hydra.run("train", pipelines.train, resumed_arguments(arguments), False)
+                GlobalHydra.instance().hydra.run("train", training.train, resumed_arguments(arguments), False)
             status = 0
         except SystemExit as e:
             status = e.code

@@ -139,7 +139,7 @@ def compose_with_hydra(script: str, overrides: list[str]):
 
 def bind(cfg, tmp_path) -> int:
     """Check the composed config as the scripts do; returns the number of nodes that were bound."""
-    from msenc.pipelines import GIVEN
+    from msenc.pipelines.parts import GIVEN
 
     callbacks = plain(cfg.hydra.callbacks)
     if "paths" in cfg:

@@ -6,9 +6,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from msenc import pipelines
 from msenc.config import plain
 from msenc.export import load_export
+from msenc.module import ConversationModule
+from msenc.pipelines.parts import build_datamodule, build_model, load_checkpoint
 from msenc.run import read_run
 from msenc.types import MsencError
 
@@ -28,9 +29,9 @@ def test_one_call_loads_what_a_run_has_trained(what, train):
     _, cfg = read_run(run)
     cfg.paths.output_dir = str(run)
     config = plain(cfg)
-    expected = pipelines.build_model(config)
-    pipelines.load_checkpoint(pipelines.ConversationModule(expected), run, "best")
-    datamodule = pipelines.build_datamodule(config, "")
+    expected = build_model(config)
+    load_checkpoint(ConversationModule(expected), run, "best")
+    datamodule = build_datamodule(config, "")
 
     model, tokenizer = load_export(run / "export")
     assert tokenizer.prompt == datamodule.tokenizer.prompt

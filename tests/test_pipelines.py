@@ -15,10 +15,12 @@ from conftest import SMALL_DEMO
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from msenc import pipelines
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import write_stream
 from msenc.models.llm import load_tokenizer
+from msenc.pipelines.evaluate import evaluate
+from msenc.pipelines.prepare import prepare, prepare_command
+from msenc.pipelines.train import train
 from msenc.prompt import TOKEN_KINDS
 from msenc.types import Dialogue, MsencError, Utterance
 
@@ -47,7 +49,7 @@ def finished(demo_home, tmp_path_factory):
     overrides = [*FAST, "modality=text_audio", "optimizer.lr=0.02", f"model.llm.name_or_path={folder / 'llm'}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
-        job = hydra.run("train", pipelines.train, [*overrides, f"hydra.run.dir={folder / 'run'}"], False)
+        job = hydra.run("train", train, [*overrides, f"hydra.run.dir={folder / 'run'}"], False)
     return SimpleNamespace(folder=folder, run=folder / "run", loss=job.return_value)
 
 
@@ -62,10 +64,8 @@ def spoilt(finished, tmp_path):
     return folder
 
 
-def evaluate(compose, run_dir, *overrides):
-    return pipelines.evaluate(
-        compose([f"run_dir={run_dir}", "decoding.max_new_tokens=3", "device=cpu", *overrides], "evaluate")
-    )
+def measure(compose, run_dir, *overrides):
+    return evaluate(compose([f"run_dir={run_dir}", "decoding.max_new_tokens=3", "device=cpu", *overrides], "evaluate"))
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
@@ -115,7 +115,7 @@ def test_training_ends_with_the_test_split(finished):
 def test_predictions_add_up_to_the_metrics(finished, compose, demo_home):
     run = finished.run
     before = set(evaluations(run))
-    returned = evaluate(compose, run, "split=val", "limit=2")
+    returned = measure(compose, run, "split=val", "limit=2")
     (name,) = set(evaluations(run)) - before
     assert name.startswith("demo-val-")
     metrics, predictions = evaluations(run)[name]
@@ -154,13 +154,13 @@ def test_predictions_add_up_to_the_metrics(finished, compose, demo_home):
 
 
 def test_evaluating_again_gives_the_same(finished, compose):
-    first = evaluate(compose, finished.run, "split=val")
-    assert evaluate(compose, finished.run, "split=val") == first
+    first = measure(compose, finished.run, "split=val")
+    assert measure(compose, finished.run, "split=val") == first
     # what validation said while training is what evaluation says of the best checkpoint
     assert first["nll"] == pytest.approx(finished.loss, rel=1e-4)
-    last = evaluate(compose, finished.run, "split=val", "checkpoint=last")
+    last = measure(compose, finished.run, "split=val", "checkpoint=last")
     assert last["nll"] >= first["nll"] - 1e-6
-    alone = evaluate(compose, finished.run, "split=val", "generate=false")
+    alone = measure(compose, finished.run, "split=val", "generate=false")
     assert alone["nll"] == first["nll"]
     assert "bleu_1" not in alone
 
@@ -168,7 +168,7 @@ def test_evaluating_again_gives_the_same(finished, compose):
 def test_every_reply_lands_at_its_own_target(finished, compose):
     def replies(*overrides):
         before = set(evaluations(finished.run))
-        evaluate(compose, finished.run, "split=test", "decoding.max_new_tokens=12", *overrides)
+        measure(compose, finished.run, "split=test", "decoding.max_new_tokens=12", *overrides)
         (name,) = set(evaluations(finished.run)) - before
         return {(p["dialogue"], p["turn"]): p["reply"]["text"] for p in evaluations(finished.run)[name][1]}
 
@@ -206,7 +206,7 @@ def test_where_nothing_trains_the_llm_is_evaluated_as_it_is(train, compose):
     assert facts["trainable_parameters"] == {"llm": 0}
     assert "nothing to train" in facts["stop_reason"]
     ((_, (metrics, _)),) = evaluations(run.folder).items()
-    assert evaluate(compose, run.folder, "generate=false")["nll"] == metrics["nll"]
+    assert measure(compose, run.folder, "generate=false")["nll"] == metrics["nll"]
 
 
 def test_tied_connectors_train_and_are_found_again(train, compose):
@@ -214,7 +214,7 @@ def test_tied_connectors_train_and_are_found_again(train, compose):
     counts = read(run.folder / "run.json")["trainable_parameters"]
     assert counts["connector.video"] < counts["connector.audio"]
     ((_, (metrics, _)),) = evaluations(run.folder).items()
-    assert evaluate(compose, run.folder, "generate=false")["nll"] == metrics["nll"]
+    assert measure(compose, run.folder, "generate=false")["nll"] == metrics["nll"]
 
 
 def test_a_run_that_ends_before_its_first_validation_is_evaluated_as_trained(train, compose):
@@ -230,7 +230,7 @@ def test_a_run_that_ends_before_its_first_validation_is_evaluated_as_trained(tra
     assert (facts["steps"], facts["stop_reason"]) == (2, "trainer.max_steps reached")
     assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["last.ckpt"]
     ((_, (metrics, _)),) = evaluations(run.folder).items()
-    assert evaluate(compose, run.folder, "checkpoint=last", "generate=false")["nll"] == metrics["nll"]
+    assert measure(compose, run.folder, "checkpoint=last", "generate=false")["nll"] == metrics["nll"]
     untrained = train([*FAST, "modality=text", "model.llm.freeze=true"], "untrained")
     ((_, (before, _)),) = evaluations(untrained.folder).items()
     assert abs(metrics["nll"] - before["nll"]) > 1e-3
@@ -258,33 +258,33 @@ def test_a_text_run_opens_no_audio_and_no_video(train, demo_home, monkeypatch):
 
 def test_evaluating_what_is_no_run_is_refused(finished, compose, tmp_path):
     with pytest.raises(MsencError, match=r"is not a run's folder .* It holds runs, though: run\."):
-        evaluate(compose, finished.folder)
+        measure(compose, finished.folder)
     with pytest.raises(MsencError, match="does not exist"):
-        evaluate(compose, tmp_path / "nowhere")
+        measure(compose, tmp_path / "nowhere")
     with pytest.raises(MsencError, match="split: found 'dev', expected one of train, val, test"):
-        evaluate(compose, finished.run, "split=dev")
+        measure(compose, finished.run, "split=dev")
 
 
 def test_unfit_checkpoints_are_refused(spoilt, compose):
     run = spoilt / "run"
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     with pytest.raises(MsencError, match=r"other\.ckpt: no such checkpoint\. Found: best\.ckpt, last\.ckpt"):
-        evaluate(compose, run, f"checkpoint={run / 'checkpoints' / 'other.ckpt'}")
-    evaluate(compose, run, f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "limit=1", "generate=false")
+        measure(compose, run, f"checkpoint={run / 'checkpoints' / 'other.ckpt'}")
+    measure(compose, run, f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", "limit=1", "generate=false")
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(MsencError, match=r"\.ckpt: no such checkpoint\. Found: none\."):
-        evaluate(compose, run)
+        measure(compose, run)
     (run / "checkpoints" / "best.ckpt").write_bytes(b"no checkpoint at all")
     with pytest.raises(MsencError, match=r"best\.ckpt: cannot be read as a checkpoint"):
-        evaluate(compose, run)
+        measure(compose, run)
     (run / "checkpoints" / "best.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MsencError, match=r"best\.ckpt: cannot be read as a checkpoint"):
-        evaluate(compose, run)
+        measure(compose, run)
     for content in ([1, 2], {"weights": torch.zeros(2)}, {"state_dict": None}):
         torch.save(content, run / "checkpoints" / "best.ckpt")
         with pytest.raises(MsencError, match=r"best\.ckpt: no checkpoint of train\.py"):
-            evaluate(compose, run)
+            measure(compose, run)
 
 
 def test_a_checkpoint_of_other_base_weights_is_refused(spoilt, compose):
@@ -296,7 +296,7 @@ def test_a_checkpoint_of_other_base_weights_is_refused(spoilt, compose):
     save_file(tensors, path, metadata={"format": "pt"})
     expected = read(spoilt / "run" / "run.json")["base_fingerprint"]
     with pytest.raises(MsencError, match=rf"trained on base weights with fingerprint {expected}, the LLM loaded here"):
-        evaluate(compose, spoilt / "run")
+        measure(compose, spoilt / "run")
 
 
 def test_a_checkpoint_of_another_connector_is_refused(spoilt, compose):
@@ -305,7 +305,7 @@ def test_a_checkpoint_of_another_connector_is_refused(spoilt, compose):
     assert "encoder_dim: 128" in text
     path.write_text(text.replace("encoder_dim: 128", "encoder_dim: 64"), encoding="utf-8")
     with pytest.raises(MsencError, match=r"the checkpoint does not fit the model: .*of another shape"):
-        evaluate(compose, spoilt / "run")
+        measure(compose, spoilt / "run")
 
 
 # ---------------------------------------------------------------------------------------------- refusals: data, models
@@ -342,7 +342,7 @@ def test_missing_data_is_refused_with_the_command_that_makes_it(train, compose, 
 def test_the_command_survives_a_shell(train, tmp_path):
     overrides = ["data=meld", f"data.dir={tmp_path / 'with space'}", "+data.generate={sizes:{train:1,val:1}}"]
     choices = {"data": "meld", "streams": "demo", "modality": "text"}
-    command = pipelines.prepare_command(overrides, choices)
+    command = prepare_command(overrides, choices)
     assert shlex.split(command) == ["python", "prepare.py", *overrides, "modality=text", "data.root=FOLDER"]
     assert "'+data.generate={sizes:{train:1,val:1}}'" in command
 
@@ -354,10 +354,10 @@ def test_a_run_reads_its_data_from_a_url(train, compose, demo_home, tmp_path):
     try:
         here, there = (train([*FAST, "modality=text_audio", *where], name) for where, name in (([], "a"), (url, "b")))
         assert there.loss == here.loss
-        nll = evaluate(compose, there.folder, "generate=false")["nll"]
+        nll = measure(compose, there.folder, "generate=false")["nll"]
     finally:
         memory.rm("/far", recursive=True)
-    assert nll == evaluate(compose, here.folder, "generate=false")["nll"]
+    assert nll == measure(compose, here.folder, "generate=false")["nll"]
     shards = {p.parent.name for p in (tmp_path / "cache").rglob("*.tar")}
     assert shards == {"turns", "audio-logmel"}
 
@@ -377,7 +377,7 @@ def test_nothing_is_prepared_to_a_url(demo_home, compose, tmp_path, monkeypatch,
     to_url = [f"{key}=s3://bucket/x", "model.llm.name_or_path=s3://bucket/x"]
     cfg = compose([*SMALL_DEMO, *to_url, "prepare_workers=0"], "prepare")
     with pytest.raises(MsencError, match=rf"{key}=s3://bucket/x: a URL, expected a folder of this machine"):
-        pipelines.prepare(cfg)
+        prepare(cfg)
     assert not (tmp_path / "s3:").exists()
 
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from msenc import pipelines
+from msenc.config import build, plain
 from msenc.data.datamodule import collate_units
 from msenc.module import ConversationModule
+from msenc.pipelines.parts import build_datamodule, build_model
 from msenc.plan import batch_tokens, count_batches, largest_batch, predict_memory
 from msenc.types import MsencError
 
@@ -14,10 +15,10 @@ def planned(demo_home, compose):
     """``planned(overrides)`` -> (config, data module, empty model)."""
 
     def call(overrides=()):
-        config = pipelines.plain(compose(["modality=text_audio", *overrides]))
-        datamodule = pipelines.build_datamodule(config, "")
+        config = plain(compose(["modality=text_audio", *overrides]))
+        datamodule = build_datamodule(config, "")
         datamodule.setup()
-        model = pipelines.build_model(config, empty=True)
+        model = build_model(config, empty=True)
         if model.llm.attention_kernel == "auto":
             model.llm.attention_kernel = "split"
         return config, datamodule, model
@@ -68,9 +69,9 @@ def test_steps_follow_accumulation_and_bounds(planned):
 def test_what_stays_is_predicted_exactly(planned):
     config, datamodule, model = planned()
     batch = largest_batch(datamodule, 1)
-    found = predict_memory(model, pipelines.build(config["optimizer"]), batch)
-    real = pipelines.build_model(config).train()
-    optimizer = pipelines.build(config["optimizer"])([p for p in real.parameters() if p.requires_grad])
+    found = predict_memory(model, build(config["optimizer"]), batch)
+    real = build_model(config).train()
+    optimizer = build(config["optimizer"])([p for p in real.parameters() if p.requires_grad])
     real(batch).nll.sum().backward()
     optimizer.step()
 
@@ -104,8 +105,8 @@ def saved_bytes(model, batch):
 def test_activations_hold_what_autograd_keeps_and_little_else(planned, kernel):
     config, datamodule, model = planned([f"model.llm.attn_implementation={kernel}", "data.batch_size=16"])
     batch = largest_batch(datamodule, 1)
-    found = predict_memory(model, pipelines.build(config["optimizer"]), batch)["activations"]
-    kept = saved_bytes(pipelines.build_model(config).train(), batch)
+    found = predict_memory(model, build(config["optimizer"]), batch)["activations"]
+    kept = saved_bytes(build_model(config).train(), batch)
     assert 0.9 * kept < found < 1.3 * kept
 
 
@@ -113,7 +114,7 @@ def test_other_settings_need_other_memory(planned):
     def activations(*overrides, precision="32-true", processes=1):
         config, datamodule, model = planned(["modality=text_audio", *overrides])
         batch = largest_batch(datamodule, processes)
-        return predict_memory(model, pipelines.build(config["optimizer"]), batch, precision, processes)
+        return predict_memory(model, build(config["optimizer"]), batch, precision, processes)
 
     whole = activations()
     assert activations("data.batch_size=16")["activations"] > 1.5 * whole["activations"]
@@ -196,7 +197,7 @@ def test_where_nothing_trains_no_memory_is_predicted(train, capsys):
 def test_a_process_without_a_unit_has_a_gradient_of_zero(planned):
     for layout in ("dialogue", "sample"):
         config, datamodule, _ = planned([f"model.layout={layout}"])
-        module = ConversationModule(pipelines.build_model(config))
+        module = ConversationModule(build_model(config))
         batch = collate_units([], 1024, datamodule.num_queries, layout)
         assert batch.target_ids == []
         loss = module.train().training_step(batch)

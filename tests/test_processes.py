@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from msenc.pipelines import build_datamodule
+from msenc.pipelines.parts import build_datamodule
 from msenc.run import read_json
 
 COMMON = [

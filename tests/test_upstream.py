@@ -16,10 +16,11 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import cross_entropy
 
-from msenc import pipelines
 from msenc.config import check_targets, plain
 from msenc.data.collate import collate, dialogue_rows
 from msenc.module import ConversationModule
+from msenc.pipelines.evaluate import evaluate
+from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, load_checkpoint
 from msenc.prompt import TOKEN_KINDS
 from msenc.run import read_json, read_run
 from msenc.types import Dialogue, MsencError, Utterance
@@ -197,9 +198,9 @@ def load(run_dir):
     record, cfg = read_run(run_dir)
     cfg.paths.output_dir = str(run_dir)
     config = plain(cfg)
-    model = pipelines.build_model(config)
-    pipelines.load_checkpoint(ConversationModule(model), run_dir, "best")
-    return model.eval(), pipelines.build_datamodule(config, record["prepare_command"])
+    model = build_model(config)
+    load_checkpoint(ConversationModule(model), run_dir, "best")
+    return model.eval(), build_datamodule(config, record["prepare_command"])
 
 
 def dialogue_of(source):
@@ -312,7 +313,7 @@ def test_a_checkpoint_of_a_frozen_llm_is_imported_with_freeze(synthetic, home, t
 def test_evaluate_takes_an_imported_run(synthetic, compose, tmp_path):
     run_import(synthetic, tmp_path / "imported")
     overrides = ["split=val", "limit=2", "decoding.max_new_tokens=3", "device=cpu"]
-    metrics = pipelines.evaluate(compose([f"run_dir={tmp_path / 'imported'}", *overrides], "evaluate"))
+    metrics = evaluate(compose([f"run_dir={tmp_path / 'imported'}", *overrides], "evaluate"))
     assert metrics["targets"] > 2
     assert len(metrics["task_hash"]) == 12  # of the data it was measured on
     assert metrics["nll/begin"] > 0
@@ -324,7 +325,7 @@ def test_a_missing_data_set_is_named_with_the_command(synthetic, compose, tmp_pa
     run_import(synthetic, tmp_path / "imported")
     overrides = [f"run_dir={tmp_path / 'imported'}", f"data_dir={tmp_path}"]
     with pytest.raises(MsencError, match=r"Run: python prepare\.py modality=text_audio_video data=demo streams=demo"):
-        pipelines.evaluate(compose(overrides, "evaluate"))
+        evaluate(compose(overrides, "evaluate"))
 
 
 def test_the_label_begins_as_a_text_of_its_own(imported):
@@ -538,4 +539,4 @@ def test_the_overrides_of_the_table_compose(compose):
     for batch in together:
         cfg = compose(["experiment=paper_msenc", *(f"{key}={value}" for key, value in batch.items())])
         del cfg.logger  # wandb is an extra
-        check_targets(plain(cfg), pipelines.GIVEN)
+        check_targets(plain(cfg), GIVEN)

@@ -228,10 +228,10 @@ def test_runs_record_the_audit_and_what_a_filter_left_out(demo_home, call_script
 
 
 def test_an_unknown_stage_is_refused(compose):
-    from msenc import pipelines
+    from msenc.pipelines.prepare import prepare
 
     with pytest.raises(MsencError, match=r"stage=audti: no such stage\. Expected audit"):
-        pipelines.prepare(compose(["stage=audti"], "prepare"))
+        prepare(compose(["stage=audti"], "prepare"))
 
 
 def test_a_full_disk_is_named_and_leaves_no_audit(clips, tmp_path):

@@ -291,7 +291,7 @@ def test_a_stream_remade_without_its_manifest_is_not_kept(root, tmp_path):
 
 
 def test_another_process_that_prepares_the_folder_is_refused(demo_home, compose, tmp_path):
-    from msenc import pipelines
+    from msenc.pipelines.prepare import prepare
 
     folder = tmp_path / "demo"
     cfg = compose(["modality=text", f"data.dir={folder}"], "prepare")
@@ -305,12 +305,12 @@ def test_another_process_that_prepares_the_folder_is_refused(demo_home, compose,
     ) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(MsencError, match=r"demo: another process is preparing this folder\. Wait for it"):
-            pipelines.prepare(cfg)
+            prepare(cfg)
         assert not folder.exists()
         other.stdin.close()
         assert other.wait(30) == 0
     with pytest.raises(MsencError, match=r"holds a demo with .*sizes"):  # the lock is free; the small demo is another
-        pipelines.prepare(cfg)
+        prepare(cfg)
 
 
 # ------------------------------------------------------------------------------------------------ MELD

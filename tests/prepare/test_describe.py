@@ -344,15 +344,15 @@ def test_prepared_turns_hold_the_words_and_the_hash_follows(raw, folder):
 def test_a_call_without_a_word_about_voices_keeps_them(demo_home, raw, folder, compose, capsys):
     from conftest import SMALL_DEMO
 
-    from msenc import pipelines
+    from msenc.pipelines.prepare import prepare
 
     shared = [*SMALL_DEMO, "modality=text", f"data.dir={folder}", "prepare_workers=0"]
-    spoken = pipelines.prepare(compose([*shared, "describe=true", "data.voice.seed=7"], "prepare"))
+    spoken = prepare(compose([*shared, "describe=true", "data.voice.seed=7"], "prepare"))
     out = capsys.readouterr().out
     assert "where the words change" in out
     assert "pitch/woman" in out
-    assert pipelines.prepare(compose(shared, "prepare")) == spoken
+    assert prepare(compose(shared, "prepare")) == spoken
     assert DatasetManifest.read(folder).settings["voice"]["seed"] == 7
-    plain = pipelines.prepare(compose([*shared, "describe=false"], "prepare"))
+    plain = prepare(compose([*shared, "describe=false"], "prepare"))
     assert plain.turns_hash != spoken.turns_hash
-    assert plain == pipelines.prepare(compose(shared, "prepare"))
+    assert plain == prepare(compose(shared, "prepare"))

@@ -1,0 +1,121 @@
+"""What evaluate.py does: a run and a split -> metrics and predictions."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+from rich.table import Table
+
+from msenc.config import check_targets, plain
+from msenc.evaluation import evaluate_split, write_evaluation
+from msenc.module import ConversationModule
+from msenc.pipelines.parts import (
+    GIVEN,
+    build_datamodule,
+    build_model,
+    check_same_data,
+    console,
+    find_device,
+    load_checkpoint,
+    quieten,
+    shown,
+    task_hash,
+)
+from msenc.run import (
+    digest,
+    read_run,
+)
+from msenc.types import MsencError
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Measure a finished run on a split; its own config says which model and data."""
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    return evaluate_run(
+        Path(cfg.run_dir),
+        split=config["split"],
+        checkpoint=config["checkpoint"],
+        decoding=config["decoding"],
+        with_replies=config["generate"],
+        limit=config["limit"],
+        device=config["device"],
+        data_dir=config["data_dir"],
+    )
+
+
+def evaluate_run(
+    run_dir: Path,
+    split: str,
+    checkpoint: str = "best",
+    decoding: dict[str, Any] | None = None,
+    with_replies: bool = True,
+    limit: int | None = None,
+    device: str = "auto",
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
+
+    Args:
+        run_dir: the run.
+        split: ``train``, ``val`` or ``test``.
+        checkpoint: ``best``, ``last`` or a file; a run in which nothing trained is measured as it is.
+        decoding: see ``configs/decoding``; the run's own if None.
+        with_replies: False measures losses alone.
+        limit: first dialogues of the split.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        data_dir: where data and tiny LLM lie now, if they have moved since.
+    """
+    if limit is not None and limit < 1:
+        raise MsencError(f"limit={limit}: expected the number of dialogues to measure, 1 or more, or null for all.")
+    record, run_config = read_run(run_dir)
+    run_config.paths.output_dir = str(run_dir)
+    if data_dir is not None:
+        run_config.paths.data_dir = data_dir
+    config = plain(run_config)
+    check_targets(config, GIVEN)
+    decoding = config["decoding"] if decoding is None else decoding
+    quieten()
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))
+    datamodule.setup()
+    check_same_data(record, config, datamodule)
+    model = build_model(config)
+    if sum(record["trainable_parameters"].values()):
+        load_checkpoint(ConversationModule(model), run_dir, checkpoint)
+    settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
+    metrics, predictions = evaluate_split(
+        model.to(find_device(device)).eval(),
+        datamodule,
+        split,
+        decoding if with_replies else None,
+        config["seed"],
+        limit,
+    )
+    metrics |= {
+        "split": split,
+        "data": config["data"]["name"],
+        "task_hash": task_hash(config, datamodule),
+        "settings": " ".join(f"{k}={v}" for k, v in settings.items()),
+    }
+    folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
+    write_evaluation(folder, metrics, predictions)
+    _print_metrics(metrics, f"{config['modality']} on {config['data']['name']}, {split}")
+    console.print(f"Written: {shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}", soft_wrap=True)
+    return metrics
+
+
+def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isnan(value):
+            is_share = name.endswith("/recovered")
+            table.add_row(name, f"{100 * value:.1f} %" if is_share else f"{value:.4f}")
+        elif isinstance(value, int):
+            table.add_row(name, f"{value:,}")
+    console.print(table)

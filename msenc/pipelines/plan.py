@@ -1,0 +1,95 @@
+"""What train.py does with plan=true: batches, steps and predicted memory of a run that is not started."""
+
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+
+from msenc.config import build, check_targets, plain
+from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, console, quieten
+from msenc.pipelines.prepare import ensure_llm, ensure_prepared
+from msenc.plan import count_batches, largest_batch, predict_memory
+
+
+def plan_run(cfg: DictConfig, prepare_command: str) -> None:
+    """Print what a run would take; builds its data module, and of its model the shapes."""
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    quieten()
+    trainer = config["trainer"]
+    ensure_llm(config)
+    datamodule = build_datamodule(config, prepare_command)
+    ensure_prepared(config, datamodule)
+    model = build_model(config, empty=True)
+    if model.llm.attention_kernel != "eager":
+        # Shapes are followed on a CPU: of its kernels, the one that keeps what the device's kernel keeps.
+        on_gpu = trainer["accelerator"] in ("gpu", "cuda") or torch.cuda.is_available()
+        kept = {"flex_attention": "split", "auto": "dense" if on_gpu else "split"}
+        model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
+    table = Table(title=f"Plan: {config['modality']} on {config['data']['name']}", show_header=False)
+    batches, processes = count_batches(datamodule, trainer), _num_processes(trainer)
+    add_batches(table, batches, datamodule.dropped_turns("train"), datamodule.described_targets("train"))
+    tokens = batches["tokens_per_batch"]
+    table.add_row("tokens per epoch", f"{batches['tokens_per_epoch']:,}")
+    table.add_row("tokens per batch", f"{tokens['min']:,} to {tokens['max']:,}, median {tokens['median']:,}")
+    if batches["fill"] is not None:
+        table.add_row("budget filled", f"{100 * batches['fill']:.1f} %")
+    table.add_row("padding", f"{100 * batches['padding']:.1f} %")
+    if sum(model.trainable_parameters().values()):
+        batch = largest_batch(datamodule, processes)
+        bytes_of = predict_memory(model, build(config["optimizer"]), batch, str(trainer["precision"]), processes)
+        table.add_section()
+        for name, size in bytes_of.items():
+            title = "predicted peak memory" if name == "peak" else name.replace("_", " ")
+            table.add_row(
+                title, f"{size / 2**20:,.1f} MiB" + (f" in each of {processes} processes" if processes > 1 else "")
+            )
+    console.print(table)
+    console.print(
+        "On top of it come Python and its libraries (0.4 GiB), and what the allocator does not give back (on a CPU, "
+        "up to half as much again). Nothing was trained.",
+        soft_wrap=True,
+    )
+
+
+def _num_processes(trainer: Mapping[str, Any]) -> int:
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, list):
+        num = len(devices)
+    else:
+        num = int(devices) if str(devices).isdigit() else max(torch.cuda.device_count(), 1)
+    return num * trainer.get("num_nodes", 1)
+
+
+def add_batches(table: Table, batches: Mapping[str, Any], history: Mapping[str, int], described: int) -> None:
+    """Rows on what an epoch consists of."""
+    budget, steps = batches["max_tokens_per_batch"], batches["steps"]
+    table.add_row("dialogues", f"{batches['dialogues']:,}")
+    table.add_row("targets", f"{history['targets']:,}, {described:,} of them with a voice description")
+    table.add_row(
+        "history over budget",
+        f"{history['targets_cut']:,} targets, {history['dropped_turns']:,} of {history['history_turns']:,} turns lost",
+    )
+    if budget is None:
+        table.add_row("batch", f"{batches['batch_size']:,} dialogues (data.batch_size)")
+    else:
+        table.add_row(
+            "batch",
+            f"at most {budget:,} tokens (data.max_tokens_per_batch); "
+            f"{batches['units']:,} units, {batches['split_dialogues']:,} dialogues split",
+        )
+    table.add_row("batches per epoch", f"{batches['batches_per_epoch']:,}")
+    table.add_row("optimizer steps", "until stopped" if steps is None else f"{steps:,}")
+
+
+def discard_run_folder(folder: Path) -> None:
+    """Remove what Hydra has written for a job that is no run; a folder that holds anything else stays."""
+    if not (folder / "run.json").exists():
+        shutil.rmtree(folder / ".hydra", ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,174 @@
+"""What prepare.py does: raw material -> shards, or what is wrong with it."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from msenc.config import build, check_targets, plain
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.location import is_url, local_folder
+from msenc.data.manifest import DatasetManifest
+from msenc.pipelines.parts import GIVEN, console, shown
+from msenc.prepare.audit import Audit, audit_dataset
+from msenc.prepare.dataset import StreamRecipe, folder_lock, prepare_dataset
+from msenc.prepare.describe import UNITS, VoiceSettings, read_bins
+from msenc.types import MsencError
+
+PREPARE_KEYS = ("data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
+
+
+def prepare(cfg: DictConfig) -> DatasetManifest | Audit:
+    """Raw material -> shards; makes the demo and its LLM where the config asks for them and they are missing.
+
+    With ``stage=audit``: raw material -> what is wrong with it.
+    """
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    if config["stage"] not in (None, "audit"):
+        raise MsencError(f"stage={config['stage']}: no such stage. Expected audit, or null for shards.")
+    if config["stage"] == "audit":
+        return _audit(config)
+    manifest = _prepare(config)
+    _print_manifest(config, manifest)
+    return manifest
+
+
+def _audit(config: Mapping[str, Any]) -> Audit:
+    data, workers = config["data"], config["prepare_workers"]
+    root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
+    with folder_lock(folder):
+        if data["generate"] is not None:
+            build(data["generate"], root=root, num_workers=workers)
+        audit = audit_dataset(data["name"], root, folder, workers)
+    table = Table(title=f"{data['name']}, audited")
+    for column in ("found", *audit.facts):
+        table.add_column(column, justify="left" if column == "found" else "right")
+    sections = {
+        "not usable": audit.rejected_by_split(),
+        "flagged": audit.flagged_by_split(),
+        "facts": {fact: {s: v.get(fact) for s, v in audit.facts.items()} for fact in audit.facts["test"]},
+    }
+    for title, rows in sections.items():
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]" + ("" if rows else ": nothing"))
+        for name, counts in rows.items():
+            found = [counts.get(split, 0) for split in audit.facts]
+            table.add_row(f"  {name}", *("" if n is None else n if isinstance(n, str) else f"{n:,}" for n in found))
+    console.print(table)
+    written = ", ".join(str(shown(folder / "audit" / f)) for f in ("rejected.csv", "audit.csv", "audit.html"))
+    console.print(f"Nothing was dropped; data.filter=no_<flag> leaves out what carries a flag. Written: {written}")
+    return audit
+
+
+def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
+    data, workers = config["data"], config["prepare_workers"]
+    root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
+    streams = [
+        StreamRecipe(
+            kind=kind,
+            name=stream["name"],
+            dim=stream["dim"],
+            make_encoder=build({**stream["encoder"], "_partial_": True}),
+            settings=stream["encoder"],
+        )
+        for kind, stream in config["model"]["streams"].items()
+    ]
+    with folder_lock(folder, wait):
+        if data["generate"] is not None:
+            build(data["generate"], root=root, num_workers=workers)
+        voice = _voice_settings(config.get("describe"), data["voice"], folder)
+        manifest = prepare_dataset(data["name"], root, folder, streams, workers, voice)
+    if data["generate"] is not None:
+        ensure_llm(config)
+    return manifest
+
+
+def _voice_settings(describe: bool | None, wanted: Mapping[str, Any], folder: Path) -> VoiceSettings | None:
+    """How to describe voices; without a word in the config as before, so that no later call loses descriptions."""
+    if describe is not None:
+        return VoiceSettings(**wanted) if describe else None
+    try:
+        before = DatasetManifest.read(folder).settings.get("voice")
+    except MsencError:
+        return None
+    return VoiceSettings(**{key: before[key] for key in wanted}) if before else None
+
+
+def ensure_llm(config: Mapping[str, Any]) -> None:
+    """Pre-train the LLM if the config says how; one of another name has to exist."""
+    recipe = config["model"]["llm_recipe"]
+    if recipe is not None and recipe["folder"] == config["model"]["llm"]["name_or_path"]:
+        with folder_lock(local_folder(recipe["folder"], "model.llm_recipe.folder"), wait=True):
+            build(recipe)
+
+
+def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
+    """Prepare data that the project generates itself; other data must be there."""
+    try:
+        datamodule.setup()
+    except MsencError:
+        if config["data"]["generate"] is None or is_url(config["data"]["dir"]):
+            raise
+        console.print("The demo is not prepared yet: preparing it (prepare.py data=demo does the same).")
+        _prepare(config, wait=True)
+        datamodule.setup()
+
+
+def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> str:
+    """The `prepare.py` call that makes what a `train.py` call with these overrides, and these choices, needs."""
+    kept = [o for o in overrides if o.lstrip("+").split("=")[0].split("@")[0].startswith(PREPARE_KEYS)]
+    given = {o.split("=")[0] for o in kept}
+    # An experiment chooses too; what prepare.py would choose by itself is left out.
+    chosen = [f"{group}={choices[group]}" for group in ("data", "streams") if choices[group] != "demo"]
+    kept = [*(c for c in chosen if c.split("=")[0] not in given), *kept]
+    if "modality" not in given:
+        kept.append(f"modality={choices['modality']}")
+    if choices["data"] != "demo" and "data.root" not in given:
+        kept.append("data.root=FOLDER")
+    kept = ["data.dir=FOLDER" if o.startswith("data.dir=") and is_url(o) else o for o in kept]
+    return shlex.join(["python", "prepare.py", *kept])
+
+
+def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> None:
+    table = Table(title=f"{manifest.name}, prepared")
+    for column in ("split", "dialogues", "utterances", "samples", "hours", *manifest.streams):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, counts in manifest.splits.items():
+        table.add_row(
+            split,
+            *(f"{n:,}" for n in (counts.dialogues, counts.utterances, counts.samples)),
+            f"{counts.hours:.2f}",
+            *(f"{info.utterances.get(split, 0):,}" for info in manifest.streams.values()),
+        )
+    console.print(table)
+    folder = Path(config["data"]["dir"])
+    if "voice" in manifest.settings:
+        _print_bins(folder)
+    if manifest.num_repaired:
+        console.print(f"Text with repaired encoding: {manifest.num_repaired:,} rows.")
+    for reason, count in manifest.rejected.items():
+        console.print(f"Not used: {count:,} x {reason}")
+    console.print(f"Written: {folder / 'dataset.json'}, {folder / 'rejected.csv'}, one folder per stream beside them.")
+
+
+def _print_bins(folder: Path) -> None:
+    table = Table(title="voice attributes: where the words change, from the train split")
+    for column in ("attribute", "words", "unit", "clips", "10 %", "50 %", "90 %"):
+        table.add_column(column, justify="left" if column in ("attribute", "words", "unit") else "right")
+    for name, bin in read_bins(folder).items():
+        words = bin.words[0] + "".join(f" {e:.4g} {w}" for e, w in zip(bin.edges or (), bin.words[1:], strict=False))
+        table.add_row(
+            name,
+            words if bin.edges else f"unknown: {bin.source}",
+            UNITS[name.partition("/")[0]],
+            f"{bin.clips:,}",
+            *(f"{p:.3g}" for p in bin.percentiles or ()),
+        )
+    console.print(table)
+    console.print(
+        f"Written: {shown(folder / 'voice-bins.json')}, {shown(folder / 'voice-turns.jsonl')}", soft_wrap=True
+    )

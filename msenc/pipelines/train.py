@@ -1,0 +1,267 @@
+"""What train.py does: one run, or its continuation, and its evaluation."""
+
+import os
+import shutil
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.markup import escape
+from rich.table import Table
+
+from msenc.checkpoints import CheckpointFiles, Checkpoints, training_outcome
+from msenc.config import build, check_targets, plain
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.flags import count_left_out
+from msenc.export import write_export
+from msenc.models.conversation import ConversationModel
+from msenc.module import ConversationModule
+from msenc.pipelines.evaluate import evaluate_run
+from msenc.pipelines.parts import (
+    GIVEN,
+    build_datamodule,
+    build_model,
+    calibrate_connectors,
+    check_same_data,
+    console,
+    load_checkpoint,
+    quieten,
+    shown,
+    stream_hashes,
+    task_hash,
+)
+from msenc.pipelines.plan import add_batches, discard_run_folder, plan_run
+from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
+from msenc.plan import count_batches
+from msenc.run import (
+    RunRecord,
+    check_same_settings,
+    digest,
+    find_run,
+    is_finished,
+    is_first_process,
+    run_settings,
+    write_json,
+)
+from msenc.signals import STOPPED, Termination
+from msenc.types import MsencError
+
+PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
+"""Loggers that drop, when a run is resumed, what was logged after its checkpoint."""
+
+RUN_FOLDER = "MSENC_RUN_FOLDER"
+"""Environment variable by which the first process tells the others of its run which folder it works in."""
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train one run, or continue it, and evaluate it; returns its best validation loss.
+
+    In a multirun a failure is written to ``run.json`` and reported when the sweep ends, so that the other jobs run.
+    """
+    hydra = HydraConfig.get()
+    overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
+    command = prepare_command(overrides, hydra.runtime.choices)
+    if cfg.plan:
+        try:
+            plan_run(cfg, command)
+        finally:
+            discard_run_folder(Path(hydra.runtime.output_dir))
+        return None
+    with Termination() as termination:
+        record = _open_record(cfg, overrides, command)
+        try:
+            loss = _train(cfg, record, termination)
+            record.add(status="finished", best_loss=loss)
+        except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
+            by = "SIGTERM" if getattr(e, "code", None) == STOPPED else "the keyboard, or by a signal"
+            record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
+            raise
+        except Exception as e:
+            if not is_finished(record.facts):
+                record.add(status="failed", error=f"{type(e).__name__}: {e}")
+            if hydra.mode is not RunMode.MULTIRUN:
+                raise
+            if not isinstance(e, MsencError):
+                traceback.print_exc()
+            console.print(f"[red]This job failed; the sweep goes on.[/red] {e}", soft_wrap=True)
+            return None
+        finally:
+            record.close()
+    return loss
+
+
+def _open_record(cfg: DictConfig, overrides: list[str], command: str) -> RunRecord:
+    """The record of a new run, or of the one in the run's folder that `resume` continues."""
+    if not is_first_process() and RUN_FOLDER in os.environ:
+        own, cfg.paths.output_dir = cfg.paths.output_dir, os.environ[RUN_FOLDER]
+        if own != cfg.paths.output_dir:
+            shutil.rmtree(own, ignore_errors=True)  # Hydra has made it again
+    folder = Path(cfg.paths.output_dir)
+    if cfg.resume not in (None, "auto") and Path(cfg.resume).resolve() != folder.resolve():
+        raise MsencError(f"resume={cfg.resume}: only train.py itself takes a folder. Expected null or auto.")
+    if cfg.resume is not None and is_first_process() and (folder / "run.json").is_file():
+        check_same_settings(folder, cfg)
+        return RunRecord.reopen(folder)
+    return RunRecord(folder, seed=cfg.seed, modality=cfg.modality, overrides=overrides, prepare_command=command)
+
+
+def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> float | None:
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    quieten()
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    ensure_llm(config)
+    datamodule = build_datamodule(config, record.facts.get("prepare_command", "python prepare.py"))
+    ensure_prepared(config, datamodule)
+    data = {
+        "turns_hash": datamodule.manifest.turns_hash,
+        "streams": stream_hashes(datamodule),
+        "task_hash": task_hash(config, datamodule),
+    }
+    identity = digest({**run_settings(cfg), **data})
+    if cfg.resume == "auto" and "identity" not in record.facts:
+        earlier = find_run(Path(cfg.paths.runs_dir), identity)
+        if earlier is not None:
+            record.move(earlier)
+            cfg.paths.output_dir = str(earlier)
+            config = plain(cfg)
+    if is_finished(record.facts):
+        console.print(f"Finished already: {shown(record.folder)}", soft_wrap=True)
+        return record.facts.get("best_loss")
+    if record.facts["resumed"]:
+        _say_resumed(record)
+    if "identity" in record.facts:
+        check_same_data(record.facts, config, datamodule)
+    record.add(identity=identity, data=config["data"]["name"], **data)
+    described = datamodule.described_targets("train")
+    if config["prompt"]["target"] == "text_description" and not described:
+        raise MsencError(
+            f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
+            "Train on the words alone: prompt.target=text."
+        )
+    evaluates = config["evaluate"] and not config["trainer"].get("fast_dev_run")
+    for split in ("train", "val", config["evaluate"]) if evaluates else ("train", "val"):
+        datamodule.units(split)  # what does not fit the token budget is refused now, not after training
+    model = build_model(config)
+    calibrate_connectors(model, datamodule)
+    counts = model.trainable_parameters()
+    record.add(
+        llm=config["model"]["llm"]["name_or_path"],
+        base_fingerprint=model.base_fingerprint,
+        trainable_parameters=counts,
+        audit_hash=datamodule.manifest.audit_hash,
+        left_out=count_left_out(datamodule.left_out),
+        history=datamodule.dropped_turns("train"),
+        described_targets=described,
+        batches=count_batches(datamodule, config["trainer"]),
+    )
+    _print_summary(config, record)
+    if sum(counts.values()):
+        if "stop_reason" not in record.facts:  # it was killed while it was evaluated
+            _fit(config, model, datamodule, record, termination)
+    else:
+        record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
+        console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
+    if is_first_process() and not config["trainer"].get("fast_dev_run"):
+        _export(config, model, record)
+    loss = record.facts.get("best_loss")
+    del model, datamodule
+    if not is_first_process():
+        return loss
+    console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
+    if evaluates:
+        evaluate_run(record.folder, split=config["evaluate"], device=record.facts.get("device", "auto"))
+    return loss
+
+
+def _warn(text: str) -> None:
+    console.print(f"[yellow]{escape(text)}[/yellow]", soft_wrap=True)
+
+
+def _say_resumed(record: RunRecord) -> None:
+    facts = record.facts
+    console.print(f"Resuming {shown(record.folder)}", soft_wrap=True)
+    if facts["commit_resumed"] != facts["commit"]:
+        _warn(f"The code changed: the run began with commit {facts['commit']}, this is {facts['commit_resumed']}.")
+
+
+def _fit(
+    config: Mapping[str, Any],
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    record: RunRecord,
+    termination: Termination,
+) -> None:
+    module = ConversationModule(
+        model,
+        optimizer=build(config["optimizer"]),
+        scheduler=build(config["scheduler"]) if config["scheduler"] else None,
+    )
+    # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
+    is_debug = bool(config["trainer"].get("fast_dev_run"))
+    callbacks = [] if is_debug else [build(node) for node in config["callbacks"].values()]
+    files = CheckpointFiles()
+    checkpoints = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
+    newest = None
+    if checkpoints is not None:
+        checkpoints.termination, checkpoints.on_saved = termination, record.add
+        newest = files.newest(checkpoints.folder, _warn)
+    path, resume = (newest[0], newest[1]["resume"]) if newest else (None, None)
+    if resume:
+        checkpoints.best_score = resume["best_score"]
+    outcome = resume["outcome"] if resume else None
+    if outcome is None:
+        if record.facts["resumed"]:
+            at = (
+                f"step {newest[1]['global_step']:,} ({path.name})" if newest else "the start: no checkpoint was written"
+            )
+            console.print(f"Training goes on from {at}.")
+        purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
+        loggers = [build(n, **(purge if n["_target_"] in PURGING else {})) for n in config["logger"].values()]
+        os.environ[RUN_FOLDER] = str(record.folder)
+        trainer = build(
+            config["trainer"],
+            callbacks=callbacks,
+            logger=[] if is_debug else loggers,
+            plugins=[files],
+            default_root_dir=str(record.folder),
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the data module shards by itself, and keeps its order
+        )
+        module.train()
+        trainer.fit(module, datamodule=datamodule, ckpt_path=path)
+        outcome = training_outcome(trainer)
+    if is_first_process():
+        write_json(record.folder / "metrics.json", outcome["metrics"])
+    best = checkpoints.best_score if checkpoints and checkpoints.monitor == "val/loss" else None
+    record.add(**outcome, best_loss=outcome["metrics"].get("val/loss") if best is None else best)
+
+
+def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
+    folder = record.folder / "export"
+    if (folder / "export.json").is_file():
+        return
+    trained = next((n for n in ("best", "last") if (record.folder / "checkpoints" / f"{n}.ckpt").is_file()), None)
+    if trained is not None:
+        load_checkpoint(ConversationModule(model), record.folder, trained)
+    facts = {key: record.facts[key] for key in ("task_hash", "turns_hash", "seed", "commit")}
+    write_export(folder, model, config, {"data": record.facts["data"], "checkpoint": trained, **facts})
+    console.print(f"Written: {shown(folder)}", soft_wrap=True)
+
+
+def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
+    facts = record.facts
+    table = Table(title=f"{config['modality']} on {config['data']['name']}, seed {config['seed']}", show_header=False)
+    table.add_row("LLM", f"{facts['llm']} ({facts['base_fingerprint']})")
+    table.add_row(
+        "trainable parameters", ", ".join(f"{part} {n:,}" for part, n in facts["trainable_parameters"].items())
+    )
+    for split, counts in facts["left_out"].items():
+        table.add_row(f"left out of {split}", f"{counts['dialogues']:,} dialogues, {counts['utterances']:,} utterances")
+    add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
+    console.print(table)
