@@ -28,8 +28,8 @@ from msenc.prepare.describe import (
     estimate_gender,
     measured_values,
 )
-from msenc.prepare.espeak import to_phonemes
-from msenc.prepare.voice import VoiceMeasures, count_syllables, measure
+from msenc.speech.libespeak import to_phonemes
+from msenc.speech.voice import VoiceMeasures, count_syllables, measure
 from msenc.types import UNKNOWN, Dialogue, Rejection
 
 PITCH_WORDS = dict(zip(ANSWERS["voice"].words, ("low", "high"), strict=True))

@@ -22,8 +22,8 @@ import numpy as np
 
 from msenc.data.marks import format_marks
 from msenc.prepare.clip_writer import load_av, write_clip
-from msenc.prepare.espeak import VoiceSettings, load_espeak, speak
 from msenc.prepare.face import Look, draw_face
+from msenc.speech.libespeak import VoiceSettings, load_espeak, speak
 from msenc.types import SPLITS, Dialogue, Mark, MsencError, Utterance
 
 VERSION = 1  # of the generator: raised whenever equal settings give other data

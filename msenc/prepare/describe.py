@@ -21,9 +21,9 @@ import numpy as np
 
 from msenc.data.location import hash_file
 from msenc.data.media import MediaError, read_audio
-from msenc.prepare.voice import SAMPLE_RATE, VERSION, VoiceMeasures, count_syllables, guess_syllables, measure
 from msenc.prepare.workers import watch_parent
 from msenc.speech.description import VOCABULARY, describe, parse
+from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, count_syllables, guess_syllables, measure
 from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
 
 CACHE = "voice-cache.jsonl"
@@ -406,7 +406,7 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
 def _syllables(texts: Sequence[str]) -> list[int]:
     if not _has_espeak():
         return [guess_syllables(text) for text in texts]
-    from msenc.prepare.espeak import to_phonemes
+    from msenc.speech.libespeak import to_phonemes
 
     return [count_syllables(phonemes) for phonemes in to_phonemes(texts)]
 

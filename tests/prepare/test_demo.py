@@ -18,8 +18,8 @@ import torch
 from msenc.data.marks import parse_marks
 from msenc.prepare import demo
 from msenc.prepare.demo import DemoTurn, draw_dialogues, state_words, transcripts, write_demo
-from msenc.prepare.espeak import VoiceSettings, speak
 from msenc.prepare.face import Look, draw_face
+from msenc.speech.libespeak import VoiceSettings, speak
 from msenc.types import Dialogue, MsencError
 
 SIZES = {"train": 40, "val": 1, "test": 24}

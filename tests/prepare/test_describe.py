@@ -21,8 +21,8 @@ from msenc.prepare.describe import (
     measured_values,
     read_bins,
 )
-from msenc.prepare.voice import VoiceMeasures
 from msenc.speech.description import parse
+from msenc.speech.voice import VoiceMeasures
 from msenc.types import UNKNOWN, Dialogue, MsencError, Utterance, VoiceAttributes
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_pitch import vowel
 
-from msenc.prepare.espeak import to_phonemes
-from msenc.prepare.voice import VoiceMeasures, count_syllables, guess_syllables, loudness_lufs, measure
+from msenc.speech.libespeak import to_phonemes
+from msenc.speech.voice import VoiceMeasures, count_syllables, guess_syllables, loudness_lufs, measure
 
 RATE = 16_000
 
@@ -125,7 +125,7 @@ def test_syllables_by_espeak_and_by_letters():
 
 
 def test_phonemes_leave_the_synthesizer_as_it_was():
-    from msenc.prepare.espeak import VoiceSettings, speak
+    from msenc.speech.libespeak import VoiceSettings, speak
 
     before, _ = speak("Hello.", VoiceSettings("en-us+m1"))
     to_phonemes(["Hello."])

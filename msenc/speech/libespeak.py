@@ -49,7 +49,7 @@ def load_espeak() -> ModuleType:
         import espeakng_loader
     except ImportError as error:
         raise MsencError(
-            "The demo's speech and phonemes need eSpeak NG, and the package espeakng-loader is not installed. "
+            "Speech by eSpeak NG, the demo's among it, needs the package espeakng-loader, which is not installed. "
             "Install it with: pip install 'msenc[demo]'"
         ) from error
     return espeakng_loader
@@ -72,8 +72,8 @@ def speak(text: str, settings: VoiceSettings) -> tuple[np.ndarray, int]:
     path = loader.get_library_path()
     if _is_loaded(path):
         raise MsencError(
-            "eSpeak NG is already loaded in this process, so its state is not known and the demo would not be "
-            "reproducible. Use num_workers of 1 or more, which speaks in processes of its own."
+            "eSpeak NG is already loaded in this process, so its state is not known and its speech would not be "
+            "reproducible. Speak in a process of its own; the demo does with num_workers of 1 or more."
         )
     library = _load(path)
     try:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from msenc.prepare.pitch import HOP_S, track_pitch
-from msenc.prepare.voice import track_voice
+from msenc.speech.pitch import HOP_S, track_pitch
+from msenc.speech.voice import track_voice
 
 RATE = 16_000
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from msenc.prepare.pitch import HIGH_HZ, HOP_S, LOW_HZ, track_pitch
+from msenc.speech.pitch import HIGH_HZ, HOP_S, LOW_HZ, track_pitch
 
 VERSION = 1  # raised whenever an equal clip gives other values
 SAMPLE_RATE = 16_000
