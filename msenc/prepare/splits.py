@@ -1,0 +1,68 @@
+"""Dialogues -> train, val or test: as MSenC's authors drew them, by whole videos, or at random."""
+
+import random
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+from msenc.types import SPLITS, MsencError
+
+RULES = ("official", "by_video", "random")
+# Both from MSenC's published split: one draw per dialogue, in the order of timestamp.json.
+_OFFICIAL_SEED = 123
+_OFFICIAL_TRAIN, _OFFICIAL_VAL = 0.8, 0.9
+
+
+def split_dialogues(rule: str, videos: Sequence[str], fractions: Mapping[str, float], seed: int) -> list[str]:
+    """The split of every dialogue, of which only the video that it comes from is known.
+
+    Args:
+        rule: ``official`` is how MSenC was split, and means something for its ``timestamp.json`` alone; ``by_video``
+            keeps all dialogues of a video in one split; ``random`` draws each dialogue on its own.
+        videos: of each dialogue, in the dialogues' order.
+        fractions: wanted share of dialogues per split, summing to 1; `official` has its own.
+        seed: of the drawing; `official` has its own.
+
+    Returns:
+        ``train``, ``val`` or ``test``, for each dialogue.
+
+    Raises:
+        MsencError: for another rule, fractions that are none, or fewer dialogues (or videos) than wanted splits.
+    """
+    if rule == "official":
+        return _official_splits(len(videos))
+    if rule == "by_video":
+        return _split_groups(videos, fractions, seed, "videos")
+    if rule == "random":
+        return _split_groups(range(len(videos)), fractions, seed, "dialogues")
+    raise MsencError(f"data.split.rule={rule}: no such rule. Expected one of {', '.join(RULES)}.")
+
+
+def _official_splits(num: int) -> list[str]:
+    draw = random.Random(_OFFICIAL_SEED).random
+    draws = [draw() for _ in range(num)]
+    return ["train" if d < _OFFICIAL_TRAIN else "val" if d > _OFFICIAL_VAL else "test" for d in draws]
+
+
+def _split_groups(groups: Sequence[Hashable], fractions: Mapping[str, float], seed: int, what: str) -> list[str]:
+    """Groups in random order, each to the split that is filled least so far; so every wanted split gets one."""
+    wanted = {split: fractions.get(split, 0) for split in SPLITS}
+    if set(fractions) - set(SPLITS) or min(wanted.values()) < 0 or abs(sum(wanted.values()) - 1) > 1e-6:
+        raise MsencError(
+            f"data.split.fractions: found {dict(fractions)}; expected shares of {', '.join(SPLITS)} that sum to 1."
+        )
+    wanted = {split: fraction for split, fraction in wanted.items() if fraction > 0}
+    sizes = Counter(groups)
+    if len(sizes) < len(wanted):
+        raise MsencError(
+            f"data.split: found {len(sizes)} {what}; expected at least one for each of {', '.join(wanted)}. "
+            "Add material, set a share to 0, or take data.split.rule=random, which splits single dialogues."
+        )
+    order = list(sizes)
+    random.Random(seed).shuffle(order)
+    filled = dict.fromkeys(wanted, 0)
+    split_of = {}
+    for group in order:
+        split = min(wanted, key=lambda s: filled[s] / wanted[s])
+        split_of[group] = split
+        filled[split] += sizes[group]
+    return [split_of[group] for group in groups]
