@@ -58,7 +58,7 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
         kwargs["output_loading_info"] = True
     try:
         # A download of gigabytes shows its progress; reading a folder needs none.
-        with _quiet(hide_bars=folder.is_dir()):
+        with quiet(hide_bars=folder.is_dir()):
             loaded = cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise load_error(cls.__name__, name_or_path, error) from error
@@ -126,8 +126,8 @@ def _is_model(cls: type) -> bool:
 
 
 @contextmanager
-def _quiet(hide_bars: bool) -> Iterator[None]:
-    """Hold back transformers' warnings (what matters in them is checked above) and, if asked, its bars."""
+def quiet(hide_bars: bool) -> Iterator[None]:
+    """Hold back transformers' warnings (what matters in them is checked here) and, if asked, its bars."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
