@@ -52,7 +52,7 @@ def write_stream(
     """
     folder = Path(folder)
     temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder)
         temporary.mkdir()
@@ -66,12 +66,12 @@ def write_stream(
                     f"{folder}: dialogue id {id!r} found {found}. Expected ids that are unique and fit a file name."
                 )
             seen.add(id)
-            with _disk_errors(folder):
+            with disk_errors(folder):
                 writer = writers.setdefault(split, _SplitWriter(temporary, split, max_shard_bytes))
                 writer.write(id, members)
         if not seen:
             raise MsencError(f"{folder}: no dialogue to write; expected at least one. Check the dataset's annotations.")
-        with _disk_errors(folder):
+        with disk_errors(folder):
             for writer in writers.values():
                 writer.close()
             index = _index(temporary, folder.name, settings, list(writers.values()))
@@ -202,7 +202,9 @@ class ShardReader:
         entry = self._entries[id]
         descriptor = self._open(entry["shard"])
         try:
-            return {name: _decode(name, self._read(descriptor, *place)) for name, place in entry["members"].items()}
+            return {
+                name: decode_member(name, self._read(descriptor, *place)) for name, place in entry["members"].items()
+            }
         except ValueError as error:  # the index names bytes that are no such member
             self._refuse(self.folder, f"no {' or '.join(entry['members'])} where the index says ({error})")
 
@@ -259,7 +261,7 @@ class _SplitWriter:
     def write(self, id: str, members: dict[str, Any]) -> None:
         import webdataset
 
-        encoded = {name: _encode(name, value) for name, value in members.items()}
+        encoded = {name: encode_member(name, value) for name, value in members.items()}
         size = sum(len(data) for data in encoded.values())
         if self._tar is not None and self._bytes + size > self.max_shard_bytes:
             self.close()
@@ -339,7 +341,8 @@ def _lengths(members: dict[str, Any]) -> list[int]:
     return []
 
 
-def _encode(name: str, value: Any) -> bytes:
+def encode_member(name: str, value: Any) -> bytes:
+    """The bytes of a member; its name ends in ``.json`` (plain values) or ``.npy`` (an array)."""
     if name.endswith(".json"):
         return json.dumps(value, ensure_ascii=False).encode()
     if name.endswith(".npy"):
@@ -349,7 +352,8 @@ def _encode(name: str, value: Any) -> bytes:
     raise ValueError(f"member {name!r}: expected a name that ends in .json or .npy")
 
 
-def _decode(name: str, data: np.ndarray) -> Any:
+def decode_member(name: str, data: np.ndarray) -> Any:
+    """What `encode_member` made bytes (uint8) of; an array shares their memory."""
     if name.endswith(".json"):
         return json.loads(data.tobytes())
     header = io.BytesIO(memoryview(data)[:4096])
@@ -385,7 +389,8 @@ def _replace(folder: Path, temporary: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into an error that says so."""
     try:
         yield
     except OSError as error:
