@@ -1,5 +1,6 @@
 """Sound -> words, by Whisper: fills in what a turn says, transcribes recordings, and checks synthetic speech."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,9 @@ import torch
 
 from msenc.models.pretrained import load_pretrained, quiet, to_dtype
 from msenc.types import MsencError
+
+NO_WORDS = re.compile(r"[\[(].*[\])]")
+"""What Whisper writes where it hears no speech: [BLANK_AUDIO], (music)."""
 
 
 class Passage(NamedTuple):
@@ -73,7 +77,7 @@ class Recogniser:
         passages = []
         for segment in found["segments"][0]:
             text = self.processor.tokenizer.decode(segment["tokens"], skip_special_tokens=True).strip()
-            if text:
+            if text and not NO_WORDS.fullmatch(text):
                 passages.append(Passage(float(segment["start"]), float(segment["end"]), text))
         return passages
 

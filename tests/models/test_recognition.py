@@ -28,7 +28,9 @@ def test_whisper_hears_what_was_said(demo_home):
     from msenc.speech.libespeak import VoiceSettings, speak
 
     recogniser = Recogniser(str(folder))
-    sound, rate = speak("My sister lives in London, and she works in a large hospital.", VoiceSettings("en-us", rate_wpm=150))
+    sound, rate = speak(
+        "My sister lives in London, and she works in a large hospital.", VoiceSettings("en-us", rate_wpm=150)
+    )
     sound = soxr.resample(sound, rate, recogniser.sample_rate).astype(np.float32)
     passages = recogniser(sound)
     assert "she works in a large hospital" in recogniser.text(sound).lower()
