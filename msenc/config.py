@@ -31,7 +31,7 @@ TRUSTED_PACKAGES = ("msenc.", "torch.optim.", "lightning.")
 """What a ``_target_`` may name: a config must not be a way to run anything else."""
 
 NEEDS_TARGET = re.compile(
-    r"model\.(llm|llm_recipe|connector|streams\.\w+\.encoder)|data\.generate|prompt|optimizer|scheduler|trainer"
+    r"model\.(llm|llm_recipe|connector|streams\.\w+\.encoder)|data\.generate|prompt|speech|optimizer|scheduler|trainer"
     r"|(callbacks|logger)\.\w+"
 )
 """Paths of the nodes that are built; one of another name is misspelt, or has lost its ``_target_``."""
@@ -196,6 +196,8 @@ class EvaluateConfig:
         checkpoint: ``best``, ``last``, or a file.
         decoding: settings of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
         generate: False measures losses alone.
+        speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
+        speech_workers: processes that speak; 0 works in this one.
         limit: first dialogues of the split; None for all.
         device: torch's name of the device; ``auto`` takes a GPU if there is one.
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
@@ -206,6 +208,8 @@ class EvaluateConfig:
     checkpoint: str = "best"
     decoding: Any = MISSING
     generate: bool = True
+    speech: Any = None
+    speech_workers: int = 2
     limit: int | None = None
     device: str = "auto"
     data_dir: str | None = None

@@ -459,3 +459,16 @@ def test_real_weights_train_and_reply(train, demo_home, tmp_path):
     assert predictions
     assert all(p["reply"]["text"] for p in predictions)
     assert all(math.isfinite(nll) for p in predictions for nll in p["nll"])
+
+
+def test_replies_are_spoken(finished, compose):
+    metrics = measure(
+        compose, finished.run, "speech=espeak", "speech_workers=0", "limit=1", "decoding.max_new_tokens=12"
+    )
+    folder = next(f for f in (finished.run / "evaluation").iterdir() if (f / "speech").is_dir())
+    rows = evaluations(finished.run)[folder.name][1]
+    files = {row["speech"] for row in rows if row["speech"]}
+    assert metrics["speech/spoken"] == sum(row["speech"] is not None for row in rows) > 0
+    assert files == {f"speech/{path.name}" for path in (folder / "speech").iterdir()}
+    with pytest.raises(MsencError, match="generate=false, expected replies to speak"):
+        measure(compose, finished.run, "speech=espeak", "generate=false")

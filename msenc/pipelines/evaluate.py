@@ -28,6 +28,7 @@ from msenc.run import (
     digest,
     read_run,
 )
+from msenc.spoken import speak_replies
 from msenc.types import MsencError
 
 
@@ -44,6 +45,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         limit=config["limit"],
         device=config["device"],
         data_dir=config["data_dir"],
+        speech=config["speech"],
+        speech_workers=config["speech_workers"],
     )
 
 
@@ -56,6 +59,8 @@ def evaluate_run(
     limit: int | None = None,
     device: str = "auto",
     data_dir: str | None = None,
+    speech: dict[str, Any] | None = None,
+    speech_workers: int = 0,
 ) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
 
@@ -68,7 +73,11 @@ def evaluate_run(
         limit: first dialogues of the split.
         device: ``auto``, ``cpu``, ``cuda`` ...
         data_dir: where data and tiny LLM lie now, if they have moved since.
+        speech: ``_target_`` node of a synthesizer that speaks the replies, or None.
+        speech_workers: processes that speak; 0 works in this one.
     """
+    if speech is not None and not with_replies:
+        raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
     if limit is not None and limit < 1:
         raise MsencError(f"limit={limit}: expected the number of dialogues to measure, 1 or more, or null for all.")
     record, run_config = read_run(run_dir)
@@ -102,6 +111,11 @@ def evaluate_run(
         "settings": " ".join(f"{k}={v}" for k, v in settings.items()),
     }
     folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
+    if speech is not None:
+        new = speak_replies(predictions, speech, folder, speech_workers)
+        spoken = sum(p["speech"] is not None for p in predictions)
+        metrics["speech/spoken"] = spoken
+        console.print(f"Spoken: {spoken:,} of {len(predictions):,} replies; {new:,} files are new.")
     write_evaluation(folder, metrics, predictions)
     _print_metrics(metrics, f"{config['modality']} on {config['data']['name']}, {split}")
     console.print(f"Written: {shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}", soft_wrap=True)

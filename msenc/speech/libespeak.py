@@ -8,6 +8,7 @@ and some others), whose noise comes from memory that was never written.
 
 import ctypes
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +23,8 @@ _DONT_EXIT = 0x8000
 _CHARS_UTF8 = 1
 _IPA = 2
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+
+_LOCK = threading.Lock()  # one utterance of a process at a time: the state is the library's, not the caller's
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
@@ -70,16 +73,17 @@ def speak(text: str, settings: VoiceSettings) -> tuple[np.ndarray, int]:
     """
     loader = load_espeak()
     path = loader.get_library_path()
-    if _is_loaded(path):
-        raise MsencError(
-            "eSpeak NG is already loaded in this process, so its state is not known and its speech would not be "
-            "reproducible. Speak in a process of its own; the demo does with num_workers of 1 or more."
-        )
-    library = _load(path)
-    try:
-        return _speak_with(library, loader.get_data_path(), text, settings)
-    finally:
-        _unload(library)
+    with _LOCK:
+        if _is_loaded(path):
+            raise MsencError(
+                "eSpeak NG is already loaded in this process, so its state is not known and its speech would not be "
+                "reproducible. Speak in a process of its own; the demo does with num_workers of 1 or more."
+            )
+        library = _load(path)
+        try:
+            return _speak_with(library, loader.get_data_path(), text, settings)
+        finally:
+            _unload(library)
 
 
 def to_phonemes(texts: Sequence[str], voice: str = "en-us") -> list[str]:
@@ -93,13 +97,17 @@ def to_phonemes(texts: Sequence[str], voice: str = "en-us") -> list[str]:
         ['həlˈoʊ']
     """
     loader = load_espeak()
-    library = _load(loader.get_library_path())
+    with _LOCK:
+        return _phonemes_with(_load(loader.get_library_path()), loader.get_data_path(), texts, voice)
+
+
+def _phonemes_with(library: ctypes.CDLL, data_path: str, texts: Sequence[str], voice: str) -> list[str]:
     library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
     library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
     library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
     library.espeak_TextToPhonemes.restype = ctypes.c_char_p
     try:
-        library.espeak_Initialize(_SYNCHRONOUS, 0, loader.get_data_path().encode(), _DONT_EXIT)
+        library.espeak_Initialize(_SYNCHRONOUS, 0, data_path.encode(), _DONT_EXIT)
         try:
             if library.espeak_SetVoiceByName(voice.encode()) != 0:
                 raise MsencError(f"eSpeak NG has no voice {voice!r}. Choose one of its voices.")

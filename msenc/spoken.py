@@ -1,0 +1,107 @@
+"""The replies of a split -> their sound, one WAV per reply that differs.
+
+A file is named after all that makes its sound, so what was spoken before is found again.
+"""
+
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from msenc.config import build
+from msenc.prepare.workers import progress_bar, watch_parent
+from msenc.run import digest
+from msenc.speech.description import parse
+from msenc.speech.synthesis import Synthesizer, settle_gender
+from msenc.speech.wav import write_wav
+from msenc.types import MsencError, VoiceAttributes
+
+
+class _Line(NamedTuple):
+    """One thing to say."""
+
+    file: Path
+    text: str
+    voice: VoiceAttributes
+    speaker: str
+
+
+def speak_replies(
+    predictions: Sequence[dict[str, Any]], synthesizer: Mapping[str, Any], folder: Path, num_workers: int
+) -> int:
+    """Speak the reply of every prediction, and note its file there (``speech``; None where a reply has no words).
+
+    Args:
+        predictions: of an evaluation, with replies.
+        synthesizer: ``_target_`` node; every process builds its own.
+        folder: of the evaluation; the sound goes to ``speech/`` in it.
+        num_workers: processes; 0 works in this one. The sound does not depend on it.
+
+    Returns:
+        The number of files that were written now.
+
+    Raises:
+        MsencError: the synthesizer cannot speak, a worker died, or the disk refuses. What was spoken is kept.
+    """
+    voices = settle_gender(
+        {
+            index: (f"{p['dialogue']}/{p['speaker']}", parse(p["reply"]["description"] or ""))
+            for index, p in enumerate(predictions)
+        }
+    )
+    lines = []
+    for index, prediction in enumerate(predictions):
+        text, voice, speaker = prediction["reply"]["text"], voices[index], prediction["speaker"]
+        prediction["speech"] = None
+        if any(character.isalnum() for character in text):
+            key = digest({"by": synthesizer, "text": text, "voice": asdict(voice), "speaker": speaker})
+            prediction["speech"] = f"speech/{key}.wav"
+            lines.append(_Line(folder / prediction["speech"], text, voice, speaker))
+    new = [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()]
+    if new:
+        (folder / "speech").mkdir(parents=True, exist_ok=True)
+        with progress_bar("replies") as progress:
+            for _ in progress.track(_speak_all(new, synthesizer, num_workers), len(new), description="speaking"):
+                pass
+    return len(new)
+
+
+def _speak_all(lines: Sequence[_Line], synthesizer: Mapping[str, Any], num_workers: int) -> Iterator[None]:
+    if num_workers == 0:
+        speak = build(synthesizer)
+        yield from (_speak(speak, line) for line in lines)
+        return
+    # spawn: a forked child would inherit the threads' locks of whatever runs in this process
+    pool = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(synthesizer,)
+    )
+    try:
+        yield from pool.map(_speak_in_worker, lines)
+    except BrokenProcessPool as error:
+        raise MsencError(
+            f"A process that speaks replies ended without a word ({error}). Found {num_workers} of them; try fewer "
+            "(speech_workers=1), or look for a lack of memory. What was spoken is kept."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _speak(synthesizer: Synthesizer, line: _Line) -> None:
+    write_wav(line.file, *synthesizer(line.text, line.voice, line.speaker))
+
+
+_worker: dict[str, Any] = {}  # of a process: the node, and the synthesizer once it is built
+
+
+def _start_worker(node: Mapping[str, Any]) -> None:
+    watch_parent()
+    _worker["node"] = node
+
+
+def _speak_in_worker(line: _Line) -> None:
+    if "synthesizer" not in _worker:  # here and not at the start, where a refusal would break the pool
+        _worker["synthesizer"] = build(_worker["node"])
+    _speak(_worker["synthesizer"], line)
