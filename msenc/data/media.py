@@ -19,6 +19,9 @@ SILENCE_PEAK = 10 ** (-90 / 20)  # -90 dBFS: about the last bit of 16-bit sound
 MIN_DECODED_SHARE = 0.5
 # Pictures of a constant rate lie one tick more or less apart.
 MAX_GAP_RATIO = 1.5
+# A sound codec's first frames after a seek lack what they would overlap with: Opus asks for 80 ms.
+CODEC_LEAD_S = 0.2
+RESAMPLER_REACH_S = 0.05
 
 
 class MediaError(Exception):
@@ -33,18 +36,23 @@ class MediaError(Exception):
         self.reason = reason
 
 
-def read_audio(path: Path, sample_rate: int) -> np.ndarray:
+Span = tuple[float, float | None]
+"""Seconds of a longer recording, from its first picture or sound on; None is its end."""
+
+
+def read_audio(path: Path, sample_rate: int, span: Span | None = None) -> np.ndarray:
     """Decode and resample the first sound stream of a video or sound file, mixed down to one channel.
 
     Args:
         path: any file that FFmpeg reads.
         sample_rate: of the result, in Hz.
+        span: the part to read, to the sample, without decoding all that stands before it; None reads the whole.
 
     Returns:
         float32 (S,), in [-1, 1].
 
     Raises:
-        MediaError: if there is no such clip, no sound in it, or nothing to hear.
+        MediaError: if there is no such clip, no sound in it (or in that part), or nothing to hear.
     """
     with _open(path) as container:
         if not container.streams.audio:
@@ -53,21 +61,34 @@ def read_audio(path: Path, sample_rate: int) -> np.ndarray:
         # FFmpeg keeps the sum of a mix in range for whole numbers only: mixing floats would clip
         resampler = _import_av().AudioResampler(format="s32", layout="mono", rate=sample_rate)
         parts, num_decoded, source_rate = [], 0, stream.rate or sample_rate
-        for frame in container.decode(stream):
+        first_s = None
+        start_s, end_s = span or (0.0, None)
+        for frame in container.decode(stream) if span is None else _decode_from(container, stream, start_s):
+            if first_s is None and span is not None:
+                first_s = frame.time - _origin(container)
+            if end_s is not None and num_decoded / source_rate > end_s - first_s + RESAMPLER_REACH_S:
+                break
             num_decoded += frame.samples
+            frame.pts = None  # times of some containers are rounded, and the resampler would fill the gaps
             parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
         if num_decoded == 0:
             raise MediaError("no sound")
         parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
-        _check_length(stream, num_decoded / source_rate)
+        if span is None:
+            _check_length(stream, num_decoded / source_rate)
     samples = np.concatenate(parts).astype(np.float32) / 2**31
+    if span is not None:
+        start, end = (t if t is None else round((t - first_s) * sample_rate) for t in span)
+        samples = np.pad(samples, (max(-start, 0), 0))[max(start, 0) : None if end is None else end + max(-start, 0)]
+        if len(samples) == 0:
+            raise MediaError("no sound")
     if np.abs(samples).max(initial=0.0) < SILENCE_PEAK:
         raise MediaError("silent")
     return samples
 
 
-def read_frames(path: Path, fps: float) -> np.ndarray:
-    """Decode the pictures that are on screen at 0, 1/fps, 2/fps ... seconds after the first one.
+def read_frames(path: Path, fps: float, span: Span | None = None) -> np.ndarray:
+    """Decode the pictures that are on screen at 0, 1/fps, 2/fps ... seconds after the first one, or a span's start.
 
     A picture that is stored on its side, as phones do, is turned upright. Sampling goes by presentation time, so a
     variable frame rate keeps its timing: at each of these times the picture is the last one that started (within half a
@@ -76,12 +97,13 @@ def read_frames(path: Path, fps: float) -> np.ndarray:
     Args:
         path: any file that FFmpeg reads.
         fps: pictures per second of the result.
+        span: the part to read, without decoding all that stands before it; None reads the whole.
 
     Returns:
         uint8 (F, h, w, 3), RGB, F >= 1.
 
     Raises:
-        MediaError: if there is no such clip, or no picture in it.
+        MediaError: if there is no such clip, or no picture in it (or in that part).
     """
     with _open(path) as container:
         streams = _moving(container)
@@ -103,10 +125,16 @@ def read_frames(path: Path, fps: float) -> np.ndarray:
                     picture = _upright(picture, current.rotation)
                 kept.append(picture)
 
-        for frame in container.decode(stream):
+        last_s = None
+        if span is not None:
+            first_s = span[0] + _origin(container)
+            last_s = None if span[1] is None else span[1] - span[0]
+        for frame in container.decode(stream) if span is None else _decode_from(container, stream, span[0]):
             if frame.pts is None:
                 continue
             first_s = frame.time if first_s is None else first_s
+            if last_s is not None and frame.time - first_s >= last_s:
+                break
             if current is not None:
                 keep_until(frame.time - first_s)
             current = frame
@@ -114,8 +142,13 @@ def read_frames(path: Path, fps: float) -> np.ndarray:
             raise MediaError("no picture")
         length_s = float(current.duration * current.time_base) if current.duration else _frame_length(stream)
         end_s = current.time - first_s + length_s
-        keep_until(max(end_s, 2 * half_tick))  # even a picture without length is shown for a tick
-        _check_length(stream, end_s)
+        if span is None:
+            keep_until(max(end_s, 2 * half_tick))  # even a picture without length is shown for a tick
+            _check_length(stream, end_s)
+        else:
+            keep_until(end_s if last_s is None else min(end_s, last_s))
+            if not kept:
+                raise MediaError("no picture")
     return np.stack(kept)
 
 
@@ -169,6 +202,31 @@ def read_properties(path: Path) -> ClipProperties:
 def _moving(container: Any) -> list[Any]:
     """The streams of pictures that are no cover of a sound file."""
     return [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+
+
+def _origin(container: Any) -> float:
+    """The container's clock, in seconds, when its presentation begins; some clocks start anywhere."""
+    return max(container.start_time or 0, 0) / _import_av().time_base
+
+
+def _decode_from(container: Any, stream: Any, start_s: float) -> Iterator[Any]:
+    """Frames from a little before `start_s` on: from a key frame, or so early that the sound's codec has settled."""
+    time_base = stream.time_base
+    origin_s = _origin(container)
+    lead_s = CODEC_LEAD_S if stream.type == "audio" else 0.0
+    if start_s <= lead_s:
+        yield from container.decode(stream)
+        return
+    container.seek(int((origin_s + start_s - lead_s) / time_base), stream=stream)
+    frames = container.decode(stream)
+    first = next(frames, None)
+    if first is None or first.time is None or first.time - origin_s > start_s:
+        # the file's index led past it, or there is none
+        container.seek(int(origin_s / time_base), stream=stream)
+        yield from container.decode(stream)
+        return
+    yield first
+    yield from frames
 
 
 def _frame_length(stream: Any) -> float:
