@@ -95,6 +95,20 @@ def save_clip(folder: Path) -> Path:
     return folder
 
 
+def save_bert(folder: Path, text: str) -> Path:
+    """BERT, with a tokenizer whose pieces are the letters of a text."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    letters = sorted(set("".join(text.lower().split())))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    config = BertConfig(
+        vocab_size=len(pieces), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}).save_pretrained(folder)
+    return folder
+
+
 def save_blip2(folder: Path, **sizes: int) -> Path:
     """The Q-Former of a BLIP-2 checkpoint; `sizes` as of `QFormerCore`."""
     import json
