@@ -196,6 +196,8 @@ class EvaluateConfig:
         checkpoint: ``best``, ``last``, or a file.
         decoding: settings of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
         generate: False measures losses alone.
+        metrics: of replies (docs/metrics.md); the cheap ones by default.
+        metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``.
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
         speech_workers: processes that speak; 0 works in this one.
         limit: first dialogues of the split; None for all.
@@ -208,6 +210,8 @@ class EvaluateConfig:
     checkpoint: str = "best"
     decoding: Any = MISSING
     generate: bool = True
+    metrics: list[str] = field(default_factory=list)
+    metric_settings: dict[str, Any] = field(default_factory=dict)
     speech: Any = None
     speech_workers: int = 2
     limit: int | None = None

@@ -17,7 +17,8 @@ from torch.utils.data import Subset
 
 from msenc.data.collate import histories
 from msenc.data.datamodule import DialogueDataModule
-from msenc.metrics.text import text_metrics
+from msenc.metrics.scores import Scorer
+from msenc.metrics.text import score_replies
 from msenc.models.conversation import ConversationModel
 from msenc.prompt import TOKEN_KINDS
 from msenc.replies import decoding_for, write_replies
@@ -34,6 +35,7 @@ def evaluate_split(
     decoding: Mapping[str, Any] | None,
     seed: int,
     limit: int | None = None,
+    metrics: Mapping[str, Scorer] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a split.
 
@@ -44,12 +46,14 @@ def evaluate_split(
         decoding: see `models.generation.read_decoding`; None generates nothing.
         seed: of what is drawn while decoding.
         limit: first dialogues of the split.
+        metrics: of replies, from `metrics.text.build_text_metrics`.
 
     Returns:
-        Flat metrics, and one prediction per target: ids, history, reference, token losses with their kinds, reply.
+        Flat metrics, and one prediction per target: ids, history, reference, token losses with their kinds, reply and
+        its scores.
     """
     predictions = _score(model, datamodule, split, limit)
-    metrics: dict[str, Any] = loss_metrics(predictions)
+    found: dict[str, Any] = loss_metrics(predictions)
     if decoding is not None:
         _generate(model, datamodule, split, decoding, seed, predictions)
         replies = [Reply(p["reply"]["text"], p["reply"]["description"]) for p in predictions]
@@ -57,8 +61,11 @@ def evaluate_split(
         references = [
             Reply(p["reference"]["text"], p["reference"]["description"] if is_described else None) for p in predictions
         ]
-        metrics |= text_metrics(replies, references)
-    return metrics, predictions
+        corpus, items = score_replies(replies, references, metrics or {})
+        found |= corpus
+        for prediction, scores in zip(predictions, items, strict=True):
+            prediction["scores"] = scores
+    return found, predictions
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import write_stream
+from msenc.metrics.text import DEFAULT_METRICS
 from msenc.models.llm import load_tokenizer
 from msenc.pipelines.evaluate import evaluate
 from msenc.pipelines.prepare import prepare, prepare_command
@@ -106,7 +107,7 @@ def test_training_ends_with_the_test_split(finished):
     ]
     assert metrics["split"] == "test"
     assert metrics["task_hash"] == read(finished.run / "run.json")["task_hash"]
-    assert {"bleu_1", "bleu_4", "rouge_l", "description_exact", "perplexity", "token_accuracy"} <= set(metrics)
+    assert {"bleu_1", "bleu_4", "rouge_l", "description/exact", "perplexity", "token_accuracy"} <= set(metrics)
     assert len(predictions) == 12
     assert all(set(p["reply"]) == {"text", "description"} for p in predictions)
     assert name.split("-")[2]
@@ -163,6 +164,21 @@ def test_evaluating_again_gives_the_same(finished, compose):
     alone = measure(compose, finished.run, "split=val", "generate=false")
     assert alone["nll"] == first["nll"]
     assert "bleu_1" not in alone
+
+
+def test_metrics_of_replies_are_chosen_by_name(finished, compose):
+    before = set(evaluations(finished.run))
+    measure(compose, finished.run, "split=test", "limit=2", "metrics=[cider,meteor_no_wordnet]")
+    (name,) = set(evaluations(finished.run)) - before
+    metrics, predictions = evaluations(finished.run)[name]
+    assert "bleu_1" not in metrics
+    for key in ("cider", "description/cider", "meteor_no_wordnet", "description/meteor_no_wordnet"):
+        scores = [p["scores"][key] for p in predictions]
+        assert metrics[key] == pytest.approx(sum(scores) / len(scores))
+    assert "metrics={'cider': None" in metrics["settings"]
+    with pytest.raises(MsencError, match="metrics: found 'blue', expected names among bleu, "):
+        measure(compose, finished.run, "metrics=[blue]")
+    assert tuple(compose(["run_dir=RUN"], "evaluate").metrics) == DEFAULT_METRICS
 
 
 def test_every_reply_lands_at_its_own_target(finished, compose):

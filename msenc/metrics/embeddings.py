@@ -1,9 +1,10 @@
 """Scores that compare meanings, by a pretrained encoder: (replies, references) -> Scores."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from msenc.metrics.scores import Scores, mean_scores
@@ -37,7 +38,7 @@ class EmbeddingSimilarity:
         """Score the pairs; equal texts are encoded once."""
         texts = sorted({*replies, *references}, key=lambda text: (len(text), text))  # of like length: little padding
         place = {text: i for i, text in enumerate(texts)}
-        vectors = torch.cat([self._embed(batch) for batch in _batches(texts)])
+        vectors = torch.cat([self._embed(batch) for batch in _batches(texts, "embedding_similarity")])
         one, other = (vectors[[place[text] for text in side]] for side in (replies, references))
         return mean_scores("embedding_similarity", (one * other).sum(-1).tolist())
 
@@ -79,7 +80,7 @@ class BertScore:
         pairs = list(zip(replies, references, strict=True))
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), pairs[i]))
         items = [0.0] * len(pairs)
-        for places in _batches(order):
+        for places in _batches(order, "bertscore"):
             for place, item in zip(places, self._compare([pairs[i] for i in places]), strict=True):
                 items[place] = item
         return mean_scores("bertscore", items)
@@ -128,6 +129,6 @@ class _TextEncoder:
         return output.hidden_states[layer].float().cpu(), is_token, is_word
 
 
-def _batches(items: list) -> Iterator[list]:
-    for start in range(0, len(items), _BATCH_SIZE):
-        yield items[start : start + _BATCH_SIZE]
+def _batches(items: list, metric: str) -> Iterable[list]:
+    batches = [items[start : start + _BATCH_SIZE] for start in range(0, len(items), _BATCH_SIZE)]
+    return track(batches, description=metric, transient=True)

@@ -1,7 +1,7 @@
 """What evaluate.py does: a run and a split -> metrics and predictions."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from msenc.config import check_targets, plain
 from msenc.evaluation import evaluate_split, write_evaluation
+from msenc.metrics.text import DEFAULT_METRICS, build_text_metrics
 from msenc.module import ConversationModule
 from msenc.pipelines.parts import (
     GIVEN,
@@ -45,6 +46,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         limit=config["limit"],
         device=config["device"],
         data_dir=config["data_dir"],
+        metrics=config["metrics"],
+        metric_settings=config["metric_settings"],
         speech=config["speech"],
         speech_workers=config["speech_workers"],
     )
@@ -59,6 +62,8 @@ def evaluate_run(
     limit: int | None = None,
     device: str = "auto",
     data_dir: str | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    metric_settings: Mapping[str, Any] | None = None,
     speech: dict[str, Any] | None = None,
     speech_workers: int = 0,
 ) -> dict[str, Any]:
@@ -73,6 +78,8 @@ def evaluate_run(
         limit: first dialogues of the split.
         device: ``auto``, ``cpu``, ``cuda`` ...
         data_dir: where data and tiny LLM lie now, if they have moved since.
+        metrics: of replies, names of `metrics.text.TEXT_METRICS`.
+        metric_settings: name of a metric -> its settings.
         speech: ``_target_`` node of a synthesizer that speaks the replies, or None.
         speech_workers: processes that speak; 0 works in this one.
     """
@@ -88,6 +95,7 @@ def evaluate_run(
     check_targets(config, GIVEN)
     decoding = config["decoding"] if decoding is None else decoding
     quieten()
+    scorers = build_text_metrics(metrics, metric_settings) if with_replies else {}
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))
     datamodule.setup()
@@ -96,15 +104,18 @@ def evaluate_run(
     if sum(record["trainable_parameters"].values()):
         load_checkpoint(ConversationModule(model), run_dir, checkpoint)
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
-    metrics, predictions = evaluate_split(
+    if with_replies and set(metrics) != set(DEFAULT_METRICS):
+        settings["metrics"] = {name: (metric_settings or {}).get(name) for name in sorted(metrics)}
+    found, predictions = evaluate_split(
         model.to(find_device(device)).eval(),
         datamodule,
         split,
         decoding if with_replies else None,
         config["seed"],
         limit,
+        scorers,
     )
-    metrics |= {
+    found |= {
         "split": split,
         "data": config["data"]["name"],
         "task_hash": task_hash(config, datamodule),
@@ -114,12 +125,12 @@ def evaluate_run(
     if speech is not None:
         new = speak_replies(predictions, speech, folder, speech_workers)
         spoken = sum(p["speech"] is not None for p in predictions)
-        metrics["speech/spoken"] = spoken
+        found["speech/spoken"] = spoken
         console.print(f"Spoken: {spoken:,} of {len(predictions):,} replies; {new:,} files are new.")
-    write_evaluation(folder, metrics, predictions)
-    _print_metrics(metrics, f"{config['modality']} on {config['data']['name']}, {split}")
+    write_evaluation(folder, found, predictions)
+    _print_metrics(found, f"{config['modality']} on {config['data']['name']}, {split}")
     console.print(f"Written: {shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}", soft_wrap=True)
-    return metrics
+    return found
 
 
 def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
