@@ -117,6 +117,8 @@ BINDS_ONLY = {
     "hydra/in_place": "for scripts that do not train",
     "logger/wandb": "needs the extra wandb and its service",
     "speech/espeak": "speaks replies, which evaluate.py writes",
+    "speech/openai": "speaks replies, by a server",
+    "speech/kokoro": "speaks replies, by a model that is not in the repository",
     "speech/none": "speaks nothing",
     "sweep/paper": "its rows are experiments, which are trained one by one",
     "trainer/ddp": "needs two processes",

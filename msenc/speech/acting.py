@@ -3,6 +3,8 @@
 numpy alone; each function takes and gives float32 (S,), one channel.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from msenc.speech.voice import loudness_lufs
@@ -13,8 +15,8 @@ LOUDNESS_LUFS = {"quiet": -33.0, "moderate": -23.0, UNKNOWN: -23.0, "loud": -15.
 
 SNR_DB = {"noisy": 8.0, "slight": 22.0}
 
-PAUSE_S = {"few": 0.12, "some": 0.3, UNKNOWN: 0.3, "many": 0.5}
-"""Length of a pause within a sentence. One below 0.2 s is not heard as a pause (`msenc.speech.voice`)."""
+PAUSE_S = {"few": 0.12, "some": 0.3, "many": 0.5}
+"""Length of a pause within a sentence; others stay. One below 0.2 s is not heard as one (`msenc.speech.voice`)."""
 
 HEAD_S = 0.1
 TAIL_S = {"few": 0.08, "some": 0.25, UNKNOWN: 0.25, "many": 0.5}
@@ -26,17 +28,21 @@ _SILENCE_DB = -38.0
 _FADE_S = 0.005
 
 
-def act(samples: np.ndarray, sample_rate: int, voice: VoiceAttributes) -> np.ndarray:
+def act(phrases: Sequence[np.ndarray], sample_rate: int, voice: VoiceAttributes) -> np.ndarray:
     """One sentence with the pauses, loudness and noise of a voice, and with the silence around it.
 
     Args:
-        samples: the sentence as synthesized, in any level.
+        phrases: of the sentence as synthesized, in any level; between two stands a pause.
         sample_rate: in Hz.
         voice: what it is to be like.
     """
-    samples = trim(samples, sample_rate)
-    samples = set_pauses(samples, sample_rate, PAUSE_S[voice.pauses])
-    samples = set_loudness(samples, sample_rate, LOUDNESS_LUFS[voice.loudness])
+    pieces = [trim(phrase, sample_rate) for phrase in phrases]
+    if voice.pauses in PAUSE_S:
+        pause_s = PAUSE_S[voice.pauses]
+        pause = np.zeros(round(pause_s * sample_rate), np.float32)
+        parted = ((pause, set_pauses(piece, sample_rate, pause_s)) for piece in pieces)
+        pieces = [part for pair in parted for part in pair][1:]
+    samples = set_loudness(np.concatenate(pieces), sample_rate, LOUDNESS_LUFS[voice.loudness])
     samples = np.pad(samples, (round(HEAD_S * sample_rate), round(TAIL_S[voice.pauses] * sample_rate)))
     if voice.noise in SNR_DB:
         samples = add_noise(samples, sample_rate, SNR_DB[voice.noise])

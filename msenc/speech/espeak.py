@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 
-from msenc.speech.acting import act
 from msenc.speech.libespeak import VoiceSettings, speak
-from msenc.speech.synthesis import SentenceSynthesizer, choose, punctuate
+from msenc.speech.synthesis import SentenceSynthesizer, choose
 from msenc.types import UNKNOWN, VoiceAttributes
 
 VOICES = {
@@ -35,7 +34,7 @@ class ESpeak(SentenceSynthesizer):
     def __init__(self, language: str = "en-us") -> None:
         self.language = language
 
-    def speak_sentence(self, sentence: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
+    def synthesize(self, phrase: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
         """See `SentenceSynthesizer`."""
         gender = voice.gender if voice.gender != UNKNOWN else choose(tuple(VOICES), speaker)
         variant, base_hz = choose(tuple(VOICES[gender].items()), speaker)
@@ -46,5 +45,4 @@ class ESpeak(SentenceSynthesizer):
             pitch_range=PITCH_RANGE[voice.range],
             rate_wpm=RATE_WPM[voice.rate],
         )
-        samples, sample_rate = speak(punctuate(sentence, voice.pauses), settings)
-        return act(samples, sample_rate, voice), sample_rate
+        return speak(phrase, settings)

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from msenc.speech.acting import act
 from msenc.speech.description import check_words, parse
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
@@ -68,9 +69,15 @@ class SentenceSynthesizer(ABC):
         for sentence in sentences:
             yield self.speak_sentence(sentence, attributes, speaker)
 
-    @abstractmethod
     def speak_sentence(self, sentence: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
         """One piece of a text; see `Synthesizer`."""
+        spoken = [self.synthesize(phrase, voice, speaker) for phrase in split_phrases(sentence, voice.pauses)]
+        sample_rate = spoken[0][1]
+        return act([samples for samples, _ in spoken], sample_rate, voice), sample_rate
+
+    @abstractmethod
+    def synthesize(self, phrase: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
+        """One phrase, in any loudness and with any silence at its ends; see `Synthesizer`."""
 
 
 def read_voice(voice: VoiceAttributes | str) -> VoiceAttributes:
@@ -114,35 +121,40 @@ def _cut(sentence: str, max_characters: int) -> Iterator[str]:
     yield sentence
 
 
-def punctuate(sentence: str, pauses: str) -> str:
-    """A sentence with the commas that a voice with so many pauses makes.
+def split_phrases(sentence: str, pauses: str) -> list[str]:
+    """What a voice with so many pauses says in one go.
 
     Args:
         sentence: one sentence.
-        pauses: ``few`` takes commas out, ``many`` puts some in, before a small word where there is one.
+        pauses: ``few`` takes its commas out, ``many`` parts it at them, and before a small word where there is one.
+
+    Returns:
+        The sentence, or for ``many`` its phrases, all but the last with a comma at the end.
 
     Example:
-        >>> punctuate("The train leaves at seven in the morning, so we get up early.", "many")
-        'The train leaves, at seven, in the morning, so we get up early.'
-        >>> punctuate("Well, no, I do not.", "few")
-        'Well no I do not.'
+        >>> split_phrases("The train leaves at seven in the morning, so we get up early.", "many")
+        ['The train leaves,', 'at seven,', 'in the morning,', 'so we get up early.']
+        >>> split_phrases("Well, no, I do not.", "few")
+        ['Well no I do not.']
     """
     if pauses == "few":
-        return re.sub(r"[,;:](?= )", "", sentence)
-    if pauses != "many":
-        return sentence
-    words, phrase = [], 0
-    given = sentence.split(" ")
-    for index, word in enumerate(given):
-        is_break = (_SMALL_WORDS.fullmatch(word) and phrase >= 2) or phrase >= 4
-        if is_break and len(given) - index >= 2 and words[-1][-1].isalnum():
-            words[-1] += ","
-        phrase = 0 if words and not words[-1][-1].isalnum() else phrase
-        words.append(word)
-        phrase += 1
-    if not any(word.endswith(",") for word in words) and len(words) >= 4:
-        words[len(words) // 2 - 1] += ","
-    return " ".join(words)
+        return [re.sub(r"[,;:](?= )", "", sentence)]
+    words = sentence.split(" ")
+    if pauses != "many" or len(words) < 4:
+        return [sentence]
+    phrases: list[list[str]] = [[]]
+    for index, word in enumerate(words):
+        phrase, left = phrases[-1], len(words) - index
+        is_end = phrase and (not phrase[-1][-1].isalnum() or _SMALL_WORDS.fullmatch(word) or len(phrase) == 4)
+        if is_end and len(phrase) >= 2 and left >= 2:
+            phrases.append([])
+        phrases[-1].append(word)
+    if len(phrases) == 1:
+        middle = len(words) // 2
+        phrases = [words[:middle], words[middle:]]
+    return [
+        " ".join(phrase) + ("," if phrase[-1][-1].isalnum() and phrase is not phrases[-1] else "") for phrase in phrases
+    ]
 
 
 def choose(options: Sequence[T], speaker: str | None) -> T:

@@ -72,12 +72,12 @@ def test_noise_has_the_power_that_was_asked(snr_db):
 
 
 def test_a_voice_is_heard_in_all_of_them():
-    quiet = measure(act(SOUND, RATE, VoiceAttributes(loudness="quiet", pauses="few", noise="clean")), RATE)
-    loud = measure(act(SOUND, RATE, VoiceAttributes(loudness="loud", pauses="many", noise="noisy")), RATE)
+    quiet = measure(act([SOUND], RATE, VoiceAttributes(loudness="quiet", pauses="few", noise="clean")), RATE)
+    loud = measure(act([SOUND], RATE, VoiceAttributes(loudness="loud", pauses="many", noise="noisy")), RATE)
     assert quiet.loudness_lufs < -30 < -20 < loud.loudness_lufs
     assert quiet.pause_share == 0 < loud.pause_share
     assert loud.snr_db == pytest.approx(8, abs=2)
-    sound = act(SOUND, RATE, VoiceAttributes())
+    sound = act([SOUND], RATE, VoiceAttributes())
     ends = runs_of_silence(sound)
     assert (ends[0], ends[-1]) == pytest.approx((HEAD_S, TAIL_S["some"]), abs=0.02)
     assert HEAD_S + TAIL_S["few"] < 0.2 < HEAD_S + TAIL_S["some"]  # what counts as a pause between two sentences

@@ -3,22 +3,24 @@
 import numpy as np
 import pytest
 
+from msenc.speech.acting import HEAD_S, PAUSE_S, TAIL_S
 from msenc.speech.description import VOCABULARY, parse
-from msenc.speech.synthesis import SentenceSynthesizer, choose, punctuate, settle_gender, split_sentences
+from msenc.speech.synthesis import SentenceSynthesizer, choose, settle_gender, split_phrases, split_sentences
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 LONG = "I went to the market, then to the station " * 12
 
 
 class Recorder(SentenceSynthesizer):
-    """Gives each sentence as many samples as it has characters."""
+    """Gives the nth phrase n seconds of a tone."""
 
     def __init__(self):
         self.asked = []
 
-    def speak_sentence(self, sentence, voice, speaker):
-        self.asked.append((sentence, voice, speaker))
-        return np.full(len(sentence), len(self.asked), np.float32), 100
+    def synthesize(self, phrase, voice, speaker):
+        self.asked.append((phrase, voice, speaker))
+        time = np.arange(8_000 * len(self.asked)) / 8_000
+        return np.sin(2 * np.pi * 200 * time).astype(np.float32), 8_000
 
 
 @pytest.mark.parametrize(
@@ -51,25 +53,34 @@ def test_a_long_sentence_is_cut_and_nothing_is_lost(text):
 
 def test_pauses_are_commas():
     sentence = "Yes, we went home and we slept until noon because it was late"
-    assert punctuate(sentence, "some") == punctuate(sentence, UNKNOWN) == sentence
-    assert punctuate(sentence, "few") == sentence.replace(",", "")
-    many = punctuate(sentence, "many")
-    assert many == "Yes, we went home, and we slept, until noon, because it was late"
-    assert punctuate("Do you see me", "many") == "Do you, see me"
-    assert punctuate("No.", "many") == "No."
-    assert punctuate("It costs 1,000 euros", "few") == "It costs 1,000 euros"
+    assert split_phrases(sentence, "some") == split_phrases(sentence, UNKNOWN) == [sentence]
+    assert split_phrases(sentence, "few") == [sentence.replace(",", "")]
+    assert split_phrases("It costs 1,000 euros", "few") == ["It costs 1,000 euros"]
+    many = ["Yes, we went home,", "and we slept,", "until noon,", "because it was late"]
+    assert split_phrases(sentence, "many") == many
+    assert split_phrases("Do you see me", "many") == ["Do you,", "see me"]
+    assert split_phrases("You look sad.", "many") == ["You look sad."]
+    assert split_phrases("one two three four five six", "many") == ["one two three four,", "five six"]
 
 
 def test_sentences_are_spoken_one_after_another():
     speak = Recorder()
     samples, sample_rate = speak("One. Four five.", "a woman speaks fast", "Ana")
-    assert sample_rate == 100
-    assert samples.tolist() == [1.0] * 4 + [2.0] * 10
+    assert sample_rate == 8_000
+    around = HEAD_S + TAIL_S[UNKNOWN]
+    assert len(samples) / sample_rate == pytest.approx(3 + 2 * around, abs=0.03)
     voice = VoiceAttributes(gender="woman", rate="fast")
     assert speak.asked == [("One.", voice, "Ana"), ("Four five.", voice, "Ana")]
     first = next(speak.stream("One. Four five.", voice))
-    assert len(first[0]) == 4
+    assert len(first[0]) / sample_rate == pytest.approx(3 + around, abs=0.02)
     assert len(speak.asked) == 3  # the second sentence was not waited for
+
+
+def test_phrases_are_parted_by_pauses():
+    samples, sample_rate = Recorder()("Do you see me", VoiceAttributes(pauses="many"))
+    seconds = HEAD_S + 1 + PAUSE_S["many"] + 2 + TAIL_S["many"]
+    assert len(samples) / sample_rate == pytest.approx(seconds, abs=0.03)
+    assert not samples[round((HEAD_S + 1.05) * 8_000) : round((HEAD_S + 1.4) * 8_000)].any()
 
 
 def test_what_cannot_be_spoken_is_refused():
