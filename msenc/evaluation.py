@@ -7,6 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from torch.utils.data import Subset
 
 from msenc.data.collate import histories
 from msenc.data.datamodule import DialogueDataModule
+from msenc.metrics.description import DescribedTarget, score_descriptions, voice_of
 from msenc.metrics.scores import Scorer
 from msenc.metrics.text import score_replies
 from msenc.models.conversation import ConversationModel
 from msenc.prompt import TOKEN_KINDS
 from msenc.replies import decoding_for, write_replies
 from msenc.run import write_json, write_text
-from msenc.types import Reply
+from msenc.speech.description import parse
+from msenc.types import UNKNOWN, Reply, VoiceAttributes
 
 LN2 = math.log(2)
 
@@ -65,6 +68,8 @@ def evaluate_split(
         found |= corpus
         for prediction, scores in zip(predictions, items, strict=True):
             prediction["scores"] = scores
+        if is_described:
+            found |= _score_attributes(datamodule, split, predictions)
     return found, predictions
 
 
@@ -168,6 +173,35 @@ def _generate(
     for prediction, (*_, ids) in zip(predictions, written, strict=True):
         reply = tokenizer.prompt.parse(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
         prediction["reply"] = {"text": reply.text, "description": reply.description}
+
+
+def _score_attributes(
+    datamodule: DialogueDataModule, split: str, predictions: list[dict[str, Any]]
+) -> dict[str, float]:
+    """What the replies' descriptions say against how the targets are spoken; noted in the predictions too."""
+    dataset = datamodule.dataset(split)
+    wanted = {p["dialogue"] for p in predictions}
+    voices = {
+        (dialogue.id, turn): voice_of(utterance)
+        for dialogue in map(dataset.dialogue, range(len(wanted)))
+        for turn, utterance in enumerate(dialogue.utterances)
+    }
+    targets, places = [], []
+    for prediction in predictions:
+        dialogue, turn = prediction["dialogue"], prediction["turn"]
+        voice, written = voices[dialogue, turn], parse(prediction["reply"]["description"] or "")
+        if voice != VoiceAttributes():
+            targets.append(DescribedTarget(voice, written, voices[dialogue, turn - 1], prediction["speaker"]))
+            places.append(prediction)
+            prediction["attributes"] = {k: v for k, v in asdict(voice).items() if v != UNKNOWN}
+            prediction["reply_attributes"] = {k: v for k, v in asdict(written).items() if v != UNKNOWN}
+    if not targets:
+        return {}
+    scores = score_descriptions(targets, (u for d in datamodule.dialogues("train") for u in d.utterances))
+    for name, values in scores.items.items():
+        for prediction, value in zip(places, values, strict=True):
+            prediction["scores"][name] = value
+    return scores.corpus
 
 
 def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:

@@ -110,6 +110,12 @@ def test_training_ends_with_the_test_split(finished):
     assert {"bleu_1", "bleu_4", "rouge_l", "description/exact", "perplexity", "token_accuracy"} <= set(metrics)
     assert len(predictions) == 12
     assert all(set(p["reply"]) == {"text", "description"} for p in predictions)
+    for rule in ("", "_majority", "_previous", "_speaker"):
+        assert 0 <= metrics[f"description/gender/accuracy{rule}"] <= 1
+    assert metrics["description/gender/accuracy_speaker"] == 1  # a speaker keeps the voice, so any model may know it
+    scores = [p["scores"]["description/accuracy"] for p in predictions]
+    assert metrics["description/accuracy"] == pytest.approx(sum(scores) / len(scores))
+    assert all(set(p["attributes"]) == {"gender", "range"} for p in predictions)
     assert name.split("-")[2]
 
 

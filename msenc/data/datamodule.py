@@ -334,6 +334,19 @@ class DialogueDataModule(L.LightningDataModule):
             )
         return self._datasets[split]
 
+    def dialogues(self, split: str) -> Iterator[Dialogue]:
+        """The split's dialogues as they were annotated, none where the data has no such split.
+
+        Opens the turns alone: no stream's file.
+        """
+        if self.manifest.splits.get(split) is None:
+            return
+        turns = ShardReader(self.folder / "turns", split, self.verify, hint=self.hint)
+        if self.left_out:
+            turns = FilteredReader(turns, turns, self.left_out)
+        for id in turns.ids:
+            yield Dialogue.from_json(turns.read(id)["turns.json"])
+
     def lengths(self, split: str) -> list[DialogueLengths]:
         """Tokens of the split's dialogues; see `split_lengths`.
 

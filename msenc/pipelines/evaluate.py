@@ -29,6 +29,7 @@ from msenc.run import (
     digest,
     read_run,
 )
+from msenc.speech.description import VOCABULARY
 from msenc.spoken import speak_replies
 from msenc.types import MsencError
 
@@ -137,10 +138,33 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
     table = Table(title=title)
     table.add_column("metric")
     table.add_column("value", justify="right")
+    by_attribute = [name for name in VOCABULARY if f"description/{name}/targets" in metrics]
     for name, value in metrics.items():
+        if name.startswith(tuple(f"description/{attribute}/" for attribute in by_attribute)):
+            continue
         if isinstance(value, float) and not math.isnan(value):
             is_share = name.endswith("/recovered")
             table.add_row(name, f"{100 * value:.1f} %" if is_share else f"{value:.4f}")
         elif isinstance(value, int):
             table.add_row(name, f"{value:,}")
+    console.print(table)
+    if by_attribute:
+        _print_attributes(metrics, by_attribute)
+
+
+def _print_attributes(metrics: Mapping[str, Any], attributes: Sequence[str]) -> None:
+    """Accuracy and macro F1 of each attribute, beside those of the rules."""
+    rules = [name.removeprefix("description/accuracy") for name in metrics if name.startswith("description/accuracy")]
+    table = Table(title="voice descriptions: accuracy (macro F1), in %")
+    table.add_column("attribute")
+    for column in ("targets", *(rule.removeprefix("_") or "replies" for rule in rules)):
+        table.add_column(column, justify="right")
+    for attribute in attributes:
+        shares = [
+            "{:.1f} ({:.1f})".format(
+                *(100 * metrics[f"description/{attribute}/{name}{rule}"] for name in ("accuracy", "macro_f1"))
+            )
+            for rule in rules
+        ]
+        table.add_row(attribute, f"{metrics[f'description/{attribute}/targets']:,}", *shares)
     console.print(table)
