@@ -1,0 +1,244 @@
+"""Numbers per item -> a mean, its interval and a test that know what repeats: items of a dialogue, runs of a seed.
+
+A sweep's numbers form a table of runs by dialogues. Both are samples: another seed trains another model, another test
+split holds other dialogues. So the variance of a mean has a part for each, and a part of what neither explains (all
+estimated from the two-way table, as in studies of many readers and many cases):
+
+    V = Vr + max(Vd - Ve, 0)        Vr: between runs, Vd: between dialogues, Ve: the rest, all of the mean
+
+With three runs, Vr has two degrees of freedom and Vd many. Satterthwaite's degrees of freedom, the usual answer, let
+up to 8 % of true nulls through there, and a bootstrap over three runs far more (``benchmarks/calibration.py``).
+Cochran's critical value, the mean of both t quantiles weighted by the two parts, stays at or below the nominal level.
+
+Source: D. D. Dorfman, K. S. Berbaum and C. E. Metz, Investigative Radiology 27 (1992) 723-731, and S. L. Hillis,
+Statistics in Medicine 26 (2007) 596-619, for the variance; W. G. Cochran, Biometrics 20 (1964) 191-195, for the
+critical value; A. V. Carter, K. T. Schnepel and D. G. Steigerwald, Review of Economics and Statistics 99 (2017)
+698-709, for the effective number of dialogues that differ in weight; S. Holm, Scandinavian Journal of Statistics 6
+(1979) 65-70.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from msenc.types import MsencError
+
+SMALLEST_P = 1e-30
+"""Smaller p-values are given as this one: no assumption of any test holds so far out."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean with its confidence interval and the p-value of "the true mean is 0".
+
+    With fewer than two dialogues, or two items where dialogues are unknown, nothing is known of the spread: the limits
+    and the p-value are NaN.
+
+    Args:
+        mean: estimated mean, in the unit of the values.
+        low: lower limit of the interval.
+        high: upper limit.
+        p_value: two-sided, not corrected for other comparisons.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+def paired_effect(
+    differences: Sequence[float] | np.ndarray,
+    clusters: Sequence | np.ndarray,
+    weights: Sequence[float] | np.ndarray | None = None,
+    runs: Sequence | np.ndarray | None = None,
+    confidence: float = 0.95,
+) -> Effect:
+    """Mean difference of N pairs; for the interval of a plain mean, give values instead of differences.
+
+    Args:
+        differences: (N,) of each item, and of each run where there are several; with `weights`, per unit of weight
+            (nats per token, with the number of tokens).
+        clusters: (N,) what each item belongs to: its dialogue's id.
+        weights: (N,) weight of each item; None weighs all alike.
+        runs: (N,) the run (seed) of each item. None or a single one: the interval is about the items alone, and says
+            nothing of other seeds.
+        confidence: of the interval.
+
+    Raises:
+        MsencError: lengths differ, nothing has a weight, a number is not finite, or a run lacks a cluster of another.
+
+    Example:
+        >>> effect = paired_effect([0.9, 1.1, 1.0, 1.2, 0.8, 1.0], ["a", "a", "b", "b", "c", "c"])
+        >>> f"{effect.mean:.2f} [{effect.low:.2f}, {effect.high:.2f}]"
+        '1.00 [0.75, 1.25]'
+    """
+    return _effect([_table(differences, clusters, weights, runs)], confidence)
+
+
+def unpaired_effect(
+    treated: Sequence[float] | np.ndarray,
+    baseline: Sequence[float] | np.ndarray,
+    clusters: tuple[Sequence | np.ndarray, Sequence | np.ndarray],
+    weights: tuple[Sequence[float] | np.ndarray | None, Sequence[float] | np.ndarray | None] = (None, None),
+    runs: tuple[Sequence | np.ndarray | None, Sequence | np.ndarray | None] = (None, None),
+    confidence: float = 0.95,
+) -> Effect:
+    """Mean of `treated` less that of `baseline`: the same items, but runs that are no pairs.
+
+    Dialogues are compared with themselves. Runs are two samples (Welch): that two runs of different models share a
+    seed makes them no pair, and with three runs each, the interval is a third narrower than that of three pairs. Where
+    equal seeds do make runs alike, it is wider than it has to be, never too narrow.
+
+    Args:
+        treated: (N,) values of one configuration.
+        baseline: (M,) values of the other.
+        clusters: (N,) and (M,), with the same names.
+        weights: (N,) and (M,) as in `paired_effect`.
+        runs: (N,) and (M,) as in `paired_effect`; one run on a side has no spread of its own, and the other side's
+            stands for both.
+        confidence: of the interval.
+
+    Raises:
+        MsencError: as `paired_effect`, or the two sides have different clusters.
+
+    Example:
+        >>> sides = [[1.0, 1.2, 0.8, 2.0, 2.2, 1.8], [0.0, 0.3, -0.3, 1.0, 0.8, 1.2]]
+        >>> dialogues, seeds = ["a", "b", "c"] * 2, [1, 1, 1, 2, 2, 2]
+        >>> effect = unpaired_effect(*sides, clusters=(dialogues, dialogues), runs=(seeds, seeds))
+        >>> f"{effect.mean:.1f}, p = {effect.p_value:.2f}"
+        '1.0, p = 0.29'
+    """
+    sides = zip((treated, baseline), clusters, weights, runs, strict=True)
+    first, second = (_table(*side) for side in sides)
+    _refuse_other_clusters(first.names, second.names, "one side", "the other")
+    return _effect([first, second], confidence)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: adjusted p-values, in the order given; NaN (nothing was tested) stays out of the family.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03, float("nan")])
+        [0.03, 0.06, 0.06, nan]
+    """
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    adjusted, highest = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Values as (R, C): what each run's dialogues add to its mean. A row's mean is the run's (weighted) mean.
+
+    `effective` is the number of equally heavy dialogues of which the spread is known as well as of these.
+    """
+
+    values: np.ndarray
+    names: np.ndarray
+    effective: float
+
+
+def _table(values, clusters, weights, runs) -> _Table:
+    values = np.asarray(values, dtype=float)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    runs = np.zeros(len(values), dtype=int) if runs is None else np.asarray(runs)
+    clusters = np.asarray(clusters)
+    sizes = {len(values), len(clusters), len(weights), len(runs)}
+    if len(sizes) > 1:
+        raise MsencError(f"Values, clusters, weights and runs have {sorted(sizes)} entries, expected equally many.")
+    if not (np.isfinite(values).all() and np.isfinite(weights).all() and (weights >= 0).all()):
+        raise MsencError("A value or weight is not finite, or a weight below 0. Leave such items out on both sides.")
+    names, columns = np.unique(clusters, return_inverse=True)
+    run_names, rows = np.unique(runs, return_inverse=True)
+    shape = (len(run_names), len(names))
+    cells = rows * len(names) + columns
+
+    def sums(of: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(cells, of, minlength=shape[0] * shape[1]).reshape(shape)
+
+    lacking = np.argwhere(sums() == 0)
+    if len(lacking):
+        run, cluster = (names_of[i] for names_of, i in zip((run_names, names), lacking[0], strict=True))
+        raise MsencError(f"Run {run} has no item of {cluster}, which other runs have: all need the same items.")
+    total = sums(weights).sum(axis=1, keepdims=True)  # (R, 1)
+    if not len(values) or (total == 0).any():
+        raise MsencError("There is nothing to average: no item has a weight above 0.")
+    means = sums(weights * values).sum(axis=1, keepdims=True) / total
+    # A ratio of two sums varies as the sum of its linear parts does (Taylor's linearisation).
+    parts = len(names) / total * (sums(weights * values) - means * sums(weights))
+    shares = (sums(weights) / total).mean(axis=0)
+    return _Table(means + parts, names, float((shares**2).sum() ** 2 / (shares**4).sum()))
+
+
+def _refuse_other_clusters(first: np.ndarray, second: np.ndarray, name: str, other: str) -> None:
+    if not np.array_equal(first, second):
+        odd = sorted(set(first.tolist()) ^ set(second.tolist()))[:3]
+        raise MsencError(f"{name} and {other} do not have the same items; for example, only one has {odd}.")
+
+
+def _effect(tables: Sequence[_Table], confidence: float) -> Effect:
+    """Effect of the first table, less the second's where there are two."""
+    mean = float(tables[0].values.mean() - sum(table.values.mean() for table in tables[1:]))
+    clusters = len(tables[0].names)
+    if clusters < 2:
+        return Effect(mean, math.nan, math.nan, math.nan)
+    by_cluster = tables[0].values.mean(axis=0) - sum(table.values.mean(axis=0) for table in tables[1:])  # (C,)
+    rest = sum(_residual(table.values) / len(table.values) for table in tables if len(table.values) > 1)
+    of_dialogues = max(float(by_cluster.var(ddof=1)) / clusters - rest, 0.0)
+    of_runs, run_freedom = _variance_of_runs([table.values.mean(axis=1) for table in tables])
+    variance = of_runs + of_dialogues
+    if variance == 0:
+        return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    share = of_runs / variance
+    freedoms = (run_freedom, max(tables[0].effective - 1, 1.0))
+    width = _critical(1 - confidence, share, freedoms) * math.sqrt(variance)
+    p_value = _p_value(abs(mean) / math.sqrt(variance), share, freedoms)
+    return Effect(mean, mean - width, mean + width, p_value)
+
+
+def _variance_of_runs(sides: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Means of each side's runs -> variance of the (difference of the) sides' means, and its degrees of freedom."""
+    spreads = [means.var(ddof=1) for means in sides if len(means) > 1]
+    if not spreads:
+        return 0.0, 1.0
+    if len(spreads) < len(sides):  # a single run has no spread: the other side's stands for both
+        return float(spreads[0] * sum(1 / len(means) for means in sides)), max(map(len, sides)) - 1.0
+    parts = [float(spread) / len(means) for spread, means in zip(spreads, sides, strict=True)]
+    weight = sum(part**2 / (len(means) - 1) for part, means in zip(parts, sides, strict=True))
+    return sum(parts), sum(parts) ** 2 / weight if weight > 0 else 1.0  # Welch; of one side: R - 1
+
+
+def _residual(values: np.ndarray) -> float:
+    """What neither run nor dialogue explains: its part of the variance of one run's mean."""
+    runs, clusters = values.shape
+    rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    return float((rest**2).sum() / ((runs - 1) * (clusters - 1)) / clusters)
+
+
+def _critical(alpha: float, share: float, freedoms: tuple[float, float]) -> float:
+    """Cochran's critical value: the two t quantiles, weighted by the runs' `share` of the variance."""
+    from scipy.special import stdtrit  # late: the command lines' --help must not wait for scipy
+
+    quantiles = -stdtrit(np.array(freedoms), alpha / 2)
+    return float(share * quantiles[0] + (1 - share) * quantiles[1])
+
+
+def _p_value(z: float, share: float, freedoms: tuple[float, float]) -> float:
+    """The alpha at which `z` is just critical."""
+    from scipy.optimize import brentq
+
+    def excess(log_alpha: float) -> float:
+        return _critical(math.exp(log_alpha), share, freedoms) - z
+
+    if excess(0.0) >= 0:  # z is 0
+        return 1.0
+    lowest = math.log(SMALLEST_P)
+    return SMALLEST_P if excess(lowest) < 0 else math.exp(brentq(excess, lowest, 0.0, xtol=1e-10))
