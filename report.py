@@ -1,4 +1,4 @@
-"""Runs -> one table: python report.py sweep_dir=FOLDER [split=test]."""
+"""Runs -> tables, tests and a page: python report.py sweep_dir=FOLDER [split=test]."""
 
 import hydra
 from omegaconf import DictConfig
@@ -10,7 +10,7 @@ register_schemas()
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="report")
 def main(cfg: DictConfig) -> None:
-    """Summarise all runs below a folder."""
+    """Compare all runs below a folder, or several."""
     from msenc.pipelines.report import report  # imported here: --help must not wait for torch
 
     report(cfg)

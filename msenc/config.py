@@ -221,9 +221,15 @@ class EvaluateConfig:
 
 @dataclass
 class ReportConfig:
-    """Schema of ``report.yaml``."""
+    """Schema of ``report.yaml``.
 
-    sweep_dir: str = MISSING
+    Args:
+        sweep_dir: a sweep's folder, a run's, one above several, or a list of these; the report goes into the first.
+        split: whose evaluations are compared.
+        settings: settings of the evaluations (or their hash), where there are several of the split.
+    """
+
+    sweep_dir: Any = MISSING
     split: str = "test"
     settings: str | None = None
 

@@ -1,25 +1,36 @@
-"""What report.py does, and what ends a sweep: runs -> a table."""
+"""What report.py does, and what ends a sweep: runs -> tables and a page."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from msenc.config import plain
 from msenc.pipelines.parts import console
+from msenc.run import write_text
 from msenc.types import MsencError
 
 
 def report(cfg: DictConfig) -> None:
-    """Print one table of all runs below a folder."""
+    """Print the tables of all runs below a folder, or several, and write them with the page."""
     from msenc.report.collect import collect_runs
+    from msenc.report.page import render_page
     from msenc.report.table import print_table, summarise, write_table
 
-    plain(cfg)
-    table = summarise(collect_runs(Path(cfg.sweep_dir)), split=cfg.split, settings=cfg.settings)
+    config = plain(cfg)
+    given = config["sweep_dir"]
+    folders = [Path(name) for name in ([given] if isinstance(given, str) else given)]
+    runs = [(folder, run) for folder in folders for run in collect_runs(folder)]
+    if len(folders) > 1:  # jobs of two sweeps have the same numbers
+        runs = [(f, run if run.folder == f else replace(run, name=f"{f.name}/{run.name}")) for f, run in runs]
+    table = summarise([run for _, run in runs], split=config["split"], settings=config["settings"])
     print_table(table)
-    paths = write_table(table, Path(cfg.sweep_dir))
-    console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+    target = folders[0] / "report"
+    paths = write_table(table, target)
+    page = target / "report.html"
+    write_text(page, render_page(table, f"Report on {', '.join(f.resolve().name for f in folders)}", folders))
+    console.print(f"Written: {', '.join(map(str, [*paths, page]))}", soft_wrap=True)
 
 
 def end_sweep(sweep_dir: Path) -> None:

@@ -1,6 +1,5 @@
 """An audit -> one HTML page that needs no other file: counts, histograms, thumbnails of the worst cases."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from msenc.data.flags import FLAGS
 from msenc.data.media import MediaError, read_frames
+from msenc.page_style import STYLE, data_uri
 from msenc.prepare.probe import ClipFacts
 from msenc.types import SPLITS, Dialogue, MsencError
 
@@ -73,6 +73,7 @@ def render_page(
         ],
         worst=_worst(root, examples),
         hash=audit.hash,
+        style=STYLE,
     )
 
 
@@ -118,7 +119,7 @@ def _worst(root: Path, examples: Mapping[str, Sequence[Any]]) -> list[dict[str, 
             worst[flag.file]["what"] += f"; {flag.flag} {flag.found}".rstrip()
         elif len(worst) < NUM_THUMBNAILS:
             what = f"{flag.flag} {flag.found}".rstrip()
-            worst[flag.file] = {"id": flag.id, "file": flag.file, "what": what, "image": _thumbnail(root / flag.file)}
+            worst[flag.file] = {"id": flag.id, "file": flag.file, "what": what, "image": thumbnail(root / flag.file)}
     return list(worst.values())
 
 
@@ -132,7 +133,7 @@ def _by_size(flags: Sequence[Any]) -> list[Any]:
     return sorted(flags, key=size) if flags and flags[0].flag != "duplicate_clip" else list(flags)
 
 
-def _thumbnail(path: Path) -> str:
+def thumbnail(path: Path) -> str:
     """The first picture as a data URI, or nothing where there is none."""
     from PIL import Image
 
@@ -143,7 +144,7 @@ def _thumbnail(path: Path) -> str:
     picture.thumbnail((320, 240))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri("image/jpeg", buffer.getvalue())
 
 
 _TEMPLATE = """<!doctype html>
@@ -153,22 +154,14 @@ _TEMPLATE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Audit of {{ name }}</title>
 <style>
-:root { color-scheme: light dark; --line: #8884; --bar: #3b74b8; }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 0 1rem 3rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+{{ style|safe }}
 td.id, figcaption, li { overflow-wrap: anywhere; }
-small { opacity: .75; }
 svg { width: 100%; max-width: 36rem; height: auto; display: block; } rect { fill: var(--bar); }
 svg text { font-size: 11px; fill: currentColor; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
 figure { margin: 0; font-size: .8rem; }
 img, .none { width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: #8882; border-radius: 4px; }
 .none { display: grid; place-items: center; }
-summary { cursor: pointer; }
 </style>
 </head>
 <body>

@@ -8,6 +8,9 @@ from typing import Any
 
 from msenc.types import MsencError
 
+FACTS = ("data", "turns_hash", "llm", "base_fingerprint", "commit", "device", "machine", "epochs", "history")
+"""Entries of `run.json` that a report compares between runs."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -20,6 +23,9 @@ class Evaluation:
         hash: short name of the settings, the end of the folder's name.
         metrics: name to number.
         written: when, in seconds since the epoch.
+        folder: where it lies, with its ``predictions.jsonl``.
+        control: what was done to the input of a control, else None.
+        verdict: what the control says of the modality.
     """
 
     data: str
@@ -28,6 +34,9 @@ class Evaluation:
     hash: str
     metrics: dict[str, float]
     written: float
+    folder: Path = Path()
+    control: str | None = None
+    verdict: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,9 @@ class Run:
         trainable_parameters: part of the model to number of its trainable parameters.
         seconds: duration.
         evaluations: all evaluations in the folder.
+        folder: the run's folder.
+        peak_memory_mib: most memory that its process took.
+        facts: what else tells runs apart: data, LLM, commit, epochs.
     """
 
     name: str
@@ -57,6 +69,9 @@ class Run:
     trainable_parameters: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     evaluations: tuple[Evaluation, ...] = ()
+    folder: Path = Path()
+    peak_memory_mib: float = 0.0
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, str]:
@@ -110,6 +125,9 @@ def _read_run(path: Path, folder: Path) -> Run:
         trainable_parameters=value.get("trainable_parameters") or {},
         seconds=value.get("seconds") or 0.0,
         evaluations=tuple(_read_evaluation(p) for p in sorted(path.parent.glob("evaluation/*/metrics.json"))),
+        folder=path.parent,
+        peak_memory_mib=value.get("peak_memory_mib") or 0.0,
+        facts={name: str(value[name]) for name in FACTS if value.get(name) is not None},
     )
 
 
@@ -123,6 +141,9 @@ def _read_evaluation(path: Path) -> Evaluation:
         hash=path.parent.name.rsplit("-", 1)[-1],
         metrics={k: float(v) for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool)},
         written=path.stat().st_mtime,
+        folder=path.parent,
+        control=value.get("control"),
+        verdict=value.get("control/verdict"),
     )
 
 

@@ -1,25 +1,38 @@
-"""Runs -> one table: a row per job configuration, mean and deviation over its seeds; printed and written."""
+"""Runs -> one table: a row per configuration, means with intervals over dialogues and seeds; printed and written."""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from msenc.report.collect import Evaluation, Run
+from msenc.report.compare import (
+    DEFAULT,
+    Comparison,
+    Configuration,
+    Verdict,
+    compare,
+    configure,
+    direction_of,
+    judge_controls,
+    metric_order,
+    table_metrics,
+)
+from msenc.run import write_text
+from msenc.statistics import Effect
 from msenc.types import MsencError
 
-if TYPE_CHECKING:  # the command lines' --help must not wait for pandas
-    from pandas import DataFrame
-
-MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
-PLANTED_KINDS = ("text", "audio", "video", "both")
+COSTS = ("trainable parameters", "seconds", "peak memory MiB")
+FEW_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -30,8 +43,9 @@ class Table:
         split: the evaluated split.
         keys: override keys in which the runs differ, the seed left out.
         metrics: metrics in order; shares recovered are in percent and say so in their name.
-        frame: a row per configuration, in the order of their first run. Columns: the keys, ``runs`` (one per seed),
-            each metric and ``<metric> deviation`` (NaN for a single run), ``trainable parameters``, ``seconds``.
+        configurations: the rows, in the order of their first run.
+        comparisons: the tests that the sweep asks for, by metric.
+        verdicts: what controls say, where there are any.
         notes: what the reader of the numbers should know.
         left_out: runs that are in no row, each with the reason.
     """
@@ -39,7 +53,9 @@ class Table:
     split: str
     keys: list[str]
     metrics: list[str]
-    frame: DataFrame
+    configurations: list[Configuration]
+    comparisons: list[Comparison]
+    verdicts: list[Verdict]
     notes: list[str]
     left_out: list[str]
 
@@ -53,49 +69,53 @@ def summarise(runs: list[Run], split: str = "test", settings: str | None = None)
         settings: settings (or their hash) of the evaluations to take, where there are several.
 
     Raises:
-        MsencError: no evaluation fits, or the fitting ones cannot be compared: they differ in data, in settings or
-            in the runs' task, or two runs share configuration and seed.
+        MsencError: no evaluation fits, or the fitting ones cannot be compared: they differ in data, split, settings
+            or items or in the runs' task, two runs share configuration and seed, or predictions cannot be read.
     """
-    import pandas as pd
-
     chosen = _choose(runs, split, settings)
     used = [run for run in runs if run.name in chosen]
     _refuse_other_tasks(used)
     # Runs that failed count here too: without them, a row would not say what it has and they lack.
     keys = [key for key in _differing_keys([[run] for run in runs]) if any(key in run.overrides for run in used)]
     _refuse_equal_seeds(used, keys)
-    scores = {run.name: _table_metrics(chosen[run.name].metrics) for run in used}
-    metrics = sorted({name for values in scores.values() for name in values}, key=_metric_order)
-    costs = ["trainable parameters", "seconds"]
-    frame = pd.DataFrame(
-        [
-            [*_configuration(run, keys), 1]
-            + [scores[run.name].get(name, float("nan")) for name in metrics]
-            + [sum(run.trainable_parameters.values()), run.seconds]
-            for run in used
-        ],
-        columns=[*keys, "runs", *metrics, *costs],
-    )
-    # The added column groups all runs into one row where no key differs.
-    jobs = frame.assign(**{"": 0}).groupby([*keys, ""], sort=False)
-    parts = [jobs["runs"].sum()]
-    for name in metrics:
-        parts += [jobs[name].mean(), jobs[name].std(ddof=1).rename(f"{name} deviation")]
-    frame = pd.concat([*parts, *(jobs[name].mean() for name in costs)], axis=1).reset_index().drop(columns="")
+    configurations = configure(used, chosen, keys)
+    metrics = sorted({name for c in configurations for name in c.scores}, key=metric_order)
+    comparisons, incomparable = compare(configurations, metrics)
+    verdicts, unjudged = judge_controls(configurations, split)
     left_out = [_reason(run, split) for run in runs if run.name not in chosen]
-    return Table(split, keys, metrics, frame, _notes(used, scores, metrics), left_out)
+    notes = _notes(used, chosen, configurations, metrics) + incomparable + unjudged
+    return Table(split, keys, metrics, configurations, comparisons, verdicts, notes, left_out)
+
+
+def costs(configuration: Configuration) -> dict[str, float]:
+    """Means over the runs of a configuration, but for the memory: the most of any."""
+    runs = configuration.runs
+    return {
+        "trainable parameters": sum(sum(r.trainable_parameters.values()) for r in runs) / len(runs),
+        "seconds": sum(r.seconds for r in runs) / len(runs),
+        "peak memory MiB": max(r.peak_memory_mib for r in runs),
+    }
 
 
 def _choose(runs: list[Run], split: str, settings: str | None) -> dict[str, Evaluation]:
     """Name of each finished run -> its newest evaluation of the split; all chosen ones share data and settings."""
     finished = [run for run in runs if run.status == "finished"]
-    of_split = [(run, e) for run in finished for e in run.evaluations if e.split == split]
+    plain = [(run, e) for run in finished for e in run.evaluations if e.control is None]
+    of_split = [(run, e) for run, e in plain if e.split == split]
     if not of_split:
         states = _grouped((run.status, run) for run in runs)
-        splits = sorted({e.split for run in finished for e in run.evaluations}) or ["none"]
+        splits = sorted({e.split for _, e in plain}) or ["none"]
         raise MsencError(
             f"No finished run with an evaluation of {split}. Found: {states or 'no run'}; evaluated splits of the "
             f"finished ones: {', '.join(splits)}. Run evaluate.py run_dir=... split={split}, or name another split."
+        )
+    here = {run.name for run, _ in of_split}
+    elsewhere = [(f"split {e.split}", run) for run, e in plain if run.name not in here]
+    if elsewhere:
+        raise MsencError(
+            f"Not all runs were evaluated on {split}, so they cannot be compared: split {split} "
+            f"({', '.join(sorted(here))}), {_grouped(elsewhere)}. Evaluate those too (evaluate.py run_dir=... "
+            f"split={split}), or report another split (split=...)."
         )
     fitting = [(run, e) for run, e in of_split if settings is None or settings in (e.settings, e.hash)]
     found = _grouped((f"data={e.data} settings={e.settings} hash={e.hash}", run) for run, e in fitting or of_split)
@@ -107,10 +127,6 @@ def _choose(runs: list[Run], split: str, settings: str | None) -> dict[str, Eval
             "Choose one with settings=, which takes the settings or their hash."
         )
     return {run.name: e for run, e in sorted(fitting, key=lambda pair: pair[1].written)}
-
-
-def _configuration(run: Run, keys: list[str]) -> tuple[str, ...]:
-    return tuple(run.overrides.get(key, "(default)") for key in keys)
 
 
 def _differing_keys(groups: Iterable[list[Run]]) -> list[str]:
@@ -128,9 +144,11 @@ def _refuse_other_tasks(runs: list[Run]) -> None:
         return
     keys = _differing_keys(groups.values())
     cause = f"overrides differ in {', '.join(keys)}" if keys else "overrides agree, so the data was prepared anew"
+    facts = [name for name in ("data", "turns_hash", "history") if len({r.facts.get(name) for r in runs}) > 1]
+    found = "".join(f" {n}: {_grouped((str(r.facts.get(n)), r) for r in runs)}." for n in facts)
     raise MsencError(
         "The runs have different tasks (turns, splits, targets or history), so their numbers cannot be compared: "
-        f"{_grouped((f'task {run.task_hash}', run) for run in runs)}. Their {cause}. "
+        f"{_grouped((f'task {run.task_hash}', run) for run in runs)}. Their {cause}.{found} "
         "Report each group from a folder of its own."
     )
 
@@ -138,7 +156,7 @@ def _refuse_other_tasks(runs: list[Run]) -> None:
 def _refuse_equal_seeds(runs: list[Run], keys: list[str]) -> None:
     seen: dict[tuple, str] = {}
     for run in runs:
-        first = seen.setdefault((_configuration(run, keys), run.seed), run.name)
+        first = seen.setdefault((tuple(run.overrides.get(key, DEFAULT) for key in keys), run.seed), run.name)
         if first != run.name:
             raise MsencError(
                 f"{first} and {run.name} have the same overrides and seed {run.seed}, expected one run per seed: "
@@ -146,17 +164,44 @@ def _refuse_equal_seeds(runs: list[Run], keys: list[str]) -> None:
             )
 
 
-def _notes(runs: list[Run], scores: dict[str, dict[str, float]], metrics: list[str]) -> list[str]:
+def _notes(
+    runs: list[Run], chosen: dict[str, Evaluation], configurations: list[Configuration], metrics: list[str]
+) -> list[str]:
     notes = []
     for stream in dict.fromkeys(stream for run in runs for stream in run.streams):
         having = [run for run in runs if stream in run.streams]
         if len({run.streams[stream] for run in having}) > 1:
-            hashes = _grouped((run.streams[stream], run) for run in having)
+            hashes = _grouped((run.streams[stream][:12], run) for run in having)
             notes.append(f"The runs read different {stream} features: {hashes}.")
+    for fact, what in (("commit", "commits of the code"), ("base_fingerprint", "base weights"), ("device", "devices")):
+        if len({run.facts.get(fact) for run in runs}) > 1:
+            notes.append(f"The runs have different {what}: {_grouped((str(r.facts.get(fact)), r) for r in runs)}.")
+    seeds = {c.name: [run.seed for run in c.runs] for c in configurations}
+    if len({tuple(s) for s in seeds.values()}) > 1:
+        listed = "; ".join(f"{name}: {', '.join(map(str, s))}" for name, s in seeds.items())
+        notes.append(f"The configurations have different seeds ({listed}).")
+    fewest = min(len(s) for s in seeds.values())
+    if max(len(s) for s in seeds.values()) == 1:
+        notes.append("One seed each: the intervals are about the items alone, and say nothing of other seeds.")
+    elif fewest < FEW_SEEDS:
+        notes.append(f"Only {fewest} seed(s) in a row: its interval is wide, or says nothing of other seeds.")
+    lacking_items = [r.name for c in configurations for r, i in zip(c.runs, c.items, strict=True) if i is None]
+    if lacking_items:
+        notes.append(f"No predictions.jsonl in {', '.join(lacking_items)}: intervals there are over seeds alone.")
     for name in metrics:
-        if lacking := [run.name for run in runs if name not in scores[run.name]]:
+        if lacking := [run.name for run in runs if name not in table_metrics(chosen[run.name].metrics)]:
             notes.append(f"{name} is missing in {', '.join(lacking)}.")
-    return notes
+    return [*notes, _not_varied(runs)]
+
+
+def _not_varied(runs: list[Run]) -> str:
+    """What all runs have in common, so that the table says nothing about it."""
+    same = {key: runs[0].overrides.get(key) for key in runs[0].overrides if key != "seed"}
+    same = {key: v for key, v in same.items() if all(run.overrides.get(key) == v for run in runs)}
+    facts = {n: runs[0].facts[n] for n in ("data", "llm", "epochs", "device") if n in runs[0].facts}
+    facts = {n: v for n, v in facts.items() if n not in same and all(run.facts.get(n) == v for run in runs)}
+    shown = ", ".join(f"{key}={value}" for key, value in {**facts, **same}.items())
+    return f"Not varied: {shown or 'nothing is known to be common'}."
 
 
 def _grouped(pairs: Iterable[tuple[str, Run]]) -> str:
@@ -167,17 +212,6 @@ def _grouped(pairs: Iterable[tuple[str, Run]]) -> str:
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in groups.items())
 
 
-def _table_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    main = {name: metrics[name] for name in MAIN_METRICS if name in metrics}
-    shares = {n: v for n, v in metrics.items() if n.startswith("planted/") and n.endswith("/recovered")}
-    return main | {f"{name} %": 100 * value for name, value in shares.items()}
-
-
-def _metric_order(name: str) -> tuple[int, str]:
-    order = [*MAIN_METRICS, *(f"planted/{kind}/recovered %" for kind in PLANTED_KINDS)]
-    return order.index(name) if name in order else len(order), name
-
-
 def _reason(run: Run, split: str) -> str:
     if run.status == "finished":
         return f"{run.name}: finished, but no fitting evaluation of {split}"
@@ -186,74 +220,232 @@ def _reason(run: Run, split: str) -> str:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Show the table; where it is wider than the console, with the configurations side by side."""
+    """Show rows, comparisons and verdicts; what is wider than the console, with its columns as rows."""
     console = console or Console()
-    grid = _grid(table)
-    shown = _rich_table(grid)
-    # Measured as if there were room without end; the width given by default stops at the console's.
-    if console.measure(shown, options=console.options.update(width=100_000)).maximum > console.width:
-        shown = _rich_table([list(column) for column in zip(*grid, strict=True)])
-    console.print(Text(_heading(table), style="bold"))
-    console.print(shown)
-    for line in _footer(table):
+    console.print(Text(heading(table), style="bold"))
+    _print_grid(grid(table), console)
+    if table.comparisons:
+        console.print(Text(COMPARED, style="bold"))
+        _print_grid(comparison_grid(table), console)
+    if table.verdicts:
+        console.print(Text(JUDGED, style="bold"))
+        _print_grid(verdict_grid(table), console)
+    for line in footer(table):
         console.print(Text(line), soft_wrap=True)
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
-    """Write `report/table.md` and `report/table.csv` (numbers unrounded) below a folder; earlier ones are replaced.
+    """Write `table.md`, `table.tex`, `table.csv` and `comparisons.csv` (numbers unrounded) into a folder.
 
     Returns:
-        The paths of both.
+        Their paths; earlier files of these names are replaced.
     """
-    head, *rows = [[text.replace("|", "\\|") for text in row] for row in _grid(table)]
-    lines = [f"{_heading(table)}.", "", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
-    markdown = "\n".join([*lines, "", *(f"- {line}" for line in _footer(table))]).rstrip() + "\n"
-    written = []
-    (folder / "report").mkdir(parents=True, exist_ok=True)
-    for name, text in (("table.md", markdown), ("table.csv", table.frame.to_csv(index=False))):
-        path = folder / "report" / name
-        unfinished = path.with_name(f"{name}.tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-        written.append(path)
-    return written
+    texts = {
+        "table.md": _markdown(table),
+        "table.tex": _latex(table),
+        "table.csv": _csv(_rows(table)),
+        "comparisons.csv": _csv(_comparison_rows(table)),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
 
 
-def _grid(table: Table) -> list[list[str]]:
-    """Header and rows as text."""
+COMPARED = (
+    "Differences, with 95 % confidence intervals; * p < 0.05 after Holm's correction over the comparisons of a metric"
+)
+JUDGED = "Controls: loss per token with the control less without, in nats"
+
+
+def heading(table: Table) -> str:
+    """What the numbers of the main table are."""
+    return f"{table.split}: mean ± half of the 95 % confidence interval over dialogues and seeds († over seeds alone)"
+
+
+def grid(table: Table) -> list[list[str]]:
+    """Header and rows of the main table as text."""
     rows = [
         [
-            *(row[key] for key in table.keys),
-            str(row["runs"]),
-            *(_cell(name, row[name], row[f"{name} deviation"]) for name in table.metrics),
-            f"{row['trainable parameters']:,.0f}",
-            f"{row['seconds']:,.0f}",
+            *(c.levels[key] for key in table.keys),
+            str(len(c.runs)),
+            *(_cell(name, c.scores.get(name), name in c.over_seeds) for name in table.metrics),
+            *(f"{value:,.0f}" for value in costs(c).values()),
         ]
-        for row in table.frame.to_dict("records")
+        for c in table.configurations
     ]
-    return [[*table.keys, "runs", *table.metrics, "trainable parameters", "seconds"], *rows]
+    return [[*table.keys, "seeds", *table.metrics, *COSTS], *rows]
 
 
-def _cell(name: str, mean: float, deviation: float) -> str:
-    digits = 1 if name.endswith("%") else 3
-    if mean != mean:  # NaN: no run of this row has the metric
-        return "-"
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation == deviation else "")
+def comparison_grid(table: Table) -> list[list[str]]:
+    """Header and rows of the comparisons: a row per pair, a column per metric."""
+    metrics = list(dict.fromkeys(c.metric for c in table.comparisons))
+    pairs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for c in table.comparisons:
+        pairs[c.treated, c.baseline][c.metric] = difference(c)
+    rows = [[f"{a} - {b}", *(cells.get(m, "-") for m in metrics)] for (a, b), cells in pairs.items()]
+    return [["difference", *metrics], *rows]
 
 
-def _heading(table: Table) -> str:
-    return f"{table.split}: mean ± sample standard deviation over seeds"
+def difference(comparison: Comparison) -> str:
+    """A difference with its interval, and a star where it is significant."""
+    digits = _digits(comparison.metric)
+    e = comparison.effect
+    interval = "" if math.isnan(e.low) else f" [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
+    return f"{e.mean:+.{digits}f}{interval}{' *' if comparison.adjusted < 0.05 else ''}"
 
 
-def _footer(table: Table) -> list[str]:
+def verdict_grid(table: Table) -> list[list[str]]:
+    """Header and rows of the controls."""
+    rows = []
+    for v in table.verdicts:
+        seeds = ", ".join(f"{seed}: {said}" for seed, said in v.per_run.items())
+        cost = f"{v.effect.mean:+.4f} [{v.effect.low:+.4f}, {v.effect.high:+.4f}]"
+        rows.append([v.configuration, v.control, cost, v.verdict, seeds])
+    return [["configuration", "control", "nats per token", "verdict", "by seed"], *rows]
+
+
+def best(table: Table, metric: str) -> Configuration | None:
+    """The configuration with the best mean, where there are several and one way is better."""
+    known = [c for c in table.configurations if metric in c.scores and not math.isnan(c.scores[metric].mean)]
+    direction = direction_of(metric)
+    if len(known) < 2 or direction == 0:
+        return None
+    return max(known, key=lambda c: direction * c.scores[metric].mean)
+
+
+def footer(table: Table) -> list[str]:
+    """Notes and what was left out, a line each."""
     return [*(f"Note: {note}" for note in table.notes), *(f"Left out: {line}" for line in table.left_out)]
 
 
-def _rich_table(grid: list[list[str]]) -> RichTable:
+def _digits(metric: str) -> int:
+    return 1 if metric.endswith("%") else 3
+
+
+def _cell(name: str, score: Effect | None, is_over_seeds: bool) -> str:
+    if score is None or math.isnan(score.mean):
+        return "-"
+    digits = _digits(name)
+    if math.isnan(score.low):
+        return f"{score.mean:.{digits}f}"
+    return f"{score.mean:.{digits}f} ± {score.high - score.mean:.{digits}f}{'†' if is_over_seeds else ''}"
+
+
+def _rows(table: Table) -> list[dict[str, object]]:
+    """Rows for a program: no rounding, no thousands' commas; costs last."""
+    return [
+        {
+            **c.levels,
+            "seeds": len(c.runs),
+            **{
+                column: value
+                for name in table.metrics
+                for column, value in zip(
+                    (name, f"{name} low", f"{name} high"), _numbers(c.scores.get(name)), strict=True
+                )
+            },
+            **costs(c),
+        }
+        for c in table.configurations
+    ]
+
+
+def _numbers(score: Effect | None) -> list[float | str]:
+    numbers = [score.mean, score.low, score.high] if score is not None else [math.nan] * 3
+    return ["" if math.isnan(number) else number for number in numbers]
+
+
+def _comparison_rows(table: Table) -> list[dict[str, object]]:
+    return [
+        {
+            "key": c.key,
+            "treated": c.treated,
+            "baseline": c.baseline,
+            "metric": c.metric,
+            "difference": c.effect.mean,
+            "low": c.effect.low,
+            "high": c.effect.high,
+            "p_value": c.effect.p_value,
+            "p_value_holm": c.adjusted,
+            "effect_size_d": c.size,
+            "verdict": c.mark,
+        }
+        for c in table.comparisons
+    ]
+
+
+def _csv(rows: Sequence[dict[str, object]]) -> str:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def _markdown(table: Table) -> str:
+    parts = [f"{heading(table)}.", _markdown_grid(grid(table))]
+    if table.comparisons:
+        parts += [f"{COMPARED}.", _markdown_grid(comparison_grid(table))]
+    if table.verdicts:
+        parts += [f"{JUDGED}.", _markdown_grid(verdict_grid(table))]
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in footer(table))]).rstrip() + "\n"
+
+
+def _markdown_grid(cells: list[list[str]]) -> str:
+    head, *rows = [[text.replace("|", "\\|") for text in row] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _latex(table: Table) -> str:
+    """The main table for a paper (package booktabs); the best mean of each metric is bold."""
+    head, *rows = grid(table)
+    first = len(table.keys) + 1
+    lines = [
+        "% Needs \\usepackage{booktabs}.",
+        f"% {heading(table)}.",
+        f"\\begin{{tabular}}{{{'l' * len(table.keys)}{'r' * (len(head) - len(table.keys))}}}",
+        "\\toprule",
+        " & ".join(map(_escaped, head)) + " \\\\",
+        "\\midrule",
+    ]
+    winners = {first + i: best(table, name) for i, name in enumerate(table.metrics)}
+    for configuration, row in zip(table.configurations, rows, strict=True):
+        cells = [
+            f"\\textbf{{{_escaped(cell)}}}" if winners.get(i) is configuration else _escaped(cell)
+            for i, cell in enumerate(row)
+        ]
+        lines.append(" & ".join(cells) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "†": r"$^\dagger$",
+}
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def _print_grid(cells: list[list[str]], console: Console) -> None:
+    shown = _rich_table(cells)
+    # Measured as if there were room without end; the width given by default stops at the console's.
+    if console.measure(shown, options=console.options.update(width=100_000)).maximum > console.width:
+        shown = _rich_table([list(column) for column in zip(*cells, strict=True)])
+    console.print(shown)
+
+
+def _rich_table(cells: list[list[str]]) -> RichTable:
     shown = RichTable()
     # Text objects: a value such as [red] would otherwise be read as markup.
-    for title in grid[0]:
+    for title in cells[0]:
         shown.add_column(Text(title), overflow="fold")
-    for row in grid[1:]:
+    for row in cells[1:]:
         shown.add_row(*map(Text, row))
     return shown

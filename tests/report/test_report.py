@@ -1,13 +1,14 @@
 import csv
 import io
 import json
+import math
 import os
 
 import pytest
 from rich.console import Console
 
 from msenc.report.collect import collect_runs
-from msenc.report.table import print_table, summarise, write_table
+from msenc.report.table import costs, print_table, summarise, write_table
 from msenc.types import MsencError
 
 
@@ -51,6 +52,10 @@ def sweep(tmp_path):
     return tmp_path
 
 
+def means(table, metric="nll"):
+    return [c.scores[metric].mean for c in table.configurations]
+
+
 def printed(table, width):
     console = Console(file=io.StringIO(), width=width, color_system=None)
     print_table(table, console)
@@ -63,20 +68,19 @@ def refusal(folder, **arguments):
     return str(caught.value)
 
 
-def test_rows_hold_mean_and_sample_deviation_over_seeds(sweep):
+def test_rows_hold_mean_and_interval_over_seeds(sweep):
     table = summarise(collect_runs(sweep))
     assert table.keys == ["modality"]  # data is equal in all runs, the seed is what is averaged over
     assert table.metrics == ["nll", "bleu_1", "planted/audio/recovered %", "planted/both/recovered %"]
-    text, text_audio = table.frame.to_dict("records")
-    assert (text["modality"], text["runs"]) == ("text", 3)
-    # 1, 2, 6: mean 3, squared deviations 4 + 1 + 9 = 14, over n - 1 = 2: 7.
-    assert text["nll"] == pytest.approx(3.0)
-    assert text["nll deviation"] == pytest.approx(7**0.5)
-    assert text["planted/audio/recovered %"] == pytest.approx(30.0)
-    assert text["trainable parameters"] == 1234
-    assert text["seconds"] == 60.0
-    assert (text_audio["modality"], text_audio["runs"]) == ("text_audio", 2)
-    assert text_audio["nll deviation"] == pytest.approx(0.02**0.5)
+    text, text_audio = table.configurations
+    assert (text.name, [run.seed for run in text.runs]) == ("text", [0, 1, 2])
+    # 1, 2, 6: mean 3, deviation 7 ** 0.5, the t quantile of two degrees of freedom 4.3027.
+    assert text.scores["nll"].mean == pytest.approx(3.0)
+    assert text.scores["nll"].high == pytest.approx(3.0 + 4.30265 * (7 / 3) ** 0.5, rel=1e-4)
+    assert text.over_seeds >= {"nll"}  # there are no predictions
+    assert text.scores["planted/audio/recovered %"].mean == pytest.approx(30.0)
+    assert costs(text) == {"trainable parameters": 1234, "seconds": 60.0, "peak memory MiB": 0.0}
+    assert len(text_audio.runs) == 2
 
 
 def test_failed_and_unfinished_runs_are_listed_with_their_error(sweep):
@@ -90,10 +94,11 @@ def test_single_run_has_no_deviation(tmp_path):
     write_run(tmp_path / "a", ["modality=text"], metrics={"nll": 1.5})
     table = summarise(collect_runs(tmp_path))
     assert table.keys == []
-    assert len(table.frame) == 1
+    assert [c.name for c in table.configurations] == ["all runs"]
+    assert math.isnan(table.configurations[0].scores["nll"].low)
     shown = printed(table, 200)
     assert "1.500" in shown
-    assert "±" not in shown.splitlines()[-2]
+    assert "1.500 ±" not in shown
     assert "nan" not in shown
 
 
@@ -112,33 +117,42 @@ def test_keys_that_only_some_runs_override_read_default(tmp_path):
     write_run(tmp_path / "0", ["modality=text"], metrics={"nll": 1.0})
     write_run(tmp_path / "1", ["modality=text", "model.llm.freeze=true", "layers=[red]"], metrics={"nll": 2.0})
     table = summarise(collect_runs(tmp_path))
-    assert list(table.frame["model.llm.freeze"]) == ["(default)", "true"]
+    assert [c.levels["model.llm.freeze"] for c in table.configurations] == ["(default)", "true"]
     assert "[red]" in printed(table, 200)  # not read as markup
 
 
 def test_written_files_hold_the_table_and_replace_earlier_ones(sweep):
     table = summarise(collect_runs(sweep))
-    write_table(table, sweep)
-    markdown, values = write_table(table, sweep)
-    assert sorted(path.name for path in (sweep / "report").iterdir()) == ["table.csv", "table.md"]
+    write_table(table, sweep / "report")
+    markdown, latex, values, comparisons = write_table(table, sweep / "report")
+    names = ["comparisons.csv", "table.csv", "table.md", "table.tex"]
+    assert sorted(path.name for path in (sweep / "report").iterdir()) == names
     lines = markdown.read_text().splitlines()
-    assert "| text | 3 | 3.000 ± 2.646 | 0.250 ± 0.000 | 30.0 ± 26.5 | 0.0 ± 0.0 | 1,234 | 60 |" in lines
+    assert "| text | 3 | 3.000 ± 6.572† | 0.250 ± 0.000† | 30.0 ± 65.7† | 0.0 ± 0.0† | 1,234 | 60 | 0 |" in lines
     assert "- Left out: 11: running: no error was recorded" in lines
     rows = list(csv.DictReader(values.read_text().splitlines()))
     assert rows[0]["modality"] == "text"
-    assert float(rows[0]["nll deviation"]) == pytest.approx(7**0.5)
+    assert float(rows[0]["nll high"]) == pytest.approx(9.572, abs=1e-3)
+    compared = list(csv.DictReader(comparisons.read_text().splitlines()))
+    assert {(row["treated"], row["baseline"]) for row in compared} == {("text_audio", "text")}
+    assert r"text\_audio & 2 & \textbf{0.600" in latex.read_text()
+
+
+def test_costs_are_the_last_columns(sweep):
+    path = write_table(summarise(collect_runs(sweep)), sweep / "report")[2]
+    assert path.read_text().splitlines()[0].endswith(",trainable parameters,seconds,peak memory MiB")
 
 
 def test_bars_in_values_do_not_break_the_markdown(tmp_path):
     for job in ("a|b", "c"):
         write_run(tmp_path / job[0], [f"prompt={job}"], metrics={"nll": 1.0})
-    assert "| a\\|b | 1 |" in write_table(summarise(collect_runs(tmp_path)), tmp_path)[0].read_text()
+    assert "| a\\|b | 1 |" in write_table(summarise(collect_runs(tmp_path)), tmp_path / "report")[0].read_text()
 
 
 def test_a_narrow_console_loses_nothing(sweep):
     table = summarise(collect_runs(sweep))
     narrow = printed(table, 80)
-    for text in ("text_audio", "3.000 ± 2.646", "planted/audio/recovered %", "1,234"):
+    for text in ("text_audio", "3.000 ± 6.572†", "planted/audio/recovered %", "1,234"):
         assert text in narrow
     assert len(narrow.splitlines()) > len(printed(table, 200).splitlines())
 
@@ -147,14 +161,14 @@ def test_different_features_of_a_stream_are_named(tmp_path):
     write_run(tmp_path / "0", ["model/audio=logmel"], metrics={"nll": 1.0}, streams={"text": "s0", "audio": "a1"})
     write_run(tmp_path / "1", ["model/audio=wavlm"], metrics={"nll": 1.0}, streams={"text": "s0", "audio": "a2"})
     write_run(tmp_path / "2", ["modality=text"], metrics={"nll": 1.0}, streams={"text": "s0"})
-    assert summarise(collect_runs(tmp_path)).notes == ["The runs read different audio features: a1 (0), a2 (1)."]
+    assert "The runs read different audio features: a1 (0), a2 (1)." in summarise(collect_runs(tmp_path)).notes
 
 
 def test_a_metric_that_some_runs_lack_is_named(tmp_path):
     write_run(tmp_path / "0", ["modality=text"], metrics={"nll": 1.0, "rouge_l": None})
     write_run(tmp_path / "1", ["modality=text_audio"], metrics={"nll": 1.0, "rouge_l": 0.5})
     table = summarise(collect_runs(tmp_path))
-    assert table.notes == ["rouge_l is missing in 0."]
+    assert "rouge_l is missing in 0." in table.notes
     assert "nan" not in printed(table, 200)
 
 
@@ -162,7 +176,7 @@ def test_of_equal_settings_the_newest_evaluation_counts(tmp_path):
     run = write_run(tmp_path / "0", [], metrics={"nll": 1.0}, evaluation="new")
     old = write_evaluation(run, {"nll": 9.0}, evaluation="old")
     os.utime(old, (1, 1))
-    assert list(summarise(collect_runs(tmp_path)).frame["nll"]) == [1.0]
+    assert means(summarise(collect_runs(tmp_path))) == [1.0]
 
 
 def test_evaluations_of_different_settings_are_refused_until_one_is_named(tmp_path):
@@ -172,7 +186,7 @@ def test_evaluations_of_different_settings_are_refused_until_one_is_named(tmp_pa
     for text in ("settings=greedy hash=ab12 (0)", "settings=beam 4 hash=cd34 (0)", "settings="):
         assert text in message
     for settings in ("beam 4", "cd34"):
-        assert list(summarise(collect_runs(tmp_path), settings=settings).frame["nll"]) == [9.0]
+        assert means(summarise(collect_runs(tmp_path), settings=settings)) == [9.0]
     assert "No evaluation of test has settings=top_p" in refusal(tmp_path, settings="top_p")
 
 
@@ -182,6 +196,20 @@ def test_settings_that_differ_between_runs_are_refused(tmp_path):
     assert "differ in data or settings" in refusal(tmp_path)
     table = summarise(collect_runs(tmp_path), settings="greedy")
     assert table.left_out == ["1: finished, but no fitting evaluation of test"]
+
+
+def test_runs_of_different_splits_are_refused(tmp_path):
+    write_run(tmp_path / "0", ["modality=text"], metrics={"nll": 1.0})
+    write_run(tmp_path / "1", ["modality=text_audio"], metrics={"nll": 1.0}, split="val")
+    message = refusal(tmp_path)
+    for text in ("Not all runs were evaluated on test", "split test (0), split val (1)", "split=test"):
+        assert text in message
+
+
+def test_what_was_not_varied_and_unequal_seeds_are_said(sweep):
+    notes = summarise(collect_runs(sweep)).notes
+    assert "The configurations have different seeds (text: 0, 1, 2; text_audio: 0, 1)." in notes
+    assert "Not varied: data=demo." in notes
 
 
 def test_no_folder_and_no_run_are_refused(tmp_path):
@@ -211,8 +239,10 @@ def test_different_tasks_are_refused_with_the_keys_that_differ(tmp_path):
 
 def test_different_tasks_of_equal_overrides_are_refused(tmp_path):
     write_run(tmp_path / "0", [], metrics={"nll": 1.0})
-    write_run(tmp_path / "1", [], seed=1, metrics={"nll": 1.0}, task_hash="t2")
-    assert "overrides agree, so the data was prepared anew" in refusal(tmp_path)
+    write_run(tmp_path / "1", [], seed=1, metrics={"nll": 1.0}, task_hash="t2", turns_hash="h2")
+    message = refusal(tmp_path)
+    assert "overrides agree, so the data was prepared anew" in message
+    assert "turns_hash: None (0), h2 (1)" in message
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path):

@@ -1,0 +1,350 @@
+"""Runs -> configurations with their intervals, what is to be compared with what, and the tests of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+
+import numpy as np
+
+from msenc.report.collect import Evaluation, Run
+from msenc.report.items import Items, read_items
+from msenc.statistics import Effect, holm, paired_effect, unpaired_effect
+from msenc.types import MsencError
+
+MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
+PLANTED_KINDS = ("text", "audio", "video", "both")
+STREAMS = {"text", "audio", "video"}
+LOWER_IS_BETTER = ("nll", "perplexity", "repetition", "parse_failure_rate", "wer", "cer")
+NEITHER_IS_BETTER = ("length_ratio",)
+DEFAULT = "(default)"
+
+
+@dataclass
+class Configuration:
+    """What was trained alike but for the seed.
+
+    Args:
+        levels: key -> value, of the keys in which the runs differ.
+        runs: one per seed, in the order of seeds.
+        evaluations: the chosen evaluation of each run.
+        items: its predictions; None where the evaluation has left none.
+        scores: metric -> mean with its interval, over dialogues and seeds; over seeds alone for `over_seeds`.
+        over_seeds: metrics that are no mean of items.
+    """
+
+    levels: dict[str, str]
+    runs: list[Run]
+    evaluations: list[Evaluation]
+    items: list[Items | None]
+    scores: dict[str, Effect] = field(default_factory=dict)
+    over_seeds: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """The levels; of a single key its value alone."""
+        values = [value if value != DEFAULT else f"{key}={value}" for key, value in self.levels.items()]
+        return ", ".join(values) or "all runs"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One configuration less another, on one metric.
+
+    Args:
+        key: the key in which they differ.
+        treated: name of the one.
+        baseline: name of the other.
+        metric: what is compared.
+        effect: difference of the means, with its interval and p-value.
+        adjusted: p-value after Holm's correction over all comparisons of this metric.
+        size: the difference in standard deviations of the items' differences (Cohen's d of pairs); NaN without items.
+    """
+
+    key: str
+    treated: str
+    baseline: str
+    metric: str
+    effect: Effect
+    adjusted: float
+    size: float
+
+    @property
+    def mark(self) -> str:
+        """Better or worse after correction, no difference shown, or not tested."""
+        if math.isnan(self.adjusted):
+            return "not tested"
+        if self.adjusted >= 0.05:
+            return "not shown"
+        direction = direction_of(self.metric)
+        if direction == 0:
+            return "differs"
+        return "better" if self.effect.mean * direction > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a control says of a configuration: is what it takes away used?
+
+    Args:
+        configuration: its name.
+        control: what was done to the input.
+        effect: per-token loss with the control less without, in nats, over seeds and dialogues.
+        verdict: ``used``, ``not used`` or ``cannot tell``, of all seeds together.
+        per_run: what each run's own control says, by seed.
+    """
+
+    configuration: str
+    control: str
+    effect: Effect
+    verdict: str
+    per_run: dict[int, str]
+
+
+def direction_of(metric: str) -> int:
+    """1 where higher is better, -1 where lower is, 0 where neither.
+
+    Example:
+        >>> direction_of("nll"), direction_of("description/parse_failure_rate"), direction_of("rouge_l")
+        (-1, -1, 1)
+    """
+    parts = metric.removesuffix(" %").split("/")
+    if parts[-1] in NEITHER_IS_BETTER:
+        return 0
+    return -1 if {parts[0], parts[-1]} & set(LOWER_IS_BETTER) else 1
+
+
+def configure(runs: Sequence[Run], chosen: dict[str, Evaluation], keys: Sequence[str]) -> list[Configuration]:
+    """Group runs that differ in nothing but their seed, in the order of the first of each, and score them.
+
+    Raises:
+        MsencError: predictions cannot be read, or runs were scored on other items.
+    """
+    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[tuple(run.overrides.get(key, DEFAULT) for key in keys)].append(run)
+    configurations = []
+    for levels, group in groups.items():
+        group = sorted(group, key=lambda run: run.seed)
+        evaluations = [chosen[run.name] for run in group]
+        paths = [evaluation.folder / "predictions.jsonl" for evaluation in evaluations]
+        items = [read_items(path) if path.exists() else None for path in paths]
+        configurations.append(Configuration(dict(zip(keys, levels, strict=True)), group, evaluations, items))
+    _refuse_other_items(configurations)
+    for configuration in configurations:
+        _score(configuration)
+    return configurations
+
+
+def _refuse_other_items(configurations: Iterable[Configuration]) -> None:
+    first: tuple[Run, Items] | None = None
+    for configuration in configurations:
+        for run, items in zip(configuration.runs, configuration.items, strict=True):
+            if items is None:
+                continue
+            if first is None:
+                first = run, items
+            odd = sorted(set(first[1].ids) ^ set(items.ids))[:3]
+            if odd:
+                raise MsencError(
+                    f"{first[0].name} and {run.name} were not scored on the same items: {len(first[1].ids)} and "
+                    f"{len(items.ids)} predictions, and only one has {', '.join(f'{d} turn {t}' for d, t in odd)}. "
+                    "Evaluate both again with the same split and limit."
+                )
+
+
+def _score(configuration: Configuration) -> None:
+    names = dict.fromkeys(name for e in configuration.evaluations for name in table_metrics(e.metrics))
+    for name in names:
+        measured = [table_metrics(e.metrics).get(name) for e in configuration.evaluations]
+        values = [value for value in measured if value is not None]
+        if _have_items([configuration], name):
+            items = [i for i in configuration.items if i is not None]
+            effect = paired_effect(*_stacked(items, name))
+        elif name == "perplexity" and _have_items([configuration], "nll"):
+            nll = paired_effect(*_stacked([i for i in configuration.items if i is not None], "nll"))
+            effect = Effect(math.fsum(values) / len(values), math.exp(nll.low), math.exp(nll.high), math.nan)
+        else:
+            configuration.over_seeds.add(name)
+            effect = paired_effect(*_of_seeds(values))
+            if len(values) == 1:
+                effect = Effect(effect.mean, math.nan, math.nan, math.nan)
+        configuration.scores[name] = effect
+
+
+def table_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """What of an evaluation's metrics a report compares; shares recovered are in percent and say so in their name."""
+    hidden = ("targets", "tokens", "references_empty", "control/", "nll/", "planted/", "description/")
+    main = {n: v for n, v in metrics.items() if not n.startswith(hidden)}
+    shares = {n: v for n, v in metrics.items() if n.startswith("planted/") and n.endswith("/recovered")}
+    described = {n: v for n, v in metrics.items() if n in ("description/accuracy", "description/macro_f1")}
+    return main | {f"{name} %": 100 * value for name, value in shares.items()} | described
+
+
+def metric_order(name: str) -> tuple[int, str]:
+    """Sort key: the main metrics, then planted bits, then all others by name."""
+    order = [*MAIN_METRICS, *(f"planted/{kind}/recovered %" for kind in PLANTED_KINDS)]
+    return (order.index(name), "") if name in order else (len(order), name)
+
+
+def _have_items(configurations: Sequence[Configuration], metric: str) -> bool:
+    items = [i for configuration in configurations for i in configuration.items]
+    return all(i is not None and metric in i.values for i in items)
+
+
+def _stacked(items: Sequence[Items], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Values, dialogues, weights and runs of several runs' items."""
+    return (
+        np.concatenate([i.values[metric] for i in items]),
+        np.concatenate([i.dialogues for i in items]),
+        np.concatenate([i.weights[metric] for i in items]),
+        np.repeat(np.arange(len(items)), [len(i.ids) for i in items]),
+    )
+
+
+def _of_seeds(values: Sequence[float]) -> tuple[np.ndarray, list[str], None, np.ndarray]:
+    """A number of all items together says how runs differ, and nothing of dialogues: two that are alike."""
+    return (
+        np.repeat(np.asarray(values, dtype=float), 2),
+        ["one", "two"] * len(values),
+        None,
+        np.repeat(range(len(values)), 2),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- comparisons
+
+
+def pairs_to_compare(configurations: Sequence[Configuration]) -> list[tuple[str, Configuration, Configuration]]:
+    """(key, treated, baseline) of every comparison that a sweep asks for.
+
+    Levels of a key are compared where all other keys are equal: each modality with the one that lacks one of its
+    streams, and the levels of any other key with its default, or else its first level.
+    """
+    pairs = []
+    keys = list(configurations[0].levels) if configurations else []
+    for key in keys:
+        groups: dict[tuple, list[Configuration]] = defaultdict(list)
+        for c in configurations:
+            groups[tuple((k, v) for k, v in c.levels.items() if k != key)].append(c)
+        for group in groups.values():
+            streams = [set(c.levels[key].split("_")) for c in group]
+            if all(s <= STREAMS for s in streams):
+                pairs += [
+                    (key, a, b)
+                    for (a, more), (b, fewer) in permutations(zip(group, streams, strict=True), 2)
+                    if more > fewer and len(more - fewer) == 1
+                ]
+                continue
+            base = next((c for c in group if c.levels[key] == DEFAULT), group[0])
+            pairs += [(key, c, base) for c in group if c is not base]
+    return pairs
+
+
+def compare(configurations: Sequence[Configuration], metrics: Sequence[str]) -> tuple[list[Comparison], list[str]]:
+    """Test every pair on every metric.
+
+    Returns:
+        Comparisons, by metric; and what could not be compared, and why.
+    """
+    pairs = pairs_to_compare(configurations)
+    comparisons, notes = [], []
+    for metric in metrics:
+        if metric == "perplexity":  # says what nll says
+            continue
+        found = []
+        for key, treated, baseline in pairs:
+            if not (metric in treated.scores and metric in baseline.scores):
+                continue
+            if _weights_differ(treated, baseline, metric):
+                notes.append(
+                    f"{metric} of {treated.name} and {baseline.name} is not compared: their tokenizers split the same "
+                    "words into other tokens."
+                )
+                continue
+            found.append((key, treated, baseline, *_difference(treated, baseline, metric)))
+        adjusted = holm([effect.p_value for *_, effect, _ in found])
+        comparisons += [
+            Comparison(key, treated.name, baseline.name, metric, effect, p, size)
+            for (key, treated, baseline, effect, size), p in zip(found, adjusted, strict=True)
+        ]
+    return comparisons, notes
+
+
+def _difference(treated: Configuration, baseline: Configuration, metric: str) -> tuple[Effect, float]:
+    sides = (treated, baseline)
+    if _have_items(sides, metric):
+        stacked = [_stacked([i for i in side.items if i is not None], metric) for side in sides]
+        values, dialogues, weights, runs = zip(*stacked, strict=True)
+        effect = unpaired_effect(*values, clusters=dialogues, weights=weights, runs=runs)
+        first, second = (np.mean([i.values[metric] for i in side.items if i is not None], axis=0) for side in sides)
+        weight = treated.items[0].weights[metric] if treated.items[0] is not None else 0.0
+        spread = math.sqrt(
+            np.average((first - second - np.average(first - second, weights=weight)) ** 2, weights=weight)
+        )
+        return effect, effect.mean / spread if spread > 0 else math.nan
+    measured = [
+        [table_metrics(e.metrics)[metric] for e in s.evaluations if metric in table_metrics(e.metrics)] for s in sides
+    ]
+    values, dialogues, weights, runs = zip(*map(_of_seeds, measured), strict=True)
+    effect = unpaired_effect(*values, clusters=dialogues, weights=weights, runs=runs)
+    # No test: what only knows of seeds would say nothing of other dialogues.
+    limits = (effect.low, effect.high) if max(map(len, measured)) > 1 else (math.nan, math.nan)
+    return Effect(effect.mean, *limits, math.nan), math.nan
+
+
+def _weights_differ(treated: Configuration, baseline: Configuration, metric: str) -> bool:
+    weights = [i.weights[metric] for side in (treated, baseline) for i in side.items if i and metric in i.weights]
+    return any(not np.array_equal(weights[0], other) for other in weights[1:])
+
+
+# ---------------------------------------------------------------------------------------------------- controls
+
+
+def judge_controls(configurations: Sequence[Configuration], split: str) -> tuple[list[Verdict], list[str]]:
+    """What the controls of the runs say, over all seeds of a configuration together; and notes on what is missing."""
+    verdicts, notes = [], []
+    for configuration in configurations:
+        controls: dict[str, list[tuple[Run, Items, Items, str]]] = defaultdict(list)
+        for run, plain, items in zip(configuration.runs, configuration.evaluations, configuration.items, strict=True):
+            newest = {}
+            for e in sorted(run.evaluations, key=lambda e: e.written):
+                if e.control and e.split == split and e.data == plain.data:
+                    newest[e.control] = e
+            for control, e in newest.items():
+                path = e.folder / "predictions.jsonl"
+                if items is None or not path.is_file():
+                    notes.append(f"The control {control} of {run.name} has no predictions, so it is not judged here.")
+                    continue
+                controlled = read_items(path)
+                if controlled.ids != items.ids:
+                    notes.append(f"The control {control} of {run.name} was measured on other items; left out.")
+                    continue
+                controls[control].append((run, controlled, items, e.verdict or "not said"))
+        for control, measured in controls.items():
+            differences = np.concatenate([c.values["nll"] - i.values["nll"] for _, c, i, _ in measured])
+            _, dialogues, weights, runs = _stacked([i for _, _, i, _ in measured], "nll")
+            effect = paired_effect(differences, dialogues, weights, runs)
+            verdicts.append(
+                Verdict(configuration.name, control, effect, verdict_of(effect), {r.seed: v for r, _, _, v in measured})
+            )
+    return verdicts, notes
+
+
+NEGLIGIBLE = 0.005
+"""Nats per token: a modality whose removal surely costs less than this is called not used."""
+
+
+def verdict_of(effect: Effect) -> str:
+    """``used`` where the interval is above 0, ``not used`` where it is below what matters, else ``cannot tell``.
+
+    Example:
+        >>> verdict_of(Effect(0.1, 0.05, 0.15, 0.001)), verdict_of(Effect(0.0, -0.001, 0.001, 0.9))
+        ('used', 'not used')
+    """
+    if effect.low > 0:
+        return "used"
+    return "not used" if effect.high < NEGLIGIBLE else "cannot tell"

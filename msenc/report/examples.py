@@ -1,0 +1,197 @@
+"""A few targets with what was heard and seen before them, and what each configuration replied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from msenc.data.location import is_url
+from msenc.data.media import MediaError, read_audio
+from msenc.data.shards import ShardReader
+from msenc.page_style import data_uri
+from msenc.prepare.audit_page import thumbnail
+from msenc.report.compare import Configuration
+from msenc.speech.wav import to_wav
+from msenc.types import Dialogue, MsencError, Utterance
+
+NUM_EXAMPLES = 4
+SAMPLE_RATE = 16_000
+MAX_SECONDS = 12
+MAX_BYTES = 3_000_000
+"""Sound in a page: what goes beyond it is left out, and said."""
+
+
+@dataclass
+class Turn:
+    """One turn before a target.
+
+    Args:
+        speaker: who speaks.
+        text: what is said.
+        description: how, as far as the data say.
+        sound: address that holds its sound, or "".
+        picture: address that holds its first picture, or "".
+        lacking: why sound or picture are not there.
+    """
+
+    speaker: str
+    text: str
+    description: str = ""
+    sound: str = ""
+    picture: str = ""
+    lacking: str = ""
+
+
+@dataclass
+class Example:
+    """One target.
+
+    Args:
+        title: its dialogue and turn.
+        asked: kinds of planted bits in it.
+        before: the turn before it, or None where the prepared data are not there.
+        reference: what was really said.
+        replies: per configuration its name, its reply, and an address that holds the reply's sound, or "".
+    """
+
+    title: str
+    asked: list[str]
+    before: Turn | None
+    reference: Turn
+    replies: list[tuple[str, Turn]] = field(default_factory=list)
+
+
+def find_examples(configurations: Sequence[Configuration], split: str) -> tuple[list[Example], list[str]]:
+    """Targets that the first run of each configuration replied to, and notes on what could not be shown.
+
+    Of each kind of planted bit one is taken; of data without such bits, some evenly from the whole split.
+    """
+    shown = [(c, c.items[0]) for c in configurations if c.items[0] is not None and "reply" in c.items[0].rows[0]]
+    if not shown:
+        return [], ["No replies were written, so none are shown."]
+    dialogues, notes = _open_dialogues(shown[0][0], split)
+    media = _Media(_root(shown[0][0]))
+    examples = []
+    for place in _choose([items.rows for _, items in shown]):
+        row = shown[0][1].rows[place]
+        before = media.turn(dialogues.utterance(row["dialogue"], row["turn"] - 1)) if dialogues else None
+        reference = row.get("reference") or {}
+        example = Example(
+            f"{row['dialogue']}, turn {row['turn']}",
+            [kind.removeprefix("planted_") for kind in row["bits"]],
+            before,
+            Turn(row.get("speaker", ""), reference.get("text", ""), reference.get("description") or ""),
+        )
+        for configuration, items in shown:
+            answer = items.rows[place]
+            reply = answer.get("reply") or {}
+            turn = Turn(configuration.name, reply.get("text", ""), reply.get("description") or "")
+            if answer.get("speech"):
+                turn.sound = media.file(configuration.evaluations[0].folder / answer["speech"])
+            example.replies.append((configuration.name, turn))
+        examples.append(example)
+    return examples, notes + media.notes
+
+
+def _choose(rows: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
+    """Places of the targets to show: where replies differ rather than agree."""
+    first = rows[0]
+
+    def differs(place: int) -> bool:
+        return len({str(of_one[place].get("reply")) for of_one in rows}) > 1
+
+    kinds = sorted({kind for row in first for kind in row["bits"]})
+    if kinds:
+        wanted = [[i for i, row in enumerate(first) if kind in row["bits"]] for kind in kinds]
+    else:
+        step = max(len(first) // NUM_EXAMPLES, 1)
+        wanted = [list(range(start, min(start + step, len(first)))) for start in range(0, len(first), step)]
+    chosen: list[int] = []
+    for places in wanted[:NUM_EXAMPLES]:
+        fresh = [i for i in places if i not in chosen]
+        chosen += [next((i for i in fresh if differs(i)), fresh[0])] if fresh else []
+    return sorted(chosen)
+
+
+class _Dialogues:
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+
+    def utterance(self, id: str, turn: int) -> Utterance | None:
+        try:
+            return Dialogue.from_json(self.reader.read(id)["turns.json"]).utterances[turn]
+        except (KeyError, IndexError):
+            return None
+
+
+def _config(configuration: Configuration) -> Any:
+    path = configuration.runs[0].folder / ".hydra" / "config.yaml"
+    return OmegaConf.load(path) if path.is_file() else OmegaConf.create({})
+
+
+def _place(configuration: Configuration, key: str) -> str | None:
+    try:
+        return OmegaConf.select(_config(configuration), key)
+    except OmegaConfBaseException:  # it refers to a place that is not known here
+        return None
+
+
+def _root(configuration: Configuration) -> Path | None:
+    root = _place(configuration, "data.root")
+    return Path(root) if root and Path(root).is_dir() else None
+
+
+def _open_dialogues(configuration: Configuration, split: str) -> tuple[_Dialogues | None, list[str]]:
+    folder = _place(configuration, "data.dir")
+    if folder is None or is_url(folder):
+        return None, ["The prepared data lie elsewhere, so the turns before are not shown."]
+    try:
+        return _Dialogues(ShardReader(Path(folder) / "turns", split, verify=False)), []
+    except MsencError as error:
+        return None, [f"The turns before are not shown: {error}"]
+
+
+class _Media:
+    """Sound and pictures of clips, as far as they are there and fit into the page."""
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+        self.left = MAX_BYTES
+        self.notes = [] if root else ["The raw clips are not where the runs found them: no sound, no pictures."]
+
+    def turn(self, utterance: Utterance | None) -> Turn | None:
+        if utterance is None:
+            return None
+        turn = Turn(utterance.speaker, utterance.text, utterance.description or "")
+        if self.root is None or utterance.clip is None:
+            turn.lacking = "no clip" if utterance.clip is None else ""
+            return turn
+        clip = self.root / utterance.clip
+        try:
+            turn.sound = self._hold(to_wav(read_audio(clip, SAMPLE_RATE)[: MAX_SECONDS * SAMPLE_RATE], SAMPLE_RATE))
+            turn.picture = thumbnail(clip)
+        except MediaError as error:
+            turn.lacking = error.reason
+        except MsencError as error:  # PyAV is not installed
+            turn.lacking = str(error)
+        return turn
+
+    def file(self, path: Path) -> str:
+        try:
+            return self._hold(path.read_bytes())
+        except OSError:
+            self.notes.append(f"{path.name}: the spoken reply is no longer there.")
+            return ""
+
+    def _hold(self, sound: bytes) -> str:
+        if len(sound) > self.left:
+            note = "Some sound is left out: the page would become too large."
+            self.notes += [] if note in self.notes else [note]
+            return ""
+        self.left -= len(sound)
+        return data_uri("audio/wav", sound)

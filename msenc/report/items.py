@@ -1,0 +1,109 @@
+"""`predictions.jsonl` of one evaluation -> per metric a number and a weight of each item, for paired comparisons."""
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msenc.types import MsencError
+
+REQUIRED = {"dialogue": str, "turn": int, "nll": list, "kinds": list, "correct": list, "bits": dict}
+"""What every row holds."""
+
+BIT = math.log(2)
+
+
+@dataclass(frozen=True)
+class Items:
+    """N targets of an evaluation, in the order of (dialogue, turn).
+
+    Args:
+        ids: (dialogue, turn) of each.
+        rows: the predictions themselves.
+        values: metric -> (N,) its value for each item, per unit of weight.
+        weights: metric -> (N,) the items' weights; the weighted mean of the values is the metric of all.
+    """
+
+    ids: list[tuple[str, int]]
+    rows: list[dict[str, Any]]
+    values: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+    @property
+    def dialogues(self) -> np.ndarray:
+        """(N,) the dialogue of each item."""
+        return np.array([dialogue for dialogue, _ in self.ids])
+
+
+def read_items(path: Path) -> Items:
+    """Read one file of predictions.
+
+    Raises:
+        MsencError: it is empty, or a row is not what `evaluate.py` writes; the row is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MsencError(f"{path}: cannot be read ({error}). {_REPEAT}") from error
+    rows = [_read_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise MsencError(f"{path}: holds no prediction, expected one line per target. {_REPEAT}")
+    rows.sort(key=lambda row: (row["dialogue"], row["turn"]))
+    ids = [(row["dialogue"], row["turn"]) for row in rows]
+    twice = [here for here, following in pairwise(ids) if here == following]
+    if twice:
+        raise MsencError(f"{path}: turn {twice[0][1]} of {twice[0][0]} stands there twice. {_REPEAT}")
+    values, weights = _losses(rows)
+    for name in dict.fromkeys(name for row in rows for name in row.get("scores") or {}):
+        scores = [(row.get("scores") or {}).get(name) for row in rows]
+        known = np.array([isinstance(s, int | float) and math.isfinite(s) for s in scores])
+        if known.any():
+            values[name] = np.array([s if k else 0.0 for s, k in zip(scores, known, strict=True)], dtype=float)
+            weights[name] = known.astype(float)
+    return Items(ids, rows, values, weights)
+
+
+_REPEAT = "Evaluate the run again (evaluate.py run_dir=...), or move the evaluation's folder away."
+
+
+def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise MsencError(f"{where}: is not JSON ({error}). {_REPEAT}") from error
+    if not isinstance(row, dict):
+        raise MsencError(f"{where}: holds a {type(row).__name__}, expected an object. {_REPEAT}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(row.get(key), kind):
+            found = f"{key}={row[key]!r}" if key in row else f"no {key}"
+            raise MsencError(f"{where}: found {found}, expected {key} as a {kind.__name__}. {_REPEAT}")
+    if not len(row["nll"]) == len(row["kinds"]) == len(row["correct"]):
+        sizes = ", ".join(f"{len(row[key])} {key}" for key in ("nll", "kinds", "correct"))
+        raise MsencError(f"{where}: found {sizes}, expected one of each per token. {_REPEAT}")
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in row["nll"]):
+        raise MsencError(f"{where}: a token's loss is no finite number. {_REPEAT}")
+    return row
+
+
+def _losses(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What `evaluation.loss_metrics` gives of all items, of each; shares of planted bits are in percent."""
+    tokens = np.array([len(row["nll"]) for row in rows], dtype=float)
+    nll = np.array([math.fsum(row["nll"]) for row in rows])
+    correct = np.array([sum(row["correct"]) for row in rows], dtype=float)
+    weight = np.maximum(tokens, 1)
+    values = {"nll": nll / weight, "token_accuracy": correct / weight}
+    weights = {"nll": tokens, "token_accuracy": tokens}
+    for kind in dict.fromkeys(kind for row in rows for kind in row["bits"]):
+        bits = np.array([float(row["bits"].get(kind, 0.0)) for row in rows])
+        lost = np.array(
+            [math.fsum(v for v, k in zip(row["nll"], row["kinds"], strict=True) if k == kind) / BIT for row in rows]
+        )
+        name = f"planted/{kind.removeprefix('planted_')}/recovered %"
+        values[name] = 100 * (1 - np.divide(lost, bits, out=np.zeros_like(lost), where=bits > 0))
+        weights[name] = bits
+    return values, weights

@@ -1,0 +1,97 @@
+"""Plots of a report as SVG: effects with their intervals, and curves of training."""
+
+import csv
+import io
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msenc.report.compare import Comparison, Configuration, direction_of
+
+# Okabe and Ito's colours: told apart with any colour vision, and by their grey in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+MARKERS = "osD^v<>P"
+
+
+def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
+    """A row per comparison: the difference as a point, its interval as a line; filled where it is significant."""
+    figure, axes = _figure(5.2, 0.9 + 0.42 * len(comparisons))
+    for row, c in enumerate(comparisons):
+        colour = {"better": COLOURS[2], "worse": COLOURS[1]}.get(c.mark, "#666666")
+        if not math.isnan(c.effect.low):
+            axes.plot([c.effect.low, c.effect.high], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
+        filled = colour if c.mark in ("better", "worse", "differs") else "white"
+        axes.plot([c.effect.mean], [row], "o", color=colour, markerfacecolor=filled, markersize=7)
+    axes.axvline(0, color="#444444", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(comparisons)), [f"{c.treated}\n- {c.baseline}" for c in comparisons])
+    axes.set_ylim(len(comparisons) - 0.5, -0.5)
+    _clip_wide(axes, comparisons)
+    better = {1: " (right is better)", -1: " (left is better)"}.get(direction_of(metric), "")
+    axes.set_xlabel(f"difference in {metric}{better}")
+    return _svg(figure)
+
+
+def _clip_wide(axes: Any, comparisons: Sequence[Comparison]) -> None:
+    """Keep one interval of few seeds from hiding all others: lines may leave the plot, points stay in it."""
+    spans = sorted(c.effect.high - c.effect.low for c in comparisons if not math.isnan(c.effect.low))
+    furthest = max((abs(c.effect.mean) for c in comparisons), default=0.0)
+    if spans and spans[-1] > 0:
+        reach = min(max(furthest * 1.6, spans[len(spans) // 2] * 1.2), max(furthest * 1.6, spans[-1]))
+        shown = max(max(abs(c.effect.low), abs(c.effect.high)) for c in comparisons if not math.isnan(c.effect.low))
+        reach = min(reach, shown * 1.05)
+        axes.set_xlim(-reach, reach)
+
+
+def learning_curves(configurations: Sequence[Configuration]) -> str | None:
+    """Validation loss by epoch: a thin line per run, a marked one for their mean; None where nothing was logged."""
+    curves = [(c.name, [curve for run in c.runs if (curve := read_curve(run.folder))]) for c in configurations]
+    if not any(found for _, found in curves):
+        return None
+    figure, axes = _figure(6.5, 3.6)
+    for number, (name, found) in enumerate(curves):
+        colour = COLOURS[number % len(COLOURS)]
+        for curve in found if len(found) > 1 else []:
+            axes.plot(list(curve), list(curve.values()), color=colour, alpha=0.35, linewidth=0.8)
+        epochs = sorted(set.intersection(*(set(curve) for curve in found))) if found else []
+        means = [sum(curve[e] for curve in found) / len(found) for e in epochs]
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(epochs, means, color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+    axes.set_xlabel("epochs trained")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def read_curve(run_dir: Path) -> dict[int, float]:
+    """Epochs trained -> validation loss, of the run's CSV log; of an epoch logged twice the last counts."""
+    curve: dict[int, float] = defaultdict(float)
+    for path in sorted(run_dir.glob("logs/**/metrics.csv")):
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
+            try:
+                curve[int(row["epoch"]) + 1] = float(row["val/loss"])
+            except (KeyError, TypeError, ValueError):
+                continue  # a row of the training loss
+    return dict(curve)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "msenc", "font.family": "sans-serif"}
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    text = io.StringIO()
+    # No date: the same runs give the same file.
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()

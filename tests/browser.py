@@ -1,0 +1,102 @@
+"""Headless Chromium, driven over its debugging pipe: no package is needed for it."""
+
+import base64
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Browser:
+    """One page of Chromium; notes what the page requests and what it writes to the console."""
+
+    def __init__(self, profile):
+        commands, self._write = os.pipe()
+        self._read, answers = os.pipe()
+        # Chromium reads commands from descriptor 3 and writes answers to 4.
+        launch = f'exec "$0" "$@" 3<&{commands} 4>&{answers}'
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--mute-audio"]
+        options += [f"--user-data-dir={profile}", "--no-first-run", "--disable-dev-shm-usage"]
+        self._process = subprocess.Popen(
+            ["/bin/bash", "-c", launch, CHROMIUM, *options, "about:blank"],
+            pass_fds=(commands, answers),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands)
+        os.close(answers)
+        self._ids = itertools.count(1)
+        self._buffer = b""
+        self._session = None
+        self.requests, self.problems = [], []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._write)
+        os.close(self._read)
+
+    def send(self, method, **params):
+        """Call a method of the protocol and wait for its answer."""
+        number = next(self._ids)
+        message = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+
+    def open(self, url, width, height=900):
+        """Load an address at a window's width; narrow ones as a phone."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.send("Emulation.setDeviceMetricsOverride", **metrics)
+        self.send("Page.navigate", url=url)
+        self.wait("document.readyState == 'complete'")
+
+    def wait(self, condition, seconds=20):
+        """Wait until a JavaScript expression is true."""
+        until = time.monotonic() + seconds
+        while not self.evaluate(condition):
+            assert time.monotonic() < until, f"never came true: {condition}"
+            time.sleep(0.05)
+
+    def evaluate(self, expression):
+        """The value of a JavaScript expression in the page."""
+        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def screenshot(self, path, whole=True):
+        """Write a PNG of the page."""
+        found = self.send("Page.captureScreenshot", captureBeyondViewport=whole, format="png")
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    def _receive(self):
+        while b"\0" not in self._buffer:
+            part = os.read(self._read, 1 << 20)
+            assert part, "Chromium ended"
+            self._buffer += part
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        answer = json.loads(message)
+        params = answer.get("params", {})
+        if answer.get("method") == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        elif answer.get("method") == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.problems.append(params["entry"]["text"])
+        elif answer.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
+            self.problems.append(str(params))
+        return answer

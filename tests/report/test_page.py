@@ -1,0 +1,93 @@
+import re
+
+import pytest
+from browser import CHROMIUM, Browser
+from clips import write_media
+from omegaconf import OmegaConf
+from sweeps import write_run, write_sweep
+
+from msenc.data.shards import write_stream
+from msenc.report.collect import collect_runs
+from msenc.report.page import render_page
+from msenc.report.table import summarise
+from msenc.types import Dialogue, Utterance
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two modalities, three seeds, controls; dialogues whose clips are there."""
+    folder = write_sweep(tmp_path / "sweep")
+    write_run(folder / "13", [], 3, 0.0, control="shuffle_audio")
+    write_run(folder / "99", ["modality=text_video"], 1, 0.0, status="failed", error=f"MsencError: {HOSTILE}")
+    return folder
+
+
+def add_data(sweep, tmp_path, clip=True):
+    """Prepared turns, and where `clip` raw material, to which the runs' configs point."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    if clip:
+        write_media(raw / "a.mp4")
+    turns = tuple(Utterance(str(u), "Ana", f"{HOSTILE} {u}", clip="a.mp4") for u in range(3))
+    dialogues = [Dialogue(f"demo/test/dia{n}", "test", turns) for n in range(12)]
+    samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in dialogues]
+    write_stream(tmp_path / "data" / "turns", samples, {})
+    config = OmegaConf.create({"data": {"dir": str(tmp_path / "data"), "root": str(raw)}})
+    for run in sweep.iterdir():
+        (run / ".hydra").mkdir()
+        OmegaConf.save(config, run / ".hydra" / "config.yaml")
+
+
+def rendered(sweep):
+    return render_page(summarise(collect_runs(sweep)), "Report", [sweep])
+
+
+def test_the_page_holds_all_it_shows_and_runs_nothing(sweep, tmp_path):
+    add_data(sweep, tmp_path)
+    page = rendered(sweep)
+    assert HOSTILE not in page
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert addresses
+    assert all(address.startswith("data:") for address in addresses)
+    kinds = {address.partition(";")[0] for address in addresses}
+    assert kinds == {"data:image/svg+xml", "data:audio/wav", "data:image/jpeg"}
+    assert "@import" not in page
+    assert "url(" not in page
+    for shown in ("text_audio", "shuffle_audio", "used", "Voice descriptions", "python report.py", "90.0 ±"):
+        assert shown in page
+
+
+def test_failed_jobs_are_named_in_the_page(sweep):
+    assert "99: failed: MsencError: &lt;script&gt;" in rendered(sweep)
+
+
+def test_the_same_runs_give_the_same_page(sweep):
+    assert rendered(sweep) == rendered(sweep)
+
+
+def test_absent_media_are_said_to_be_absent(sweep, tmp_path):
+    assert "The prepared data lie elsewhere, so the turns before are not shown" in rendered(sweep)
+    add_data(sweep, tmp_path, clip=False)
+    page = rendered(sweep)
+    assert "(clip missing)" in page
+    assert "<audio" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_shows_and_plays_it_at_any_width(sweep, tmp_path):
+    add_data(sweep, tmp_path)
+    file = tmp_path / "report.html"
+    file.write_text(rendered(sweep))
+    with Browser(tmp_path / "profile") as browser:
+        for width in (390, 1280):
+            browser.open(file.as_uri(), width)
+            browser.wait("[...document.querySelectorAll('audio')].every(a => a.duration > 0)")
+            assert browser.evaluate("document.querySelectorAll('audio').length") > 0
+            assert browser.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
+            assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            narrowest = "Math.min(...[...document.querySelectorAll('td:first-child')].map(e => e.clientWidth))"
+            assert browser.evaluate(narrowest) > 100  # words, not a column of letters
+        assert [r for r in browser.requests if not r.startswith("data:")] == [file.as_uri()] * 2
+        assert browser.problems == []
