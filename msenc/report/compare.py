@@ -191,8 +191,15 @@ def metric_order(name: str) -> tuple[int, str]:
 
 
 def _have_items(configurations: Sequence[Configuration], metric: str) -> bool:
-    items = [i for configuration in configurations for i in configuration.items]
-    return all(i is not None and metric in i.values for i in items)
+    """Whether the metric is the mean of all runs' items; BLEU of other words than these is not."""
+    for configuration in configurations:
+        for items, evaluation in zip(configuration.items, configuration.evaluations, strict=True):
+            if items is None or metric not in items.values:
+                return False
+            found = float(np.average(items.values[metric], weights=items.weights[metric]))
+            if not math.isclose(found, table_metrics(evaluation.metrics).get(metric, found), abs_tol=1e-4):
+                return False
+    return True
 
 
 def _stacked(items: Sequence[Items], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from msenc.types import MsencError
+
+ORDERS = 4
+"""Of BLEU's n-grams."""
 
 REQUIRED = {"dialogue": str, "turn": int, "nll": list, "kinds": list, "correct": list, "bits": dict}
 """What every row holds."""
@@ -64,7 +68,8 @@ def read_items(path: Path) -> Items:
         if known.any():
             values[name] = np.array([s if k else 0.0 for s, k in zip(scores, known, strict=True)], dtype=float)
             weights[name] = known.astype(float)
-    return Items(ids, rows, values, weights)
+    corpus, shares = _bleu(rows)
+    return Items(ids, rows, values | corpus, weights | shares)
 
 
 _REPEAT = "Evaluate the run again (evaluate.py run_dir=...), or move the evaluation's folder away."
@@ -107,3 +112,47 @@ def _losses(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str
         values[name] = 100 * (1 - np.divide(lost, bits, out=np.zeros_like(lost), where=bits > 0))
         weights[name] = bits
     return values, weights
+
+
+def _bleu(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """BLEU-1..4 of all replies, and what each dialogue does to it: what changes without it (the jackknife).
+
+    BLEU is no mean of items. The values are those whose mean over dialogues is the corpus's BLEU, and whose spread is
+    its spread from dialogue to dialogue; all items of a dialogue have the same.
+
+    Source: B. Efron and C. Stein, Annals of Statistics 9 (1981) 586-596.
+    """
+    if not all((row.get("reply") or {}).get("text") is not None and row.get("reference") for row in rows):
+        return {}, {}
+    counts = np.array([_counts(row["reply"]["text"].split(), row["reference"]["text"].split()) for row in rows])
+    _, places, sizes = np.unique([row["dialogue"] for row in rows], return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        return {}, {}
+    by_dialogue = np.zeros((len(sizes), counts.shape[1]))
+    np.add.at(by_dialogue, places, counts)
+    total = by_dialogue.sum(axis=0)
+    values = {}
+    for n in range(1, ORDERS + 1):
+        without = np.array([_bleu_of(total - own, n) for own in by_dialogue])
+        influence = (len(sizes) - 1) * (without.mean() - without)
+        values[f"bleu_{n}"] = (_bleu_of(total, n) + influence)[places]
+    return values, dict.fromkeys(values, 1.0 / sizes[places])
+
+
+def _counts(reply: list[str], reference: list[str]) -> list[int]:
+    """Matching n-grams, and n-grams of the reply, of each order; words of the reply and of the reference."""
+    matching, written = [], []
+    for n in range(1, ORDERS + 1):
+        own, wanted = (Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (reply, reference))
+        matching.append((own & wanted).total())
+        written.append(own.total())
+    return [*matching, *written, len(reply), len(reference)]
+
+
+def _bleu_of(counts: np.ndarray, n: int) -> float:
+    matching, written = counts[:n], counts[ORDERS : ORDERS + n]
+    length, wanted = counts[-2:]
+    if matching.min() == 0:
+        return 0.0
+    penalty = min(0.0, 1 - wanted / length)
+    return float(np.exp(penalty + np.mean(np.log(matching / written))))

@@ -182,12 +182,14 @@ li { overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
+{% macro broken(text) %}{% for part in text.split("/") %}{{ part }}{% if not loop.last %}/<wbr>{% endif %}{% endfor %}
+{%- endmacro %}
 {% macro plain(cells, numbers_from=1) %}
 <div class="scroll"><table><thead><tr>{% for cell in cells[0] %}
 <th{% if loop.index0 >= numbers_from %} class="n"{% endif %}>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in cells[1:] %}
 <tr>{% for cell in row %}<td{% if loop.index0 >= numbers_from %} class="n"{% endif %}>
-{{- cell }}</td>{% endfor %}</tr>
+{{- broken(cell) }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endmacro %}
@@ -211,7 +213,7 @@ li { overflow-wrap: anywhere; }
 <th{% if not loop.first %} class="n"{% endif %}>{{ cell }}</th>{% endfor %}</tr>{% endfor %}
 </thead><tbody>
 {% for row, winner in main.body %}
-<tr{% if row[0] == cost_names[0] %} class="part"{% endif %}><td>{{ row[0] }}</td>{% for cell in row[1:] %}
+<tr{% if row[0] == cost_names[0] %} class="part"{% endif %}><td>{{ broken(row[0]) }}</td>{% for cell in row[1:] %}
 <td class="n">{% if winner == loop.index0 %}<b>{{ cell }}</b>{% else %}{{ cell }}{% endif %}</td>
 {% endfor %}</tr>
 {% endfor %}

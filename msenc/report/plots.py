@@ -40,7 +40,7 @@ def _clip_wide(axes: Any, comparisons: Sequence[Comparison]) -> None:
     if spans and spans[-1] > 0:
         reach = min(max(furthest * 1.6, spans[len(spans) // 2] * 1.2), max(furthest * 1.6, spans[-1]))
         shown = max(max(abs(c.effect.low), abs(c.effect.high)) for c in comparisons if not math.isnan(c.effect.low))
-        reach = min(reach, shown * 1.05)
+        reach = min(reach, shown * 1.15)
         axes.set_xlim(-reach, reach)
 
 

@@ -183,8 +183,10 @@ def _notes(
     fewest = min(len(s) for s in seeds.values())
     if max(len(s) for s in seeds.values()) == 1:
         notes.append("One seed each: the intervals are about the items alone, and say nothing of other seeds.")
+    elif fewest == 1:
+        notes.append("A row of one seed borrows the spread between seeds from the row that it is compared with.")
     elif fewest < FEW_SEEDS:
-        notes.append(f"Only {fewest} seed(s) in a row: its interval is wide, or says nothing of other seeds.")
+        notes.append("Two seeds leave one degree of freedom: intervals are wide where seeds differ.")
     lacking_items = [r.name for c in configurations for r, i in zip(c.runs, c.items, strict=True) if i is None]
     if lacking_items:
         notes.append(f"No predictions.jsonl in {', '.join(lacking_items)}: intervals there are over seeds alone.")

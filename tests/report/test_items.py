@@ -1,9 +1,13 @@
 import json
 
+import numpy as np
 import pytest
 from sweeps import write_run
+from torchmetrics.functional.text import bleu_score
 
+from msenc.metrics.ngrams import bleu
 from msenc.report.items import read_items
+from msenc.statistics import paired_effect
 from msenc.types import MsencError
 
 
@@ -22,6 +26,26 @@ def test_weighted_means_of_items_are_the_metrics(path):
     assert mean("nll") == pytest.approx(metrics["nll"])
     assert mean("rouge_l") == pytest.approx(metrics["rouge_l"])
     assert mean("planted/audio/recovered %") == pytest.approx(100 * metrics["planted/audio/recovered"])
+
+
+def test_bleu_of_items_is_that_of_all_replies_and_spreads_as_dialogues_do(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    texts = ["I hear you are calm today.", "I hear you now.", "They hear that I am calm, today."]
+    for number, row in enumerate(rows):
+        row["reply"]["text"], row["reference"]["text"] = texts[number % 3], texts[number // 5 % 3]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    items = read_items(path)
+    expected = bleu([row["reply"]["text"] for row in rows], [row["reference"]["text"] for row in rows]).corpus
+    for name, value in expected.items():
+        assert np.average(items.values[name], weights=items.weights[name]) == pytest.approx(value, abs=1e-6)
+    # The bootstrap over dialogues, done in full.
+    dialogues = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    rng = np.random.default_rng(0)
+    drawn = [[row for d in rng.integers(0, 12, 12) for row in dialogues[d]] for _ in range(200)]
+    pairs = [([r["reply"]["text"] for r in rs], [[r["reference"]["text"]] for r in rs]) for rs in drawn]
+    spread = np.std([bleu_score(*pair, n_gram=1).item() for pair in pairs])
+    effect = paired_effect(items.values["bleu_1"], items.dialogues, items.weights["bleu_1"])
+    assert (effect.high - effect.low) / 2 / 2.2 == pytest.approx(spread, rel=0.25)
 
 
 def test_items_without_a_score_weigh_nothing(path):
