@@ -164,7 +164,7 @@ tr.part > * { border-top: 2px solid var(--line); }
 b { font-weight: 650; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
 .plots img, .curves img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
-.curves img { max-width: 40rem; }
+.plots img { max-width: 34rem; } .curves img { max-width: 40rem; }
 figure { margin: 0; }
 .example { border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem; margin: 1rem 0; }
 .turn { display: grid; grid-template-columns: 7.5rem 1fr; gap: .75rem; align-items: start; }
@@ -176,6 +176,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding
 li { overflow-wrap: anywhere; }
 @media print {
   :root { color-scheme: light; } body { max-width: none; font-size: 10pt; padding: 0; }
+  .plots { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; } table { font-size: 8pt; } td.n, th.n { white-space: normal; }
   h2 { break-after: avoid; } tr, figure, .example { break-inside: avoid; } audio { display: none; }
 }

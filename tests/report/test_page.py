@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from sweeps import write_run, write_sweep
 
 from msenc.data.shards import write_stream
+from msenc.pipelines.report import report
 from msenc.report.collect import collect_runs
 from msenc.report.page import render_page
 from msenc.report.table import summarise
@@ -73,6 +74,19 @@ def test_absent_media_are_said_to_be_absent(sweep, tmp_path):
     page = rendered(sweep)
     assert "(clip missing)" in page
     assert "<audio" not in page
+
+
+def test_several_folders_make_one_report(tmp_path, capsys):
+    first, second = (
+        write_sweep(tmp_path / name, known=[known], seeds=(1, 2))
+        for name, known in (("a", ("text", 0.0)), ("b", ("text_audio", 0.9)))
+    )
+    report(OmegaConf.create({"sweep_dir": [str(first), str(second)], "split": "test", "settings": None}))
+    written = (first / "report" / "report.html").read_text()
+    assert "text_audio is better than text" in written
+    assert f"sweep_dir=[{first},{second}]" in written
+    assert "report.html" in capsys.readouterr().out
+    assert not (second / "report").exists()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
