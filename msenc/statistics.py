@@ -6,9 +6,9 @@ estimated from the two-way table, as in studies of many readers and many cases):
 
     V = Vr + max(Vd - Ve, 0)        Vr: between runs, Vd: between dialogues, Ve: the rest, all of the mean
 
-With three runs, Vr has two degrees of freedom and Vd many. Satterthwaite's degrees of freedom, the usual answer, let
-up to 8 % of true nulls through there, and a bootstrap over three runs far more (``benchmarks/calibration.py``).
-Cochran's critical value, the mean of both t quantiles weighted by the two parts, stays at or below the nominal level.
+With three runs, Vr has two degrees of freedom and Vd many. Satterthwaite's degrees of freedom, the usual answer, are
+too many there, and a bootstrap over three runs is too sure by far (docs/statistics.md has the figures). Cochran's
+critical value, the mean of both t quantiles weighted by the two parts, stays at or below the nominal level.
 
 Source: D. D. Dorfman, K. S. Berbaum and C. E. Metz, Investigative Radiology 27 (1992) 723-731, and S. L. Hillis,
 Statistics in Medicine 26 (2007) 596-619, for the variance; W. G. Cochran, Biometrics 20 (1964) 191-195, for the
