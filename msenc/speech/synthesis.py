@@ -126,30 +126,34 @@ def split_phrases(sentence: str, pauses: str) -> list[str]:
 
     Args:
         sentence: one sentence.
-        pauses: ``few`` takes its commas out, ``many`` parts it at them, and before a small word where there is one.
+        pauses: ``few`` takes its commas out; ``some`` and ``many`` part it at them, and before a small word where there
+            is one, in longer or shorter phrases.
 
     Returns:
-        The sentence, or for ``many`` its phrases, all but the last with a comma at the end.
+        The sentence, or its phrases, all but the last with a comma or such at the end.
 
     Example:
         >>> split_phrases("The train leaves at seven in the morning, so we get up early.", "many")
         ['The train leaves,', 'at seven,', 'in the morning,', 'so we get up early.']
+        >>> split_phrases("The train leaves at seven in the morning, so we get up early.", "some")
+        ['The train leaves at seven,', 'in the morning, so we get up early.']
         >>> split_phrases("Well, no, I do not.", "few")
         ['Well no I do not.']
     """
     if pauses == "few":
         return [re.sub(r"[,;:](?= )", "", sentence)]
     words = sentence.split(" ")
-    if pauses != "many" or len(words) < 4:
+    if pauses == UNKNOWN or len(words) < 4:
         return [sentence]
+    longest, shortest = (4, 2) if pauses == "many" else (12, 5)
     phrases: list[list[str]] = [[]]
     for index, word in enumerate(words):
         phrase, left = phrases[-1], len(words) - index
-        is_end = phrase and (not phrase[-1][-1].isalnum() or _SMALL_WORDS.fullmatch(word) or len(phrase) == 4)
-        if is_end and len(phrase) >= 2 and left >= 2:
+        is_end = phrase and (not phrase[-1][-1].isalnum() or _SMALL_WORDS.fullmatch(word) or len(phrase) == longest)
+        if is_end and len(phrase) >= shortest and left >= 2:
             phrases.append([])
         phrases[-1].append(word)
-    if len(phrases) == 1:
+    if pauses == "many" and len(phrases) == 1:
         middle = len(words) // 2
         phrases = [words[:middle], words[middle:]]
     return [

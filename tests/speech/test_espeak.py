@@ -9,6 +9,7 @@ import pytest
 from msenc.prepare.describe import estimate_gender, measured_values
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.espeak import VOICES, ESpeak
+from msenc.speech.synthesis import choose
 from msenc.speech.voice import measure
 from msenc.types import MsencError, VoiceAttributes
 
@@ -35,17 +36,11 @@ def test_the_words_of_an_attribute_are_heard_in_order(name, gender, speaker):
 def test_genders_are_heard_at_any_pitch(pitch):
     for gender, variants in VOICES.items():
         for variant in variants:
-            speaker = next(n for n in map(str, range(99)) if variant_of(gender, n) == variant)
+            speaker = next(n for n in map(str, range(99)) if choose(VOICES[gender], n) == variant)
             measures = measure(*ESpeak()(TEXT, VoiceAttributes(gender=gender, pitch=pitch), speaker))
             assert estimate_gender([measures.f0_hz]) in (gender, "unknown")
             if pitch != "low":
                 assert estimate_gender([measures.f0_hz]) == gender
-
-
-def variant_of(gender: str, speaker: str) -> str:
-    from msenc.speech.synthesis import choose
-
-    return choose(tuple(VOICES[gender]), speaker)
 
 
 def test_a_call_is_a_function_of_its_arguments():
