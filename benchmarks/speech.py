@@ -36,6 +36,9 @@ NODES = {
     },
 }
 SPEAKERS = ("Anna", "Ben", "Clara", "David", "Elena", "Felix", "Grace", "Hugo")
+PAUSE_EDGES = (0.03, 0.18)
+"""Shares; no quantiles: a third of the sentences has no pause at all, and as many share the lowest value."""
+
 ATTRIBUTES = tuple(name for name in VOCABULARY if name != "gender")
 REPLY = "That is wonderful news. I have been waiting for it since the morning. When can we start?"
 
@@ -198,7 +201,8 @@ def agreement(attribute: str, heard: Mapping[str, Sequence[Heard]], genders: Seq
         for word, sentences in heard.items()
         for index, one in enumerate(sentences)
     ]
-    bins = fit_bins((voice for index, _, voice in voices if index // 2 % 2 == 0), VoiceSettings())
+    given = VoiceSettings(edges={"pauses": PAUSE_EDGES})
+    bins = fit_bins((voice for index, _, voice in voices if index // 2 % 2 == 0), given)
     right = [
         getattr(attributes_of(voice.values, voice.gender, bins), attribute) == word
         for index, word, voice in voices

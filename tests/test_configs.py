@@ -63,6 +63,7 @@ TRAINED = {
     "data/demo": "",
     "decoding/greedy": "",
     "decoding/sample": "modality=text",
+    "experiment/demo_smollm2": "model.llm.name_or_path={llama}",
     "experiment/known_answer": "",
     "experiment/paper_frozen": PAPER + AUDIO + VIDEO + BLIP2,
     "experiment/paper_meld": PAPER + AUDIO + VIDEO + BLIP2,

@@ -450,6 +450,19 @@ def test_a_failing_job_stops_neither_the_sweep_nor_its_report(run_script, demo_h
 
 
 @pytest.mark.real
+def test_the_demonstration_with_a_real_llm_trains(train):
+    llm = Path(os.environ.get("MSENC_MODELS", "nowhere")) / "smollm2-135m-instruct"
+    if not llm.is_dir():
+        pytest.skip("MSENC_MODELS names no folder with smollm2-135m-instruct")
+    overrides = ["experiment=demo_smollm2", f"model.llm.name_or_path={llm}", "trainer.max_steps=2", "evaluate=null"]
+    run = train([*overrides, "data.batch_size=1", "+trainer.num_sanity_val_steps=0", "+trainer.limit_val_batches=1"])
+    facts = read(run.folder / "run.json")
+    assert facts["steps"] == 2
+    assert 0 < facts["trainable_parameters"]["llm"] < 2_000_000
+    assert run.loss < 5
+
+
+@pytest.mark.real
 def test_real_weights_train_and_reply(train, demo_home, tmp_path):
     models = Path(os.environ.get("MSENC_MODELS", "nowhere"))
     llm, whisper = models / "smollm2-135m-instruct", models / "whisper-base"
