@@ -20,7 +20,9 @@ def report(cfg: DictConfig) -> None:
 
     config = plain(cfg)
     given = config["sweep_dir"]
-    folders = [Path(name) for name in ([given] if isinstance(given, str) else given)]
+    if given in (None, "???", []):
+        raise MsencError("sweep_dir: no value. Give it: sweep_dir=FOLDER, or sweep_dir=[FOLDER,FOLDER].")
+    folders = [Path(str(name)) for name in (given if isinstance(given, list) else [given])]
     runs = [(folder, run) for folder in folders for run in collect_runs(folder)]
     if len(folders) > 1:  # jobs of two sweeps have the same numbers
         runs = [(f, run if run.folder == f else replace(run, name=f"{f.name}/{run.name}")) for f, run in runs]

@@ -11,7 +11,7 @@ from msenc.pipelines.report import report
 from msenc.report.collect import collect_runs
 from msenc.report.page import render_page
 from msenc.report.table import summarise
-from msenc.types import Dialogue, Utterance
+from msenc.types import Dialogue, MsencError, Utterance
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -87,6 +87,12 @@ def test_several_folders_make_one_report(tmp_path, capsys):
     assert f"sweep_dir=[{first},{second}]" in written
     assert "report.html" in capsys.readouterr().out
     assert not (second / "report").exists()
+
+
+@pytest.mark.parametrize(("given", "expected"), [("???", "no value"), (None, "no value"), (3, "No folder 3")])
+def test_no_folder_is_refused(given, expected):
+    with pytest.raises(MsencError, match=expected):
+        report(OmegaConf.create({"sweep_dir": given, "split": "test", "settings": None}))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
