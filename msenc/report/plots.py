@@ -28,6 +28,7 @@ def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
     axes.set_yticks(range(len(comparisons)), [f"{c.treated}\n- {c.baseline}" for c in comparisons])
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     _clip_wide(axes, comparisons)
+    axes.locator_params(axis="x", nbins=5)
     better = {1: " (right is better)", -1: " (left is better)"}.get(direction_of(metric), "")
     axes.set_xlabel(f"difference in {metric}{better}")
     return _svg(figure)

@@ -201,7 +201,9 @@ def _not_varied(runs: list[Run]) -> str:
     same = {key: runs[0].overrides.get(key) for key in runs[0].overrides if key != "seed"}
     same = {key: v for key, v in same.items() if all(run.overrides.get(key) == v for run in runs)}
     facts = {n: runs[0].facts[n] for n in ("data", "llm", "epochs", "device") if n in runs[0].facts}
-    facts = {n: v for n, v in facts.items() if n not in same and all(run.facts.get(n) == v for run in runs)}
+    if Path(facts.get("llm", "")).is_absolute():  # a hub's id is the name; of a folder its last part is
+        facts["llm"] = Path(facts["llm"]).name
+    facts = {n: v for n, v in facts.items() if n not in same and len({run.facts.get(n) for run in runs}) == 1}
     shown = ", ".join(f"{key}={value}" for key, value in {**facts, **same}.items())
     return f"Not varied: {shown or 'nothing is known to be common'}."
 
@@ -307,12 +309,16 @@ def verdict_grid(table: Table) -> list[list[str]]:
 
 
 def best(table: Table, metric: str) -> Configuration | None:
-    """The configuration with the best mean, where there are several and one way is better."""
-    known = [c for c in table.configurations if metric in c.scores and not math.isnan(c.scores[metric].mean)]
+    """The configuration with the best mean, where one way is better and it stands alone at the digits shown."""
     direction = direction_of(metric)
-    if len(known) < 2 or direction == 0:
-        return None
-    return max(known, key=lambda c: direction * c.scores[metric].mean)
+    means = [
+        (direction * round(c.scores[metric].mean, _digits(metric)), c)
+        for c in table.configurations
+        if metric in c.scores and not math.isnan(c.scores[metric].mean)
+    ]
+    highest = max((mean for mean, _ in means), default=0.0)
+    winners = [c for mean, c in means if mean == highest]
+    return winners[0] if direction and len(winners) == 1 and len(means) > 1 else None
 
 
 def footer(table: Table) -> list[str]:
