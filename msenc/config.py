@@ -200,6 +200,7 @@ class EvaluateConfig:
         metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``.
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
         speech_workers: processes that speak; 0 works in this one.
+        speech_recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
         limit: first dialogues of the split; None for all.
         device: torch's name of the device; ``auto`` takes a GPU if there is one.
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
@@ -214,6 +215,7 @@ class EvaluateConfig:
     metric_settings: dict[str, Any] = field(default_factory=dict)
     speech: Any = None
     speech_workers: int = 2
+    speech_recogniser: str | None = None
     limit: int | None = None
     device: str = "auto"
     data_dir: str | None = None

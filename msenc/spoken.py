@@ -1,8 +1,9 @@
-"""The replies of a split -> their sound, one WAV per reply that differs.
+"""The replies of a split -> their sound, one WAV per reply that differs, and what is heard in it.
 
 A file is named after all that makes its sound, so what was spoken before is found again.
 """
 
+import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,13 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from msenc.config import build
+from msenc.metrics.speech import heard_voice, score_voices, score_words
+from msenc.models.recognition import Recogniser
+from msenc.prepare.describe import Bin, syllables_of
 from msenc.prepare.workers import progress_bar, watch_parent
 from msenc.run import digest
 from msenc.speech.description import parse
 from msenc.speech.synthesis import Synthesizer, settle_gender
-from msenc.speech.wav import write_wav
-from msenc.types import MsencError, VoiceAttributes
+from msenc.speech.voice import VoiceMeasures, measure
+from msenc.speech.wav import from_wav, write_wav
+from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 
 class _Line(NamedTuple):
@@ -67,6 +74,73 @@ def speak_replies(
             for _ in progress.track(_speak_all(new, synthesizer, num_workers), len(new), description="speaking"):
                 pass
     return len(new)
+
+
+def listen_to_replies(
+    predictions: Sequence[dict[str, Any]],
+    folder: Path,
+    bins: Mapping[str, Bin] | None,
+    recogniser: str | None,
+    num_workers: int,
+) -> dict[str, Any]:
+    """Measure what `speak_replies` left, and note it in the predictions.
+
+    Args:
+        predictions: with replies and their ``speech``; each gets ``spoken_attributes``, and its word and character
+            error rate among its ``scores``.
+        folder: of the evaluation.
+        bins: where the words of a voice change, see `prepare.describe.read_bins`; None leaves the voices out.
+        recogniser: a Whisper by id or folder; None leaves the words out.
+        num_workers: processes that measure; 0 works in this one.
+
+    Returns:
+        ``speech/spoken`` (replies with sound), ``speech/wer``, ``speech/cer``, and per attribute the share that is
+        heard ``as_written`` in the reply's description, and ``as_reference`` asks.
+    """
+    texts = [p["reply"]["text"] for p in predictions]
+    files = sorted({folder / p["speech"] for p in predictions if p["speech"]})
+    found: dict[str, Any] = {"speech/spoken": sum(p["speech"] is not None for p in predictions)}
+    if recogniser is not None:
+        listen = Recogniser(recogniser)
+        with progress_bar("replies") as progress:
+            words = {f: listen.text(_read(f, listen.sample_rate)) for f in progress.track(files, description="words")}
+        scores = score_words([words[folder / p["speech"]] if p["speech"] else "" for p in predictions], texts)
+        found |= scores.corpus
+        for name, values in scores.items.items():
+            for prediction, value in zip(predictions, values, strict=True):
+                if not math.isnan(value):
+                    prediction.setdefault("scores", {})[name] = value
+    if bins is not None:
+        measures = dict(zip(files, _measure_all(files, num_workers), strict=True))
+        heard = [
+            heard_voice(measures[folder / p["speech"]] if p["speech"] else VoiceMeasures(), num_syllables, bins)
+            for p, num_syllables in zip(predictions, syllables_of(texts), strict=True)
+        ]
+        for prediction, voice in zip(predictions, heard, strict=True):
+            prediction["spoken_attributes"] = {k: v for k, v in asdict(voice).items() if v != UNKNOWN}
+        for side, name in {"reply": "as_written", "reference": "as_reference"}.items():
+            asked = [parse(p[side]["description"] or "") for p in predictions]
+            found |= score_voices(heard, asked, name)
+    return found
+
+
+def _read(file: Path, sample_rate: int) -> np.ndarray:
+    import soxr
+
+    samples, own_rate = from_wav(file.read_bytes())
+    return soxr.resample(samples, own_rate, sample_rate)
+
+
+def _measure_all(files: Sequence[Path], num_workers: int) -> list[VoiceMeasures]:
+    with progress_bar("replies") as progress:
+        if num_workers == 0:
+            return [_measure(file) for file in progress.track(files, description="voices")]
+        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=watch_parent) as pool:
+            return list(progress.track(pool.map(_measure, files), len(files), description="voices"))
+
+
+def _measure(file: Path) -> VoiceMeasures:
+    return measure(*from_wav(file.read_bytes()))
 
 
 def _speak_all(lines: Sequence[_Line], synthesizer: Mapping[str, Any], num_workers: int) -> Iterator[None]:

@@ -1,14 +1,17 @@
 """The replies of a split as sound: one file per reply that differs, found again by what makes it."""
 
 import copy
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from msenc.prepare.describe import Bin
 from msenc.speech.espeak import ESpeak
 from msenc.speech.wav import from_wav
-from msenc.spoken import speak_replies
+from msenc.spoken import listen_to_replies, speak_replies
 from msenc.types import MsencError
 
 NODE = {"_target_": "msenc.speech.espeak.ESpeak", "language": "en-us"}
@@ -63,3 +66,69 @@ def test_a_refusal_comes_out_as_it_is_and_keeps_what_was_spoken(tmp_path, num_wo
     with pytest.raises(MsencError, match="no voice 'xx"):
         speak_replies(copy.deepcopy(PREDICTIONS), {**NODE, "language": "xx"}, tmp_path, num_workers)
     assert list((tmp_path / "speech").iterdir()) == []
+
+
+# ---- what is heard ----
+
+BINS = {
+    name: Bin(edges, words, "given", 0, None)
+    for name, edges, words in [
+        ("pitch/woman", (200.0,), ("low", "high")),
+        ("pitch/man", (110.0,), ("low", "high")),
+        ("range", (2.3,), ("flat", "expressive")),
+        ("rate", None, ("slow", "fast")),
+        ("loudness", None, ("quiet", "loud")),
+        ("pauses", None, ("few", "many")),
+        ("noise", None, ("noisy", "clean")),
+    ]
+}
+
+
+def answered(text, description, reference, speaker):
+    return prediction(text, description, speaker) | {"reference": {"text": text, "description": reference}}
+
+
+def said():
+    flat, lively = "{} speaks with flat intonation", "{} speaks with expressive intonation"
+    text = "You look sad. Here is the garden."
+    return [
+        answered(text, flat.format("a woman"), flat.format("a woman"), "Anna"),
+        answered(text, lively.format("a man"), flat.format("a man"), "Leo"),
+        answered(text, lively.format("a man"), lively.format("a man"), "Leo"),
+        answered("!", lively.format("a man"), lively.format("a man"), "Leo"),
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_voice_is_heard_against_the_reply_and_against_the_reference(tmp_path, num_workers):
+    predictions = said()
+    speak_replies(predictions, NODE, tmp_path, 0)
+    found = listen_to_replies(predictions, tmp_path, BINS, None, num_workers)
+    assert found == {
+        "speech/spoken": 3,
+        "speech/gender/as_written": 0.75,
+        "speech/range/as_written": 0.75,  # the last has no sound
+        "speech/gender/as_reference": 0.75,
+        "speech/range/as_reference": 0.5,
+    }
+    voices = [{k: v for k, v in p["spoken_attributes"].items() if k != "pitch"} for p in predictions]
+    assert voices[:2] == [{"gender": "woman", "range": "flat"}, {"gender": "man", "range": "expressive"}]
+    assert voices[3] == {}
+
+
+def test_without_bins_and_recogniser_the_sounds_are_counted(tmp_path):
+    predictions = said()
+    speak_replies(predictions, NODE, tmp_path, 0)
+    assert listen_to_replies(predictions, tmp_path, None, None, 0) == {"speech/spoken": 3}
+
+
+@pytest.mark.real
+def test_words_are_understood(tmp_path):
+    whisper = Path(os.environ.get("MSENC_MODELS", "nowhere")) / "whisper-base"
+    if not whisper.is_dir():
+        pytest.skip("MSENC_MODELS names no folder with whisper-base")
+    predictions = said()
+    speak_replies(predictions, NODE, tmp_path, 0)
+    found = listen_to_replies(predictions, tmp_path, None, str(whisper), 0)
+    assert 0 <= found["speech/cer"] < found["speech/wer"] < 0.5 or found["speech/wer"] == 0
+    assert [set(p.get("scores", {})) for p in predictions] == [{"speech/wer", "speech/cer"}] * 3 + [set()]

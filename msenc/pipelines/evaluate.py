@@ -25,12 +25,13 @@ from msenc.pipelines.parts import (
     shown,
     task_hash,
 )
+from msenc.prepare.describe import BINS, read_bins
 from msenc.run import (
     digest,
     read_run,
 )
 from msenc.speech.description import VOCABULARY
-from msenc.spoken import speak_replies
+from msenc.spoken import listen_to_replies, speak_replies
 from msenc.types import MsencError
 
 
@@ -51,6 +52,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         metric_settings=config["metric_settings"],
         speech=config["speech"],
         speech_workers=config["speech_workers"],
+        speech_recogniser=config["speech_recogniser"],
     )
 
 
@@ -67,6 +69,7 @@ def evaluate_run(
     metric_settings: Mapping[str, Any] | None = None,
     speech: dict[str, Any] | None = None,
     speech_workers: int = 0,
+    speech_recogniser: str | None = None,
 ) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
 
@@ -83,6 +86,7 @@ def evaluate_run(
         metric_settings: name of a metric -> its settings.
         speech: ``_target_`` node of a synthesizer that speaks the replies, or None.
         speech_workers: processes that speak; 0 works in this one.
+        speech_recogniser: a Whisper that checks what was spoken, or None.
     """
     if speech is not None and not with_replies:
         raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
@@ -107,6 +111,8 @@ def evaluate_run(
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
     if with_replies and set(metrics) != set(DEFAULT_METRICS):
         settings["metrics"] = {name: (metric_settings or {}).get(name) for name in sorted(metrics)}
+    if speech is not None:
+        settings["speech"] = {**speech, "recogniser": speech_recogniser}
     found, predictions = evaluate_split(
         model.to(find_device(device)).eval(),
         datamodule,
@@ -125,9 +131,14 @@ def evaluate_run(
     folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
     if speech is not None:
         new = speak_replies(predictions, speech, folder, speech_workers)
-        spoken = sum(p["speech"] is not None for p in predictions)
-        found["speech/spoken"] = spoken
-        console.print(f"Spoken: {spoken:,} of {len(predictions):,} replies; {new:,} files are new.")
+        data = datamodule.folder
+        bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
+        found |= listen_to_replies(predictions, folder, bins, speech_recogniser, speech_workers)
+        console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
+        if bins is None:
+            console.print(
+                f"The voices were not measured: no {BINS} in {data}. prepare.py describe=true writes it there."
+            )
     write_evaluation(folder, found, predictions)
     _print_metrics(found, f"{config['modality']} on {config['data']['name']}, {split}")
     console.print(f"Written: {shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}", soft_wrap=True)

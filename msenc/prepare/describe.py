@@ -291,7 +291,7 @@ def _turns(
     dialogues: Sequence[Dialogue], measures: Mapping[str, VoiceMeasures], settings: VoiceSettings
 ) -> dict[tuple[str, str], _Turn]:
     texts = [u.text for d in dialogues for u in d.utterances]
-    syllables = iter(_syllables(texts))
+    syllables = iter(syllables_of(texts))
     turns = {}
     for dialogue in dialogues:
         own = [(u, measures.get(u.clip) or VoiceMeasures()) for u in dialogue.utterances]
@@ -403,7 +403,8 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
     return cache
 
 
-def _syllables(texts: Sequence[str]) -> list[int]:
+def syllables_of(texts: Sequence[str]) -> list[int]:
+    """Syllables of each text, by eSpeak NG where it is installed, else by the letters."""
     if not _has_espeak():
         return [guess_syllables(text) for text in texts]
     from msenc.speech.libespeak import to_phonemes
