@@ -27,22 +27,14 @@ def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
     axes.axvline(0, color="#444444", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(comparisons)), [f"{c.treated}\n- {c.baseline}" for c in comparisons])
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
-    _clip_wide(axes, comparisons)
+    reach = max(
+        (abs(v) for c in comparisons for v in (c.effect.low, c.effect.high, c.effect.mean) if v == v), default=0
+    )
+    axes.set_xlim(-1.08 * reach or -1, 1.08 * reach or 1)  # 0 in the middle: the side tells the direction
     axes.locator_params(axis="x", nbins=5)
     better = {1: " (right is better)", -1: " (left is better)"}.get(direction_of(metric), "")
     axes.set_xlabel(f"difference in {metric}{better}")
     return _svg(figure)
-
-
-def _clip_wide(axes: Any, comparisons: Sequence[Comparison]) -> None:
-    """Keep one interval of few seeds from hiding all others: lines may leave the plot, points stay in it."""
-    spans = sorted(c.effect.high - c.effect.low for c in comparisons if not math.isnan(c.effect.low))
-    furthest = max((abs(c.effect.mean) for c in comparisons), default=0.0)
-    if spans and spans[-1] > 0:
-        reach = min(max(furthest * 1.6, spans[len(spans) // 2] * 1.2), max(furthest * 1.6, spans[-1]))
-        shown = max(max(abs(c.effect.low), abs(c.effect.high)) for c in comparisons if not math.isnan(c.effect.low))
-        reach = min(reach, shown * 1.15)
-        axes.set_xlim(-reach, reach)
 
 
 def learning_curves(configurations: Sequence[Configuration]) -> str | None:
