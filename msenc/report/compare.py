@@ -177,7 +177,7 @@ def _score(configuration: Configuration) -> None:
 
 def table_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """What of an evaluation's metrics a report compares; shares recovered are in percent and say so in their name."""
-    hidden = ("targets", "tokens", "references_empty", "control/", "nll/", "planted/", "description/")
+    hidden = ("targets", "tokens", "references_empty", "speech/spoken", "control/", "nll/", "planted/", "description/")
     main = {n: v for n, v in metrics.items() if not n.startswith(hidden)}
     shares = {n: v for n, v in metrics.items() if n.startswith("planted/") and n.endswith("/recovered")}
     described = {n: v for n, v in metrics.items() if n in ("description/accuracy", "description/macro_f1")}

@@ -233,7 +233,7 @@ significant. Scores of all items together (†) are not tested. d: in standard d
 {% if verdicts %}
 <h2>Is each modality used?</h2>
 <p><small>{{ judged }}: above 0, the model needs what the control took away.</small></p>
-{{ plain(verdicts, 2) }}
+{{ plain(verdicts, 3) }}
 {% endif %}
 {% if curves %}
 <h2>Learning curves</h2>

@@ -304,8 +304,8 @@ def verdict_grid(table: Table) -> list[list[str]]:
     for v in table.verdicts:
         seeds = ", ".join(f"{seed}: {said}" for seed, said in v.per_run.items())
         cost = f"{v.effect.mean:+.4f} [{v.effect.low:+.4f}, {v.effect.high:+.4f}]"
-        rows.append([v.configuration, v.control, cost, v.verdict, seeds])
-    return [["configuration", "control", "nats per token", "verdict", "by seed"], *rows]
+        rows.append([v.configuration, v.control, v.verdict, cost, seeds])
+    return [["configuration", "control", "verdict", "nats per token", "by seed"], *rows]
 
 
 def best(table: Table, metric: str) -> Configuration | None:
