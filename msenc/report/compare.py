@@ -12,7 +12,7 @@ import numpy as np
 
 from msenc.report.collect import Evaluation, Run
 from msenc.report.items import Items, read_items
-from msenc.statistics import Effect, holm, paired_effect, unpaired_effect
+from msenc.statistics import Effect, holm, paired_effect, unpaired_effect, verdict
 from msenc.types import MsencError
 
 MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
@@ -336,22 +336,6 @@ def judge_controls(configurations: Sequence[Configuration], split: str) -> tuple
             _, dialogues, weights, runs = _stacked([i for _, _, i, _ in measured], "nll")
             effect = paired_effect(differences, dialogues, weights, runs)
             verdicts.append(
-                Verdict(configuration.name, control, effect, verdict_of(effect), {r.seed: v for r, _, _, v in measured})
+                Verdict(configuration.name, control, effect, verdict(effect), {r.seed: v for r, _, _, v in measured})
             )
     return verdicts, notes
-
-
-NEGLIGIBLE = 0.005
-"""Nats per token: a modality whose removal surely costs less than this is called not used."""
-
-
-def verdict_of(effect: Effect) -> str:
-    """``used`` where the interval is above 0, ``not used`` where it is below what matters, else ``cannot tell``.
-
-    Example:
-        >>> verdict_of(Effect(0.1, 0.05, 0.15, 0.001)), verdict_of(Effect(0.0, -0.001, 0.001, 0.9))
-        ('used', 'not used')
-    """
-    if effect.low > 0:
-        return "used"
-    return "not used" if effect.high < NEGLIGIBLE else "cannot tell"
