@@ -9,27 +9,16 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from measure import parser, print_table, write_json
-from rich.progress import track
 
 from msenc.data.annotations import read_meld
-from msenc.prepare.describe import (
-    Bin,
-    VoiceSettings,
-    attributes_of,
-    describe_dialogues,
-    estimate_gender,
-    measured_values,
-)
+from msenc.prepare.describe import Bin, VoiceSettings, describe_dialogues
 from msenc.speech.description import parse
-from msenc.speech.voice import VoiceMeasures, measure
-from msenc.speech.wav import from_wav
-from msenc.types import UNKNOWN, MsencError, VoiceAttributes
+from msenc.spoken import listen_to_replies
+from msenc.types import MsencError
 
 
 def bins_of_the_demo(root: Path, num_dialogues: int, num_workers: int) -> dict[str, Bin]:
@@ -39,61 +28,30 @@ def bins_of_the_demo(root: Path, num_dialogues: int, num_workers: int) -> dict[s
         return describe_dialogues(train, root, Path(folder), VoiceSettings(levels=2), num_workers, [])[1]
 
 
-def spoken_predictions(run: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The folder and the rows of the latest evaluation of the test split whose replies were spoken."""
+def spoken_evaluation(run: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """The latest evaluation of the test split whose replies were spoken: its folder and its rows."""
     files = sorted(run.glob("evaluation/*-test-*/predictions.jsonl"), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in files:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if any(row.get("speech") for row in rows):
-            return [(file.parent, row) for row in rows]
+            return file.parent, rows
     raise MsencError(f"{run}: no spoken replies. First: python evaluate.py run_dir={run} speech=espeak")
 
 
-def listen(file: Path) -> VoiceMeasures:
-    return measure(*from_wav(file.read_bytes()))
-
-
-def heard_attributes(measures: VoiceMeasures, bins: Mapping[str, Bin]) -> VoiceAttributes:
-    gender = estimate_gender([measures.f0_hz]) if measures.f0_hz else UNKNOWN
-    return attributes_of(measured_values(measures, 0), gender, bins)
-
-
 def mood_of(run: Path, bins: Mapping[str, Bin], num_workers: int) -> dict[str, float]:
-    """Shares of the replies whose sound, and whose description, has what the reference asks for."""
-    rows = spoken_predictions(run)
-    asked = [parse(row["reference"]["description"]) for _, row in rows]
-    written = [parse(row["reply"]["description"] or "") for _, row in rows]
-    files = sorted({folder / row["speech"] for folder, row in rows if row["speech"]})
-    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
-        heard_by_file = dict(zip(files, track(pool.map(listen, files), run.name, len(files)), strict=True))
-    silence = VoiceMeasures()
-    heard = [
-        heard_attributes(heard_by_file[folder / row["speech"]] if row["speech"] else silence, bins)
-        for folder, row in rows
-    ]
-    ranges = Counter(voice.range for voice in asked)
+    """Shares of the replies whose sound has what the reference asks for, and what their own description says."""
+    folder, rows = spoken_evaluation(run)
+    found = listen_to_replies(rows, folder, bins, None, num_workers)
+    asked = [parse(row["reference"]["description"]) for row in rows]
+    heard = [row["spoken_attributes"] for row in rows]
+    both = [(h.get("range"), h.get("gender")) == (a.range, a.gender) for h, a in zip(heard, asked, strict=True)]
     return {
-        "replies": len(rows),
-        "range: heard as asked": share(heard, asked, "range"),
-        "range: written as asked": share(written, asked, "range"),
-        "range: heard as written": share(heard, written, "range"),
-        "range: majority": ranges.most_common(1)[0][1] / len(rows),
-        "gender: heard as asked": share(heard, asked, "gender"),
-        "both: heard as asked": sum(
-            (h.range, h.gender) == (a.range, a.gender) for h, a in zip(heard, asked, strict=True)
-        )
-        / len(rows),
+        "range as asked": found["speech/range/as_reference"],
+        "range as written": found["speech/range/as_written"],
+        "range, majority": Counter(a.range for a in asked).most_common(1)[0][1] / len(rows),
+        "gender as asked": found["speech/gender/as_reference"],
+        "both as asked": sum(both) / len(rows),
     }
-
-
-def share(voices: list[VoiceAttributes], wanted: list[VoiceAttributes], name: str) -> float:
-    """Share that has the wanted word of an attribute.
-
-    Example:
-        >>> share([parse("a man speaks")], [parse("a man speaks fast")], "gender")
-        1.0
-    """
-    return sum(getattr(v, name) == getattr(w, name) for v, w in zip(voices, wanted, strict=True)) / len(voices)
 
 
 def main() -> None:
@@ -105,11 +63,11 @@ def main() -> None:
     options = arguments.parse_args()
     bins = bins_of_the_demo(options.root, 20 if options.quick else 100, options.workers)
     results = {str(run): mood_of(run, bins, options.workers) for run in options.runs}
-    names = list(next(iter(results.values())))[1:]
+    names = list(next(iter(results.values())))
     print_table(
-        "Replies of the test split, spoken",
-        ("run", "replies", *names),
-        [(Path(run).name, v["replies"], *(f"{v[name]:.1%}" for name in names)) for run, v in results.items()],
+        "Spoken replies of the test split",
+        ("run", *names),
+        [(Path(run).name, *(f"{found[name]:.1%}" for name in names)) for run, found in results.items()],
     )
     write_json(options.json, {"runs": results, "range edges, semitones": bins["range"].edges})
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msenc.config import build
+from msenc.metrics.scores import needing
 from msenc.metrics.speech import heard_voice, score_voices, score_words
 from msenc.models.recognition import Recogniser
 from msenc.prepare.describe import Bin, syllables_of
@@ -125,8 +126,8 @@ def listen_to_replies(
 
 
 def _read(file: Path, sample_rate: int) -> np.ndarray:
-    import soxr
-
+    with needing("speech/wer", "demo"):
+        import soxr
     samples, own_rate = from_wav(file.read_bytes())
     return soxr.resample(samples, own_rate, sample_rate)
 

@@ -1,11 +1,14 @@
 """What the benchmark of synthesizers counts, on values that are known."""
 
+import json
+import os
+
 import mood
 import pytest
 import speech
 
-from msenc.speech.description import VOCABULARY, parse
-from msenc.types import VoiceAttributes
+from msenc.speech.description import VOCABULARY
+from msenc.types import MsencError
 
 
 def test_order_counts_sentences_and_takes_no_gap_for_a_value():
@@ -37,7 +40,12 @@ def test_every_attribute_is_spoken_in_all_its_words_and_alone():
             assert getattr(take.voice, name) == word
 
 
-def test_shares_of_voices():
-    heard = [VoiceAttributes(range="flat"), VoiceAttributes(range="expressive"), VoiceAttributes()]
-    asked = [parse("a man speaks with flat intonation")] * 3
-    assert mood.share(heard, asked, "range") == pytest.approx(1 / 3)
+def test_the_latest_spoken_evaluation_is_taken(tmp_path):
+    with pytest.raises(MsencError, match=r"no spoken replies\. First: python evaluate\.py"):
+        mood.spoken_evaluation(tmp_path)
+    for number, speech_file in enumerate(["speech/a.wav", "speech/b.wav", None]):
+        folder = tmp_path / "evaluation" / f"demo-test-{number}"
+        folder.mkdir(parents=True)
+        (folder / "predictions.jsonl").write_text(json.dumps({"speech": speech_file}) + "\n")
+        os.utime(folder / "predictions.jsonl", (number, number))
+    assert mood.spoken_evaluation(tmp_path) == (tmp_path / "evaluation/demo-test-1", [{"speech": "speech/b.wav"}])
