@@ -507,3 +507,7 @@ def test_replies_are_spoken(finished, compose):
     assert files == {f"speech/{path.name}" for path in (folder / "speech").iterdir()}
     with pytest.raises(MsencError, match="generate=false, expected replies to speak"):
         measure(compose, finished.run, "speech=espeak", "generate=false")
+    before = len(list((finished.run / "evaluation").iterdir()))
+    with pytest.raises(MsencError, match="expected an address"):  # before anything is scored
+        measure(compose, finished.run, "speech=openai", "speech.base_url=nowhere", "limit=2")
+    assert len(list((finished.run / "evaluation").iterdir())) == before

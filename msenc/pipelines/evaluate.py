@@ -9,7 +9,7 @@ import lightning as L
 from omegaconf import DictConfig
 from rich.table import Table
 
-from msenc.config import check_targets, plain
+from msenc.config import build, check_targets, plain
 from msenc.evaluation import evaluate_split, write_evaluation
 from msenc.metrics.text import DEFAULT_METRICS, build_text_metrics
 from msenc.module import ConversationModule
@@ -100,6 +100,8 @@ def evaluate_run(
     check_targets(config, GIVEN)
     decoding = config["decoding"] if decoding is None else decoding
     quieten()
+    if speech is not None:
+        build(speech)  # what it refuses is said now, not after all replies are written
     scorers = build_text_metrics(metrics, metric_settings) if with_replies else {}
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))

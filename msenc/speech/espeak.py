@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msenc.speech.libespeak import VoiceSettings, speak
+from msenc.speech.libespeak import VoiceSettings, load_espeak, speak
 from msenc.speech.synthesis import SentenceSynthesizer, choose
 from msenc.types import UNKNOWN, VoiceAttributes
 
@@ -46,9 +46,13 @@ class ESpeak(SentenceSynthesizer):
 
     Args:
         language: eSpeak's name of it.
+
+    Raises:
+        MsencError: the package is missing.
     """
 
     def __init__(self, language: str = "en-us") -> None:
+        load_espeak()
         self.language = language
 
     def synthesize(self, phrase: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:

@@ -56,7 +56,7 @@ class Kokoro(SentenceSynthesizer):
         if missing:
             raise MsencError(
                 f"{self.folder}: no {' and no '.join(missing)}. Expected the folder of a Kokoro model with model.onnx, "
-                "vocab.json and voices/; docs/speech.md says where they come from. Give it: speech.folder=..."
+                "vocab.json and voices/; docs/speech.md describes them. Give it: speech.folder=..."
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
