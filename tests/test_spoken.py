@@ -28,22 +28,23 @@ PREDICTIONS = [
     prediction("Hello.", "a man speaks fast", "Leo"),
     prediction("...", "a woman speaks fast"),
     prediction("I am here.", None, "Leo"),
+    prediction("Hello.", "a woman speaks fast", "Clara"),
 ]
 
 
 def test_replies_are_spoken_once_and_in_any_number_of_processes(tmp_path):
     here, there = copy.deepcopy(PREDICTIONS), copy.deepcopy(PREDICTIONS)
-    assert speak_replies(here, NODE, tmp_path / "here", 0) == 4
-    assert speak_replies(there, NODE, tmp_path / "there", 2) == 4
+    assert speak_replies(here, NODE, tmp_path / "here", 0) == 5
+    assert speak_replies(there, NODE, tmp_path / "there", 2) == 5
     assert here == there
     files = [p["speech"] for p in here]
     assert files[0] == files[2]
     assert files[4] is None
-    assert len(set(files)) == 5
+    assert len(set(files)) == 6
     for file in {f for f in files if f}:
         assert re.fullmatch(r"speech/\w+\.wav", file)
         assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
-    assert len(list((tmp_path / "there" / "speech").iterdir())) == 4
+    assert len(list((tmp_path / "there" / "speech").iterdir())) == 5
     samples, _ = from_wav((tmp_path / "here" / files[5]).read_bytes())
     spoken, _ = ESpeak()("I am here.", "a man speaks", "Leo")  # as Leo's other turn says
     np.testing.assert_allclose(samples, spoken, atol=1e-4)
@@ -58,7 +59,7 @@ def test_only_what_is_missing_is_spoken(tmp_path):
     assert speak_replies(predictions, NODE, tmp_path, 0) == 1
     assert gone.is_file()
     assert kept.stat().st_mtime_ns == before
-    assert speak_replies(predictions, {**NODE, "language": "de"}, tmp_path, 0) == 4
+    assert speak_replies(predictions, {**NODE, "language": "de"}, tmp_path, 0) == 5
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
