@@ -105,7 +105,8 @@ def configure(folder: Path, modality: str, workers: int = 0) -> dict[str, Any]:
     """MELD's config with WavLM's and CLIP's features, as ``train.py`` composes it."""
     register_schemas()
     media = ["model/audio=wavlm", "model/video=clip"] if modality != "text" else []
-    own = [f"paths.data_dir={folder}", f"data.num_workers={workers}", "model.llm_recipe.num_dialogues=64"]
+    tiny = ["model.llm_recipe.num_dialogues=64", "model.llm_recipe.attempts=1"]
+    own = [f"paths.data_dir={folder}", f"data.num_workers={workers}", *tiny]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", ["data=meld", f"modality={modality}", *media, *own, f"paths.output_dir={folder}"])
     return plain(cfg)

@@ -41,7 +41,11 @@ with initialize_config_dir(str(CONFIGS), version_base="1.3"):
     check_targets(plain(compose("train", ["paths.output_dir=none"])), GIVEN)
 """
 
-SMALL_DEMO = ["data.generate.sizes={train:16,val:4,test:4}", "model.llm_recipe.num_dialogues=64"]
+SMALL_DEMO = [
+    "data.generate.sizes={train:16,val:4,test:4}",
+    "model.llm_recipe.num_dialogues=64",
+    "model.llm_recipe.attempts=1",
+]
 FIRST_STEP = ["+trainer.fast_dev_run=1", "+trainer.limit_val_batches=0", "+trainer.enable_progress_bar=false"]
 
 

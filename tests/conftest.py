@@ -24,7 +24,11 @@ from msenc.config import register_schemas
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
-SMALL_DEMO = ["data.generate.sizes={train:16,val:4,test:4}", "model.llm_recipe.num_dialogues=64"]
+SMALL_DEMO = [
+    "data.generate.sizes={train:16,val:4,test:4}",
+    "model.llm_recipe.num_dialogues=64",
+    "model.llm_recipe.attempts=1",
+]
 """Overrides that the small demo was made with; any other sizes would be refused in its folder."""
 
 

@@ -7,10 +7,10 @@ import torch
 from msenc.config import build, plain
 from msenc.models.llm import fingerprint, load_llm, load_tokenizer
 from msenc.prepare.demo import state_words, transcripts
-from msenc.prepare.tiny_llm import PROMPT, pretrain, train_tokenizer
-from msenc.prompt import DialogueTokenizer
+from msenc.prepare.tiny_llm import PROMPT, pairs_of_turns, pretrain, tokenize_transcript, train_tokenizer
+from msenc.prompt import TOKEN_KINDS, DialogueTokenizer
 
-SMALL = {"num_dialogues": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
+SMALL = {"num_dialogues": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "attempts": 1}
 
 
 def test_the_folder_depends_on_the_seed_alone(tmp_path):
@@ -103,3 +103,63 @@ def test_another_recipe_for_a_folder_that_is_there_is_said(tmp_path, capsys):
     pretrain(tmp_path / "llm", **{**SMALL, "seed": 5})
     assert "seed=1, not 5" in " ".join(capsys.readouterr().out.split())
     assert load_llm(str(tmp_path / "llm")).base_fingerprint == before
+
+
+def test_pairs_are_a_turn_and_its_reply_with_the_parity_alone_first():
+    demos = transcripts(60, seed=1)
+    tokenize = DialogueTokenizer(PROMPT, train_tokenizer(demos, PROMPT, 400))
+    dialogues = [tokenize_transcript(d, tokenize, 0.0, random.Random(1)) for d in demos]
+    pairs = pairs_of_turns(dialogues, random.Random(1))
+    whole = [(d.turns[at], d.targets[at]) for d in dialogues for at in range(len(d.targets))]
+    assert all(len(p.targets) == len(p.responses) == 1 and len(p.turns) == len(p.turn_tokens) == 2 for p in pairs)
+    assert all((p.turns[0], p.targets[0]) in whole for p in pairs)
+    parity, place = (TOKEN_KINDS.index(f"planted_{kind}") for kind in ("both", "text"))
+    num_parity = sum(parity in target.kinds for _, target in whole)
+    kinds = [set(p.targets[0].kinds) for p in pairs]
+    assert all(parity in k for k in kinds[:num_parity])
+    # then all kinds among each other, no pair of the hard ones left out
+    assert sum(parity in k for k in kinds[num_parity:]) == num_parity
+    assert sum(place in k for k in kinds) == sum(place in target.kinds for _, target in whole)
+    assert any(not {parity, place} & k for k in kinds)
+
+
+def test_what_nothing_tells_carries_no_weight():
+    demos = transcripts(60, seed=1)
+    tokenize = DialogueTokenizer(PROMPT, train_tokenizer(demos, PROMPT, 400))
+    rng, seen = random.Random(1), set()
+    for demo in demos:
+        full, some = (tokenize_transcript(demo, tokenize, silence, rng) for silence in (0.0, 0.5))
+        text = tokenize.tokenizer.decode([i for block in some.turns for piece in block for i in piece])
+        told = {stream for stream in ("audio", "video") if f"{ {'audio': 'voice', 'video': 'face'}[stream] }]" in text}
+        seen.add(frozenset(told))
+        known = {"text", *told} | ({"both"} if len(told) == 2 else set())
+        for before, after in zip(full.targets, some.targets, strict=True):
+            assert after.ids == before.ids
+            wanted = {TOKEN_KINDS[k] for k in before.kinds}
+            wanted -= {f"planted_{kind}" for kind in {"audio", "video", "both"} - known}
+            assert {k for k in map(TOKEN_KINDS.__getitem__, after.kinds) if "planted" in k} == {
+                k for k in wanted if "planted" in k
+            }
+    assert len(seen) == 4
+
+
+def test_it_says_when_planted_words_were_not_learned(tmp_path, monkeypatch, capsys):
+    pretrain(tmp_path / "a", **SMALL)
+    assert "has not learned all planted words" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("msenc.prepare.tiny_llm.LEARNED", math.inf)
+    pretrain(tmp_path / "b", **SMALL)
+    assert "has not learned" not in capsys.readouterr().out
+
+
+def test_attempts_begin_anew_and_the_best_is_kept(tmp_path, monkeypatch):
+    for name, attempts, losses in (("first", 1, [0.3]), ("second", 3, [0.4, 0.3, 0.5]), ("learned", 9, [0.4, 0.01])):
+        measured = iter(losses)
+        monkeypatch.setattr("msenc.prepare.tiny_llm._planted_loss", lambda *_, m=measured: next(m))
+        pretrain(tmp_path / name, **{**SMALL, "attempts": attempts})
+    first, second, learned = (load_llm(str(tmp_path / n)).base_fingerprint for n in ("first", "second", "learned"))
+    assert first != second == learned
+
+
+def test_one_transcript_is_enough_to_run(tmp_path):
+    pretrain(tmp_path / "llm", **{**SMALL, "num_dialogues": 1})
+    assert (tmp_path / "llm").is_dir()
