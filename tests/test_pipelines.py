@@ -498,7 +498,7 @@ def test_real_weights_train_and_reply(train, demo_home, tmp_path):
 
 def test_replies_are_spoken(finished, compose):
     metrics = measure(
-        compose, finished.run, "speech=espeak", "speech_workers=0", "limit=1", "decoding.max_new_tokens=12"
+        compose, finished.run, "speech=espeak", "speech_workers=0", "limit=4", "decoding.max_new_tokens=12"
     )
     folder = next(f for f in (finished.run / "evaluation").iterdir() if (f / "speech").is_dir())
     rows = evaluations(finished.run)[folder.name][1]
