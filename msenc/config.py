@@ -143,12 +143,14 @@ class TrainConfig:
 
     Args:
         plan: what the run would take is printed, and nothing trains.
+        dry_run: the jobs of the sweep are listed with what they would take, and none starts.
         evaluate: the split that is evaluated when training ends; None for none.
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
             began and did not finish, or skip what it has finished.
     """
 
     plan: bool = False
+    dry_run: bool = False
     seed: int = 1
     modality: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -395,17 +397,20 @@ def readable_errors() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except MsencError as e:
-        if shown_in_full:
-            raise
-        sys.exit(f"error: {e}")
     except Exception as e:
-        if shown_in_full or not _is_config_error(e):
+        if shown_in_full or (text := refusal(e)) is None:
             raise
-        sys.exit(f"config error: {_config_message(e)}")
+        sys.exit(text)
     finally:
         if not shown_in_full:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def refusal(error: Exception) -> str | None:
+    """What to say of an error that the user can mend; None of a bug."""
+    if isinstance(error, MsencError):
+        return f"error: {error}"
+    return f"config error: {_config_message(error)}" if _is_config_error(error) else None
 
 
 def _is_config_error(error: BaseException) -> bool:

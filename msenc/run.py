@@ -17,7 +17,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
 
 
 ANOTHER_PLACE = {
-    "": ("paths", "logger", "resume", "plan", "prepare_workers"),
+    "": ("paths", "logger", "resume", "plan", "dry_run", "prepare_workers"),
     "data": ("dir", "root", "num_workers", "verify"),
 }
 """Keys that do not tell one run from another: where things lie, who watches, and how many help."""
@@ -69,7 +69,7 @@ class RunRecord:
             "commit": _commit(),
             "versions": {name: _version(name) for name in PACKAGES},
             "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": machine(),
             "resumed": 0,
             **facts,
         }
@@ -92,7 +92,11 @@ class RunRecord:
         """Continue an earlier run in its folder instead, and remove this one, in which nothing has happened yet."""
         empty, hold = self.folder, self._lock
         self.folder = Path(folder)
-        self._hold()
+        try:
+            self._hold()
+        except MsencError:  # whoever works there keeps its record; this one says so in its own
+            self.folder, self._lock = empty, hold
+            raise
         if hold is not None:
             hold.release()
         for handler in logging.getLogger().handlers:
@@ -139,6 +143,11 @@ class RunRecord:
         if not is_finished(self.facts):
             self.facts.pop("error", None)
             self.add(status="running", resumed=self.facts.get("resumed", 0) + 1, commit_resumed=_commit())
+
+
+def machine() -> str:
+    """What kind of machine this is."""
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def is_first_process() -> bool:
@@ -194,14 +203,30 @@ def check_same_settings(folder: Path, cfg: DictConfig) -> None:
         )
 
 
-def find_run(runs_dir: Path, identity: str) -> Path | None:
-    """The run of this identity below a folder: a finished one before others, the latest before earlier ones."""
+def find_run(folders: Iterable[Path], identity: str) -> Path | None:
+    """The run of this identity below any of the folders: a finished one before others, the latest before earlier ones.
+
+    A run's folder holds no other run, so it is not searched.
+    """
     found = []
-    for path in runs_dir.rglob("run.json"):
+    for path in run_records(folders):
         facts = read_json(path)
         if facts.get("identity") == identity:
             found.append((is_finished(facts), path.stat().st_mtime, path.parent))
     return max(found)[2] if found else None
+
+
+def run_records(folders: Iterable[Path]) -> Iterator[Path]:
+    """Every ``run.json`` below the folders, once; the many files of a run's folder are not looked through."""
+    seen = set()
+    for folder in folders:
+        for place, inner, files in os.walk(folder):
+            if "run.json" in files:
+                inner.clear()
+                path = Path(place, "run.json")
+                if (real := path.resolve()) not in seen:
+                    seen.add(real)
+                    yield path
 
 
 def resumed_arguments(arguments: list[str]) -> list[str]:
@@ -216,7 +241,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     named = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
     if not named or named[-1] in ("auto", "null", ""):
         return arguments
-    if {"-m", "--multirun"} & set(arguments):
+    if {"-m", "--multirun"} & set(arguments) or any(a.startswith("sweep=") for a in arguments):
         raise MsencError(
             f"resume={named[-1]}: a multirun makes many runs, this is one. Leave out -m, or use resume=auto."
         )
@@ -224,15 +249,23 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     read_run(folder, "resume")
     file = folder / ".hydra" / "overrides.yaml"
     given = [a for a in arguments if not a.startswith("resume=")]
-    keys = {_key(a) for a in given}
-    own = [o for o in OmegaConf.load(file) if _key(o) not in keys | {"resume"}] if file.is_file() else []
-    quoted = str(folder.resolve()).replace("\\", "\\\\").replace("'", "\\'")
-    # Hydra would write the run's .hydra/ anew.
-    return [*own, *given, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+    keys = {key_of(a) for a in given}
+    own = [o for o in OmegaConf.load(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
+    quoted = quoted_value(str(folder.resolve()))
+    # A job's own overrides name its sweep, which would begin anew; and Hydra would write the run's .hydra/ anew.
+    hydra = [f"hydra.run.dir={quoted}", "hydra.mode=RUN", "hydra.output_subdir=null"]
+    return [*own, *given, f"resume={quoted}", *hydra]
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """What an override sets, as ``modality`` in ``modality=text``."""
     return override.lstrip("+~").partition("=")[0]
+
+
+def quoted_value(text: str) -> str:
+    """A text as an override's value, whatever signs are in it."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Runs trainings in processes of their own and ends them at chosen moments: ``python kill_driver.py SPEC RESULT``.
 
 The imports are paid once, here; every start is a fork. SPEC is a JSON list of runs: ``folder``, ``first`` and ``again``
-(arguments of train.py for the first start and for those after a kill), and ``moments``, one per start but the last.
+(arguments of train.py for the first start and for those after a kill), and ``moments``, one per start but the last;
+with ``is_sweep`` they are those of a multirun.
 RESULT gets, per run, how each start ended, what it said, and what lay in the folder then.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from msenc import checkpoints
 from msenc.config import register_schemas
@@ -44,6 +46,8 @@ def plant(moment: str | None, witness: Path) -> None:
         with witness.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if place == "batch" and numbers == [self.trainer.current_epoch, batch_idx]:
+            end(kind)
+        if place == "job" and numbers == [HydraConfig.get().job.num, batch_idx]:
             end(kind)
 
     def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
@@ -99,7 +103,9 @@ def start(arguments: list[str], moment: str | None, run: dict, number: int) -> d
         try:
             plant(moment, Path(f"{run['folder']}.batches"))
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                GlobalHydra.instance().hydra.run("train", training.train, resumed_arguments(arguments), False)
+                hydra = GlobalHydra.instance().hydra
+                call = hydra.multirun if run.get("is_sweep") else hydra.run
+                call("train", training.train, resumed_arguments(arguments), False)
             status = 0
         except SystemExit as e:
             status = e.code

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,11 @@ TRAINED = {
 }
 """File -> what else its training step needs; large models become random ones of the same class."""
 
+
+def files_of(group: str) -> list[Path]:
+    return sorted((CONFIGS / group).glob("*.yaml"))
+
+
 BINDS_ONLY = {
     "data/meld": "needs MELD's files (tests that have them train on them)",
     "data/msenc": "needs MSenC's videos",
@@ -121,14 +127,10 @@ BINDS_ONLY = {
     "speech/openai": "speaks replies, by a server",
     "speech/kokoro": "speaks replies, by a model that is not in the repository",
     "speech/none": "speaks nothing",
-    "sweep/paper": "its rows are experiments, which are trained one by one",
+    **{f"sweep/{f.stem}": "its rows are trained one by one" for f in files_of("sweep")},
     "trainer/ddp": "needs two processes",
     "trainer/gpu": "needs a GPU",
 }
-
-
-def files_of(group: str) -> list[Path]:
-    return sorted((CONFIGS / group).glob("*.yaml"))
 
 
 def named(path: Path) -> str:
@@ -231,6 +233,29 @@ def test_trains_a_step(name, train, tiny_models, blip2, prepared, tmp_path):
     assert 0 < run.loss < 20
     if name != "trainer/debug":
         assert is_trained(run.folder / "checkpoints" / "last.ckpt")
+
+
+def rows_of(sweep: str) -> list[list[str]]:
+    """The overrides of each row of a sweep, without its seeds."""
+    params = dict(OmegaConf.load(CONFIGS / "sweep" / f"{sweep}.yaml").hydra.sweeper.params)
+    assert len(params.pop("seed").split(",")) >= 3
+    return [
+        list(row) for row in product(*([f"{key}={v}" for v in values.split(",")] for key, values in params.items()))
+    ]
+
+
+ROWS = [(f.stem, row) for f in files_of("sweep") for row in rows_of(f.stem)]
+
+
+@pytest.mark.parametrize(("sweep", "row"), ROWS, ids=[f"{s}: {' '.join(r)}" for s, r in ROWS])
+def test_each_row_of_a_sweep_trains_a_step(sweep, row, train, home, tmp_path):
+    assert OmegaConf.load(CONFIGS / "sweep" / f"{sweep}.yaml").hydra.mode == "MULTIRUN"
+    assert bind(compose_with_hydra("train", [f"sweep={sweep}", *row]), tmp_path) > 0
+    if all(o.replace("=", "/") in TRAINED for o in row):
+        return  # test_trains_a_step trains what this row chooses
+    run = train([*row, "trainer.max_steps=1", "data.batch_size=16", "evaluate=null"])
+    assert read_json(run.folder / "run.json")["steps"] == 1
+    assert is_trained(run.folder / "checkpoints" / "last.ckpt")
 
 
 def is_trained(checkpoint: Path) -> bool:

@@ -419,33 +419,6 @@ def test_a_model_that_cannot_be_loaded_is_refused(train):
         train([*FAST, "modality=text", "model/llm=smollm2", "model.llm.name_or_path=nobody/no-such-model"])
 
 
-# ------------------------------------------------------------------------------------------------ sweeps
-
-
-def test_a_failing_job_stops_neither_the_sweep_nor_its_report(run_script, demo_home, tmp_path):
-    good = demo_home / "data" / "tiny-llm"
-    done = run_script(
-        "train.py",
-        "-m",
-        "modality=text",
-        "model/llm=smollm2",
-        f"model.llm.name_or_path=nobody/no-such-model,{good}",
-        "trainer.max_epochs=1",
-        "decoding.max_new_tokens=2",
-        f"hydra.sweep.dir={tmp_path / 'sweep'}",
-    )
-    assert done.returncode == 1, done.stderr
-    failed, finished = (read(tmp_path / "sweep" / job / "run.json") for job in "01")
-    assert failed["status"] == "failed"
-    assert "cannot load 'nobody/no-such-model'" in failed["error"]
-    assert finished["status"] == "finished"
-    assert evaluations(tmp_path / "sweep" / "1")
-    assert "1 of 2 jobs did not finish" in done.stdout
-    assert "nll" in done.stdout
-    assert sorted(p.suffix for p in (tmp_path / "sweep").iterdir() if p.is_file()) > [".csv"]
-    assert "Traceback" not in done.stderr
-
-
 # ------------------------------------------------------------------------------------------------ real weights
 
 

@@ -283,12 +283,17 @@ def test_another_run_is_not_continued(begun, call_script, tmp_path):
         call_script("train.py", f"resume={begun}", "trainer.max_epochs=9")
     with pytest.raises(SystemExit, match=r"resume=.*nowhere: does not exist"):
         call_script("train.py", f"resume={tmp_path / 'nowhere'}")
-    with pytest.raises(SystemExit, match="a multirun makes many runs"):
-        call_script("train.py", "-m", f"resume={begun}")
+    for several in ("-m", "sweep=modality"):
+        with pytest.raises(SystemExit, match="a multirun makes many runs"):
+            call_script("train.py", several, f"resume={begun}")
     with pytest.raises(SystemExit, match=r"holds a run already.*resume="):
         call_script("train.py", *SHORT, f"hydra.run.dir={begun}")
-    with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process works in this run's folder"):
-        call_script("train.py", f"resume={begun}")
+    before = (begun / "run.json").read_text()
+    same = [*SHORT, "resume=auto", f"paths.runs_dir={begun.parent}", f"hydra.run.dir={tmp_path / 'other'}"]
+    for command in ([f"resume={begun}"], same):
+        with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process works in this run's folder"):
+            call_script("train.py", *command)
+    assert (begun / "run.json").read_text() == before  # it is the other's
     assert json.loads((begun / "run.json").read_text())["status"] == "running"
     call_script("train.py", f"resume={begun}", "data.num_workers=2", "~logger.tensorboard")  # of no consequence
     assert json.loads((begun / "run.json").read_text())["status"] == "finished"
@@ -315,4 +320,7 @@ def test_a_job_of_a_sweep_is_skipped_where_it_is_finished(begun, call_script, de
         f"hydra.sweep.dir={sweep}",
     )
     assert capsys.readouterr().out.count("Finished already") == 1
-    assert [p.parent.name for p in sweep.glob("*/run.json")] == ["1"]
+    assert [p.parent.name for p in sweep.glob("*/*/run.json")] == ["1"]
+    (job,) = sweep.glob("*/1")
+    call_script("train.py", f"resume={job}")  # a sweep's job by itself is one run
+    assert "Finished already" in capsys.readouterr().out

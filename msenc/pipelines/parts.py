@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
 from rich.console import Console
 
 from msenc.checkpoints import read_checkpoint
@@ -23,9 +25,7 @@ from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.module import ConversationModule
 from msenc.prompt import DialogueTokenizer, Prompt
-from msenc.run import (
-    digest,
-)
+from msenc.run import digest, run_settings
 from msenc.types import MsencError
 
 console = Console(quiet=rank_zero_only.rank != 0)  # of several processes, the first one speaks
@@ -134,6 +134,26 @@ def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
 def stream_hashes(datamodule: DialogueDataModule) -> dict[str, str]:
     """Stream -> hash of its features."""
     return {s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()}
+
+
+def data_hashes(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict[str, Any]:
+    """What a run reads, by its hashes."""
+    return {
+        "turns_hash": datamodule.manifest.turns_hash,
+        "streams": stream_hashes(datamodule),
+        "task_hash": task_hash(config, datamodule),
+    }
+
+
+def run_identity(cfg: DictConfig, data: Mapping[str, Any]) -> str:
+    """The hash by which a repeated command finds its run: all settings that matter, and the data."""
+    return digest({**run_settings(cfg), **data})
+
+
+def places_of_runs(cfg: DictConfig, hydra: DictConfig) -> list[Path]:
+    """Where a repeated command looks for its run: all runs, and the sweep's folder, which may lie elsewhere."""
+    places = [Path(cfg.paths.runs_dir)]
+    return [*places, Path(hydra.sweep.dir)] if hydra.mode is RunMode.MULTIRUN else places
 
 
 def check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:

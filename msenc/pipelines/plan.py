@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from msenc.config import build, check_targets, plain
+from msenc.data.datamodule import DialogueDataModule
 from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, console, quieten
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared
 from msenc.plan import count_batches, largest_batch, predict_memory
@@ -25,14 +26,9 @@ def plan_run(cfg: DictConfig, prepare_command: str) -> None:
     ensure_llm(config)
     datamodule = build_datamodule(config, prepare_command)
     ensure_prepared(config, datamodule)
-    model = build_model(config, empty=True)
-    if model.llm.attention_kernel != "eager":
-        # Shapes are followed on a CPU: of its kernels, the one that keeps what the device's kernel keeps.
-        on_gpu = trainer["accelerator"] in ("gpu", "cuda") or torch.cuda.is_available()
-        kept = {"flex_attention": "split", "auto": "dense" if on_gpu else "split"}
-        model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
     table = Table(title=f"Plan: {config['modality']} on {config['data']['name']}", show_header=False)
     batches, processes = count_batches(datamodule, trainer), _num_processes(trainer)
+    bytes_of = memory_of(config, datamodule)
     add_batches(table, batches, datamodule.dropped_turns("train"), datamodule.described_targets("train"))
     tokens = batches["tokens_per_batch"]
     table.add_row("tokens per epoch", f"{batches['tokens_per_epoch']:,}")
@@ -40,9 +36,7 @@ def plan_run(cfg: DictConfig, prepare_command: str) -> None:
     if batches["fill"] is not None:
         table.add_row("budget filled", f"{100 * batches['fill']:.1f} %")
     table.add_row("padding", f"{100 * batches['padding']:.1f} %")
-    if sum(model.trainable_parameters().values()):
-        batch = largest_batch(datamodule, processes)
-        bytes_of = predict_memory(model, build(config["optimizer"]), batch, str(trainer["precision"]), processes)
+    if bytes_of:
         table.add_section()
         for name, size in bytes_of.items():
             title = "predicted peak memory" if name == "peak" else name.replace("_", " ")
@@ -55,6 +49,22 @@ def plan_run(cfg: DictConfig, prepare_command: str) -> None:
         "up to half as much again). Nothing was trained.",
         soft_wrap=True,
     )
+
+
+def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict[str, int]:
+    """Bytes that a training step of a run takes, by what takes them (`predict_memory`); none where nothing trains."""
+    trainer = config["trainer"]
+    model = build_model(config, empty=True)
+    if not sum(model.trainable_parameters().values()):
+        return {}
+    if model.llm.attention_kernel != "eager":
+        # Shapes are followed on a CPU: of its kernels, the one that keeps what the device's kernel keeps.
+        on_gpu = trainer["accelerator"] in ("gpu", "cuda") or torch.cuda.is_available()
+        kept = {"flex_attention": "split", "auto": "dense" if on_gpu else "split"}
+        model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
+    processes = _num_processes(trainer)
+    batch = largest_batch(datamodule, processes)
+    return predict_memory(model, build(config["optimizer"]), batch, str(trainer["precision"]), processes)
 
 
 def _num_processes(trainer: Mapping[str, Any]) -> int:

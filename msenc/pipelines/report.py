@@ -1,10 +1,9 @@
-"""What report.py does, and what ends a sweep: runs -> tables and a page."""
+"""What report.py does: runs -> tables and a page."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from msenc.config import plain
 from msenc.pipelines.parts import console
@@ -33,20 +32,3 @@ def report(cfg: DictConfig) -> None:
     page = target / "report.html"
     write_text(page, render_page(table, f"Report on {', '.join(f.resolve().name for f in folders)}", folders))
     console.print(f"Written: {', '.join(map(str, [*paths, page]))}", soft_wrap=True)
-
-
-def end_sweep(sweep_dir: Path) -> None:
-    """What a multirun does last: print the report, name what failed, and exit with status 1 if anything did."""
-    from msenc.report.collect import collect_runs
-
-    runs = collect_runs(sweep_dir)
-    failed = [run for run in runs if run.status != "finished"]
-    try:
-        report(OmegaConf.create({"sweep_dir": str(sweep_dir), "split": "test", "settings": None}))
-    except MsencError as e:
-        console.print(f"No table: {e}", soft_wrap=True)
-    if failed:
-        console.print(f"[red]{len(failed)} of {len(runs)} jobs did not finish:[/red]")
-        for run in failed:
-            console.print(f"  {run.name}: {run.status}: {run.error}", soft_wrap=True)
-        sys.exit(1)

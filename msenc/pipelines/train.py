@@ -29,11 +29,12 @@ from msenc.pipelines.parts import (
     calibrate_connectors,
     check_same_data,
     console,
+    data_hashes,
     load_checkpoint,
+    places_of_runs,
     quieten,
+    run_identity,
     shown,
-    stream_hashes,
-    task_hash,
 )
 from msenc.pipelines.plan import add_batches, discard_run_folder, plan_run
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
@@ -41,14 +42,13 @@ from msenc.plan import count_batches
 from msenc.run import (
     RunRecord,
     check_same_settings,
-    digest,
     find_run,
     is_finished,
     is_first_process,
-    run_settings,
     write_json,
 )
 from msenc.signals import STOPPED, Termination
+from msenc.sweep import note_run
 from msenc.types import MsencError
 
 PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
@@ -66,6 +66,8 @@ def train(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
     command = prepare_command(overrides, hydra.runtime.choices)
+    if hydra.mode is RunMode.MULTIRUN and cfg.resume is None:
+        cfg.resume = "auto"  # a sweep is what its jobs are, whenever they ran
     if cfg.plan:
         try:
             plan_run(cfg, command)
@@ -74,6 +76,7 @@ def train(cfg: DictConfig) -> float | None:
         return None
     with Termination() as termination:
         record = _open_record(cfg, overrides, command)
+        _note_job(record)
         try:
             loss = _train(cfg, record, termination)
             record.add(status="finished", best_loss=loss)
@@ -110,6 +113,12 @@ def _open_record(cfg: DictConfig, overrides: list[str], command: str) -> RunReco
     return RunRecord(folder, seed=cfg.seed, modality=cfg.modality, overrides=overrides, prepare_command=command)
 
 
+def _note_job(record: RunRecord) -> None:
+    hydra = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN and is_first_process():
+        note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, hydra.overrides.task)
+
+
 def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> float | None:
     config = plain(cfg)
     check_targets(config, GIVEN)
@@ -118,16 +127,13 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     ensure_llm(config)
     datamodule = build_datamodule(config, record.facts.get("prepare_command", "python prepare.py"))
     ensure_prepared(config, datamodule)
-    data = {
-        "turns_hash": datamodule.manifest.turns_hash,
-        "streams": stream_hashes(datamodule),
-        "task_hash": task_hash(config, datamodule),
-    }
-    identity = digest({**run_settings(cfg), **data})
+    data = data_hashes(config, datamodule)
+    identity = run_identity(cfg, data)
     if cfg.resume == "auto" and "identity" not in record.facts:
-        earlier = find_run(Path(cfg.paths.runs_dir), identity)
+        earlier = find_run(places_of_runs(cfg, HydraConfig.get()), identity)
         if earlier is not None:
             record.move(earlier)
+            _note_job(record)
             cfg.paths.output_dir = str(earlier)
             config = plain(cfg)
     if is_finished(record.facts):

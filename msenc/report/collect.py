@@ -1,11 +1,14 @@
 """Reads what runs left behind: `run.json` and `evaluation/*/metrics.json` below a folder; writes nothing."""
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msenc.sweep import read_sweep
 from msenc.types import MsencError
 
 FACTS = ("data", "turns_hash", "llm", "base_fingerprint", "commit", "device", "machine", "epochs", "history")
@@ -74,7 +77,7 @@ class Run:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-def parse_overrides(overrides: list[str]) -> dict[str, str]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
     """Hydra override strings as key -> value; of a key given twice the last counts, as for Hydra.
 
     Example:
@@ -89,7 +92,9 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
 
 
 def collect_runs(folder: Path) -> list[Run]:
-    """Find the run folders (those with a `run.json`) in `folder` and below it, in natural order of their names.
+    """Find the runs of a sweep, in the order of its jobs; or those in and below any other folder, by their names.
+
+    A run is a folder with a `run.json`. Those of a sweep are the ones its last start asked for, wherever they lie.
 
     Args:
         folder: a sweep's folder, a run's, or one above several.
@@ -99,10 +104,17 @@ def collect_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise MsencError(f"No folder {folder}. Expected a sweep's folder, as train.py -m prints it at its end.")
-    paths = sorted(folder.rglob("run.json"), key=lambda path: _natural(path.relative_to(folder).as_posix()))
+    jobs = read_sweep(folder)
+    if jobs is None:
+        paths = sorted(folder.rglob("run.json"), key=lambda path: _natural(path.relative_to(folder).as_posix()))
+        asked: dict[Path, Sequence[str] | None] = dict.fromkeys(paths)
+    else:
+        # By what the sweep asked for: a run that it took over may say the same in other words.
+        asked = {job.run_dir / "run.json": job.overrides for job in jobs if job.run_dir}
+        paths = [path for path in asked if path.is_file()]
     if not paths:
         raise MsencError(f"No run found in {folder}: expected folders with a run.json. Give the folder of a sweep.")
-    return [_read_run(path, folder) for path in paths]
+    return [_read_run(path, folder, asked[path]) for path in paths]
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -110,17 +122,17 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _read_run(path: Path, folder: Path) -> Run:
+def _read_run(path: Path, folder: Path, overrides: Sequence[str] | None) -> Run:
     value = _read_json(path)
     required = ["status"] + (["task_hash", "seed", "overrides"] if value.get("status") == "finished" else [])
     _require(path, value, required)
     return Run(
-        name=path.parent.relative_to(folder).as_posix() if path.parent != folder else folder.resolve().name,
+        name=os.path.relpath(path.parent, folder) if path.parent != folder else folder.resolve().name,
         status=value["status"],
         error=value.get("error"),
         task_hash=value.get("task_hash") or "",
         seed=value.get("seed") or 0,
-        overrides=parse_overrides(value.get("overrides") or []),
+        overrides=parse_overrides(value.get("overrides") or [] if overrides is None else overrides),
         streams=value.get("streams") or {},
         trainable_parameters=value.get("trainable_parameters") or {},
         seconds=value.get("seconds") or 0.0,

@@ -1,0 +1,188 @@
+"""What train.py does with dry_run=true: the jobs of a sweep, what is done of them, and what the rest would take."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, open_dict
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from msenc.config import check_targets, plain
+from msenc.data.datamodule import DialogueDataModule
+from msenc.pipelines.parts import GIVEN, build_datamodule, console, data_hashes, places_of_runs, quieten, run_identity
+from msenc.pipelines.plan import memory_of
+from msenc.pipelines.prepare import prepare_command
+from msenc.plan import count_batches
+from msenc.run import digest, find_run, is_finished, key_of, machine, read_json, read_run, run_records, run_settings
+from msenc.types import MsencError
+
+
+@dataclass
+class Expectation:
+    """What is known of a job before it runs.
+
+    Args:
+        state: ``finished``, ``failed`` ..., as the run says that the job would continue; ``new`` without one.
+        seconds: that it is going to take; None if unknown.
+        source: of the seconds.
+        peak_bytes: predicted; None where nothing trains, or unknown.
+        problem: why something is unknown.
+    """
+
+    state: str = "new"
+    seconds: float | None = None
+    source: str = ""
+    peak_bytes: int | None = None
+    problem: str = ""
+
+
+def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[str]) -> list[Expectation]:
+    """Print a table of a sweep's jobs; nothing is prepared, trained or written.
+
+    Args:
+        config: that all jobs start from.
+        jobs: the overrides of each.
+        axes: keys that are varied.
+    """
+    quieten()
+    known = _Known(config)
+    rows = [known.expect(job) for job in track(jobs, "looking at each job", transient=True, console=console)]
+    table = Table(title=f"{len(jobs)} jobs; none was started")
+    for column, justify in (
+        ("job", "right"),
+        ("varies", "left"),
+        ("state", "left"),
+        ("time", "right"),
+        ("memory", "right"),
+    ):
+        table.add_column(column, justify=justify)
+    for number, (job, row) in enumerate(zip(jobs, rows, strict=True)):
+        varied = " ".join(o for o in job if key_of(o) in axes)
+        table.add_row(str(number), escape(varied), row.state, _minutes(row), _mib(row))
+    console.print(table)
+    for what, names in _grouped((row.source, n) for n, row in enumerate(rows)).items():
+        console.print(f"Time of {names}: {what}", soft_wrap=True)
+    for what, names in _grouped((row.problem, n) for n, row in enumerate(rows)).items():
+        console.print(f"[yellow]Unknown of {names}:[/yellow] {escape(what)}", soft_wrap=True)
+    if all(row.seconds is not None for row in rows):
+        console.print(f"One after another: {sum(row.seconds for row in rows) / 60:.1f} min.")
+    peaks = [row.peak_bytes for row in rows if row.peak_bytes]
+    if peaks:
+        console.print(
+            f"Memory: the predicted peak of a training step, at most {max(peaks) / 2**20:,.0f} MiB; Python and its "
+            "libraries come on top (0.4 GiB), and what the allocator does not give back (plan=true says more).",
+            soft_wrap=True,
+        )
+    return rows
+
+
+class _Known:
+    """What earlier runs and the configs tell of jobs; what jobs share is looked up once."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.places = places_of_runs(config, config.hydra)
+        records = ((path.parent, read_json(path)) for path in run_records(self.places))
+        self.finished = [(folder, facts) for folder, facts in records if is_finished(facts)]
+        self._absent: dict[str, str] = {}
+        self._peaks: dict[str, int | None] = {}
+
+    def expect(self, overrides: Sequence[str]) -> Expectation:
+        cfg = GlobalHydra.instance().config_loader().load_sweep_config(self.config, list(overrides))
+        command = prepare_command(cfg.hydra.overrides.task, cfg.hydra.runtime.choices)
+        with open_dict(cfg):
+            del cfg.hydra
+        cfg.paths.output_dir = "none"
+        config = plain(cfg)
+        check_targets(config, GIVEN)
+        row = Expectation()
+        llm, recipe = config["model"]["llm"]["name_or_path"], config["model"]["llm_recipe"]
+        try:
+            if recipe is not None and recipe["folder"] == llm and not Path(llm).is_dir():
+                raise MsencError(f"{llm}: this LLM is not there yet; prepare.py makes it, and so does the first job.")
+            if llm in self._absent:
+                raise MsencError(self._absent[llm])
+            datamodule = build_datamodule(config, command)
+            datamodule.setup()
+            data = data_hashes(config, datamodule)
+            spent = 0.0
+            earlier = find_run(self.places, run_identity(cfg, data))
+            if earlier is not None:
+                facts = read_json(earlier / "run.json")
+                row.state, spent = facts["status"], facts["seconds"]
+            if row.state == "finished":
+                row.seconds = 0.0
+                return row
+            row.seconds, row.source = self._seconds(cfg, data, config, datamodule)
+            if row.seconds is not None:
+                row.seconds = max(row.seconds - spent, 0.0)
+            row.peak_bytes = self._peak(cfg, data, config, datamodule)
+        except MsencError as e:
+            row.problem = str(e)
+            if "cannot load" in row.problem:
+                self._absent[llm] = row.problem  # asking a hub that does not answer takes most of a minute
+        return row
+
+    def _seconds(
+        self, cfg: DictConfig, data: dict, config: dict, datamodule: DialogueDataModule
+    ) -> tuple[float | None, str]:
+        """From runs of another seed, or else of another length; on this kind of machine, and on this data."""
+        alike = [
+            (folder, facts)
+            for folder, facts in self.finished
+            if facts.get("machine") == machine() and all(facts.get(key) == value for key, value in data.items())
+        ]
+        same = [facts for folder, facts in alike if _settings_of(folder) == _without_seed(cfg)]
+        if same:
+            return mean(f["seconds"] for f in same), f"mean of {len(same)} finished runs that differ in the seed alone"
+        other = [facts for folder, facts in alike if _settings_of(folder, True) == _without_seed(cfg, True)]
+        rates = [facts["seconds"] / facts["steps"] for facts in other if facts.get("steps")]
+        steps = count_batches(datamodule, config["trainer"])["steps"]
+        if rates and steps:
+            return mean(rates) * steps, f"by the step, from {len(rates)} finished runs that differ in seed and length"
+        return None, "unknown: no finished run here with these settings, whatever its seed and length"
+
+    def _peak(self, cfg: DictConfig, data: dict, config: dict, datamodule: DialogueDataModule) -> int | None:
+        key = digest([_without_seed(cfg), data])
+        if key not in self._peaks:
+            self._peaks[key] = memory_of(config, datamodule).get("peak")
+        return self._peaks[key]
+
+
+def _without_seed(cfg: DictConfig, without_length: bool = False) -> dict[str, Any]:
+    settings = run_settings(cfg)
+    del settings["seed"]
+    for key in ("max_epochs", "max_steps") if without_length else ():
+        settings["trainer"].pop(key, None)
+    return settings
+
+
+@cache
+def _settings_of(folder: Path, without_length: bool = False) -> dict[str, Any]:
+    return _without_seed(read_run(folder)[1], without_length)
+
+
+def _grouped(pairs) -> dict[str, str]:
+    groups = defaultdict(list)
+    for text, number in pairs:
+        groups[text].append(str(number))
+    return {text: f"job{'s' * (len(names) > 1)} {', '.join(names)}" for text, names in groups.items() if text}
+
+
+def _minutes(row: Expectation) -> str:
+    if row.state == "finished":
+        return "-"
+    return "unknown" if row.seconds is None else f"{row.seconds / 60:.1f} min"
+
+
+def _mib(row: Expectation) -> str:
+    if row.state == "finished" or (row.peak_bytes is None and not row.problem):
+        return "-"
+    return "unknown" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,114 @@
+"""What happens before and after the jobs of a sweep: its folder or, in a dry run, their list; then the report."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
+
+from msenc.config import ReportConfig
+from msenc.pipelines.dry_run import list_jobs
+from msenc.pipelines.parts import console, shown
+from msenc.pipelines.report import report
+from msenc.run import is_finished, key_of, quoted_value, read_json
+from msenc.sweep import read_sweep, sweep_name, write_sweep
+from msenc.types import MsencError
+
+_held: list[FileLock] = []
+"""Of the sweep that this process runs; a hook of Hydra's could not keep it, as it is sent to other processes."""
+
+
+def begin_sweep(config: DictConfig) -> None:
+    """Give a multirun the folder that the same command had before, and note its jobs there.
+
+    Args:
+        config: that all jobs start from; what is set in it reaches them.
+
+    Raises:
+        MsencError: another process runs the sweep.
+    """
+    command = list(config.hydra.overrides.task)
+    jobs, axes = _jobs(config)
+    if config.dry_run:
+        if jobs is None:
+            raise MsencError(
+                "dry_run=true: this hydra/sweeper chooses its jobs as it goes. Only basic's can be listed."
+            )
+        list_jobs(config, jobs, axes)
+        sys.exit(0)
+    given = {key_of(o) for o in config.hydra.overrides.hydra}
+    if "hydra.sweep.dir" not in given:
+        name = sweep_name(config.hydra.runtime.choices.get("sweep"), command, axes)
+        _set(config, "hydra.sweep.dir", str(Path(config.hydra.sweep.dir).absolute() / name))
+    if "hydra.sweep.subdir" not in given:
+        _set(config, "hydra.sweep.subdir", f"{datetime.now():%Y-%m-%d_%H-%M-%S}/${{hydra.job.num}}")
+    folder = Path(config.hydra.sweep.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as e:
+        raise MsencError(
+            f"{folder}: another process runs this sweep. Wait for it, or give this one a folder of its own: "
+            "hydra.sweep.dir=FOLDER"
+        ) from e
+    _held.append(lock)
+    write_sweep(folder, command, jobs)
+
+
+def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
+    """The overrides of each job, as Hydra's basic sweeper will make them (None for another one), and what varies."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    overrides = parser.parse_overrides([*params, *config.hydra.overrides.task])
+    axes = [key_of(p) for p in params] + [o.get_key_element().lstrip("+~") for o in overrides if o.is_sweep_override()]
+    if not config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
+        return None, axes
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    return jobs, list(dict.fromkeys(axes))
+
+
+def _set(config: DictConfig, key: str, value: str) -> None:
+    """Set a value here, and in the configs of the jobs, which are composed from overrides."""
+    config.hydra.overrides.hydra.append(f"{key}={quoted_value(value)}")
+    OmegaConf.update(config, key, value)
+
+
+def end_sweep(config: DictConfig) -> None:
+    """Report on a multirun, name what failed in it, and exit with status 1 if anything did."""
+    folder = Path(config.hydra.sweep.dir)
+    jobs = read_sweep(folder) or []
+    has_report = config.evaluate is None or bool(config.trainer.get("fast_dev_run"))
+    if not has_report:
+        try:
+            report(OmegaConf.structured(ReportConfig(sweep_dir=str(folder), split=config.evaluate)))
+            has_report = True
+        except MsencError as e:
+            console.print(f"No report: {escape(str(e))}", soft_wrap=True)
+    console.print(f"Sweep folder: {shown(folder)}", soft_wrap=True)
+    failed = {job: how for job in jobs if (how := _failure(job.run_dir))}
+    if failed:
+        console.print(f"[red]{len(failed)} of {len(jobs)} jobs did not finish:[/red]")
+        for job, how in failed.items():
+            console.print(f"  job {job.number} ({' '.join(job.overrides)}): {escape(how)}", soft_wrap=True)
+        console.print("The same command again runs them again, and skips the others.")
+    while _held:
+        _held.pop().release()
+    if failed or not has_report:
+        sys.exit(1)
+
+
+def _failure(run_dir: Path | None) -> str | None:
+    """Why a job's run has no result; None where it has."""
+    if run_dir is None:
+        return "it did not start"
+    if not (run_dir / "run.json").is_file():
+        return f"{run_dir}: its folder is gone"
+    facts: dict[str, Any] = read_json(run_dir / "run.json")
+    return None if is_finished(facts) else f"{facts['status']}: {facts.get('error') or 'its process was killed'}"

@@ -1,0 +1,92 @@
+"""A sweep's folder: which jobs it has, and which run each of them is.
+
+- ``sweep.json``: the command and its jobs, written when the sweep starts
+- ``jobs/<number>.json``: where the run of a job lies, written by the job; it may lie in another sweep's folder
+- ``<time of a start>/<number>/``: runs that began here
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msenc.run import ANOTHER_PLACE, digest, key_of, read_json, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Args:
+        number: its place in the sweep, from 0.
+        overrides: what composes its config.
+        run_dir: the folder of its run; None where it has not started.
+    """
+
+    number: int
+    overrides: tuple[str, ...]
+    run_dir: Path | None
+
+
+def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str]) -> str:
+    """The name of a sweep's folder; the same for a command with more, or fewer, values on the same axes.
+
+    Args:
+        chosen: the file of the group ``sweep``, if there is one.
+        overrides: of the command.
+        axes: keys that are varied; the seed always counts as one.
+
+    Example:
+        >>> one = sweep_name(None, ["modality=text", "seed=1,2", "optimizer.lr=0.1"], ["seed"])
+        >>> one == sweep_name(None, ["optimizer.lr=0.1", "paths.runs_dir=x", "modality=text"], ["seed"])
+        True
+        >>> one == sweep_name(None, ["modality=text", "optimizer.lr=0.2"], ["seed"])
+        False
+    """
+    varied = {*axes, "seed"}
+    fixed = {key_of(o): o for o in overrides if key_of(o) not in varied and not _is_a_place(key_of(o))}
+    return f"{chosen or 'multirun'}-{digest([sorted(fixed.values()), sorted(varied)])}"
+
+
+def _is_a_place(key: str) -> bool:
+    """Whether a key tells no run from another."""
+    group, _, name = key.partition(".")
+    return group in ANOTHER_PLACE[""] or (group in ANOTHER_PLACE and name in ANOTHER_PLACE[group])
+
+
+def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[str]] | None) -> None:
+    """Note the jobs of a sweep that starts; what earlier starts of it noted is forgotten, their runs stay.
+
+    Args:
+        folder: of the sweep.
+        command: its overrides.
+        jobs: overrides of each; None where a sweeper chooses them as it goes.
+    """
+    shutil.rmtree(folder / "jobs", ignore_errors=True)
+    write_json(
+        folder / "sweep.json",
+        {"schema_version": SCHEMA_VERSION, "command": list(command), "jobs": jobs and [*map(list, jobs)]},
+    )
+
+
+def note_run(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
+    """Note which run a job is."""
+    place = os.path.relpath(Path(run_dir).resolve(), Path(folder).resolve())
+    write_json(folder / "jobs" / f"{number}.json", {"run_dir": place, "overrides": list(overrides)})
+
+
+def read_sweep(folder: Path) -> list[Job] | None:
+    """The jobs of a sweep in order; None where the folder is no sweep's."""
+    if not (folder / "sweep.json").is_file():
+        return None
+    wanted: list[list[str]] = read_json(folder / "sweep.json")["jobs"] or []
+    noted: Mapping[int, dict] = {int(p.stem): read_json(p) for p in folder.glob("jobs/*.json")}
+    jobs = []
+    for number in sorted({*range(len(wanted)), *noted}):
+        run = noted.get(number)
+        overrides = wanted[number] if number < len(wanted) else run["overrides"]
+        jobs.append(Job(number, tuple(overrides), Path(os.path.normpath(folder / run["run_dir"])) if run else None))
+    return jobs

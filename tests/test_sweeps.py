@@ -1,0 +1,220 @@
+"""Sweeps that are killed, fail in part, or grow: the same command again does what is left, and reports on all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from filelock import FileLock
+
+from msenc.run import read_json
+from msenc.sweep import note_run, read_sweep, sweep_name, write_sweep
+
+FAST = ["modality=text", "data.batch_size=4", "trainer.max_epochs=1", "decoding.max_new_tokens=1", "evaluate=val"]
+"""Four steps."""
+
+SWEEP = ["sweep=modality", "seed=1,2,3", *FAST, "callbacks.checkpoints.every_n_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def swept(demo_home, tmp_path_factory):
+    """The same sweep twice, each with runs of its own: unbroken, and killed in its third job and started again."""
+    home = tmp_path_factory.mktemp("sweeps")
+    spec = []
+    for name, moments in (("whole", []), ("killed", ["kill job 2 2"])):
+        (home / name).mkdir()
+        command = [*SWEEP, f"paths.runs_dir={home / name}"]
+        spec.append(
+            {"folder": str(home / name), "first": command, "again": command, "moments": moments, "is_sweep": True}
+        )
+    (home / "spec.json").write_text(json.dumps(spec))
+    driver = Path(__file__).parent / "kill_driver.py"
+    done = subprocess.run(
+        [sys.executable, str(driver), str(home / "spec.json"), str(home / "result.json")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (whole,), (killed, again) = json.loads((home / "result.json").read_text())
+    assert whole["status"] == again["status"] == 0, whole["said"] + again["said"]
+    assert killed["signal"] == 9
+    return home, again["said"]
+
+
+def sweep_folder(runs):
+    (folder,) = (runs / "sweeps").iterdir()
+    return folder
+
+
+def records(folder):
+    return [read_json(job.run_dir / "run.json") for job in read_sweep(folder)]
+
+
+def table(folder):
+    return pd.read_csv(folder / "report" / "table.csv").drop(columns="seconds")
+
+
+def test_a_sweep_killed_in_its_third_job_goes_on_there(swept):
+    home, said = swept
+    assert said.count("Finished already") == 2
+    assert said.count("Resuming") == said.count("Training goes on from step 2") == 1
+    killed, whole = sweep_folder(home / "killed"), sweep_folder(home / "whole")
+    assert killed.name == whole.name
+    assert [r["resumed"] for r in records(killed)] == [0, 0, 1]
+    assert [r["seed"] for r in records(killed)] == [1, 2, 3]
+    assert len(list(killed.glob("*/*/run.json"))) == 3  # nothing was begun a second time
+    pd.testing.assert_frame_equal(table(killed), table(whole), check_exact=True)
+    assert table(whole)["runs"].tolist() == [3]
+
+
+def test_seeds_that_are_added_join_what_is_there(swept, call_script, capsys):
+    home, _ = swept
+    runs = home / "grown"
+    shutil.copytree(home / "whole", runs)
+    capsys.readouterr()
+    call_script("train.py", *SWEEP, "seed=1,4,2,3", f"paths.runs_dir={runs}")
+    assert capsys.readouterr().out.count("Finished already") == 3
+    assert [r["seed"] for r in records(sweep_folder(runs))] == [1, 4, 2, 3]
+    assert table(sweep_folder(runs))["runs"].tolist() == [4]
+    call_script("train.py", *SWEEP, "seed=2,3", f"paths.runs_dir={runs}")  # the report is of what was asked for
+    assert table(sweep_folder(runs))["runs"].tolist() == [2]
+
+
+def test_a_job_takes_a_run_from_wherever_it_lies(swept, call_script):
+    home, _ = swept
+    (sweep := home / "elsewhere").mkdir()
+    call_script("train.py", *SWEEP, f"paths.runs_dir={home / 'whole'}", f"hydra.sweep.dir={sweep}")
+    assert {job.run_dir.parents[1] for job in read_sweep(sweep)} == {sweep_folder(home / "whole")}
+    pd.testing.assert_frame_equal(table(sweep), table(sweep_folder(home / "whole")), check_exact=True)
+
+
+def test_a_dry_run_says_what_is_left(swept, call_script, capsys):
+    home, _ = swept
+    command = [*SWEEP, "seed=1,5", f"paths.runs_dir={home / 'whole'}", "dry_run=true"]
+    before = files_of(home)
+    capsys.readouterr()
+    for more in ([], ["trainer.max_epochs=2"]):
+        with pytest.raises(SystemExit) as end:
+            call_script("train.py", *command, *more)
+        assert not end.value.code
+    said = capsys.readouterr().out
+    first, second = said.split("2 jobs; none was started")[1:]
+    one, other = (line for line in first.splitlines() if "seed=" in line)
+    assert "finished" in one
+    assert "new" in other
+    assert "MiB" in other
+    assert "mean of 3 finished runs that differ in the seed alone" in first
+    assert second.count("new") == 2
+    assert "Time of jobs 0, 1: by the step, from 3 finished runs" in second
+    assert files_of(home) == before
+
+
+def files_of(folder):
+    return {(p, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_a_dry_run_lists_what_is_not_prepared(call_script, capsys, tmp_path):
+    paths = [f"paths.data_dir={tmp_path / 'data'}", f"paths.runs_dir={tmp_path / 'runs'}"]
+    with pytest.raises(SystemExit):
+        call_script("train.py", "sweep=llm_freeze", *paths, "dry_run=true")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6 jobs; none was started" in said
+    assert "Unknown of jobs 0, 1, 2, 3, 4, 5:" in said
+    assert "this LLM is not there yet; prepare.py makes it" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_job_is_named_and_tried_again(call_script, demo_home, tmp_path, capsys):
+    good, late = demo_home / "data" / "tiny-llm", tmp_path / "late-llm"
+    command = ["-m", *FAST, "model/llm=smollm2", f"model.llm.name_or_path={late},{good}", f"paths.runs_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as end:
+        call_script("train.py", *command)
+    assert end.value.code == 1
+    folder = sweep_folder(tmp_path)
+    failed, finished = records(folder)
+    assert (failed["status"], finished["status"]) == ("failed", "finished")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 jobs did not finish: job 0 (modality=text" in said
+    assert f"failed: MsencError: AutoTokenizer: cannot load '{late}'" in said
+    assert "Traceback" not in said
+    assert table(folder)["runs"].tolist() == [1]
+    shutil.copytree(good, late)
+    call_script("train.py", *command)
+    assert [r["status"] for r in records(folder)] == ["finished", "finished"]
+    assert capsys.readouterr().out.count("Finished already") == 1
+    assert table(folder)["runs"].tolist() == [1, 1]
+
+
+def test_two_at_once_are_refused(call_script, tmp_path):
+    command = [*SWEEP, f"hydra.sweep.dir={tmp_path}"]
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another process runs this sweep"):
+        call_script("train.py", *command)
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_a_bug_in_a_hook_is_no_warning(call_script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("msenc.pipelines.sweep.write_sweep", lambda *a: 1 / 0)
+    with pytest.raises(SystemExit) as end:
+        call_script("train.py", *SWEEP, f"hydra.sweep.dir={tmp_path}")
+    assert end.value.code == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+    ],
+    ids=["joblib", "submitit"],
+)
+def test_jobs_side_by_side(swept, run_script, launcher, tmp_path):
+    home, _ = swept
+    runs = tmp_path / "runs"
+    shutil.copytree(home / "whole", runs)
+    command = [*SWEEP, "seed=3,6", f"paths.runs_dir={runs}", *launcher]
+    done = run_script("train.py", *command, env={"OMP_NUM_THREADS": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = sweep_folder(runs)
+    old, new = read_sweep(folder)
+    assert old.run_dir.parent != new.run_dir.parent  # the first is of the copied start
+    assert [r["seed"] for r in records(folder)] == [3, 6]
+    assert table(folder)["runs"].tolist() == [2]
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def test_a_sweep_has_one_name_whatever_its_seeds():
+    name = sweep_name("modality", ["sweep=modality", "seed=1,2", "optimizer.lr=0.1"], ["modality", "seed"])
+    assert name.startswith("modality-")
+    same = [
+        ["seed=4", "optimizer.lr=0.1", "sweep=modality"],
+        ["sweep=modality", "optimizer.lr=0.1", "modality=text", "data.num_workers=3", "~logger.csv", "resume=auto"],
+    ]
+    assert {sweep_name("modality", o, ["modality"]) for o in same} == {name}
+    other = [["sweep=modality"], ["sweep=modality", "optimizer.lr=0.1", "data=meld"]]
+    assert name not in {sweep_name("modality", o, ["modality"]) for o in other}
+    assert name != sweep_name("modality", same[0], ["modality", "data.batch_size"])
+
+
+def test_a_sweeps_jobs_are_read_back(tmp_path):
+    folder = tmp_path / "sweep"
+    assert read_sweep(tmp_path) is None
+    write_sweep(folder, ["seed=1,2"], [["seed=1"], ["seed=2"]])
+    note_run(folder, 1, tmp_path / "single" / "x", ["seed=2"])
+    first, second = read_sweep(folder)
+    assert (first.overrides, first.run_dir) == (("seed=1",), None)
+    assert (second.overrides, second.run_dir) == (("seed=2",), tmp_path / "single" / "x")
+    shutil.move(tmp_path, moved := tmp_path.with_name(f"{tmp_path.name}-moved"))
+    assert read_sweep(moved / "sweep")[1].run_dir == moved / "single" / "x"
+    write_sweep(moved / "sweep", ["seed=1"], None)
+    assert read_sweep(moved / "sweep") == []
