@@ -55,8 +55,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv, which may take a few minutes (once)"
 	@echo "  1/2 $$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
-	@echo "  2/2 msenc with the extras demo, parallel, dev, as pinned in constraints.txt"
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,parallel,dev]'
+	@echo "  2/2 msenc with the extras demo, parallel, cluster, dev, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,parallel,cluster,dev]'
 	@touch $(STAMP)
 	@echo "Installed."
 

@@ -15,10 +15,10 @@ from filelock import FileLock
 from msenc.run import read_json
 from msenc.sweep import note_run, read_sweep, sweep_name, write_sweep
 
-FAST = ["modality=text", "data.batch_size=4", "trainer.max_epochs=1", "decoding.max_new_tokens=1", "evaluate=val"]
+FAST = ["data.batch_size=4", "trainer.max_epochs=1", "decoding.max_new_tokens=1", "evaluate=val"]
 """Four steps."""
 
-SWEEP = ["sweep=modality", "seed=1,2,3", *FAST, "callbacks.checkpoints.every_n_steps=1"]
+SWEEP = ["sweep=modality", "modality=text,text_audio", "seed=1,2", *FAST, "callbacks.checkpoints.every_n_steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def records(folder):
 
 
 def table(folder):
-    return pd.read_csv(folder / "report" / "table.csv").drop(columns="seconds")
+    return pd.read_csv(folder / "report" / "table.csv").drop(columns=["seconds", "peak memory MiB"])
 
 
 def test_a_sweep_killed_in_its_third_job_goes_on_there(swept):
@@ -68,11 +68,15 @@ def test_a_sweep_killed_in_its_third_job_goes_on_there(swept):
     assert said.count("Resuming") == said.count("Training goes on from step 2") == 1
     killed, whole = sweep_folder(home / "killed"), sweep_folder(home / "whole")
     assert killed.name == whole.name
-    assert [r["resumed"] for r in records(killed)] == [0, 0, 1]
-    assert [r["seed"] for r in records(killed)] == [1, 2, 3]
-    assert len(list(killed.glob("*/*/run.json"))) == 3  # nothing was begun a second time
+    assert [r["resumed"] for r in records(killed)] == [0, 0, 1, 0]
+    assert [r["seed"] for r in records(killed)] == [1, 2, 1, 2]
+    assert len(list(killed.glob("*/*/run.json"))) == 4  # nothing was begun a second time
     pd.testing.assert_frame_equal(table(killed), table(whole), check_exact=True)
-    assert table(whole)["runs"].tolist() == [3]
+    assert table(whole)["seeds"].tolist() == [2, 2]
+    compared = [(folder / "report" / "comparisons.csv").read_text() for folder in (killed, whole)]
+    assert compared[0] == compared[1]
+    assert "text_audio" in compared[0]
+    assert (killed / "report" / "report.html").is_file()
 
 
 def test_seeds_that_are_added_join_what_is_there(swept, call_script, capsys):
@@ -80,12 +84,12 @@ def test_seeds_that_are_added_join_what_is_there(swept, call_script, capsys):
     runs = home / "grown"
     shutil.copytree(home / "whole", runs)
     capsys.readouterr()
-    call_script("train.py", *SWEEP, "seed=1,4,2,3", f"paths.runs_dir={runs}")
-    assert capsys.readouterr().out.count("Finished already") == 3
-    assert [r["seed"] for r in records(sweep_folder(runs))] == [1, 4, 2, 3]
-    assert table(sweep_folder(runs))["runs"].tolist() == [4]
-    call_script("train.py", *SWEEP, "seed=2,3", f"paths.runs_dir={runs}")  # the report is of what was asked for
-    assert table(sweep_folder(runs))["runs"].tolist() == [2]
+    call_script("train.py", *SWEEP, "modality=text", "seed=1,4,2", f"paths.runs_dir={runs}")
+    assert capsys.readouterr().out.count("Finished already") == 2
+    assert [r["seed"] for r in records(sweep_folder(runs))] == [1, 4, 2]
+    assert table(sweep_folder(runs))["seeds"].tolist() == [3]
+    call_script("train.py", *SWEEP, "seed=1", f"paths.runs_dir={runs}")  # the report is of what was asked for
+    assert table(sweep_folder(runs))["seeds"].tolist() == [1, 1]
 
 
 def test_a_job_takes_a_run_from_wherever_it_lies(swept, call_script):
@@ -98,7 +102,7 @@ def test_a_job_takes_a_run_from_wherever_it_lies(swept, call_script):
 
 def test_a_dry_run_says_what_is_left(swept, call_script, capsys):
     home, _ = swept
-    command = [*SWEEP, "seed=1,5", f"paths.runs_dir={home / 'whole'}", "dry_run=true"]
+    command = [*SWEEP, "modality=text", "seed=1,5", f"paths.runs_dir={home / 'whole'}", "dry_run=true"]
     before = files_of(home)
     capsys.readouterr()
     for more in ([], ["trainer.max_epochs=2"]):
@@ -111,9 +115,9 @@ def test_a_dry_run_says_what_is_left(swept, call_script, capsys):
     assert "finished" in one
     assert "new" in other
     assert "MiB" in other
-    assert "mean of 3 finished runs that differ in the seed alone" in first
+    assert "mean of 2 finished runs that differ in the seed alone" in first
     assert second.count("new") == 2
-    assert "Time of jobs 0, 1: by the step, from 3 finished runs" in second
+    assert "Time of jobs 0, 1: by the step, from 2 finished runs" in second
     assert files_of(home) == before
 
 
@@ -134,7 +138,8 @@ def test_a_dry_run_lists_what_is_not_prepared(call_script, capsys, tmp_path):
 
 def test_a_failed_job_is_named_and_tried_again(call_script, demo_home, tmp_path, capsys):
     good, late = demo_home / "data" / "tiny-llm", tmp_path / "late-llm"
-    command = ["-m", *FAST, "model/llm=smollm2", f"model.llm.name_or_path={late},{good}", f"paths.runs_dir={tmp_path}"]
+    llms = f"model.llm.name_or_path={late},{good}"
+    command = ["-m", "modality=text", *FAST, "model/llm=smollm2", llms, f"paths.runs_dir={tmp_path}"]
     with pytest.raises(SystemExit) as end:
         call_script("train.py", *command)
     assert end.value.code == 1
@@ -145,12 +150,12 @@ def test_a_failed_job_is_named_and_tried_again(call_script, demo_home, tmp_path,
     assert "1 of 2 jobs did not finish: job 0 (modality=text" in said
     assert f"failed: MsencError: AutoTokenizer: cannot load '{late}'" in said
     assert "Traceback" not in said
-    assert table(folder)["runs"].tolist() == [1]
+    assert table(folder)["seeds"].tolist() == [1]
     shutil.copytree(good, late)
     call_script("train.py", *command)
     assert [r["status"] for r in records(folder)] == ["finished", "finished"]
     assert capsys.readouterr().out.count("Finished already") == 1
-    assert table(folder)["runs"].tolist() == [1, 1]
+    assert table(folder)["seeds"].tolist() == [1, 1]
 
 
 def test_two_at_once_are_refused(call_script, tmp_path):
@@ -180,14 +185,14 @@ def test_jobs_side_by_side(swept, run_script, launcher, tmp_path):
     home, _ = swept
     runs = tmp_path / "runs"
     shutil.copytree(home / "whole", runs)
-    command = [*SWEEP, "seed=3,6", f"paths.runs_dir={runs}", *launcher]
+    command = [*SWEEP, "modality=text", "seed=2,6", f"paths.runs_dir={runs}", *launcher]
     done = run_script("train.py", *command, env={"OMP_NUM_THREADS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     folder = sweep_folder(runs)
     old, new = read_sweep(folder)
     assert old.run_dir.parent != new.run_dir.parent  # the first is of the copied start
-    assert [r["seed"] for r in records(folder)] == [3, 6]
-    assert table(folder)["runs"].tolist() == [2]
+    assert [r["seed"] for r in records(folder)] == [2, 6]
+    assert table(folder)["seeds"].tolist() == [2]
 
 
 # ------------------------------------------------------------------------------------------------ the folder

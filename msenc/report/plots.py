@@ -13,6 +13,8 @@ from msenc.report.compare import Comparison, Configuration, direction_of
 # Okabe and Ito's colours: told apart with any colour vision, and by their grey in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = "osD^v<>P"
+MAX_LABEL = 32
+"""Characters of a name in a plot: more would leave the axes no room."""
 
 
 def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
@@ -25,7 +27,7 @@ def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
         filled = colour if c.mark in ("better", "worse", "differs") else "white"
         axes.plot([c.effect.mean], [row], "o", color=colour, markerfacecolor=filled, markersize=7)
     axes.axvline(0, color="#444444", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(comparisons)), [f"{c.treated}\n- {c.baseline}" for c in comparisons])
+    axes.set_yticks(range(len(comparisons)), [f"{_short(c.treated)}\n- {_short(c.baseline)}" for c in comparisons])
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     reach = max(
         (abs(v) for c in comparisons for v in (c.effect.low, c.effect.high, c.effect.mean) if v == v), default=0
@@ -50,7 +52,7 @@ def learning_curves(configurations: Sequence[Configuration]) -> str | None:
         epochs = sorted(set.intersection(*(set(curve) for curve in found))) if found else []
         means = [sum(curve[e] for curve in found) / len(found) for e in epochs]
         marker = MARKERS[number % len(MARKERS)]
-        axes.plot(epochs, means, color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+        axes.plot(epochs, means, color=colour, marker=marker, markersize=4, linewidth=1.6, label=_short(name))
     axes.set_xlabel("epochs trained")
     axes.set_ylabel("validation loss, nats per token")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -68,6 +70,16 @@ def read_curve(run_dir: Path) -> dict[int, float]:
             except (KeyError, TypeError, ValueError):
                 continue  # a row of the training loss
     return dict(curve)
+
+
+def _short(name: str, most: int = 36) -> str:
+    """A name with its middle left out where it is long, as a path is: else it would leave no room for the plot."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
+
+
+def _label(name: str) -> str:
+    """A name that leaves room for the plot: a long one (a path among its values) by its end, which tells it apart."""
+    return name if len(name) <= MAX_LABEL else f"…{name[-MAX_LABEL:]}"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -60,6 +60,14 @@ def test_the_page_holds_all_it_shows_and_runs_nothing(sweep, tmp_path):
         assert shown in page
 
 
+def test_a_long_name_leaves_room_for_the_plots(tmp_path):
+    for number, llm in enumerate("ab"):
+        write_run(tmp_path / llm, [f"prompt.instruction=/{'long/' * 30}{llm}"], 1, number / 2)
+    assert "data:image/svg" in rendered(
+        tmp_path
+    )  # matplotlib warns where an axis has collapsed, and a warning is an error
+
+
 def test_failed_jobs_are_named_in_the_page(sweep):
     assert "99: failed: MsencError: &lt;script&gt;" in rendered(sweep)
 
