@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
@@ -238,6 +238,45 @@ class ReportConfig:
     settings: str | None = None
 
 
+@dataclass
+class RespondConfig:
+    """Schema of ``respond.yaml``.
+
+    Args:
+        run_dir: the run that replies.
+        text: what the user says; None where it is to be recognised from the sound, or the history is answered.
+        audio: sound of the user's turn; that of `video` if None.
+        video: picture of the user's turn.
+        history: JSON file with the turns before: ``{"turns": [{"speaker": ..., "text": ..., "audio": ...}, ...]}``.
+        speaker: the user's name.
+        reply_as: the agent's name.
+        num_replies: alternatives; more than one needs ``decoding=sample``.
+        seed: of what is drawn.
+        out: folder for reply.json and reply.wav; by default a new one in the run's ``replies/``.
+        speech: the synthesizer's node, or None for no sound.
+        asr: Whisper (id or folder) that recognises words where none are given.
+        max_clip_s: longest clip that is taken, in seconds.
+    """
+
+    run_dir: str = MISSING
+    checkpoint: str = MISSING
+    device: str = "auto"
+    data_dir: str | None = None
+    text: str | None = None
+    audio: str | None = None
+    video: str | None = None
+    history: str | None = None
+    speaker: str | None = None
+    reply_as: str | None = None
+    num_replies: int = 1
+    seed: int = 1
+    out: str | None = None
+    decoding: Any = MISSING
+    speech: Any = None
+    asr: str = MISSING
+    max_clip_s: float = 60.0
+
+
 def register_schemas() -> None:
     """Put the schemas where the YAML files' defaults lists find them (``train_schema`` ...)."""
     store = ConfigStore.instance()
@@ -246,6 +285,7 @@ def register_schemas() -> None:
         "prepare_schema": PrepareConfig,
         "evaluate_schema": EvaluateConfig,
         "report_schema": ReportConfig,
+        "respond_schema": RespondConfig,
     }.items():
         store.store(name=name, node=schema)
 
@@ -384,6 +424,21 @@ def _check_schema(node: Any, path: str = "") -> None:
             raise MsencError(f"{name}: no such key.{nearest(str(key), valid)}")
         if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
             _check_schema(node[key], name)
+
+
+def literal_arguments(arguments: list[str], keys: Iterable[str]) -> list[str]:
+    """Command-line arguments whose values are taken as they are typed: Hydra reads commas and quotes as its own.
+
+    Example:
+        >>> literal_arguments(["text=Well, yes!", "seed=2"], ["text"])
+        ["text='Well, yes!'", 'seed=2']
+    """
+    literal = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        is_given = key in keys and equals and value not in ("", "null")
+        literal.append("{}='{}'".format(key, value.replace("\\'", "'").replace("'", "\\'")) if is_given else argument)
+    return literal
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def compose(home, tmp_path) -> Callable[..., DictConfig]:
 
 
 def _compose(overrides: list[str], config_name: str, output_dir: Path) -> DictConfig:
-    if config_name not in ("report", "evaluate"):  # which writes where its argument says
+    if config_name not in ("report", "evaluate", "respond"):  # which writes where its argument says
         overrides = [*overrides, f"paths.output_dir={output_dir}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra_compose(config_name, overrides)

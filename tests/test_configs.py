@@ -17,15 +17,21 @@ from msenc.config import TRUSTED_PACKAGES, check_targets, plain
 from msenc.run import read_json
 from msenc.types import MsencError
 
-SCRIPTS = {"train": [], "prepare": [], "evaluate": ["run_dir=RUN"], "report": ["sweep_dir=SWEEP"]}
+SCRIPTS = {
+    "train": [],
+    "prepare": [],
+    "evaluate": ["run_dir=RUN"],
+    "report": ["sweep_dir=SWEEP"],
+    "respond": ["run_dir=RUN"],
+}
 """Script -> what its config cannot do without."""
 
 GROUPS = {
     "callbacks": ["train"],
     "data": ["train", "prepare"],
-    "decoding": ["train", "evaluate"],
+    "decoding": ["train", "evaluate", "respond"],
     "experiment": ["train"],
-    "hydra": ["train", "prepare", "evaluate", "report"],
+    "hydra": ["train", "prepare", "evaluate", "report", "respond"],
     "logger": ["train"],
     "modality": ["train", "prepare"],
     "model/audio": ["train", "prepare"],
@@ -36,7 +42,7 @@ GROUPS = {
     "paths": ["train", "prepare"],
     "prompt": ["train", "prepare"],
     "scheduler": ["train"],
-    "speech": ["evaluate"],
+    "speech": ["evaluate", "respond"],
     "streams": ["train", "prepare"],
     "sweep": ["train"],
     "trainer": ["train"],

@@ -12,7 +12,7 @@ import numpy as np
 
 from msenc.data.media import MediaError, read_audio, read_frames
 from msenc.prepare.workers import progress_bar, watch_parent
-from msenc.types import Dialogue, MsencError, Rejection
+from msenc.types import Dialogue, MsencError, Rejection, Utterance
 
 if TYPE_CHECKING:
     from msenc.models.encoders import Encoder
@@ -58,6 +58,19 @@ def extract(
             rejections += rejected
             progress.advance(bar, len(dialogue.utterances))
             yield dialogue.id, dialogue.split, members
+
+
+def encode_clip(path: Path, encoder: "Encoder", kind: str) -> np.ndarray:
+    """One clip's features, (T, D) float16, made as `extract` makes them.
+
+    Raises:
+        MediaError: the clip lacks the stream, or is too short for the encoder.
+    """
+    clip = Utterance("0", "", "", clip=str(Path(path).resolve()))
+    members, rejected = _Worker(Path(), lambda: encoder, kind)(Dialogue(str(path), "test", (clip,)))
+    if rejected:
+        raise MediaError(rejected[0].reason)
+    return members["features.npy"]
 
 
 Result = tuple[dict[str, np.ndarray], list[Rejection]]

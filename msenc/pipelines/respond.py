@@ -1,0 +1,221 @@
+"""What respond.py does: a run and a turn -> a reply in words and sound."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from omegaconf import DictConfig
+from rich.markup import escape
+from rich.table import Table
+
+from msenc.config import build, check_targets, plain
+from msenc.data.media import read_audio
+from msenc.models.llm import load_tokenizer
+from msenc.models.recognition import Recogniser
+from msenc.module import ConversationModule
+from msenc.pipelines.parts import GIVEN, build_model, console, find_device, load_checkpoint, quieten, shown
+from msenc.prompt import DialogueTokenizer
+from msenc.run import read_run, write_json
+from msenc.speech.synthesis import Synthesizer
+from msenc.speech.wav import write_wav
+from msenc.talk import Agent, Answer, Heard, Turn, read_talk, talk_json
+from msenc.types import UNKNOWN, MsencError
+
+DEFAULT_SPEAKERS = ("User", "Agent")
+
+
+def respond(cfg: DictConfig) -> None:
+    """Answer one turn."""
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    quieten()
+    answer_once(config)
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A reply with its sound.
+
+    Args:
+        answer: words and voice description.
+        sound: float32 (S,), or None where no synthesizer is chosen, or the model wrote no words.
+        sample_rate: of the sound, in Hz.
+        seconds: that speaking took.
+    """
+
+    answer: Answer
+    sound: np.ndarray | None = None
+    sample_rate: int = 0
+    seconds: float = 0.0
+
+
+def answer_once(config: Mapping[str, Any]) -> Path:
+    """Hear the turn that the config gives, reply, and write reply.json and reply.wav; returns their folder."""
+    before = read_talk(Path(config["history"])) if config["history"] else []
+    began = time.perf_counter()
+    agent, synthesizer = load_agent(Path(config["run_dir"]), config), load_synthesizer(config["speech"])
+    seconds = {"loading": time.perf_counter() - began}
+    given = any(config[key] is not None for key in ("text", "audio", "video"))
+    user, reply_as = choose_speakers(before, given, config["speaker"], config["reply_as"])
+    files = {key: Path(config[key]) if config[key] is not None else None for key in ("audio", "video")}
+    turns = [*before, *([Turn(user, config["text"] or "", **files)] if given else [])]
+    heard = [agent.hear(turn) for turn in turns]
+    for turn in heard:
+        for name, value in turn.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+    began = time.perf_counter()
+    answers, notices = agent.answer(heard, reply_as, config["decoding"], config["seed"], config["num_replies"])
+    seconds["writing"] = time.perf_counter() - began
+    spoken = [speak_answer(synthesizer, answer, reply_as) for answer in answers]
+    seconds["speaking"] = sum(s.seconds for s in spoken)
+    notices = [*dict.fromkeys([n for h in heard for n in h.notices] + notices)]
+    folder = Path(config["out"]) if config["out"] else _new_folder(Path(config["run_dir"]) / "replies")
+    files = write_replies_to(folder, config["run_dir"], heard, reply_as, spoken, notices, seconds)
+    _print(spoken, reply_as, notices, seconds)
+    console.print(f"Written: {', '.join(str(shown(f)) for f in files)}", soft_wrap=True)
+    return folder
+
+
+def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
+    """A run's model with the encoders that made its features, ready to hear and answer.
+
+    Args:
+        run_dir: the run.
+        config: keys of `RespondConfig`.
+    """
+    record, run_config = read_run(run_dir)
+    run_config.paths.output_dir = str(run_dir)
+    if config["data_dir"] is not None:
+        run_config.paths.data_dir = config["data_dir"]
+    own = plain(run_config)
+    check_targets(own, GIVEN)
+    L.seed_everything(own["seed"], workers=True, verbose=False)
+    model = build_model(own)
+    if sum(record["trainable_parameters"].values()):
+        load_checkpoint(ConversationModule(model), run_dir, config["checkpoint"])
+    streams = own["model"]["streams"]
+    connector = own["model"]["connector"]
+    return Agent(
+        model.to(find_device(config["device"])).eval(),
+        DialogueTokenizer(build(own["prompt"]), load_tokenizer(own["model"]["llm"]["name_or_path"])),
+        encoders={name: build(stream["encoder"]) for name, stream in streams.items()},
+        num_queries=dict.fromkeys(streams, connector["num_queries"]),
+        budget=own["data"]["max_history_tokens"],
+        layout=own["model"]["layout"],
+        recognise=_Recognise(config["asr"]),
+        max_clip_s=config["max_clip_s"],
+    )
+
+
+class _Recognise:
+    """A sound file -> its words; the recogniser is loaded when it is first needed."""
+
+    def __init__(self, name_or_path: str) -> None:
+        self.name_or_path = name_or_path
+
+    @cached_property
+    def recogniser(self) -> Recogniser:
+        try:
+            return Recogniser(self.name_or_path)
+        except MsencError as error:
+            raise MsencError(
+                f"No text is given, and what recognises it cannot be loaded. Give text=..., or asr=FOLDER of a "
+                f"Whisper. {error}"
+            ) from error
+
+    def __call__(self, path: Path) -> str:
+        return self.recogniser.text(read_audio(path, self.recogniser.sample_rate))
+
+
+def load_synthesizer(node: Mapping[str, Any] | None) -> Synthesizer | None:
+    """The synthesizer of ``speech=``; None for ``speech=none``."""
+    return build(node) if node else None
+
+
+def choose_speakers(
+    before: Sequence[Turn], has_turn: bool, speaker: str | None, reply_as: str | None
+) -> tuple[str, str]:
+    """Who the user is, and who the agent: as given, else the last two of the history, else User and Agent.
+
+    Args:
+        before: the history.
+        has_turn: whether the user takes a turn now; else the history's last turn is the user's.
+        speaker: the user, if given.
+        reply_as: the agent, if given.
+    """
+    last, other, *_ = [*dict.fromkeys(turn.speaker for turn in reversed(before)), *DEFAULT_SPEAKERS]
+    user, agent = DEFAULT_SPEAKERS if not before else (other, last) if has_turn else (last, other)
+    names = (agent, user, *DEFAULT_SPEAKERS)
+    reply_as = reply_as or next(n for n in names if n != speaker)
+    return speaker or next(n for n in (user, *names) if n != reply_as), reply_as
+
+
+def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) -> Spoken:
+    """The reply's sound, in the voice that its description asks for."""
+    if synthesizer is None or not answer.text.strip():
+        return Spoken(answer)
+    began = time.perf_counter()
+    sound, sample_rate = synthesizer(answer.text, answer.description or answer.attributes, speaker)
+    return Spoken(answer, sound, sample_rate, time.perf_counter() - began)
+
+
+def write_replies_to(
+    folder: Path,
+    run_dir: str,
+    heard: Sequence[Heard],
+    speaker: str,
+    spoken: Sequence[Spoken],
+    notices: Sequence[str],
+    seconds: Mapping[str, float],
+) -> list[Path]:
+    """Write ``reply.json`` and a WAV file per reply; returns their paths."""
+    names = ["reply.wav"] if len(spoken) == 1 else [f"reply-{n}.wav" for n in range(1, len(spoken) + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    replies, files = [], [folder / "reply.json"]
+    for name, one in zip(names, spoken, strict=True):
+        reply = {
+            "speaker": speaker,
+            "text": one.answer.text,
+            "description": one.answer.description,
+            "attributes": asdict(one.answer.attributes),
+        }
+        if one.sound is not None:
+            write_wav(folder / name, one.sound, one.sample_rate)
+            files.append(folder / name)
+            reply |= {"sound": name, "sound_s": round(len(one.sound) / one.sample_rate, 3)}
+        replies.append(reply)
+    value = {
+        "run_dir": run_dir,
+        "history": talk_json([h.turn for h in heard])["turns"],
+        "replies": replies,
+        "notices": list(notices),
+        "seconds": {k: round(v, 3) for k, v in seconds.items()},
+    }
+    write_json(folder / "reply.json", value)
+    return files
+
+
+def _new_folder(parent: Path) -> Path:
+    return parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+
+
+def _print(spoken: Sequence[Spoken], speaker: str, notices: Sequence[str], seconds: Mapping[str, float]) -> None:
+    for notice in notices:
+        console.print(f"[yellow]{escape(notice)}[/yellow]", soft_wrap=True)
+    table = Table(show_header=False)
+    for one in spoken:
+        table.add_row(escape(speaker), escape(one.answer.text))
+        table.add_row("voice", escape(one.answer.description or "not described"))
+        known = {k: v for k, v in asdict(one.answer.attributes).items() if v != UNKNOWN}
+        table.add_row("attributes", ", ".join(f"{k} {v}" for k, v in known.items()) or "none recognised")
+        if one.sound is not None:
+            table.add_row("sound", f"{len(one.sound) / one.sample_rate:.1f} s")
+        table.add_section()
+    table.add_row("seconds", ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+    console.print(table)

@@ -1,0 +1,24 @@
+"""Let a trained run reply, in words and sound: python respond.py run_dir=RUN text="Hello!" [audio=...] [video=...]."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from msenc.config import literal_arguments, readable_errors, register_schemas
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="respond")
+def main(cfg: DictConfig) -> None:
+    """Answer one turn."""
+    from msenc.pipelines.respond import respond  # imported here: --help must not wait for torch
+
+    respond(cfg)
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        sys.argv[1:] = literal_arguments(sys.argv[1:], ("text", "speaker", "reply_as"))
+        main()

@@ -1,0 +1,147 @@
+import json
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from msenc.config import plain
+from msenc.pipelines.parts import build_datamodule
+from msenc.pipelines.respond import choose_speakers, load_agent, respond
+from msenc.pipelines.train import train as train_run
+from msenc.run import read_run
+from msenc.talk import Turn, read_talk
+from msenc.types import MsencError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(scope="module")
+def run(demo_home, tmp_path_factory):
+    """A run of text, audio and video that has trained for a moment."""
+    folder = tmp_path_factory.mktemp("talk") / "run"
+    overrides = ["trainer.max_epochs=1", "evaluate=null", f"hydra.run.dir={folder}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        GlobalHydra.instance().hydra.run("train", train_run, overrides, False)
+    return folder
+
+
+@pytest.fixture
+def clips(demo_home):
+    return sorted((demo_home / "data" / "demo-raw").rglob("*.mp4"))
+
+
+def answer(compose, run, out, *overrides):
+    respond(compose([f"run_dir={run}", f"out={out}", "decoding.max_new_tokens=8", *overrides], "respond"))
+    return json.loads((out / "reply.json").read_text(encoding="utf-8"))
+
+
+def test_a_clip_has_the_features_of_the_shards_bit_by_bit(run, compose):
+    config = plain(compose([f"run_dir={run}"], "respond"))
+    agent = load_agent(run, config)
+    cfg = read_run(run)[1]
+    cfg.paths.output_dir = str(run)
+    own = plain(cfg)
+    datamodule = build_datamodule(own, "")
+    datamodule.setup()
+    dataset, root = datamodule.dataset("test"), Path(own["data"]["root"])
+    checked = 0
+    for index in range(len(dataset)):
+        _, features = dataset[index]
+        for turn, utterance in enumerate(dataset.dialogue(index).utterances):
+            heard = agent.hear(Turn(utterance.speaker, utterance.text, video=root / utterance.clip))
+            for stream in ("audio", "video"):
+                stored = features[stream][turn]
+                if stored is None:
+                    assert stream not in heard.features
+                else:
+                    np.testing.assert_array_equal(heard.features[stream], stored)
+                    checked += 1
+    assert checked > 20
+
+
+def test_text_alone_is_answered_and_what_is_missing_is_said(run, compose, tmp_path):
+    reply = answer(compose, run, tmp_path / "out", "text='Hello!'")
+    assert reply["history"] == [{"speaker": "User", "text": "Hello!"}]
+    assert {n.split(",")[0] for n in reply["notices"]} == {
+        "The run was trained with audio",
+        "The run was trained with video",
+    }
+    assert set(reply["replies"][0]["attributes"]) >= {"gender", "pitch", "rate"}
+
+
+def test_a_history_is_read_and_alternatives_are_written(run, compose, clips, tmp_path):
+    turns = [
+        {"speaker": "Anna", "text": "Hello.", "video": str(clips[0])},
+        {"speaker": "Ben", "text": "Good morning!"},
+        {"speaker": "Anna", "text": "How do I look?", "audio": str(clips[1])},
+    ]
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps({"turns": turns}), encoding="utf-8")
+    reply = answer(compose, run, tmp_path / "out", f"history={path}", "decoding=sample", "num_replies=3")
+    assert [t["speaker"] for t in reply["history"]] == ["Anna", "Ben", "Anna"]
+    assert [r["speaker"] for r in reply["replies"]] == ["Ben"] * 3
+    for number, one in enumerate(reply["replies"], start=1):
+        if "sound" in one:
+            assert one["sound"] == f"reply-{number}.wav"
+            with wave.open(str(tmp_path / "out" / one["sound"])) as file:
+                assert file.getnframes() / file.getframerate() == pytest.approx(one["sound_s"], abs=1e-3)
+
+
+def test_speakers_take_turns():
+    before = [Turn("Ben"), Turn("Anna")]
+    assert choose_speakers([], True, None, None) == ("User", "Agent")
+    assert choose_speakers([], True, "Agent", None) == ("Agent", "User")
+    assert choose_speakers(before, False, None, None) == ("Anna", "Ben")
+    assert choose_speakers(before, True, None, None) == ("Ben", "Anna")
+    assert choose_speakers(before, True, "Anna", None) == ("Anna", "Ben")
+    assert choose_speakers(before[1:], True, None, None) == ("User", "Anna")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["text=''"], "Nothing is said|no turn to answer"),
+        (["audio=nowhere.wav", "text=Hi"], r"audio=nowhere.wav: there is no such file"),
+        (["audio={text}", "text=Hi"], "it cannot be decoded as sound or video"),
+        (["video={clip}", "text=Hi", "max_clip_s=0.1"], "a turn may last 0.1 s"),
+        (["audio={clip}", "asr={text}"], "what recognises it cannot be loaded. Give text="),
+        (["history={text}"], "cannot be read as JSON"),
+        (["text=Hi", "num_replies=2"], "decoding=sample"),
+        (["text=Hi", "run_dir={text}"], "run_dir="),
+    ],
+    ids=["nothing", "absent", "no clip", "long", "no recogniser", "no history", "alternatives", "no run"],
+)
+def test_what_cannot_be_answered_is_refused(overrides, message, run, compose, clips, tmp_path):
+    (tmp_path / "text.wav").write_text("no sound", encoding="utf-8")
+    given = [o.format(text=tmp_path / "text.wav", clip=clips[0]) for o in overrides]
+    with pytest.raises(MsencError, match=message):
+        answer(compose, run, tmp_path / "out", *given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"turns": 3}', "a list of turns"),
+        ('{"turns": [{"text": "Hi"}]}', "turn 1: expected an object with a speaker"),
+        ('{"turns": [{"speaker": "A", "txt": "Hi"}]}', "turn 1: no such key 'txt'"),
+        ('{"turns": [{"speaker": "A", "text": 3}]}', "turn 1, text: found 3"),
+    ],
+)
+def test_a_history_that_is_none_is_refused(content, message, tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(MsencError, match=message):
+        read_talk(path)
+
+
+def test_what_is_typed_needs_no_second_quotes(run, call_script, tmp_path):
+    call_script(
+        "respond.py", f"run_dir={run}", "text=That's amazing, isn't it?", "speech=none", f"out={tmp_path / 'out'}"
+    )
+    reply = json.loads((tmp_path / "out" / "reply.json").read_text(encoding="utf-8"))
+    assert reply["history"][0]["text"] == "That's amazing, isn't it?"
+    assert not (tmp_path / "out" / "reply.wav").exists()
