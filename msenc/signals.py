@@ -42,8 +42,9 @@ class Termination:
         raise SystemExit(STOPPED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.is_asked = True
-        if not self.is_held:
+        # A second one, from the group's leader as well as to the group, must not cut short what leaving takes.
+        is_first, self.is_asked = not self.is_asked, True
+        if is_first and not self.is_held:
             self.leave()
 
 

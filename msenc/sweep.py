@@ -7,6 +7,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from msenc.run import ANOTHER_PLACE, digest, key_of, read_json, write_json
 
 SCHEMA_VERSION = 1
+STOPPING = "stopping"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,36 @@ def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[st
 def note_run(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
     """Note which run a job is."""
     place = os.path.relpath(Path(run_dir).resolve(), Path(folder).resolve())
-    write_json(folder / "jobs" / f"{number}.json", {"run_dir": place, "overrides": list(overrides)})
+    facts = {"run_dir": place, "overrides": list(overrides), "process": os.getpid()}
+    write_json(folder / "jobs" / f"{number}.json", facts)
+
+
+def stop_jobs(folder: Path) -> bool:
+    """Let the jobs that run in processes of this one stop as they do on a SIGTERM, and let no other one start.
+
+    Returns:
+        Whether there is such a process.
+    """
+    processes = {read_json(path)["process"] for path in folder.glob("jobs/*.json")}
+    children = [process for process in processes if _is_child(process)]
+    if children:
+        (folder / "jobs" / STOPPING).touch()
+    for process in children:
+        os.kill(process, signal.SIGTERM)
+    return bool(children)
+
+
+def is_stopping(folder: Path) -> bool:
+    """Whether `stop_jobs` was called since the sweep's start."""
+    return (folder / "jobs" / STOPPING).exists()
+
+
+def _is_child(process: int) -> bool:
+    """Whether it is a process that this one has started, and lives; those of other machines have numbers too."""
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def read_sweep(folder: Path) -> list[Job] | None:

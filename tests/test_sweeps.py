@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import joblib
 import pandas as pd
 import pytest
 from conftest import ROOT
@@ -173,20 +176,44 @@ def test_a_bug_in_a_hook_is_no_warning(call_script, tmp_path, monkeypatch, capsy
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
-    ],
-    ids=["joblib", "submitit"],
-)
-def test_jobs_side_by_side(swept, run_script, launcher, tmp_path):
+def test_jobs_side_by_side_stop_together_and_go_on(swept, run_script, demo_home, tmp_path):
     home, _ = swept
     runs = tmp_path / "runs"
     shutil.copytree(home / "whole", runs)
-    command = [*SWEEP, "modality=text", "seed=2,6", f"paths.runs_dir={runs}", *launcher]
-    done = run_script("train.py", *command, env={"OMP_NUM_THREADS": ""})
+    more = ["data.batch_size=2", "trainer.max_epochs=24", "callbacks.checkpoints.every_n_steps=8"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [*SWEEP, "modality=text", "seed=1,2,3", f"paths.runs_dir={runs}", *more, *launcher]
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # the launcher shares the cores out
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *command], cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True
+    )
+    while len(list(runs.glob("sweeps/*/*/?/checkpoints/last.ckpt"))) < 4 + 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = "".join(process.communicate(timeout=100))
+    assert process.returncode == 75, said
+    assert "Stopped by SIGTERM; the same command goes on" in said
+    (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
+    assert [job.run_dir is None for job in read_sweep(folder)] == [False, False, True]
+    stopped = [read_json(path) for path in folder.glob("*/?/run.json")]
+    assert [r["status"] for r in stopped] == ["interrupted"] * 2
+    assert [r["threads"] for r in stopped] == [max(joblib.cpu_count() // 2, 1)] * 2
+    done = run_script("train.py", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(r["seed"], r["status"], r["resumed"]) for r in records(folder)] == [
+        (1, "finished", 1),
+        (2, "finished", 1),
+        (3, "finished", 0),
+    ]
+    assert table(folder)["seeds"].tolist() == [3]
+
+
+def test_a_cluster_executor_skips_and_reports_as_well(swept, run_script, tmp_path):
+    home, _ = swept
+    runs = tmp_path / "runs"
+    shutil.copytree(home / "whole", runs)
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+    done = run_script("train.py", *SWEEP, "modality=text", "seed=2,6", f"paths.runs_dir={runs}", *launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = sweep_folder(runs)
     old, new = read_sweep(folder)

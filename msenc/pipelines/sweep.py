@@ -1,8 +1,10 @@
 """What happens before and after the jobs of a sweep: its folder or, in a dry run, their list; then the report."""
 
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -17,7 +19,8 @@ from msenc.pipelines.dry_run import list_jobs
 from msenc.pipelines.parts import console, shown
 from msenc.pipelines.report import report
 from msenc.run import is_finished, key_of, quoted_value, read_json
-from msenc.sweep import read_sweep, sweep_name, write_sweep
+from msenc.signals import STOPPED
+from msenc.sweep import is_stopping, read_sweep, stop_jobs, sweep_name, write_sweep
 from msenc.types import MsencError
 
 _held: list[FileLock] = []
@@ -61,6 +64,12 @@ def begin_sweep(config: DictConfig) -> None:
     _held.append(lock)
     write_sweep(folder, command, jobs)
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not stop_jobs(folder):  # none runs, or they run elsewhere
+            sys.exit(STOPPED)
+
+    signal.signal(signal.SIGTERM, stop)  # jobs of this process itself take it over, each while it runs
+
 
 def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
     """The overrides of each job, as Hydra's basic sweeper will make them (None for another one), and what varies."""
@@ -83,6 +92,11 @@ def _set(config: DictConfig, key: str, value: str) -> None:
 def end_sweep(config: DictConfig) -> None:
     """Report on a multirun, name what failed in it, and exit with status 1 if anything did."""
     folder = Path(config.hydra.sweep.dir)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if is_stopping(folder):
+        console.print(f"Stopped by SIGTERM; the same command goes on. Sweep folder: {shown(folder)}", soft_wrap=True)
+        _let_go()
+        sys.exit(STOPPED)
     jobs = read_sweep(folder) or []
     has_report = config.evaluate is None or bool(config.trainer.get("fast_dev_run"))
     if not has_report:
@@ -98,10 +112,14 @@ def end_sweep(config: DictConfig) -> None:
         for job, how in failed.items():
             console.print(f"  job {job.number} ({' '.join(job.overrides)}): {escape(how)}", soft_wrap=True)
         console.print("The same command again runs them again, and skips the others.")
-    while _held:
-        _held.pop().release()
+    _let_go()
     if failed or not has_report:
         sys.exit(1)
+
+
+def _let_go() -> None:
+    while _held:
+        _held.pop().release()
 
 
 def _failure(run_dir: Path | None) -> str | None:

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import signal
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -48,7 +50,7 @@ from msenc.run import (
     write_json,
 )
 from msenc.signals import STOPPED, Termination
-from msenc.sweep import note_run
+from msenc.sweep import is_stopping, note_run
 from msenc.types import MsencError
 
 PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
@@ -74,6 +76,12 @@ def train(cfg: DictConfig) -> float | None:
         finally:
             discard_run_folder(Path(hydra.runtime.output_dir))
         return None
+    is_elsewhere = hydra.mode is RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
+    if is_elsewhere:  # one process for several jobs, which the sweep's process hears when they return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between jobs
+        if is_stopping(Path(hydra.sweep.dir)):
+            discard_run_folder(Path(hydra.runtime.output_dir))
+            return None
     with Termination() as termination:
         record = _open_record(cfg, overrides, command)
         _note_job(record)
@@ -83,6 +91,8 @@ def train(cfg: DictConfig) -> float | None:
         except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
             by = "SIGTERM" if getattr(e, "code", None) == STOPPED else "the keyboard, or by a signal"
             record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
+            if is_elsewhere and getattr(e, "code", None) == STOPPED:
+                return None  # raised, it would have the launcher kill the others before they have saved
             raise
         except Exception as e:
             if not is_finished(record.facts):
@@ -165,6 +175,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         history=datamodule.dropped_turns("train"),
         described_targets=described,
         batches=count_batches(datamodule, config["trainer"]),
+        threads=torch.get_num_threads(),
     )
     _print_summary(config, record)
     if sum(counts.values()):
