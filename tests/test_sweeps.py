@@ -139,6 +139,12 @@ def test_a_dry_run_lists_what_is_not_prepared(call_script, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_one_run_is_refused(call_script, tmp_path):
+    with pytest.raises(SystemExit, match="this is one run"):
+        call_script("train.py", "modality=text", "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failed_job_is_named_and_tried_again(call_script, demo_home, tmp_path, capsys):
     good, late = demo_home / "data" / "tiny-llm", tmp_path / "late-llm"
     llms = f"model.llm.name_or_path={late},{good}"

@@ -70,6 +70,9 @@ def train(cfg: DictConfig) -> float | None:
     command = prepare_command(overrides, hydra.runtime.choices)
     if hydra.mode is RunMode.MULTIRUN and cfg.resume is None:
         cfg.resume = "auto"  # a sweep is what its jobs are, whenever they ran
+    if cfg.dry_run:
+        discard_run_folder(Path(hydra.runtime.output_dir))
+        raise MsencError("dry_run=true lists the jobs of a sweep, this is one run. What it would take says plan=true.")
     if cfg.plan:
         try:
             plan_run(cfg, command)
