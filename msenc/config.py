@@ -176,6 +176,7 @@ class PrepareConfig:
         stage: None makes shards, ``audit`` looks the raw material through.
         describe: measure the voices and describe them, as `data.voice` says; None: as the folder was prepared before.
         prepare_workers: processes that decode clips; 0 works in this one.
+        part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
     """
 
     stage: str | None = None
@@ -185,6 +186,7 @@ class PrepareConfig:
     prompt: Any = MISSING
     describe: bool | None = None
     prepare_workers: int = 2
+    part: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 

@@ -19,7 +19,8 @@ from msenc.data.manifest import DatasetManifest, read_rejections
 from msenc.data.media import MediaError, read_audio, read_frames, read_properties
 from msenc.models.encoders import LogMel
 from msenc.prepare.audit import audit_dataset
-from msenc.prepare.dataset import StreamRecipe, prepare_dataset
+from msenc.prepare.dataset import prepare_dataset
+from msenc.prepare.features import StreamRecipe
 from msenc.prepare.probe import probe_clip, probe_clips
 from msenc.types import MsencError
 

@@ -54,7 +54,7 @@ def write_stream(
     temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(folder)
+        clear_leftovers(folder.parent, folder.name)
         temporary.mkdir()
     writers: dict[str, _SplitWriter] = {}
     try:
@@ -364,15 +364,24 @@ def decode_member(name: str, data: np.ndarray) -> Any:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def _clear_leftovers(folder: Path) -> None:
-    """Remove what killed writers left; if one was killed between the two renames, bring the old folder back."""
-    for kept in folder.parent.glob(f".{folder.name}.replaced-*"):
-        if folder.exists():
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers left in a folder; an old version goes back where its successor did not arrive.
+
+    Args:
+        folder: in which nobody writes at the time.
+        name: of the one stream in it that is meant; else all files and streams.
+    """
+    for kept in folder.glob(f".{name}.replaced-*"):
+        target = folder / kept.name[1:].rpartition(".replaced-")[0]
+        if target.exists():
             shutil.rmtree(kept, ignore_errors=True)
         else:
-            kept.rename(folder)
-    for leftover in folder.parent.glob(f".{folder.name}.writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+            kept.rename(target)
+    for leftover in (*folder.glob(f".{name}.writing-*"), *folder.glob(f"{name}/.*.writing-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _replace(folder: Path, temporary: Path) -> None:

@@ -14,17 +14,20 @@ from msenc.data.location import is_url, local_folder
 from msenc.data.manifest import DatasetManifest
 from msenc.pipelines.parts import GIVEN, console, shown
 from msenc.prepare.audit import Audit, audit_dataset
-from msenc.prepare.dataset import StreamRecipe, folder_lock, prepare_dataset
+from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import UNITS, VoiceSettings, read_bins
+from msenc.prepare.features import StreamRecipe
+from msenc.prepare.items import Part
 from msenc.types import MsencError
 
 PREPARE_KEYS = ("data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
 
 
-def prepare(cfg: DictConfig) -> DatasetManifest | Audit:
+def prepare(cfg: DictConfig) -> DatasetManifest | Audit | None:
     """Raw material -> shards; makes the demo and its LLM where the config asks for them and they are missing.
 
-    With ``stage=audit``: raw material -> what is wrong with it.
+    With ``stage=audit``: raw material -> what is wrong with it. With a part: that part of the work, and the shards
+    (else None) if no other part is missing.
     """
     config = plain(cfg)
     check_targets(config, GIVEN)
@@ -33,7 +36,8 @@ def prepare(cfg: DictConfig) -> DatasetManifest | Audit:
     if config["stage"] == "audit":
         return _audit(config)
     manifest = _prepare(config)
-    _print_manifest(config, manifest)
+    if manifest is not None:
+        _print_manifest(config, manifest)
     return manifest
 
 
@@ -41,8 +45,7 @@ def _audit(config: Mapping[str, Any]) -> Audit:
     data, workers = config["data"], config["prepare_workers"]
     root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
     with folder_lock(folder):
-        if data["generate"] is not None:
-            build(data["generate"], root=root, num_workers=workers)
+        _generate(data, root, workers)
         audit = audit_dataset(data["name"], root, folder, workers)
     table = Table(title=f"{data['name']}, audited")
     for column in ("found", *audit.facts):
@@ -64,7 +67,7 @@ def _audit(config: Mapping[str, Any]) -> Audit:
     return audit
 
 
-def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
+def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest | None:
     data, workers = config["data"], config["prepare_workers"]
     root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
     streams = [
@@ -77,14 +80,28 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest:
         )
         for kind, stream in config["model"]["streams"].items()
     ]
-    with folder_lock(folder, wait):
-        if data["generate"] is not None:
-            build(data["generate"], root=root, num_workers=workers)
+    part = Part.parse(config["part"]) if config.get("part") else None
+    if part is not None:
+        with folder_lock(folder, wait=True, part=part):
+            _generate(data, root, workers)
+            voice = _voice_settings(config["describe"], data["voice"], folder)
+            remaining = prepare_part(data["name"], root, folder, streams, workers, voice, part)
+        console.print(f"Part {part} is done.", *remaining, sep="\n")
+        if remaining:
+            console.print("The job that does the last of them makes the shards; so does prepare.py without a part.")
+            return None
+    with folder_lock(folder, wait=wait or part is not None):
+        _generate(data, root, workers)
         voice = _voice_settings(config.get("describe"), data["voice"], folder)
         manifest = prepare_dataset(data["name"], root, folder, streams, workers, voice)
     if data["generate"] is not None:
         ensure_llm(config)
     return manifest
+
+
+def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
+    if data["generate"] is not None:
+        build(data["generate"], root=root, num_workers=workers)
 
 
 def _voice_settings(describe: bool | None, wanted: Mapping[str, Any], folder: Path) -> VoiceSettings | None:

@@ -1,14 +1,16 @@
 """Raw material -> prepared data: annotations, shards of turns, shards of features per stream, manifest.
 
-Each part is made only where it is missing or was made of something else, and appears whole or not at all. The
-manifest is written last: without it the folder is no data set.
+Each stream is made only where it is missing or was made of something else, and appears whole or not at all; what takes
+long is cut into items that stay when the rest is killed, and can be spread over jobs. The manifest is written last:
+without it the folder is no data set.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,18 @@ from msenc.data.manifest import (
     read_rejections,
     write_rejections,
 )
-from msenc.data.shards import read_index, write_stream
-from msenc.prepare.describe import VoiceSettings, describe_dialogues, describe_settings
-from msenc.prepare.features import extract
+from msenc.data.shards import clear_leftovers, read_index, write_stream
+from msenc.prepare.describe import (
+    VoiceSettings,
+    describe_dialogues,
+    describe_settings,
+    measure_items,
+    run_measures,
+)
+from msenc.prepare.features import StreamRecipe, feature_items, make_extract, read_features
+from msenc.prepare.hashes import hash_clips
+from msenc.prepare.items import Item, Part, run_items, say_missing
 from msenc.types import Dialogue, MsencError, Rejection
-
-
-@dataclass(frozen=True)
-class StreamRecipe:
-    """How a stream's features are made.
-
-    Args:
-        kind: ``audio`` or ``video``.
-        name: the encoder's name.
-        dim: width that the config claims; the encoder's own must agree.
-        make_encoder: builds the encoder; picklable.
-        settings: the encoder's config; features are made anew when it changes.
-    """
-
-    kind: str
-    name: str
-    dim: int
-    make_encoder: Callable[[], Any]
-    settings: Mapping[str, Any]
 
 
 def prepare_dataset(
@@ -74,6 +65,7 @@ def prepare_dataset(
         MsencError: unusable annotations, a full disk, an encoder of another width than claimed, or another process
             that prepares the same folder.
     """
+    clear_leftovers(folder)
     annotations = read_meld(root, name)
     dialogues, rejections = annotations.dialogues, list(annotations.rejections)
     settings: dict[str, Any] = {"annotations": "meld"}
@@ -83,13 +75,13 @@ def prepare_dataset(
     turns = _write_turns(folder, dialogues)
     infos = {"turns": _info("text", None, None, turns, dialogues)}
     # Streams of other encoders stay usable as long as they were made from these turns.
-    for stream, info in _kept_streams(folder, turns["hash"], {f"{s.kind}-{s.name}" for s in streams}).items():
+    for stream, info in _kept_streams(folder, turns["hash"], {recipe.stream for recipe in streams}).items():
         infos[stream] = info
         rejections += read_rejections(folder / stream / "rejected.csv")
     for recipe in streams:
         index, rejected = _write_features(folder, root, recipe, dialogues, turns["hash"], num_workers)
         rejections += rejected
-        infos[f"{recipe.kind}-{recipe.name}"] = _info(recipe.kind, recipe.name, recipe.dim, index, dialogues)
+        infos[recipe.stream] = _info(recipe.kind, recipe.name, recipe.dim, index, dialogues)
     rejections = list(dict.fromkeys(rejections))  # two encoders of one stream lack the same clips
     manifest = DatasetManifest(
         name=name,
@@ -106,23 +98,77 @@ def prepare_dataset(
     return manifest
 
 
-@contextmanager
-def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Let only one process at a time make a folder; the lock goes when the process ends, however it ends.
+def prepare_part(
+    name: str,
+    root: Path,
+    folder: Path,
+    streams: list[StreamRecipe],
+    num_workers: int,
+    voice: VoiceSettings | None,
+    part: Part,
+) -> list[str]:
+    """Do one part of what takes long, so that `prepare_dataset` finds it done; several parts may run at one time.
 
     Args:
-        folder: what is made; the lock is a hidden file beside it.
-        wait: wait for the other process instead of refusing.
+        name: as `prepare_dataset` takes it, and so on until `voice`.
+        root: the same.
+        folder: the same.
+        streams: the same.
+        num_workers: the same.
+        voice: the same.
+        part: which of the items to do.
+
+    Returns:
+        Per stage what other parts have to do yet, in words; empty when all is there.
 
     Raises:
-        MsencError: another process holds the lock, and `wait` is False.
+        MsencError: as `prepare_dataset` does.
+    """
+    dialogues = read_meld(root, name).dialogues
+    hashes = _hashes(root, dialogues, folder, num_workers)
+    stages: dict[str, tuple[list[Item], list[Item]]] = {}  # all items, and those that are missing
+    if voice is not None:
+        items = measure_items(hashes, root, folder)
+        stages["voice"] = items, run_measures(items, folder, num_workers, part)
+    for recipe in streams:
+        index = _index(folder / recipe.stream, dialogues)
+        settings = _stream_settings(recipe, dialogues, hashes)
+        if index is None or {**index["settings"], "turns": None} != {**settings, "turns": None}:
+            items = feature_items(dialogues, recipe, hashes)
+            stages[recipe.stream] = items, _extract(items, folder, root, recipe, num_workers, part)
+    return [f"{stage}: {say_missing(items, missing, part)}" for stage, (items, missing) in stages.items() if missing]
+
+
+@contextmanager
+def folder_lock(folder: Path, wait: bool = False, part: Part | None = None) -> Iterator[None]:
+    """Let only one process at a time make a folder, or each of its parts; locks go with their process, however it ends.
+
+    Args:
+        folder: what is made; the locks are hidden files beside it.
+        wait: wait for whoever makes the folder, or parts of it, instead of refusing.
+        part: hold the lock of this part alone. Other parts may be made meanwhile, but not the folder as a whole.
+
+    Raises:
+        MsencError: the folder or a part of it is being made, and `wait` is False; or the same part is.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait else 0):
-            yield
-    except Timeout as e:
-        raise MsencError(f"{folder}: another process is preparing this folder. Wait for it, then repeat.") from e
+    timeout = -1 if wait else 0
+    with ExitStack() as stack:
+        try:
+            # Parts take and look at their locks under the folder's, so that nobody comes between.
+            with FileLock(folder.parent / f".{folder.name}.lock", timeout=timeout) as whole:
+                if part is not None:
+                    name = f".{folder.name}.part-{part.number}-of-{part.of}.lock"
+                    stack.enter_context(FileLock(folder.parent / name, timeout=0))
+                    whole.release()
+                else:
+                    for path in folder.parent.glob(f".{folder.name}.part-*.lock"):
+                        with FileLock(path, timeout=timeout):
+                            path.unlink(missing_ok=True)
+                yield
+        except Timeout as e:
+            what = "this folder" if part is None else f"this folder, or part {part} of it"
+            raise MsencError(f"{folder}: another process is preparing {what}. Wait for it, then repeat.") from e
 
 
 def content_digest(dialogues: Iterable[Dialogue]) -> str:
@@ -144,37 +190,59 @@ def _write_features(
     turns_hash: str,
     num_workers: int,
 ) -> tuple[dict[str, Any], list[Rejection]]:
-    stream = folder / f"{recipe.kind}-{recipe.name}"
-    clips = _digest(_clip_size(root, u.clip) for d in dialogues for u in d.utterances)
-    settings = {**recipe.settings, "dim": recipe.dim, "turns": turns_hash, "clips": clips}
+    stream = folder / recipe.stream
+    hashes = _hashes(root, dialogues, folder, num_workers)
+    settings = {**_stream_settings(recipe, dialogues, hashes), "turns": turns_hash}
     rejections: list[Rejection] = []
     index = _reuse(stream, settings, dialogues) if (stream / "rejected.csv").is_file() else None
     if index is None:
-        dim = recipe.make_encoder().dim
-        if dim != recipe.dim:
-            raise MsencError(
-                f"model.streams.{recipe.kind}: the encoder {recipe.name!r} gives features {dim} wide, the config says "
-                f"dim={recipe.dim}. Set model.streams.{recipe.kind}.dim={dim}."
-            )
-        samples = extract(
-            dialogues, root, recipe.make_encoder, recipe.kind, num_workers, rejections, f"{recipe.kind}: {recipe.name}"
-        )
-        index = write_stream(stream, samples, settings)
+        items = feature_items(dialogues, recipe, hashes)
+        _extract(items, folder, root, recipe, num_workers)
+        index = write_stream(stream, read_features(items, _items_folder(folder, recipe), rejections), settings)
         write_rejections(stream / "rejected.csv", rejections)
     else:
         rejections = read_rejections(stream / "rejected.csv")
+    shutil.rmtree(_items_folder(folder, recipe), ignore_errors=True)
     return index, rejections
+
+
+def _extract(
+    items: Sequence[Item], folder: Path, root: Path, recipe: StreamRecipe, num_workers: int, part: Part | None = None
+) -> list[Item]:
+    make = partial(make_extract, root, recipe)
+    description = f"{recipe.kind}: {recipe.name}"
+    return run_items(items, _items_folder(folder, recipe), make, num_workers, description, "utterances", part)
+
+
+def _items_folder(folder: Path, recipe: StreamRecipe) -> Path:
+    return folder / f".{recipe.stream}.items"
+
+
+def _stream_settings(
+    recipe: StreamRecipe, dialogues: Iterable[Dialogue], hashes: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """What a stream is made of, but for the turns."""
+    clips = _digest((u.clip, hashes.get(u.clip)) for d in dialogues for u in d.utterances)
+    return {**recipe.settings, "dim": recipe.dim, "clips": clips}
+
+
+def _hashes(root: Path, dialogues: Iterable[Dialogue], folder: Path, num_workers: int) -> dict[str, str | None]:
+    return hash_clips(root, (u.clip for d in dialogues for u in d.utterances), folder, num_workers)
 
 
 def _reuse(stream: Path, settings: Mapping[str, Any], dialogues: list[Dialogue]) -> dict[str, Any] | None:
     """The stream's index, if it is there and was made with these settings, of all utterances of these dialogues."""
+    index = _index(stream, dialogues)
+    return index if index is not None and index["settings"] == settings else None
+
+
+def _index(stream: Path, dialogues: list[Dialogue]) -> dict[str, Any] | None:
     try:
         index = read_index(stream)
     except MsencError:
         return None
     found = [(s["id"], s["split"], len(s["lengths"])) for s in index["samples"]]
-    is_complete = found == [(d.id, d.split, len(d.utterances)) for d in dialogues]
-    return index if index["settings"] == settings and is_complete else None
+    return index if found == [(d.id, d.split, len(d.utterances)) for d in dialogues] else None
 
 
 def _kept_streams(folder: Path, turns_hash: str, remade: set[str]) -> dict[str, StreamInfo]:
@@ -208,12 +276,6 @@ def _info(
         split = split_of[sample["id"]]
         utterances[split] = utterances.get(split, 0) + sum(length > 0 for length in sample["lengths"])
     return StreamInfo(kind, encoder, dim, index["settings"], index["hash"], utterances)
-
-
-def _clip_size(root: Path, clip: str | None) -> tuple[str | None, int]:
-    """What tells, without reading it, that a clip was exchanged."""
-    path = root / clip if clip else None
-    return clip, path.stat().st_size if path and path.is_file() else -1
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -5,12 +5,9 @@ gender; never by speaker id, which in many data sets is local to its dialogue.
 """
 
 import json
-import multiprocessing
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from msenc.data.location import hash_file
+from msenc.data.manifest import write_text
 from msenc.data.media import MediaError, read_audio
-from msenc.prepare.workers import watch_parent
+from msenc.prepare.hashes import hash_clips
+from msenc.prepare.items import Item, Members, Part, content_key, read_result, run_items
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, count_syllables, guess_syllables, measure
 from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
@@ -29,6 +27,8 @@ from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, Voi
 CACHE = "voice-cache.jsonl"
 BINS = "voice-bins.json"
 TURNS = "voice-turns.jsonl"
+ITEMS = ".voice.items"
+ITEM_CLIPS = 32
 
 UNITS = {
     "pitch": "Hz",
@@ -154,8 +154,7 @@ def describe_dialogues(
     Raises:
         MsencError: no clip of the train split has a voice, a worker died, or the disk refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    measures = _measure_all(dialogues, Path(root), folder / CACHE, num_workers, rejections)
+    measures = _measure_all(dialogues, Path(root), folder, num_workers, rejections)
     turns = _turns(dialogues, measures, settings)
     bins = fit_bins((turns[d.id, u.id] for d in dialogues if d.split == "train" for u in d.utterances), settings)
     described, lines = [], []
@@ -178,8 +177,8 @@ def describe_dialogues(
             )
         described.append(replace(dialogue, utterances=tuple(utterances)))
     value = {"settings": describe_settings(settings), "bins": {name: asdict(b) for name, b in bins.items()}}
-    _write(folder / BINS, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / TURNS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(folder / BINS, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / TURNS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return described, bins
 
 
@@ -329,52 +328,55 @@ def _source(before: Utterance, after: Utterance) -> str | None:
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
+def measure_items(hashes: Mapping[str, str | None], root: Path, folder: Path) -> list[Item]:
+    """Cut the measuring of clips that `folder` has no measures of into items."""
+    known = _read_cache(folder / CACHE)
+    new = {digest: clip for clip, digest in hashes.items() if digest is not None and digest not in known}
+    groups = [list(new.items())[first : first + ITEM_CLIPS] for first in range(0, len(new), ITEM_CLIPS)]
+    return [
+        Item(
+            id=f"{group[0][1]} .. {group[-1][1]}",
+            key=content_key(VERSION, [digest for digest, _ in group]),
+            input=[(digest, root / clip) for digest, clip in group],
+            size=len(group),
+        )
+        for group in groups
+    ]
+
+
+def run_measures(items: Sequence[Item], folder: Path, num_workers: int, part: Part | None = None) -> list[Item]:
+    """Measure; returns the items that other parts have to do."""
+    return run_items(items, folder / ITEMS, _make_measure, num_workers, "voice: measuring", "clips", part)
+
+
+def _make_measure() -> Callable[[Any], Members]:
+    return lambda clips: {"outcomes.json": {digest: measure_clip(path) for digest, path in clips}}
+
+
 def _measure_all(
-    dialogues: Sequence[Dialogue], root: Path, cache_file: Path, num_workers: int, rejections: list[Rejection]
+    dialogues: Sequence[Dialogue], root: Path, folder: Path, num_workers: int, rejections: list[Rejection]
 ) -> dict[str, VoiceMeasures]:
     """Clip -> its measures; only clips that the cache does not know are decoded."""
     turns = [(f"{d.id}/utt{u.id}", u.clip) for d in dialogues for u in d.utterances]
-    clips = list(dict.fromkeys(clip for _, clip in turns if clip is not None))
-    with ThreadPoolExecutor(max(num_workers, 1)) as pool:  # hashing leaves the interpreter's lock
-        hashes = dict(zip(clips, pool.map(lambda clip: _hash(root / clip), clips), strict=True))
-    cache = _read_cache(cache_file)
-    new = {digest: clip for clip, digest in hashes.items() if digest is not None and digest not in cache}
-    if new:
-        with _refusals(cache_file), cache_file.open("a", encoding="utf-8") as file:
-            for digest, outcome in _measure_new(root, new, num_workers):
-                cache[digest] = outcome
-                file.write(json.dumps({"sha256": digest, "version": VERSION, **outcome}) + "\n")
-                file.flush()  # a kill loses the clips in hand and no more
+    hashes = hash_clips(root, (clip for _, clip in turns), folder, num_workers)
+    items = measure_items(hashes, root, folder)
+    run_measures(items, folder, num_workers)
+    outcomes = _read_cache(folder / CACHE)
+    for item in items:
+        outcomes |= read_result(item, folder / ITEMS)["outcomes.json"]
+    wanted = dict.fromkeys(digest for digest in hashes.values() if digest is not None)
+    lines = ({**outcomes[digest], "sha256": digest, "version": VERSION} for digest in wanted)
+    write_text(folder / CACHE, "".join(json.dumps(line) + "\n" for line in lines))
+    shutil.rmtree(folder / ITEMS, ignore_errors=True)
     measures = {}
     for id, clip in turns:
         digest = hashes.get(clip)
-        outcome = {"reason": "clip missing"} if digest is None else cache[digest]
+        outcome = {"reason": "clip missing"} if digest is None else outcomes[digest]
         if outcome.get("reason"):
             rejections.append(Rejection(id, "audio", outcome["reason"], clip or ""))
         else:
             measures[clip] = VoiceMeasures(**outcome["measures"])
     return measures
-
-
-def _measure_new(root: Path, clips: Mapping[str, str], num_workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    from rich.progress import track
-
-    paths = [root / clip for clip in clips.values()]
-    pool = None
-    if num_workers > 0:
-        # spawn: a forked child would inherit the threads' locks of whatever runs in this process
-        pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=watch_parent)
-    try:
-        outcomes = pool.map(measure_clip, paths, chunksize=8) if pool else map(measure_clip, paths)
-        yield from zip(clips, track(outcomes, "voice: measuring", total=len(paths)), strict=True)
-    except BrokenProcessPool as error:
-        raise MsencError(
-            f"A process that measures voices ended without a word ({error}). Found {num_workers} of them; try fewer, "
-            "or look for a lack of memory. What was measured is kept."
-        ) from error
-    finally:
-        if pool:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def measure_clip(path: Path) -> dict[str, Any]:
@@ -385,13 +387,8 @@ def measure_clip(path: Path) -> dict[str, Any]:
         return {"reason": error.reason}
 
 
-def _hash(path: Path) -> str | None:
-    """Of the clip's content; None where there is no file."""
-    return hash_file(path) if path.is_file() else None
-
-
 def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
-    """Outcomes by hash; a line that a kill cut off counts as not there."""
+    """Outcomes by hash; lines that are damaged, or of another version, count as not there."""
     if not path.is_file():
         return {}
     cache = {}
@@ -414,20 +411,3 @@ def syllables_of(texts: Sequence[str]) -> list[int]:
 
 def _has_espeak() -> bool:
     return find_spec("espeakng_loader") is not None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    with _refusals(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-
-
-@contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MsencError(
-            f"{path}: cannot be written ({error.strerror or error}). Free space or permissions there, then repeat."
-        ) from error

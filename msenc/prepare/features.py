@@ -1,63 +1,171 @@
-"""Dialogues with clips -> features of one encoder, ready for `msenc.data.shards.write_stream`."""
+"""Dialogues with clips -> features of one encoder, ready for `msenc.data.shards.write_stream`.
 
-import multiprocessing
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+The work is cut into items of some dialogues each (`msenc.prepare.items`): what is encoded stays, whatever happens to
+the rest.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from msenc.data.media import MediaError, read_audio, read_frames
-from msenc.prepare.workers import progress_bar, watch_parent
+from msenc.prepare.items import Item, Members, content_key, read_result
 from msenc.types import Dialogue, MsencError, Rejection, Utterance
 
 if TYPE_CHECKING:
     from msenc.models.encoders import Encoder
 
-# Decoded clips that are held and encoded together; a dialogue of long clips takes several rounds.
+T = TypeVar("T")
+
+VERSION = 1
+"""Of how clips are decoded and features stored; raised whenever equal clips and settings give other features."""
+
+MIN_ITEM_UTTERANCES = 16
+# Clips that are held and encoded together, while the next ones are decoded.
+MAX_BATCH_CLIPS = 8
 MAX_BATCH_BYTES = 64 * 2**20
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-def extract(
-    dialogues: Sequence[Dialogue],
-    root: Path,
-    make_encoder: "Callable[[], Encoder]",
-    kind: str,
-    num_workers: int,
-    rejections: list[Rejection],
-    description: str,
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Decode and encode every utterance; dialogues come in their order, whatever the number of workers.
+@dataclass(frozen=True)
+class StreamRecipe:
+    """How a stream's features are made.
 
-    An utterance without the stream gets length zero and is appended to `rejections`. At most a few dialogues per
-    worker are held at a time.
+    Args:
+        kind: ``audio`` or ``video``.
+        name: the encoder's name.
+        dim: width that the config claims; the encoder's own must agree.
+        make_encoder: builds the encoder; picklable (a class, or `functools.partial` of one).
+        settings: the encoder's config; features are made anew when it changes.
+    """
+
+    kind: str
+    name: str
+    dim: int
+    make_encoder: "Callable[[], Encoder]"
+    settings: Mapping[str, Any]
+
+    @property
+    def stream(self) -> str:
+        """Name of the stream and its folder."""
+        return f"{self.kind}-{self.name}"
+
+
+def feature_items(dialogues: Sequence[Dialogue], recipe: StreamRecipe, hashes: Mapping[str, str | None]) -> list[Item]:
+    """Cut the extraction of a stream into items: neighbouring dialogues, together 16 utterances or a few more.
+
+    Args:
+        dialogues: all of them, in their order.
+        recipe: what makes the features.
+        hashes: clip -> hash of its content, or None where there is no such file.
+    """
+    groups: list[list[Dialogue]] = []
+    size = MIN_ITEM_UTTERANCES
+    for dialogue in dialogues:
+        if size >= MIN_ITEM_UTTERANCES:
+            groups.append([])
+            size = 0
+        groups[-1].append(dialogue)
+        size += len(dialogue.utterances)
+    return [
+        Item(
+            id=group[0].id if len(group) == 1 else f"{group[0].id} .. {group[-1].id}",
+            key=content_key(
+                VERSION,
+                [recipe.kind, recipe.dim, dict(recipe.settings)],
+                [[d.id, [[u.id, u.clip, hashes.get(u.clip)] for u in d.utterances]] for d in group],
+            ),
+            input=tuple(group),
+            size=sum(len(d.utterances) for d in group),
+        )
+        for group in groups
+    ]
+
+
+def read_features(
+    items: Sequence[Item], folder: Path, rejections: list[Rejection]
+) -> Iterator[tuple[str, str, Members]]:
+    """Results of all items -> samples of the stream, in the order of the dialogues.
+
+    Args:
+        items: of `feature_items`, all done.
+        folder: where their results are.
+        rejections: receives what could not be used.
+
+    Yields:
+        (dialogue id, split, {"features.npy": float16 (sum of T, D), "offsets.npy": int64 (U+1,)}).
+    """
+    for item in items:
+        members = read_result(item, folder)
+        rejections += [Rejection(**rejection) for rejection in members["rejections.json"]]
+        features, offsets = members["features.npy"], members["offsets.npy"]
+        first = 0
+        for dialogue in item.input:
+            own = offsets[first : first + len(dialogue.utterances) + 1]
+            first += len(dialogue.utterances)
+            yield (
+                dialogue.id,
+                dialogue.split,
+                {"features.npy": features[own[0] : own[-1]], "offsets.npy": own - own[0]},
+            )
+
+
+def make_extract(root: Path, recipe: StreamRecipe) -> Callable[[Sequence[Dialogue]], Members]:
+    """Build the encoder; what comes back does an item's work, `extract`.
+
+    Raises:
+        MsencError: the encoder is of another width than the recipe says.
+    """
+    encoder = recipe.make_encoder()
+    if encoder.dim != recipe.dim:
+        node = f"model.streams.{recipe.kind}"
+        raise MsencError(
+            f"{node}: the encoder {recipe.name!r} gives features {encoder.dim} wide, the config says "
+            f"dim={recipe.dim}. Set {node}.dim={encoder.dim}."
+        )
+    return partial(extract, root=root, encoder=encoder, kind=recipe.kind)
+
+
+def extract(dialogues: Sequence[Dialogue], root: Path, encoder: "Encoder", kind: str) -> Members:
+    """Features of the utterances, one after another, with offsets and rejections.
+
+    An utterance without the stream gets length zero, and a rejection. Clips are decoded in a thread while those before
+    are encoded.
 
     Args:
         dialogues: whose clips to read.
         root: folder that the clips' paths start from.
-        make_encoder: builds the encoder, once per worker; picklable (a class, or `functools.partial` of one).
+        encoder: of this kind.
         kind: ``audio`` or ``video``.
-        num_workers: processes; 0 works in this one. Each uses one torch thread.
-        rejections: receives what could not be used.
-        description: what the progress bar says.
-
-    Yields:
-        (dialogue id, split, {"features.npy": float16 (sum of T, D), "offsets.npy": int64 (U+1,)}).
 
     Raises:
-        MsencError: if an encoder gives what float16 cannot hold or another width than it says, or a worker dies.
+        MsencError: the encoder gives what float16 cannot hold, or another width than it says.
     """
-    with progress_bar("utterances") as progress:
-        bar = progress.add_task(description, total=sum(len(d.utterances) for d in dialogues))
-        results = _results(dialogues, Path(root), make_encoder, kind, num_workers)
-        for dialogue, (members, rejected) in zip(dialogues, results, strict=True):
-            rejections += rejected
-            progress.advance(bar, len(dialogue.utterances))
-            yield dialogue.id, dialogue.split, members
+    turns = [(f"{d.id}/utt{u.id}", u) for d in dialogues for u in d.utterances]
+    empty = np.zeros((0, encoder.dim), np.float16)
+    features = [empty] * len(turns)  # each (T, D)
+    reasons: dict[int, str] = {}
+    with _one_thread(), ThreadPoolExecutor(1) as pool:
+        for batch in _one_ahead(pool, _decode([u for _, u in turns], root, encoder, kind, reasons)):
+            for place, encoded in zip(batch, encoder.encode(list(batch.values())), strict=True):
+                features[place] = _checked(np.asarray(encoded), encoder, turns[place][0])
+                if len(encoded) == 0:
+                    reasons[place] = "clip too short"
+    rejections = [
+        Rejection(turns[place][0], kind, reason, turns[place][1].clip or "")
+        for place, reason in sorted(reasons.items())
+    ]
+    return {
+        "features.npy": np.concatenate([empty, *features]),
+        "offsets.npy": np.cumsum([0] + [len(f) for f in features], dtype=np.int64),
+        "rejections.json": [asdict(rejection) for rejection in rejections],
+    }
 
 
 def encode_clip(path: Path, encoder: "Encoder", kind: str) -> np.ndarray:
@@ -67,124 +175,68 @@ def encode_clip(path: Path, encoder: "Encoder", kind: str) -> np.ndarray:
         MediaError: the clip lacks the stream, or is too short for the encoder.
     """
     clip = Utterance("0", "", "", clip=str(Path(path).resolve()))
-    members, rejected = _Worker(Path(), lambda: encoder, kind)(Dialogue(str(path), "test", (clip,)))
-    if rejected:
-        raise MediaError(rejected[0].reason)
+    members = extract([Dialogue(str(path), "test", (clip,))], Path(), encoder, kind)
+    for rejection in members["rejections.json"]:
+        raise MediaError(rejection["reason"])
     return members["features.npy"]
 
 
-Result = tuple[dict[str, np.ndarray], list[Rejection]]
-
-
-def _results(
-    dialogues: Sequence[Dialogue], root: Path, make_encoder: "Callable[[], Encoder]", kind: str, num_workers: int
-) -> Iterator[Result]:
-    if num_workers == 0:
-        worker = _Worker(root, make_encoder, kind)
-        yield from map(worker, dialogues)
-        return
-    # A forked process would inherit torch's threads in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(root, make_encoder, kind))
-    waiting: deque = deque()
-    try:
-        for dialogue in dialogues:
-            waiting.append((dialogue, pool.submit(_work, dialogue)))
-            if len(waiting) >= 4 * num_workers:
-                yield waiting.popleft()[1].result()
-        while waiting:
-            yield waiting.popleft()[1].result()
-    except BrokenProcessPool as error:
-        raise MsencError(
-            f"A worker process died while {kind} features were extracted; memory that ran out is the usual cause. "
-            f"{num_workers} workers ran; set fewer."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _Worker:
-    """Dialogue -> (members, rejections). The encoder is built at the first call, so that its errors arrive whole."""
-
-    def __init__(self, root: Path, make_encoder: "Callable[[], Encoder]", kind: str):
-        self.root, self.make_encoder, self.kind = root, make_encoder, kind
-        self.encoder: Encoder | None = None
-
-    def __call__(self, dialogue: Dialogue) -> Result:
-        import torch
-
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # sums in one order, whatever the number of workers
+def _decode(
+    utterances: Sequence[Utterance], root: Path, encoder: "Encoder", kind: str, reasons: dict[int, str]
+) -> Iterator[dict[int, np.ndarray]]:
+    """Batches of decoded clips by their place among the utterances; why there is none goes into `reasons`."""
+    batch: dict[int, np.ndarray] = {}
+    for place, utterance in enumerate(utterances):
         try:
-            if self.encoder is None:
-                self.encoder = self.make_encoder()
-            return self._extract(dialogue)
-        finally:
-            torch.set_num_threads(num_threads)
-
-    def _extract(self, dialogue: Dialogue) -> Result:
-        empty = np.zeros((0, self.encoder.dim), np.float16)
-        features = [empty] * len(dialogue.utterances)  # each (T, D)
-        rejections: list[Rejection] = []
-        batch: dict[int, np.ndarray] = {}
-
-        def reject(u: int, reason: str) -> None:
-            utterance = dialogue.utterances[u]
-            id = f"{dialogue.id}/utt{utterance.id}"
-            rejections.append(Rejection(id, self.kind, reason, utterance.clip or ""))
-
-        def encode_batch() -> None:
-            for u, encoded in zip(batch, self._encode(list(batch.values())), strict=True):
-                features[u] = self._checked(encoded, f"{dialogue.id}, utterance {dialogue.utterances[u].id}")
-                if len(encoded) == 0:
-                    reject(u, "clip too short")
-            batch.clear()
-
-        for u, utterance in enumerate(dialogue.utterances):
-            try:
-                batch[u] = self._read(utterance.clip)
-            except MediaError as error:
-                reject(u, error.reason)
-            if sum(clip.nbytes for clip in batch.values()) > MAX_BATCH_BYTES:
-                encode_batch()
-        if batch:
-            encode_batch()
-        offsets = np.cumsum([0] + [len(f) for f in features], dtype=np.int64)
-        return {"features.npy": np.concatenate([empty, *features]), "offsets.npy": offsets}, rejections
-
-    def _read(self, clip: str | None) -> np.ndarray:
-        if clip is None:
-            raise MediaError("clip missing")
-        if self.kind == "audio":
-            return read_audio(self.root / clip, self.encoder.sample_rate)
-        return read_frames(self.root / clip, self.encoder.fps)
-
-    def _encode(self, clips: list[np.ndarray]) -> list[np.ndarray]:
-        return [np.asarray(features) for features in self.encoder.encode(clips)]
-
-    def _checked(self, features: np.ndarray, where: str) -> np.ndarray:
-        name = type(self.encoder).__name__
-        if features.ndim != 2 or features.shape[1] != self.encoder.dim:
-            raise MsencError(
-                f"{where}: encoder {name} gave features of shape {features.shape}; expected (T, {self.encoder.dim})."
-            )
-        largest = float(np.abs(features).max(initial=0.0))
-        if not largest <= FLOAT16_MAX:  # NaN compares as false
-            raise MsencError(
-                f"{where}: encoder {name} gave a value of magnitude {largest:g}; expected finite values up to "
-                f"{FLOAT16_MAX:g}, which float16 can hold. Check the encoder's settings, or leave out this clip."
-            )
-        return features.astype(np.float16)
+            batch[place] = _read(utterance.clip, root, encoder, kind)
+        except MediaError as error:
+            reasons[place] = error.reason
+        if len(batch) == MAX_BATCH_CLIPS or sum(clip.nbytes for clip in batch.values()) > MAX_BATCH_BYTES:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
 
 
-_worker: _Worker | None = None  # of this worker process
+def _read(clip: str | None, root: Path, encoder: "Encoder", kind: str) -> np.ndarray:
+    if clip is None:
+        raise MediaError("clip missing")
+    if kind == "audio":
+        return read_audio(root / clip, encoder.sample_rate)
+    return read_frames(root / clip, encoder.fps)
 
 
-def _start(root: Path, make_encoder: "Callable[[], Encoder]", kind: str) -> None:
-    global _worker
-    _worker = _Worker(root, make_encoder, kind)
-    watch_parent()
+def _checked(features: np.ndarray, encoder: "Encoder", where: str) -> np.ndarray:
+    name = type(encoder).__name__
+    if features.ndim != 2 or features.shape[1] != encoder.dim:
+        raise MsencError(
+            f"{where}: encoder {name} gave features of shape {features.shape}; expected (T, {encoder.dim})."
+        )
+    largest = float(np.abs(features).max(initial=0.0))
+    if not largest <= FLOAT16_MAX:  # NaN compares as false
+        raise MsencError(
+            f"{where}: encoder {name} gave a value of magnitude {largest:g}; expected finite values up to "
+            f"{FLOAT16_MAX:g}, which float16 can hold. Check the encoder's settings, or leave out this clip."
+        )
+    return features.astype(np.float16)
 
 
-def _work(dialogue: Dialogue) -> Result:
-    return _worker(dialogue)
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch sum in one order, whatever the number of workers."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _one_ahead(pool: ThreadPoolExecutor, values: Iterator[T]) -> Iterator[T]:
+    """The same values, each made while the one before is in use."""
+    step = pool.submit(next, values, None)
+    while (value := step.result()) is not None:
+        step = pool.submit(next, values, None)
+        yield value

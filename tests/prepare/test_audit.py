@@ -15,7 +15,8 @@ from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.manifest import DatasetManifest, read_rejections
 from msenc.models.encoders import LogMel, Pixels
 from msenc.prepare.audit import audit_dataset
-from msenc.prepare.dataset import StreamRecipe, prepare_dataset
+from msenc.prepare.dataset import prepare_dataset
+from msenc.prepare.features import StreamRecipe
 from msenc.prompt import DialogueTokenizer, Prompt
 from msenc.types import MsencError
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from msenc.models.connector import Mlp
 from msenc.models.conversation import ConversationModel
 from msenc.models.encoders import LogMel, Pixels
 from msenc.models.llm import load_llm, load_tokenizer
-from msenc.prepare.dataset import StreamRecipe, prepare_dataset
+from msenc.prepare import features
+from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
+from msenc.prepare.describe import VoiceSettings
+from msenc.prepare.features import StreamRecipe
+from msenc.prepare.items import Part
 from msenc.prompt import DialogueTokenizer, Prompt
 from msenc.types import MsencError
 
@@ -79,6 +84,14 @@ def video(size=4):
 
 def prepare(root, folder, *streams):
     return prepare_dataset("meld", root, folder, list(streams), num_workers=0)
+
+
+def refuse():
+    raise AssertionError("nothing is left to encode")
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def stamps(folder):
@@ -230,7 +243,7 @@ def test_an_end_in_the_middle_leaves_nothing_half_made(root, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Killed):
         prepare(root, out, audio(Failing))
-    assert {p.name for p in out.iterdir()} == {"turns"}
+    assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {"turns", "clip-hashes.json"}
     with pytest.raises(MsencError, match=r"dataset\.json: missing"):
         DatasetManifest.read(out)
     assert list(prepare(root, out, audio()).streams) == ["turns", "audio-logmel"]
@@ -285,6 +298,61 @@ def test_a_stream_remade_without_its_manifest_is_not_kept(root, tmp_path):
     with pytest.raises(MsencError, match="16 wide"):  # the audio is written anew before the next stream fails
         prepare(root, out, audio(num_mels=6, dim=6), refused)
     assert set(prepare(root, out).streams) == {"turns", "video-pixels"}
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_parts_make_what_one_run_makes(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MIN_ITEM_UTTERANCES", 1)  # an item per dialogue
+    voice = VoiceSettings(levels=2)
+    recipes = [audio(), video()]
+    whole = prepare_dataset("meld", root, tmp_path / "whole", recipes, 0, voice)
+    arguments = ("meld", root, tmp_path / "parts", recipes, 0, voice)
+    assert prepare_part(*arguments, Part(1, 3)) == [
+        "audio-logmel: 2 of 4 items remain, of the parts 2/3, 3/3",
+        "video-pixels: 2 of 4 items remain, of the parts 2/3, 3/3",
+    ]
+    remaining = prepare_part(*arguments, Part(3, 3))
+    assert [r.split(": ")[1] for r in remaining] == ["1 of 4 items remain, of the parts 2/3"] * 2
+    assert not (tmp_path / "parts" / "turns").exists()
+    assert prepare_part(*arguments, Part(2, 3)) == []
+    built = [replace(recipe, make_encoder=refuse) for recipe in recipes]
+    assert prepare_dataset("meld", root, tmp_path / "parts", built, 0, voice) == whole
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert prepare_part(*arguments[:3], built, 0, voice, Part(2, 3)) == []  # made once, no part has work
+
+
+def test_the_last_part_makes_the_shards(root, compose, tmp_path, capsys, monkeypatch):
+    from msenc.pipelines.prepare import prepare
+
+    monkeypatch.setattr(features, "MIN_ITEM_UTTERANCES", 10)
+    arguments = ["data=meld", f"data.root={root}", f"data.dir={tmp_path / 'out'}", "modality=text_audio"]
+    arguments.append("prepare_workers=0")
+    assert prepare(compose([*arguments, "part=1/2"], "prepare")) is None
+    said = capsys.readouterr().out
+    assert "Part 1/2 is done." in said
+    assert "audio-logmel: 1 of 2 items remain, of the parts 2/2" in said
+    assert "The job that does the last of them makes the shards" in said
+    last = prepare(compose([*arguments, "part=2/2"], "prepare"))
+    assert last == DatasetManifest.read(tmp_path / "out")
+    assert list(tmp_path.glob(".out.part-*")) == []
+    assert prepare(compose([*arguments, "part=1/2"], "prepare")) == last
+
+
+def test_parts_run_side_by_side_and_nothing_else_does(tmp_path):
+    out, part = tmp_path / "out", Part(1, 2)
+    with folder_lock(out, part=part):
+        with folder_lock(out, part=Part(2, 2)):
+            pass
+        with pytest.raises(MsencError, match=r"preparing this folder, or part 1/2 of it"), folder_lock(out, part=part):
+            pass
+        with pytest.raises(MsencError, match=r"another process is preparing this folder\."), folder_lock(out):
+            pass
+    with folder_lock(out), pytest.raises(MsencError, match="part 1/2"), folder_lock(out, part=part):
+        pass
+    with folder_lock(out):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ one at a time

@@ -7,13 +7,17 @@ import wave
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
 import pytest
 
 from msenc.data.shards import ShardReader, write_stream
-from msenc.prepare.features import extract
+from msenc.prepare import features as stage
+from msenc.prepare.features import StreamRecipe, feature_items, make_extract, read_features
+from msenc.prepare.hashes import hash_clips
+from msenc.prepare.items import read_result, run_items
 from msenc.types import Dialogue, MsencError, Rejection, Utterance
 
 RATE = 8000
@@ -113,9 +117,23 @@ def dialogue(d: int, *clips: str | None) -> Dialogue:
     return Dialogue(f"demo/train/dia{d}", "train", turns)
 
 
-def run(root, dialogues, make=Energies, kind="audio", num_workers=0) -> tuple[list, list[Rejection]]:
-    rejections: list[Rejection] = []
-    return list(extract(dialogues, root, make, kind, num_workers, rejections, f"{kind} features")), rejections
+def recipe(make=Energies, kind="audio", dim=None) -> StreamRecipe:
+    return StreamRecipe(kind, "test", dim or {"audio": 2, "video": 3}[kind], make, {})
+
+
+def run(root, dialogues, make=Energies, kind="audio", num_workers=0, folder=None) -> tuple[list, list[Rejection]]:
+    """Samples of the stream, and what was rejected."""
+    with TemporaryDirectory() as other:
+        folder, rejections = folder or Path(other), []
+        items = items_of(root, dialogues, recipe(make, kind))
+        run_items(items, folder, partial(make_extract, root, recipe(make, kind)), num_workers, f"{kind} features")
+        return list(read_features(items, folder, rejections)), rejections
+
+
+def items_of(root, dialogues, made_by):
+    with TemporaryDirectory() as folder:
+        hashes = hash_clips(root, (u.clip for d in dialogues for u in d.utterances), Path(folder), 1)
+    return feature_items(dialogues, made_by, hashes)
 
 
 def test_features_of_a_dialogue_are_joined_with_offsets(root):
@@ -146,8 +164,8 @@ def test_what_lacks_the_stream_has_no_length_and_is_listed(root):
         ("demo/train/dia0/utt1", "audio", "clip corrupt", "broken.mp4"),
         ("demo/train/dia0/utt2", "audio", "clip missing", ""),
         ("demo/train/dia0/utt3", "audio", "silent", "mute.mp4"),
-        ("demo/train/dia0/utt5", "audio", "clip missing", "gone.mp4"),
         ("demo/train/dia0/utt4", "audio", "clip too short", "blip.wav"),
+        ("demo/train/dia0/utt5", "audio", "clip missing", "gone.mp4"),
     ]
     results, rejections = run(root, [dialogue(3)], Brightness, "video")
     assert results[0][2]["features.npy"].shape == (0, 3)
@@ -159,16 +177,16 @@ def test_order_and_result_do_not_depend_on_the_number_of_workers(root, tmp_path)
     make = partial(Energies, scale=3.0)
     hashes = []
     for num_workers in (0, 1, 2):
-        rejections: list[Rejection] = []
-        results = extract(dialogues, root, make, "audio", num_workers, rejections, "audio features")
-        index = write_stream(tmp_path / "audio-energies", results, {})
+        samples, rejections = run(root, dialogues, make, num_workers=num_workers)
+        index = write_stream(tmp_path / "audio-energies", samples, {})
         hashes.append((index["hash"], rejections))
         assert [s["id"] for s in index["samples"]] == [d.id for d in dialogues]
     assert hashes[0] == hashes[1] == hashes[2]
     assert len(ShardReader(tmp_path / "audio-energies", "train").read("demo/train/dia12")["features.npy"]) == 0
 
 
-def test_a_batch_is_bounded(root, monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("MAX_BATCH_BYTES", 20_000), ("MAX_BATCH_CLIPS", 2)])
+def test_a_batch_is_bounded_and_bounds_change_nothing(root, monkeypatch, name, value):
     sizes = []
 
     class Watching(Energies):
@@ -178,28 +196,72 @@ def test_a_batch_is_bounded(root, monkeypatch):
 
     dialogues = [dialogue(0, *(f"dia{d}_utt0.mp4" for d in range(6)))]
     whole, _ = run(root, dialogues, Watching)
-    monkeypatch.setattr("msenc.prepare.features.MAX_BATCH_BYTES", 20_000)
+    monkeypatch.setattr(stage, name, value)
     parts, _ = run(root, dialogues, Watching)
     assert sizes[0] == 6
     assert len(sizes) > 3
     np.testing.assert_array_equal(whole[0][2]["features.npy"], parts[0][2]["features.npy"])
 
 
+def test_items_are_neighbouring_dialogues_and_know_what_they_are_made_of(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "MIN_ITEM_UTTERANCES", 4)
+    dialogues = [dialogue(d) for d in range(5)]
+    items = items_of(root, dialogues, recipe())
+    assert [(item.id, item.size) for item in items] == [
+        ("demo/train/dia0 .. demo/train/dia1", 4),
+        ("demo/train/dia2 .. demo/train/dia3", 4),
+        ("demo/train/dia4", 2),
+    ]
+    keys = [item.key for item in items]
+    assert [item.key for item in items_of(root, dialogues, recipe(dim=3))] != keys
+    assert [item.key for item in items_of(root, dialogues, StreamRecipe("audio", "a", 2, Energies, {"a": 1}))] != keys
+    moved = items_of(root, [*dialogues[:3], dialogue(3, "dia7_utt0.mp4", "dia7_utt1.mp4"), dialogues[4]], recipe())
+    assert [a.key == b for a, b in zip(moved, keys, strict=True)] == [True, False, True]
+    run(root, dialogues, folder=tmp_path)
+    assert read_result(items[2], tmp_path)["offsets.npy"].shape == (3,)
+
+
+def test_the_next_clips_are_decoded_while_some_are_encoded(root, monkeypatch):
+    monkeypatch.setattr(stage, "MAX_BATCH_CLIPS", 1)
+    decoded, seen = [], []
+
+    def read(path, sample_rate):
+        decoded.append(path.name)
+        return np.ones(RATE, np.float32)
+
+    class Waits(Energies):
+        """Encodes for as long as it takes to decode what comes next."""
+
+        def encode(self, clips):
+            seen.append(len(decoded))
+            wait_until(lambda: len(decoded) > len(seen) or len(seen) == 3)
+            return super().encode(clips)
+
+    monkeypatch.setattr(stage, "read_audio", read)
+    run(root, [dialogue(0, "a", "b", "c")], Waits)
+    assert decoded == ["a", "b", "c"]
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("scale", [1e9, float("nan"), float("inf")])
 def test_what_float16_cannot_hold_is_refused(root, scale):
-    with pytest.raises(MsencError, match=r"demo/train/dia5, utterance 0: encoder Energies .* float16"):
+    with pytest.raises(MsencError, match=r"demo/train/dia5/utt0: encoder Energies .* float16"):
         run(root, [dialogue(5)], partial(Energies, scale=scale))
 
 
 def test_another_width_is_refused(root):
-    with pytest.raises(MsencError, match=r"encoder Wide gave features of shape \(\d+, 2\); expected \(T, 5\)"):
+    with pytest.raises(MsencError, match=r"the encoder 'test' gives features 5 wide, the config says dim=2\. Set"):
         run(root, [dialogue(5)], Wide)
+    with pytest.raises(MsencError, match=r"encoder Wide gave features of shape \(\d+, 2\); expected \(T, 5\)"):
+        make_extract(root, recipe(Wide, dim=5))([dialogue(5)])
 
 
 def test_errors_of_workers_arrive_whole(root):
     with pytest.raises(MsencError, match="model id 'no/such' cannot be loaded"):
         run(root, [dialogue(5), dialogue(6)], refuse, num_workers=1)
-    with pytest.raises(MsencError, match=r"A worker process died while audio features.*1 workers ran; set fewer"):
+    with pytest.raises(
+        MsencError, match=r"audio features: a worker process died on demo/train/dia5 \.\. .*dia6; .* set fewer"
+    ):
         run(root, [dialogue(5), dialogue(6)], Dying, num_workers=1)
 
 
