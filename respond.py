@@ -5,9 +5,13 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from msenc.config import literal_arguments, readable_errors, register_schemas
+from msenc.config import readable_errors, register_schemas
+from msenc.run import literal_arguments
 
 register_schemas()
+
+LITERAL = ("text", "audio", "video", "history", "speaker", "reply_as", "out")
+"""Keys whose values are typed without Hydra's quotes."""
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="respond")
@@ -20,5 +24,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     with readable_errors():
-        sys.argv[1:] = literal_arguments(sys.argv[1:], ("text", "speaker", "reply_as"))
+        sys.argv[1:] = literal_arguments(sys.argv[1:], LITERAL)
         main()

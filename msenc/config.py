@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
@@ -304,8 +304,8 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
         The number of nodes that were bound.
 
     Raises:
-        MsencError: a target that is not trusted, does not exist, or does not take the node's keys; it names the
-            nearest argument.
+        MsencError: a target that is not trusted, does not exist, or does not take the node's keys (it names the
+            nearest argument), or a word where it takes a number.
     """
     if isinstance(node, list):
         return sum(check_targets(v, given, f"{path}[{i}]") for i, v in enumerate(node))
@@ -329,12 +329,21 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     for key in sorted(keys - set(parameters)):
         if not takes_any:
             raise MsencError(f"{path}.{key}: {target} takes no such argument.{nearest(key, parameters)}")
+    for key in sorted(keys & set(parameters)):
+        if isinstance(node[key], str) and _is_number(parameters[key]):
+            raise MsencError(f"{path}.{key}: found {node[key]!r}, expected a number.")
     if not node.get("_partial_"):
         try:
             signature.bind(**dict.fromkeys(keys | added))
         except TypeError as e:
             raise MsencError(f"{path}: {target}: {e}.") from e
     return count + 1
+
+
+def _is_number(parameter: inspect.Parameter) -> bool:
+    """Whether an argument takes numbers alone, by what its signature says, or by its default where that is wider."""
+    default = parameter.default
+    return parameter.annotation in (int, float) or (isinstance(default, int | float) and not isinstance(default, bool))
 
 
 def _check_without_target(node: Mapping[str, Any], path: str) -> None:
@@ -426,21 +435,6 @@ def _check_schema(node: Any, path: str = "") -> None:
             raise MsencError(f"{name}: no such key.{nearest(str(key), valid)}")
         if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
             _check_schema(node[key], name)
-
-
-def literal_arguments(arguments: list[str], keys: Iterable[str]) -> list[str]:
-    """Command-line arguments whose values are taken as they are typed: Hydra reads commas and quotes as its own.
-
-    Example:
-        >>> literal_arguments(["text=Well, yes!", "seed=2"], ["text"])
-        ["text='Well, yes!'", 'seed=2']
-    """
-    literal = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        is_given = key in keys and equals and value not in ("", "null")
-        literal.append("{}='{}'".format(key, value.replace("\\'", "'").replace("'", "\\'")) if is_given else argument)
-    return literal
 
 
 @contextmanager

@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -265,10 +266,34 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
+def literal_arguments(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
+    """Command-line arguments with some values taken as they are typed: Hydra reads commas and quotes as its own.
+
+    Args:
+        arguments: of a script.
+        keys: whose values are literal, but for ``null``.
+
+    Example:
+        >>> literal_arguments(["text=Well, yes!", "seed=2"], ["text"])
+        ["text='Well, yes!'", 'seed=2']
+    """
+    parts = [argument.partition("=") for argument in arguments]
+    return [
+        f"{key}={quoted_value(value)}" if key in keys and value not in ("", "null") else argument
+        for argument, (key, _, value) in zip(arguments, parts, strict=True)
+    ]
+
+
 def quoted_value(text: str) -> str:
-    """A text as an override's value, whatever signs are in it."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    r"""A text as an override's value, whatever signs are in it.
+
+    Example:
+        >>> print(quoted_value(r"it's in C:\a"))
+        'it\'s in C:\a'
+    """
+    # In quotes Hydra reads a backslash as itself, but for those that stand before a quote.
+    doubled = re.sub(r"(\\+)(?='|\Z)", r"\1\1", text)
+    return "'{}'".format(doubled.replace("'", "\\'"))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

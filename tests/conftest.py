@@ -1,5 +1,6 @@
 """A small demo, prepared once, and the ways that tests compose, train and call the scripts on it."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
@@ -69,6 +70,21 @@ def _compose(overrides: list[str], config_name: str, output_dir: Path) -> DictCo
         overrides = [*overrides, f"paths.output_dir={output_dir}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra_compose(config_name, overrides)
+
+
+def run_driver(driver: Path, specs: list[dict], home: Path) -> list[list[dict]]:
+    """Let a driver, in a process without torch's threads, start what is to be killed; what it saw of each start."""
+    (home / "spec.json").write_text(json.dumps(specs))
+    done = subprocess.run(
+        [sys.executable, str(driver), str(home / "spec.json"), str(home / "result.json")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((home / "result.json").read_text())
 
 
 @pytest.fixture

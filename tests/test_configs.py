@@ -383,6 +383,8 @@ def test_a_wrong_key_in_a_file_is_refused(yaml, message, run_script, tmp_path):
         ("prompt: {_target_: os.system}", r"prompt\._target_: found 'os\.system', expected a name in one of"),
         ("prompt: {_target_: msenc.prompt.Promt}", r"'msenc\.prompt\.Promt' cannot be imported"),
         ("optimizer: {eps: '???'}", r"optimizer\.eps: no value\. Give it: optimizer\.eps="),
+        ("optimizer: {lr: fast}", r"optimizer\.lr: found 'fast', expected a number"),
+        ("model: {connector: {num_layers: two}}", r"model\.connector\.num_layers: found 'two', expected a number"),
         ("optimizer: {lr: '${learning_rate}'}", "Interpolation key 'learning_rate' not found"),
     ],
 )

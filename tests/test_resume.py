@@ -1,16 +1,13 @@
 """Runs that are killed, for good, at the worst moments, and resumed: nothing of them differs from an unbroken one."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_driver
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,18 +39,7 @@ def drive(demo_home, tmp_path_factory):
             folder = str(home / name / "run")
             first = [*FAST, *overrides, f"hydra.run.dir={folder}"]
             spec.append({"folder": folder, "first": first, "again": again(folder), "moments": moments})
-        (home / "spec.json").write_text(json.dumps(spec))
-        driver = Path(__file__).parent / "kill_driver.py"
-        done = subprocess.run(
-            [sys.executable, str(driver), str(home / "spec.json"), str(home / "result.json")],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        results = json.loads((home / "result.json").read_text())
+        results = run_driver(Path(__file__).parent / "kill_driver.py", spec, home)
         for starts in results:
             assert starts[-1]["status"] == 0, starts[-1]["said"]
             for start in starts[:-1]:

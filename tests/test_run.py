@@ -2,8 +2,9 @@ import json
 import re
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from msenc.run import RunRecord, digest, read_json, read_run, write_json, write_text
+from msenc.run import RunRecord, digest, quoted_value, read_json, read_run, write_json, write_text
 from msenc.types import MsencError
 
 
@@ -72,3 +73,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_digests_tell_settings_apart():
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert len({digest(v) for v in ({}, {"a": 1}, {"a": 2}, {"a": "1"}, {"a": None})}) == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["a\\b", "it's", "a\\'b", "end\\", "two\\\\", "x\\\\'y", "a=b,c", "two\nlines", "[x]", "null", "$5", " "]
+)
+def test_hydra_reads_a_quoted_value_as_it_was(text):
+    assert OverridesParser.create().parse_override(f"key={quoted_value(text)}").value() == text

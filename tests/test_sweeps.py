@@ -1,6 +1,5 @@
 """Sweeps that are killed, fail in part, or grow: the same command again does what is left, and reports on all."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 import joblib
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_driver
 from filelock import FileLock
 
 from msenc.run import read_json
@@ -35,18 +34,7 @@ def swept(demo_home, tmp_path_factory):
         spec.append(
             {"folder": str(home / name), "first": command, "again": command, "moments": moments, "is_sweep": True}
         )
-    (home / "spec.json").write_text(json.dumps(spec))
-    driver = Path(__file__).parent / "kill_driver.py"
-    done = subprocess.run(
-        [sys.executable, str(driver), str(home / "spec.json"), str(home / "result.json")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (whole,), (killed, again) = json.loads((home / "result.json").read_text())
+    (whole,), (killed, again) = run_driver(Path(__file__).parent / "kill_driver.py", spec, home)
     assert whole["status"] == again["status"] == 0, whole["said"] + again["said"]
     assert killed["signal"] == 9
     return home, again["said"]

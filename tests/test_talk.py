@@ -83,11 +83,13 @@ def test_a_history_is_read_and_alternatives_are_written(run, compose, clips, tmp
     reply = answer(compose, run, tmp_path / "out", f"history={path}", "decoding=sample", "num_replies=3")
     assert [t["speaker"] for t in reply["history"]] == ["Anna", "Ben", "Anna"]
     assert [r["speaker"] for r in reply["replies"]] == ["Ben"] * 3
-    for number, one in enumerate(reply["replies"], start=1):
-        if "sound" in one:
-            assert one["sound"] == f"reply-{number}.wav"
-            with wave.open(str(tmp_path / "out" / one["sound"])) as file:
-                assert file.getnframes() / file.getframerate() == pytest.approx(one["sound_s"], abs=1e-3)
+    spoken = {n: one for n, one in enumerate(reply["replies"], start=1) if any(c.isalnum() for c in one["text"])}
+    assert spoken
+    assert {n for n, one in enumerate(reply["replies"], start=1) if "sound" in one} == set(spoken)
+    for number, one in spoken.items():
+        assert one["sound"] == f"reply-{number}.wav"
+        with wave.open(str(tmp_path / "out" / one["sound"])) as file:
+            assert file.getnframes() / file.getframerate() == pytest.approx(one["sound_s"], abs=1e-3)
 
 
 def test_speakers_take_turns():
@@ -103,7 +105,8 @@ def test_speakers_take_turns():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["text=''"], "Nothing is said|no turn to answer"),
+        (["text=''"], "Nothing is said"),
+        ([], "There is no turn to answer"),
         (["audio=nowhere.wav", "text=Hi"], r"audio=nowhere.wav: there is no such file"),
         (["audio={text}", "text=Hi"], "it cannot be decoded as sound or video"),
         (["video={clip}", "text=Hi", "max_clip_s=0.1"], "a turn may last 0.1 s"),
@@ -112,7 +115,7 @@ def test_speakers_take_turns():
         (["text=Hi", "num_replies=2"], "decoding=sample"),
         (["text=Hi", "run_dir={text}"], "run_dir="),
     ],
-    ids=["nothing", "absent", "no clip", "long", "no recogniser", "no history", "alternatives", "no run"],
+    ids=["no words", "nothing", "absent", "no clip", "long", "no recogniser", "no history", "alternatives", "no run"],
 )
 def test_what_cannot_be_answered_is_refused(overrides, message, run, compose, clips, tmp_path):
     (tmp_path / "text.wav").write_text("no sound", encoding="utf-8")
@@ -145,3 +148,5 @@ def test_what_is_typed_needs_no_second_quotes(run, call_script, tmp_path):
     reply = json.loads((tmp_path / "out" / "reply.json").read_text(encoding="utf-8"))
     assert reply["history"][0]["text"] == "That's amazing, isn't it?"
     assert not (tmp_path / "out" / "reply.wav").exists()
+    with pytest.raises(SystemExit, match="holds a reply already"):
+        call_script("respond.py", f"run_dir={run}", "text=Hi", f"out={tmp_path / 'out'}")

@@ -12,24 +12,20 @@ from rich.table import Table
 from msenc.config import build, check_targets, plain
 from msenc.evaluation import evaluate_split, write_evaluation
 from msenc.metrics.text import DEFAULT_METRICS, build_text_metrics
-from msenc.module import ConversationModule
 from msenc.pipelines.parts import (
     GIVEN,
     build_datamodule,
-    build_model,
     check_same_data,
     console,
     find_device,
-    load_checkpoint,
+    load_trained,
+    open_run,
     quieten,
     shown,
     task_hash,
 )
 from msenc.prepare.describe import BINS, read_bins
-from msenc.run import (
-    digest,
-    read_run,
-)
+from msenc.run import digest
 from msenc.speech.description import VOCABULARY
 from msenc.spoken import listen_to_replies, speak_replies
 from msenc.types import MsencError
@@ -92,12 +88,7 @@ def evaluate_run(
         raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
     if limit is not None and limit < 1:
         raise MsencError(f"limit={limit}: expected the number of dialogues to measure, 1 or more, or null for all.")
-    record, run_config = read_run(run_dir)
-    run_config.paths.output_dir = str(run_dir)
-    if data_dir is not None:
-        run_config.paths.data_dir = data_dir
-    config = plain(run_config)
-    check_targets(config, GIVEN)
+    record, config = open_run(run_dir, data_dir)
     decoding = config["decoding"] if decoding is None else decoding
     quieten()
     if speech is not None:
@@ -107,16 +98,14 @@ def evaluate_run(
     datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))
     datamodule.setup()
     check_same_data(record, config, datamodule)
-    model = build_model(config)
-    if sum(record["trainable_parameters"].values()):
-        load_checkpoint(ConversationModule(model), run_dir, checkpoint)
+    model = load_trained(run_dir, checkpoint, record, config)
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
     if with_replies and set(metrics) != set(DEFAULT_METRICS):
         settings["metrics"] = {name: (metric_settings or {}).get(name) for name in sorted(metrics)}
     if speech is not None:
         settings["speech"] = {**speech, "recogniser": speech_recogniser}
     found, predictions = evaluate_split(
-        model.to(find_device(device)).eval(),
+        model.to(find_device(device)),
         datamodule,
         split,
         decoding if with_replies else None,

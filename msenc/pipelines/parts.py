@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from msenc.checkpoints import read_checkpoint
-from msenc.config import build
+from msenc.config import build, check_targets, plain
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.location import locate
 from msenc.models.connector import calibrate, tie
@@ -25,7 +25,7 @@ from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.module import ConversationModule
 from msenc.prompt import DialogueTokenizer, Prompt
-from msenc.run import digest, run_settings
+from msenc.run import digest, read_run, run_settings
 from msenc.types import MsencError
 
 console = Console(quiet=rank_zero_only.rank != 0)  # of several processes, the first one speaks
@@ -165,6 +165,39 @@ def check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamo
                 f"{datamodule.folder}: not the data that the run was trained on ({what} was {record[what]}, is "
                 f"{found}). Prepare it as it was, or train again."
             )
+
+
+def open_run(run_dir: Path, data_dir: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's record and its config, checked, with the places where things lie now.
+
+    Args:
+        run_dir: the run.
+        data_dir: where data and tiny LLM lie, if they have moved since; None: where the run found them.
+    """
+    record, config = read_run(run_dir)
+    config.paths.output_dir = str(run_dir)
+    if data_dir is not None:
+        config.paths.data_dir = data_dir
+    own = plain(config)
+    check_targets(own, GIVEN)
+    return record, own
+
+
+def load_trained(
+    run_dir: Path, checkpoint: str, record: Mapping[str, Any], config: Mapping[str, Any]
+) -> ConversationModel:
+    """The model of a run as it was trained, or as it started where nothing trains; in eval mode.
+
+    Args:
+        run_dir: the run.
+        checkpoint: ``best``, ``last`` or a file.
+        record: from `open_run`.
+        config: from `open_run`.
+    """
+    model = build_model(config)
+    if sum(record["trainable_parameters"].values()):
+        load_checkpoint(ConversationModule(model), run_dir, checkpoint)
+    return model.eval()
 
 
 def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) -> None:

@@ -18,24 +18,15 @@ from msenc.config import build, check_targets, plain
 from msenc.data.media import read_audio
 from msenc.models.llm import load_tokenizer
 from msenc.models.recognition import Recogniser
-from msenc.module import ConversationModule
-from msenc.pipelines.parts import GIVEN, build_model, console, find_device, load_checkpoint, quieten, shown
+from msenc.pipelines.parts import GIVEN, console, find_device, load_trained, open_run, quieten, shown
 from msenc.prompt import DialogueTokenizer
-from msenc.run import read_run, write_json
+from msenc.run import write_json
 from msenc.speech.synthesis import Synthesizer
 from msenc.speech.wav import write_wav
 from msenc.talk import Agent, Answer, Heard, Turn, read_talk, talk_json
 from msenc.types import UNKNOWN, MsencError
 
 DEFAULT_SPEAKERS = ("User", "Agent")
-
-
-def respond(cfg: DictConfig) -> None:
-    """Answer one turn."""
-    config = plain(cfg)
-    check_targets(config, GIVEN)
-    quieten()
-    answer_once(config)
 
 
 @dataclass(frozen=True)
@@ -55,13 +46,24 @@ class Spoken:
     seconds: float = 0.0
 
 
-def answer_once(config: Mapping[str, Any]) -> Path:
+def respond(cfg: DictConfig) -> Path:
     """Hear the turn that the config gives, reply, and write reply.json and reply.wav; returns their folder."""
+    config = plain(cfg)
+    check_targets(config, GIVEN)
+    quieten()
+    # What can be refused without the model is refused before it is loaded.
     before = read_talk(Path(config["history"])) if config["history"] else []
-    began = time.perf_counter()
-    agent, synthesizer = load_agent(Path(config["run_dir"]), config), load_synthesizer(config["speech"])
-    seconds = {"loading": time.perf_counter() - began}
     given = any(config[key] is not None for key in ("text", "audio", "video"))
+    if not given and not before:
+        raise MsencError("There is no turn to answer: give text=..., audio=..., video=... or history=...")
+    moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    folder = Path(config["out"] or Path(config["run_dir"]) / "replies" / moment)
+    if (folder / "reply.json").exists():
+        raise MsencError(f"out={folder}: holds a reply already. Give another folder, or move it away.")
+    began = time.perf_counter()
+    synthesizer = build(config["speech"]) if config["speech"] else None
+    agent = load_agent(Path(config["run_dir"]), config)
+    seconds = {"loading": time.perf_counter() - began}
     user, reply_as = choose_speakers(before, given, config["speaker"], config["reply_as"])
     files = {key: Path(config[key]) if config[key] is not None else None for key in ("audio", "video")}
     turns = [*before, *([Turn(user, config["text"] or "", **files)] if given else [])]
@@ -75,7 +77,6 @@ def answer_once(config: Mapping[str, Any]) -> Path:
     spoken = [speak_answer(synthesizer, answer, reply_as) for answer in answers]
     seconds["speaking"] = sum(s.seconds for s in spoken)
     notices = [*dict.fromkeys([n for h in heard for n in h.notices] + notices)]
-    folder = Path(config["out"]) if config["out"] else _new_folder(Path(config["run_dir"]) / "replies")
     files = write_replies_to(folder, config["run_dir"], heard, reply_as, spoken, notices, seconds)
     _print(spoken, reply_as, notices, seconds)
     console.print(f"Written: {', '.join(str(shown(f)) for f in files)}", soft_wrap=True)
@@ -89,20 +90,13 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
         run_dir: the run.
         config: keys of `RespondConfig`.
     """
-    record, run_config = read_run(run_dir)
-    run_config.paths.output_dir = str(run_dir)
-    if config["data_dir"] is not None:
-        run_config.paths.data_dir = config["data_dir"]
-    own = plain(run_config)
-    check_targets(own, GIVEN)
+    record, own = open_run(run_dir, config["data_dir"])
     L.seed_everything(own["seed"], workers=True, verbose=False)
-    model = build_model(own)
-    if sum(record["trainable_parameters"].values()):
-        load_checkpoint(ConversationModule(model), run_dir, config["checkpoint"])
+    model = load_trained(run_dir, config["checkpoint"], record, own)
     streams = own["model"]["streams"]
     connector = own["model"]["connector"]
     return Agent(
-        model.to(find_device(config["device"])).eval(),
+        model.to(find_device(config["device"])),
         DialogueTokenizer(build(own["prompt"]), load_tokenizer(own["model"]["llm"]["name_or_path"])),
         encoders={name: build(stream["encoder"]) for name, stream in streams.items()},
         num_queries=dict.fromkeys(streams, connector["num_queries"]),
@@ -133,11 +127,6 @@ class _Recognise:
         return self.recogniser.text(read_audio(path, self.recogniser.sample_rate))
 
 
-def load_synthesizer(node: Mapping[str, Any] | None) -> Synthesizer | None:
-    """The synthesizer of ``speech=``; None for ``speech=none``."""
-    return build(node) if node else None
-
-
 def choose_speakers(
     before: Sequence[Turn], has_turn: bool, speaker: str | None, reply_as: str | None
 ) -> tuple[str, str]:
@@ -158,10 +147,10 @@ def choose_speakers(
 
 def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) -> Spoken:
     """The reply's sound, in the voice that its description asks for."""
-    if synthesizer is None or not answer.text.strip():
+    if synthesizer is None or not any(character.isalnum() for character in answer.text):
         return Spoken(answer)
     began = time.perf_counter()
-    sound, sample_rate = synthesizer(answer.text, answer.description or answer.attributes, speaker)
+    sound, sample_rate = synthesizer(answer.text, answer.attributes, speaker)
     return Spoken(answer, sound, sample_rate, time.perf_counter() - began)
 
 
@@ -199,10 +188,6 @@ def write_replies_to(
     }
     write_json(folder / "reply.json", value)
     return files
-
-
-def _new_folder(parent: Path) -> Path:
-    return parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
 
 
 def _print(spoken: Sequence[Spoken], speaker: str, notices: Sequence[str], seconds: Mapping[str, float]) -> None:

@@ -78,8 +78,9 @@ def prepare_dataset(
     for stream, info in _kept_streams(folder, turns["hash"], {recipe.stream for recipe in streams}).items():
         infos[stream] = info
         rejections += read_rejections(folder / stream / "rejected.csv")
+    hashes = _hashes(root, dialogues, folder, num_workers) if streams else {}
     for recipe in streams:
-        index, rejected = _write_features(folder, root, recipe, dialogues, turns["hash"], num_workers)
+        index, rejected = _write_features(folder, root, recipe, dialogues, hashes, turns["hash"], num_workers)
         rejections += rejected
         infos[recipe.stream] = _info(recipe.kind, recipe.name, recipe.dim, index, dialogues)
     rejections = list(dict.fromkeys(rejections))  # two encoders of one stream lack the same clips
@@ -187,11 +188,11 @@ def _write_features(
     root: Path,
     recipe: StreamRecipe,
     dialogues: list[Dialogue],
+    hashes: Mapping[str, str | None],
     turns_hash: str,
     num_workers: int,
 ) -> tuple[dict[str, Any], list[Rejection]]:
     stream = folder / recipe.stream
-    hashes = _hashes(root, dialogues, folder, num_workers)
     settings = {**_stream_settings(recipe, dialogues, hashes), "turns": turns_hash}
     rejections: list[Rejection] = []
     index = _reuse(stream, settings, dialogues) if (stream / "rejected.csv").is_file() else None

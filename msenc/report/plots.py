@@ -13,8 +13,6 @@ from msenc.report.compare import Comparison, Configuration, direction_of
 # Okabe and Ito's colours: told apart with any colour vision, and by their grey in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = "osD^v<>P"
-MAX_LABEL = 32
-"""Characters of a name in a plot: more would leave the axes no room."""
 
 
 def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
@@ -75,11 +73,6 @@ def read_curve(run_dir: Path) -> dict[int, float]:
 def _short(name: str, most: int = 36) -> str:
     """A name with its middle left out where it is long, as a path is: else it would leave no room for the plot."""
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
-
-
-def _label(name: str) -> str:
-    """A name that leaves room for the plot: a long one (a path among its values) by its end, which tells it apart."""
-    return name if len(name) <= MAX_LABEL else f"…{name[-MAX_LABEL:]}"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

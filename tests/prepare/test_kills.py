@@ -1,17 +1,13 @@
 """`prepare.py`, killed again and again: what it leaves in the end is what an unbroken run leaves, to the byte."""
 
 import csv
-import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import run_driver
 
 from msenc.data.annotations import MELD_FILES
 
@@ -37,7 +33,7 @@ def root(demo_home, tmp_path) -> Path:
     return root
 
 
-def drive(root: Path, home: Path, moments: dict[str, list[int | str]]) -> list[list[dict]]:
+def prepare_killed(root: Path, home: Path, moments: dict[str, list[int | str]]) -> list[list[dict]]:
     """Start, be killed at each of a folder's moments, start again; see `preparation_driver`."""
     specs = []
     for name, of_folder in moments.items():
@@ -45,22 +41,7 @@ def drive(root: Path, home: Path, moments: dict[str, list[int | str]]) -> list[l
         specs.append(
             {"arguments": arguments, "folder": str(home / name), "log": str(home / "log"), "moments": of_folder}
         )
-    (home / "spec.json").write_text(json.dumps(specs))
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(Path(__file__).parent / "preparation_driver.py"),
-            home / "spec.json",
-            home / "result.json",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads((home / "result.json").read_text())
+    results = run_driver(Path(__file__).parent / "preparation_driver.py", specs, home)
     for starts in results:
         assert starts[-1]["status"] == 0, starts[-1]["said"]
     return results
@@ -85,7 +66,7 @@ def test_kills_change_no_byte_and_lose_the_item_in_hand_alone(root, tmp_path):
         "os.rmdir .video-pixels.items",
         "os.rename dataset.json",
     ]
-    (unbroken,), starts = drive(root, tmp_path, {"whole": [], "killed": moments})
+    (unbroken,), starts = prepare_killed(root, tmp_path, {"whole": [], "killed": moments})
     assert [start["is_killed"] for start in starts] == [True] * len(moments) + [False]
     assert sum(len(start["work"]) > 0 for start in starts) >= 5
     assert not any(Path(name).name.startswith(".") for name in contents(tmp_path / "whole"))
