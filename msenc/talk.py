@@ -20,7 +20,10 @@ from msenc.prepare.features import encode_clip
 from msenc.prompt import DialogueTokenizer
 from msenc.replies import decoding_for, write_replies
 from msenc.speech.description import parse
+from msenc.speech.synthesis import Synthesizer
 from msenc.types import Dialogue, MsencError, Utterance, VoiceAttributes
+
+DEFAULT_SPEAKERS = ("User", "Agent")
 
 NO_CLIP = {
     "clip missing": "there is no such file",
@@ -87,6 +90,23 @@ class Answer:
     text: str
     description: str | None
     attributes: VoiceAttributes
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A reply with its sound.
+
+    Args:
+        answer: words and voice description.
+        sound: float32 (S,), or None where no synthesizer is chosen, or the model wrote no words.
+        sample_rate: of the sound, in Hz.
+        seconds: that speaking took.
+    """
+
+    answer: Answer
+    sound: np.ndarray | None = None
+    sample_rate: int = 0
+    seconds: float = 0.0
 
 
 class Agent:
@@ -231,6 +251,33 @@ class Agent:
 
 def _refusal(name: str, path: Path, reason: str) -> MsencError:
     return MsencError(f"{name}={path}: {NO_CLIP[reason]} ({reason}). Give a sound or video file that plays.")
+
+
+def choose_speakers(
+    before: Sequence[Turn], has_turn: bool, speaker: str | None, reply_as: str | None
+) -> tuple[str, str]:
+    """Who the user is, and who the agent: as given, else the last two of the history, else User and Agent.
+
+    Args:
+        before: the history.
+        has_turn: whether the user takes a turn now; else the history's last turn is the user's.
+        speaker: the user, if given.
+        reply_as: the agent, if given.
+    """
+    last, other, *_ = [*dict.fromkeys(turn.speaker for turn in reversed(before)), *DEFAULT_SPEAKERS]
+    user, agent = DEFAULT_SPEAKERS if not before else (other, last) if has_turn else (last, other)
+    names = (agent, user, *DEFAULT_SPEAKERS)
+    reply_as = reply_as or next(n for n in names if n != speaker)
+    return speaker or next(n for n in (user, *names) if n != reply_as), reply_as
+
+
+def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) -> Spoken:
+    """The reply's sound, in the voice that its description asks for."""
+    if synthesizer is None or not any(character.isalnum() for character in answer.text):
+        return Spoken(answer)
+    began = time.perf_counter()
+    sound, sample_rate = synthesizer(answer.text, answer.attributes, speaker)
+    return Spoken(answer, sound, sample_rate, time.perf_counter() - began)
 
 
 # ---------------------------------------------------------------------------------------------------- histories

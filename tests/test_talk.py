@@ -9,10 +9,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from msenc.config import plain
 from msenc.pipelines.parts import build_datamodule
-from msenc.pipelines.respond import choose_speakers, load_agent, respond
+from msenc.pipelines.respond import load_agent, respond
 from msenc.pipelines.train import train as train_run
 from msenc.run import read_run
-from msenc.talk import Turn, read_talk
+from msenc.talk import Turn, choose_speakers, read_talk
 from msenc.types import MsencError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
@@ -21,29 +20,9 @@ from msenc.models.recognition import Recogniser
 from msenc.pipelines.parts import GIVEN, console, find_device, load_trained, open_run, quieten, shown
 from msenc.prompt import DialogueTokenizer
 from msenc.run import write_json
-from msenc.speech.synthesis import Synthesizer
 from msenc.speech.wav import write_wav
-from msenc.talk import Agent, Answer, Heard, Turn, read_talk, talk_json
+from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, read_talk, speak_answer, talk_json
 from msenc.types import UNKNOWN, MsencError
-
-DEFAULT_SPEAKERS = ("User", "Agent")
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """A reply with its sound.
-
-    Args:
-        answer: words and voice description.
-        sound: float32 (S,), or None where no synthesizer is chosen, or the model wrote no words.
-        sample_rate: of the sound, in Hz.
-        seconds: that speaking took.
-    """
-
-    answer: Answer
-    sound: np.ndarray | None = None
-    sample_rate: int = 0
-    seconds: float = 0.0
 
 
 def respond(cfg: DictConfig) -> Path:
@@ -125,33 +104,6 @@ class _Recognise:
 
     def __call__(self, path: Path) -> str:
         return self.recogniser.text(read_audio(path, self.recogniser.sample_rate))
-
-
-def choose_speakers(
-    before: Sequence[Turn], has_turn: bool, speaker: str | None, reply_as: str | None
-) -> tuple[str, str]:
-    """Who the user is, and who the agent: as given, else the last two of the history, else User and Agent.
-
-    Args:
-        before: the history.
-        has_turn: whether the user takes a turn now; else the history's last turn is the user's.
-        speaker: the user, if given.
-        reply_as: the agent, if given.
-    """
-    last, other, *_ = [*dict.fromkeys(turn.speaker for turn in reversed(before)), *DEFAULT_SPEAKERS]
-    user, agent = DEFAULT_SPEAKERS if not before else (other, last) if has_turn else (last, other)
-    names = (agent, user, *DEFAULT_SPEAKERS)
-    reply_as = reply_as or next(n for n in names if n != speaker)
-    return speaker or next(n for n in (user, *names) if n != reply_as), reply_as
-
-
-def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) -> Spoken:
-    """The reply's sound, in the voice that its description asks for."""
-    if synthesizer is None or not any(character.isalnum() for character in answer.text):
-        return Spoken(answer)
-    began = time.perf_counter()
-    sound, sample_rate = synthesizer(answer.text, answer.attributes, speaker)
-    return Spoken(answer, sound, sample_rate, time.perf_counter() - began)
 
 
 def write_replies_to(
