@@ -1,5 +1,6 @@
 # make            what there is to do
 # make train      first call: sets up .venv; then trains on the demo data
+# make talk       serves a page on which a trained run replies
 .POSIX:
 
 PYTHON ?= python3
@@ -11,6 +12,7 @@ STAMP = .venv/.installed
 
 help:
 	@echo "make train   train on the demo data          ARGS=\"modality=text seed=1\" adds overrides"
+	@echo "make talk    serve a page to talk to a run   ARGS=\"speech=kokoro port=8000\" adds overrides"
 	@echo "make test    run all tests and doctests      ARGS=\"tests/report -x\" selects"
 	@echo "make bench   run all benchmarks              ARGS=--quick shows that they run"
 	@echo "make lint    ruff check, ruff format --check, lint-imports"
@@ -20,6 +22,11 @@ help:
 
 train: $(STAMP)
 	$(BIN)/python train.py $(ARGS)
+
+# The first command trains what `make train` does, or says that it is trained already.
+talk: $(STAMP)
+	$(BIN)/python train.py resume=auto
+	$(BIN)/python respond.py page=true $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -55,9 +62,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv, which may take a few minutes (once)"
 	@echo "  1/2 $$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
-	@echo "  2/2 msenc with the extras demo, parallel, cluster, dev, as pinned in constraints.txt"
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,parallel,cluster,dev]'
+	@echo "  2/2 msenc with the extras demo, talk, parallel, cluster, dev, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,talk,parallel,cluster,dev]'
 	@touch $(STAMP)
 	@echo "Installed."
 
-.PHONY: help train test bench lint
+.PHONY: help train talk test bench lint

@@ -10,7 +10,7 @@ from msenc.run import literal_arguments
 
 register_schemas()
 
-LITERAL = ("text", "audio", "video", "history", "speaker", "reply_as", "out")
+LITERAL = ("text", "audio", "video", "history", "speaker", "reply_as", "out", "runs_dir")
 """Keys whose values are typed without Hydra's quotes."""
 
 

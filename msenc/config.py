@@ -245,7 +245,7 @@ class RespondConfig:
     """Schema of ``respond.yaml``.
 
     Args:
-        run_dir: the run that replies.
+        run_dir: the run that replies; the page may do without, and then begins with the newest.
         text: what the user says; None where it is to be recognised from the sound, or the history is answered.
         audio: sound of the user's turn; that of `video` if None.
         video: picture of the user's turn.
@@ -258,9 +258,14 @@ class RespondConfig:
         speech: the synthesizer's node, or None for no sound.
         asr: Whisper (id or folder) that recognises words where none are given.
         max_clip_s: longest clip that is taken, in seconds.
+        page: serve a page to talk to a run, instead of answering one turn.
+        runs_dir: the runs that the page offers, beside `run_dir`.
+        host: address that the page is served at.
+        port: of the page; None takes the first free one from 7860 on.
+        max_upload_mb: largest file that a visitor of the page may upload.
     """
 
-    run_dir: str = MISSING
+    run_dir: str | None = None
     checkpoint: str = MISSING
     device: str = "auto"
     data_dir: str | None = None
@@ -277,6 +282,11 @@ class RespondConfig:
     speech: Any = None
     asr: str = MISSING
     max_clip_s: float = 60.0
+    page: bool = False
+    runs_dir: str = MISSING
+    host: str = "127.0.0.1"
+    port: int | None = None
+    max_upload_mb: int = 50
 
 
 def register_schemas() -> None:

@@ -80,6 +80,27 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
+    def click(self, selector):
+        """Click the middle of the first element that a CSS selector finds."""
+        self.wait(f"!!document.querySelector({json.dumps(selector)})")
+        x, y = self.evaluate(
+            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
+            f"return [r.x + r.width / 2, r.y + r.height / 2] }})(document.querySelector({json.dumps(selector)}))"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, selector, text):
+        """Click into a field, and write into it."""
+        self.click(selector)
+        self.send("Input.insertText", text=text)
+
+    def choose_file(self, selector, path):
+        """Give a file to an input, as its dialog would."""
+        self.wait(f"!!document.querySelector({json.dumps(selector)})")
+        found = self.send("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        self.send("DOM.setFileInputFiles", files=[str(path)], objectId=found["result"]["objectId"])
+
     def screenshot(self, path, whole=True):
         """Write a PNG of the page."""
         found = self.send("Page.captureScreenshot", captureBeyondViewport=whole, format="png")

@@ -108,6 +108,18 @@ def train(demo_home, tmp_path) -> Callable[..., SimpleNamespace]:
 
 
 @pytest.fixture(scope="session")
+def short_run(demo_home, tmp_path_factory) -> Path:
+    """The folder of a run of text, audio and video that has trained for a moment; to be read only."""
+    from msenc.pipelines.train import train
+
+    folder = tmp_path_factory.mktemp("short") / "run"
+    overrides = ["trainer.max_epochs=1", "evaluate=null", f"hydra.run.dir={folder}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        GlobalHydra.instance().hydra.run("train", train, overrides, with_log_configuration=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_script(demo_home) -> Callable[..., subprocess.CompletedProcess]:
     """``run_script("train.py", *args, env={})`` -> the finished process; data and runs lie in `demo_home`."""
 

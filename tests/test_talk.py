@@ -4,28 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from msenc.config import plain
 from msenc.pipelines.parts import build_datamodule
 from msenc.pipelines.respond import load_agent, respond
-from msenc.pipelines.train import train as train_run
 from msenc.run import read_run
 from msenc.talk import Turn, choose_speakers, read_talk
 from msenc.types import MsencError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 
-
-@pytest.fixture(scope="module")
-def run(demo_home, tmp_path_factory):
-    """A run of text, audio and video that has trained for a moment."""
-    folder = tmp_path_factory.mktemp("talk") / "run"
-    overrides = ["trainer.max_epochs=1", "evaluate=null", f"hydra.run.dir={folder}"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        GlobalHydra.instance().hydra.run("train", train_run, overrides, False)
-    return folder
+@pytest.fixture
+def run(short_run):
+    return short_run
 
 
 @pytest.fixture

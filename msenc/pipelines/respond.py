@@ -1,11 +1,16 @@
 """What respond.py does: a run and a turn -> a reply in words and sound."""
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -25,11 +30,18 @@ from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, read_talk, s
 from msenc.types import UNKNOWN, MsencError
 
 
-def respond(cfg: DictConfig) -> Path:
-    """Hear the turn that the config gives, reply, and write reply.json and reply.wav; returns their folder."""
+def respond(cfg: DictConfig) -> Path | None:
+    """Hear the turn that the config gives, reply, and write reply.json and reply.wav; returns their folder.
+
+    With ``page=true`` it serves a page instead, until it is ended.
+    """
     config = plain(cfg)
     check_targets(config, GIVEN)
     quieten()
+    if config["page"]:
+        return serve_page(config)
+    if config["run_dir"] is None:
+        raise MsencError("run_dir: no value. Give the run that replies: run_dir=runs/single/TIME")
     # What can be refused without the model is refused before it is loaded.
     before = read_talk(Path(config["history"])) if config["history"] else []
     given = any(config[key] is not None for key in ("text", "audio", "video"))
@@ -60,6 +72,38 @@ def respond(cfg: DictConfig) -> Path:
     _print(spoken, reply_as, notices, seconds)
     console.print(f"Written: {', '.join(str(shown(f)) for f in files)}", soft_wrap=True)
     return folder
+
+
+def serve_page(config: Mapping[str, Any]) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; what visitors leave is removed then."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nothing would be removed
+    with TemporaryDirectory(prefix="msenc-talk-") as folder, running_page(config, Path(folder)) as address:
+        console.print(f"Talk to the run at {address} (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+@contextmanager
+def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """The page, served in threads of its own; gives its address.
+
+    Args:
+        config: keys of `RespondConfig`.
+        folder: for all that is written.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    try:
+        from msenc.talk_page import Host, build_page, launch_page
+    except ModuleNotFoundError as error:
+        raise MsencError(
+            f"page=true: a package is missing ({error}). It comes with an extra: pip install -e '.[talk]'"
+        ) from error
+    synthesizer = build(config["speech"]) if config["speech"] else None
+    page = build_page(Host(lambda run: load_agent(run, config), synthesizer, config, folder))
+    try:
+        yield launch_page(page, config, folder)
+    finally:
+        page.close(verbose=False)
 
 
 def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
