@@ -77,8 +77,8 @@ class Host:
 
     def agent(self, run: str | None) -> Agent:
         """The run's agent. That of another run is let go first: both may not fit into memory."""
-        if run not in dict(self.runs()).values():
-            raise MsencError(f"{run}: no such finished run. Choose one of the list, or train one: make train")
+        if run is None:
+            raise MsencError("No run is chosen. Choose one, or train one: make train")
         if self._agent is None or run != self._run:
             self._run = self._agent = None
             self._agent = self.load(Path(run))
@@ -159,19 +159,19 @@ class Host:
         try:
             turns = read_saved(path, talk.folder / "loaded", int(self.config["max_upload_mb"] * 2**20))
             agent = self.agent(run)
-            return replace(talk, run=run, turns=tuple(agent.hear(turn) for turn in turns))
+            return replace(talk, run=run, turns=tuple(_hear_again(agent, turn) for turn in turns))
         except MsencError:
             shutil.rmtree(talk.folder)
             raise
 
 
 def _hear_again(agent: Agent, turn: Turn) -> Heard:
-    """A turn that was taken before; what this run cannot use of it is left out, and said."""
+    """A turn that was taken before. A clip that this run cannot use is left out, and said; all else was said then."""
     try:
-        return agent.hear(turn)
+        return replace(agent.hear(turn), notices=())
     except MsencError as error:
         heard = agent.hear(replace(turn, audio=None, video=None))
-        return replace(heard, turn=turn, notices=(*heard.notices, str(error)))
+        return replace(heard, turn=turn, notices=(f"{error} The turn is read without.",))
 
 
 # ---------------------------------------------------------------------------------------------------- runs and files
@@ -251,6 +251,7 @@ footer, [title="Share"], [title="Trim video to selection"], [title="Reset video 
 #chat .minimal-audio-player { height: 2.5rem; min-width: 12rem; }
 #chat video, #video video { max-height: 11rem; }
 [data-testid="upload-text"] { min-height: 8rem !important; }
+#status { min-height: 3.5rem; } /* for the progress bar */
 #status p { margin: 0; padding: .4rem .75rem; border-left: 4px solid var(--color-accent); font-size: .9rem;
   background: var(--background-fill-secondary); overflow-wrap: anywhere; }
 #status p.refused { border-color: #c0392b; }
@@ -270,13 +271,18 @@ footer, [title="Share"], [title="Trim video to selection"], [title="Reset video 
 """
 
 
+def files_of(heard: Heard) -> list[str]:
+    """A turn's clips."""
+    return [str(file) for file in (heard.turn.audio, heard.turn.video) if file is not None]
+
+
 def show_talk(talk: Talk | None) -> list[dict[str, Any]]:
     """The turns as messages of Gradio's chatbot."""
     messages = []
     for heard in talk.turns if talk else ():
         turn = heard.turn
         is_agent = talk.speakers is not None and turn.speaker == talk.speakers[1]
-        files = [{"path": str(file)} for file in (turn.audio, turn.video) if file is not None]
+        files = [{"path": file} for file in files_of(heard)]
         messages.append({"role": "assistant" if is_agent else "user", "content": [turn.text, *files]})
     return messages
 
@@ -418,8 +424,9 @@ def build_page(host: Host) -> gr.Blocks:
             talk = host.load_talk(Path(file), run)
         except MsencError as error:
             return {status: show_status(refusal=_without_folders(error, file))}
-        notice = f"{Path(file).name}: {len(talk.turns)} turns. Say how it goes on."
-        return {state: talk, chat: show_talk(talk), voice: "", other_voice: "", status: show_status([notice])}
+        notices = [f"{Path(file).name}: {len(talk.turns)} turns. Say how it goes on."]
+        notices += [_without_folders(notice, *files_of(heard)) for heard in talk.turns for notice in heard.notices]
+        return {state: talk, chat: show_talk(talk), voice: "", other_voice: "", status: show_status(notices)}
 
     with gr.Blocks(title="Talk to a run", analytics_enabled=False, delete_cache=(HOUR_S, HOUR_S)) as page:
         state = gr.State(None, delete_callback=lambda talk: talk and shutil.rmtree(talk.folder, ignore_errors=True))
@@ -429,7 +436,7 @@ def build_page(host: Host) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 chat = gr.Chatbot(
                     show_label=False,
-                    height=440,
+                    height=400,
                     render_markdown=False,
                     buttons=[],
                     placeholder="Type something, or give sound or video, and the run replies.",

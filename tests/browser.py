@@ -81,18 +81,23 @@ class Browser:
         return found["result"].get("value")
 
     def click(self, selector):
-        """Click the middle of the first element that a CSS selector finds."""
+        """Click the middle of the first element that a CSS selector finds, once it stands still."""
         self.wait(f"!!document.querySelector({json.dumps(selector)})")
-        x, y = self.evaluate(
+        middle = (
             f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
             f"return [r.x + r.width / 2, r.y + r.height / 2] }})(document.querySelector({json.dumps(selector)}))"
         )
+        before, now = None, self.evaluate(middle)
+        while now != before:
+            time.sleep(0.05)
+            before, now = now, self.evaluate(middle)
         for kind in ("mousePressed", "mouseReleased"):
-            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            self.send("Input.dispatchMouseEvent", type=kind, x=now[0], y=now[1], button="left", clickCount=1)
 
     def type(self, selector, text):
-        """Click into a field, and write into it."""
+        """Click into a field, and write into it, in place of what it holds."""
         self.click(selector)
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
         self.send("Input.insertText", text=text)
 
     def choose_file(self, selector, path):

@@ -1,25 +1,35 @@
 """The page in a real browser, as respond.py serves it, with a run that has trained for a moment."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import urllib.request
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
 
+from msenc.config import plain
 from msenc.data.media import read_audio
+from msenc.pipelines.respond import load_agent
+from msenc.run import write_json
 from msenc.speech.wav import write_wav
+from msenc.talk import Turn, read_talk
+from msenc.types import MsencError
 
 pytest.importorskip("gradio", reason="the page needs the extra talk")
 
+from msenc.talk_page import Host, draw_sound, finished_runs, read_saved, run_label, show_status
 
 ROOT = Path(__file__).parents[1]
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
-ANSWERED = "!!document.querySelector('#voice audio')"
+ANSWERED = "!!document.querySelector('#voice .voice')"
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +125,153 @@ def test_a_turn_of_all_streams_is_answered_in_words_and_sound(width, browser, ad
     assert len(browser.evaluate("[...document.querySelectorAll('#chat .bot .md')].at(-1).innerText").strip()) > 1
     assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert [r for r in browser.requests if not r.startswith((address, "data:", "blob:"))] == []
+
+
+@needs_browser
+def test_the_reply_is_heard_in_another_voice(browser):
+    say(browser, "Hello, how are you?")
+    browser.wait(ANSWERED)
+    browser.click("#change button")
+    browser.type("#description textarea", "a man speaks slowly in a deep voice")
+    browser.click("#again")
+    browser.wait("document.querySelector('#other-voice audio')?.duration > 0.3")
+    chips = "[...document.querySelectorAll('#other-voice .chips span')].map(e => e.innerText)"
+    assert browser.evaluate(chips) == ["gender man", "pitch low", "rate slow"]
+    source = "document.querySelector('{} audio').src"
+    assert browser.evaluate(source.format("#voice")) != browser.evaluate(source.format("#other-voice"))
+    chosen = "[...document.querySelectorAll('#change input')].map(e => e.value)"
+    assert browser.evaluate(chosen) == ["man", "low", "any", "slow", "any", "any", "any"]
+
+
+@needs_browser
+def test_a_talk_is_saved_and_continued(browser, address, clip, tmp_path):
+    give(browser, "video", clip)
+    say(browser, "Hello!")
+    browser.wait(ANSWERED)
+    browser.click("#save")
+    browser.wait("!!document.querySelector('#saved a')")
+    saved = tmp_path / "talk.zip"
+    urllib.request.urlretrieve(browser.evaluate("document.querySelector('#saved a').href"), saved)
+    with zipfile.ZipFile(saved) as archive:
+        archive.extractall(tmp_path / "talk")
+    user, agent = read_talk(tmp_path / "talk" / "talk.json")
+    assert (user.speaker, user.text, agent.speaker) == ("User", "Hello!", "Agent")
+    assert user.video.read_bytes() == clip.read_bytes()
+    assert agent.audio.is_file()
+
+    open_page(browser, address)
+    assert browser.evaluate("document.querySelectorAll('#chat .bot').length") == 0
+    browser.choose_file("input[type=file][accept*=zip]", saved)
+    browser.wait("document.querySelector('#status').innerText.includes('talk.zip: 2 turns')")
+    say(browser, "Where were we?")
+    browser.wait(ANSWERED)
+    browser.wait("document.querySelectorAll('#chat .bot').length == 2")
+    assert browser.evaluate("document.querySelector('#chat .user').innerText").startswith("Hello!")
+
+
+@needs_browser
+def test_what_cannot_be_used_is_said_and_the_talk_goes_on(browser, tmp_path):
+    text, long = tmp_path / "text.wav", tmp_path / "long.wav"
+    text.write_text("no sound", encoding="utf-8")
+    write_wav(long, np.zeros(8_000 * 10, np.float32), 8_000)
+    large = tmp_path / "large.wav"
+    large.write_bytes(bytes(2 << 20))
+    browser.click("#text button")
+    browser.wait("document.querySelector('#status').innerText.includes('Nothing is said yet')")
+    for path, message in [
+        (text, "text.wav: it cannot be decoded"),
+        (long, "long.wav: lasts 10 s; a turn may last 6 s"),
+    ]:
+        give(browser, "audio", path)
+        say(browser, "Hello!")
+        browser.wait(f"document.querySelector('#status').innerText.includes('{message}')")
+        assert browser.evaluate("document.querySelector('#text textarea').value")  # what was typed is still there
+        browser.click("#audio [title=Clear]")
+    browser.choose_file("#audio input[type=file]", large)
+    browser.wait("document.body.innerText.includes('exceed the maximum allowed size of 1.0 Mb')")
+    say(browser, "Hello!")
+    browser.wait(ANSWERED)
+
+
+@needs_browser
+def test_two_visitors_do_not_see_each_others_talk(browser, address, tmp_path):
+    with Browser(tmp_path / "profile") as other:
+        open_page(other, address)
+        say(browser, "I am Anna.")
+        say(other, "I am Ben.")
+        for visitor in (browser, other):
+            visitor.wait(ANSWERED)
+        assert shown(browser, "#chat").startswith("I am Anna.")
+        assert "Ben" not in shown(browser, "#chat")
+        assert shown(other, "#chat").startswith("I am Ben.")
+        assert "Anna" not in shown(other, "#chat")
+
+
+@needs_browser
+def test_a_visitor_who_goes_away_leaves_the_page_to_others(browser, address, tmp_path):
+    with Browser(tmp_path / "profile") as other:
+        open_page(other, address)
+        say(other, "Hello!")
+    say(browser, "Are you still there?")
+    browser.wait(ANSWERED)
+
+
+def test_one_model_at_a_time_is_loaded_and_hears_the_talk_so_far(short_run, train, compose, clip, tmp_path):
+    text_run = train(["modality=text", "trainer.max_epochs=1", "evaluate=null"]).folder
+    config = plain(compose([f"runs_dir={tmp_path}", "decoding.max_new_tokens=8"], "respond"))
+    loaded = []
+
+    def load(run):
+        loaded.append(run)
+        return load_agent(run, config)
+
+    host = Host(load, None, config, tmp_path)
+    first, second = host.begin(), host.begin()
+    for _ in range(2):
+        first = host.answer(host.hear(first, str(short_run), Turn("", "Hello!", video=clip)))[0]
+        second = host.answer(host.hear(second, str(short_run), Turn("", "Hello!")))[0]
+    assert loaded == [short_run]
+    assert len(first.turns) == 4
+    assert first.turns[0].features.keys() == {"audio", "video"}
+    first = host.hear(first, str(text_run), Turn("", "And now?", video=clip))
+    assert loaded == [short_run, text_run]
+    assert [heard.features for heard in first.turns] == [{}] * 5
+    assert any("trained without video" in notice for notice in first.turns[-1].notices)
+
+
+def test_the_newest_finished_run_comes_first(tmp_path):
+    for age, (name, status) in enumerate([("new", "finished"), ("going", "running"), ("old", "finished")]):
+        write_json(tmp_path / name / "run.json", {"status": status, "streams": {"audio": ""}})
+        os.utime(tmp_path / name / "run.json", (1e9 - age, 1e9 - age))
+    assert finished_runs(tmp_path) == [tmp_path / "new", tmp_path / "old"]
+    assert run_label(tmp_path / "old", tmp_path) == "old (text, audio)"
+
+
+def test_a_saved_talk_reaches_no_file_but_its_own(tmp_path):
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(b"")
+    path = tmp_path / "talk.json"
+    for reference in (str(secret), "../secret.wav"):
+        path.write_text(json.dumps({"turns": [{"speaker": "A", "text": "Hi", "audio": reference}]}))
+        with pytest.raises(MsencError, match=r"talk.json, turn 1: secret.wav is not in the file"):
+            read_saved(path, tmp_path / "unpacked", 1000)
+    with zipfile.ZipFile(tmp_path / "talk.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("talk.json", '{"turns": [' + " " * 5000 + "]}")
+    with pytest.raises(MsencError, match="holds more than"):
+        read_saved(tmp_path / "talk.zip", tmp_path / "unpacked", 1000)
+
+
+def test_what_a_file_or_a_visitor_says_is_no_html():
+    assert "<b>" not in show_status(["<b>.wav"]) + show_status(refusal="<b>.wav")
+
+
+def test_the_pitch_curve_rises_with_the_voice():
+    rate = 16_000
+    phase = 2 * np.pi * np.cumsum(np.linspace(100, 200, rate)) / rate
+    sound = sum(np.sin(k * phase) / k for k in range(1, 9)).astype(np.float32)
+    svg, words = draw_sound(sound, rate)
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'pitch" points="([^"]*)"', svg)[1].split()]
+    assert points[0][0] < points[-1][0] <= 600
+    assert points[0][1] > points[-1][1] + 30  # upwards
+    assert "1.0 s · pitch 15" in words
+    assert draw_sound(np.zeros(100, np.float32), rate)[1] == "<small>0.0 s</small>"

@@ -116,13 +116,12 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
     record, own = open_run(run_dir, config["data_dir"])
     L.seed_everything(own["seed"], workers=True, verbose=False)
     model = load_trained(run_dir, config["checkpoint"], record, own)
-    streams = own["model"]["streams"]
-    connector = own["model"]["connector"]
+    streams, connector = own["model"]["streams"], own["model"]["connector"]
     return Agent(
         model.to(find_device(config["device"])),
         DialogueTokenizer(build(own["prompt"]), load_tokenizer(own["model"]["llm"]["name_or_path"])),
         encoders={name: build(stream["encoder"]) for name, stream in streams.items()},
-        num_queries=dict.fromkeys(streams, connector["num_queries"]),
+        num_queries=dict.fromkeys(streams, connector["num_queries"] if connector else 0),
         budget=own["data"]["max_history_tokens"],
         layout=own["model"]["layout"],
         recognise=_Recognise(config["asr"]),
