@@ -105,6 +105,7 @@ class DataConfig:
         max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
         verify: hash every shard of a split before its first use.
         filter: ``no_<flag>``, or a list of them: what carries such a flag of the audit is left out of what is read.
+        control: ``noise_audio`` and the like: what stands in a stream's place, in training too (docs/controls.md).
     """
 
     name: str = MISSING
@@ -118,6 +119,7 @@ class DataConfig:
     max_history_tokens: int = 1024
     verify: bool = True
     filter: Any = field(default_factory=list)
+    control: str | None = None
 
 
 @dataclass
@@ -145,6 +147,7 @@ class TrainConfig:
         plan: what the run would take is printed, and nothing trains.
         dry_run: the jobs of the sweep are listed with what they would take, and none starts.
         evaluate: the split that is evaluated when training ends; None for none.
+        controls: of that evaluation, as ``control`` of evaluate.py.
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
             began and did not finish, or skip what it has finished.
     """
@@ -163,6 +166,7 @@ class TrainConfig:
     logger: dict[str, Any] = field(default_factory=dict)
     decoding: Any = MISSING
     evaluate: str | None = "test"
+    controls: Any = None
     prepare_workers: int = 2
     resume: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -205,6 +209,9 @@ class EvaluateConfig:
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
         speech_workers: processes that speak; 0 works in this one.
         speech_recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
+        control: what is taken from the input in evaluations beside the plain one (docs/controls.md): a name, a list,
+            or ``shuffle`` for the words of the history and for every stream of the run.
+        control_draws: how often each control draws what stands in a stream's place.
         limit: first dialogues of the split; None for all.
         device: torch's name of the device; ``auto`` takes a GPU if there is one.
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
@@ -220,6 +227,8 @@ class EvaluateConfig:
     speech: Any = None
     speech_workers: int = 2
     speech_recogniser: str | None = None
+    control: Any = None
+    control_draws: int = 8
     limit: int | None = None
     device: str = "auto"
     data_dir: str | None = None

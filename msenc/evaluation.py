@@ -6,17 +6,19 @@ Every target is scored under teacher forcing (its own token losses) and, if want
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
 from torch.utils.data import Subset
 
 from msenc.data.collate import histories
+from msenc.data.controls import Control
 from msenc.data.datamodule import DialogueDataModule
 from msenc.metrics.description import DescribedTarget, score_descriptions, voice_of
 from msenc.metrics.scores import Scorer
@@ -26,6 +28,7 @@ from msenc.prompt import TOKEN_KINDS
 from msenc.replies import decoding_for, write_replies
 from msenc.run import write_json, write_text
 from msenc.speech.description import parse
+from msenc.statistics import paired_effect, verdict
 from msenc.types import UNKNOWN, Reply, VoiceAttributes
 
 LN2 = math.log(2)
@@ -55,7 +58,7 @@ def evaluate_split(
         Flat metrics, and one prediction per target: ids, history, reference, token losses with their kinds, reply and
         its scores.
     """
-    predictions = _score(model, datamodule, split, limit)
+    predictions = _score(model, datamodule, split, limit, f"scoring {split}")
     found: dict[str, Any] = loss_metrics(predictions)
     if decoding is not None:
         _generate(model, datamodule, split, decoding, seed, predictions)
@@ -73,15 +76,97 @@ def evaluate_split(
     return found, predictions
 
 
+def evaluate_control(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    control: Control,
+    plain: Sequence[Mapping[str, Any]],
+    draws: int,
+    limit: int | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a control costs: losses of the same targets, and how much they rise.
+
+    A model that uses a stream believes another dialogue's too: one draw makes it confidently wrong, and its loss rises
+    without bound. So the loss is that of the mean probability over several draws, which is what the model would say if
+    it knew the stream's distribution alone. Its rise estimates the information that the model takes from the stream.
+
+    Args:
+        model: in eval mode, on its device.
+        datamodule: of the run.
+        split: ``train``, ``val`` or ``test``.
+        control: what is done to which stream.
+        plain: predictions of the same targets without the control.
+        draws: of what the control draws, 1 or more.
+        limit: first dialogues of the split.
+
+    Returns:
+        Flat metrics, with ``control/delta`` (nats per token, with its interval) and ``control/verdict``; predictions
+        whose token losses are those under the control.
+    """
+    draws = draws if control.is_drawn else 1
+    found = [
+        _score(model, datamodule, split, limit, f"{control} on {split}, draw {draw + 1} of {draws}", control, draw)
+        for draw in range(draws)
+    ]
+    predictions = []
+    for items in zip(*found, strict=True):
+        nll = mean_probability_loss([item["nll"] for item in items])
+        correct = np.mean([item["correct"] for item in items], axis=0)
+        predictions.append(
+            {**items[0], "nll": [round(v, 6) for v in nll], "correct": [round(v, 4) for v in correct.tolist()]}
+        )
+    metrics = loss_metrics(predictions)
+    effect = paired_effect(
+        [np.mean(c["nll"]) - np.mean(p["nll"]) for c, p in zip(predictions, plain, strict=True)],
+        clusters=[p["dialogue"] for p in plain],
+        weights=[len(p["nll"]) for p in plain],
+    )
+    metrics |= {
+        "control": str(control),
+        "control/delta": effect.mean,
+        "control/low": effect.low,
+        "control/high": effect.high,
+        "control/p_value": effect.p_value,
+        "control/verdict": verdict(effect),
+    }
+    return metrics, predictions
+
+
+def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
+    """Losses of N tokens in K draws -> loss of each token's mean probability over all draws there could be.
+
+    The loss of the mean over K draws is too high by Var(p) / (2 K mean(p)^2), to the second order; this is taken off.
+
+    Example:
+        >>> mean_probability_loss([[0.5, 1.0]])
+        [0.5, 1.0]
+        >>> right, wrong = 0.02, 4.0
+        >>> round(mean_probability_loss([[right], [wrong]] * 8)[0], 2)
+        0.66
+    """
+    p = np.exp(-np.asarray(losses, dtype=float))  # (K, N)
+    mean = p.mean(axis=0)
+    if len(p) == 1:
+        return (-np.log(mean)).tolist()
+    return (-np.log(mean) - p.var(axis=0, ddof=1) / (2 * len(p) * mean**2)).tolist()
+
+
 @torch.inference_mode()
 def _score(
-    model: ConversationModel, datamodule: DialogueDataModule, split: str, limit: int | None
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    limit: int | None,
+    progress: str,
+    control: Control | None = None,
+    draw: int = 0,
 ) -> list[dict[str, Any]]:
     """Token losses of every target, in the order of the split."""
     device = next(model.parameters()).device
     dataset = datamodule.dataset(split)
     losses: dict[tuple[str, int], tuple[list, list, list]] = defaultdict(lambda: ([], [], []))
-    for batch in track(datamodule.eval_dataloader(split, limit), description=f"scoring {split}"):
+    for batch in track(datamodule.eval_dataloader(split, limit, control, draw), description=progress):
         scores = model(move_data_to_device(batch, device))
         rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
         for target, nll, kind, correct in rows:
@@ -208,3 +293,9 @@ def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list
     """Leave ``metrics.json`` and ``predictions.jsonl`` in a folder."""
     write_text(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     write_json(folder / "metrics.json", dict(metrics))
+
+
+def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `write_evaluation` left: metrics and predictions."""
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]

@@ -209,6 +209,68 @@ def test_a_repeated_run_gives_the_same(finished, train):
     assert not (other.folder / "evaluation").exists()
 
 
+# ------------------------------------------------------------------------------------------------ controls
+
+
+def test_controls_cost_what_their_predictions_say_and_the_plain_evaluation_is_kept(spoilt, compose):
+    run = spoilt / "run"
+    shutil.rmtree(run / "evaluation")
+    plain = measure(compose, run, "split=val")
+    (before,) = (run / "evaluation").glob("demo-val-*")
+    written = (before / "metrics.json").stat().st_mtime_ns
+    assert measure(compose, run, "split=val", "control=shuffle", "control_draws=2") == plain
+    assert (before / "metrics.json").stat().st_mtime_ns == written  # not measured twice
+    found = {m.get("control"): (m, p) for m, p in evaluations(run).values() if m["split"] == "val"}
+    assert set(found) == {None, "shuffle_text", "shuffle_audio"}
+    for control in ("shuffle_text", "shuffle_audio"):
+        metrics, predictions = found[control]
+        pairs = list(zip(predictions, found[None][1], strict=True))
+        assert all((c["dialogue"], c["turn"], c["kinds"]) == (p["dialogue"], p["turn"], p["kinds"]) for c, p in pairs)
+        rise = sum(sum(c["nll"]) - sum(p["nll"]) for c, p in pairs) / plain["tokens"]
+        assert metrics["control/delta"] == pytest.approx(rise, abs=1e-6)
+        assert metrics["control/low"] < metrics["control/delta"] < metrics["control/high"]
+        assert metrics["nll"] == pytest.approx(plain["nll"] + rise, abs=1e-6)
+        assert metrics["control/verdict"] in ("used", "not used", "cannot tell")
+        assert "control=shuffle" in metrics["settings"]
+        assert any(c["nll"] != p["nll"] for c, p in pairs)
+
+
+def test_a_control_measures_the_plain_losses_first_where_there_are_none(spoilt, compose):
+    run = spoilt / "run"
+    shutil.rmtree(run / "evaluation")
+    measure(compose, run, "split=val", "limit=2", "control=zero_audio", "generate=false")
+    found = {m.get("control"): m for m, _ in evaluations(run).values()}
+    assert found.keys() == {None, "zero_audio"}
+    assert found[None]["targets"] == found["zero_audio"]["targets"]
+
+
+def test_a_run_ends_with_the_controls_it_asks_for(train):
+    run = train([*FAST, "modality=text", "model.llm.freeze=true", "controls=shuffle"])
+    assert {m.get("control") for m, _ in evaluations(run.folder).values()} == {None, "shuffle_text"}
+
+
+def test_noise_in_place_of_a_stream_is_another_stream_of_the_same_task(train, finished):
+    run = train([*FAST, "modality=text_audio", "data.control=noise_audio", "optimizer.lr=0.02", "evaluate=null"])
+    facts, plain = (read(folder / "run.json") for folder in (run.folder, finished.run))
+    assert facts["task_hash"] == plain["task_hash"]
+    assert facts["streams"]["audio"] != plain["streams"]["audio"]
+    assert facts["identity"] != plain["identity"]
+    assert run.loss != finished.loss
+
+
+def test_controls_that_the_run_cannot_have_are_refused(finished, compose, train):
+    before = evaluations(finished.run).keys()
+    with pytest.raises(
+        MsencError, match=r"control=zero_video: no such control of this run\. Expected of: .*zero_audio"
+    ):
+        measure(compose, finished.run, "control=zero_video")
+    with pytest.raises(MsencError, match="control_draws=0: expected 1 or more"):
+        measure(compose, finished.run, "control=shuffle", "control_draws=0")
+    assert evaluations(finished.run).keys() == before
+    with pytest.raises(MsencError, match="control=zero_audio: no such control"):
+        train([*FAST, "modality=text", "controls=[zero_audio]"])
+
+
 # ------------------------------------------------------------------------------------------------ what trains
 
 

@@ -26,6 +26,7 @@ from msenc.data.batches import (
     whole_dialogues,
 )
 from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, histories
+from msenc.data.controls import Control, ControlledDialogues, Moments, moments, read_controls
 from msenc.data.flags import FilteredReader, left_out
 from msenc.data.lengths import DialogueLengths, split_lengths
 from msenc.data.location import Place, RemotePath
@@ -269,6 +270,7 @@ class DialogueDataModule(L.LightningDataModule):
         seed: of the order of training dialogues.
         verify: hash the shards before their first use.
         filters: ``no_<flag>`` each; what carries a flag is left out.
+        control: what is done to a stream in all that is read, training included; see `data.controls`.
         prepare_command: what to run where data is missing, for messages.
     """
 
@@ -285,6 +287,7 @@ class DialogueDataModule(L.LightningDataModule):
         seed: int = 1,
         verify: bool = True,
         filters: Sequence[str] = (),
+        control: str | None = None,
         prepare_command: str = "python prepare.py",
     ) -> None:
         super().__init__()
@@ -300,10 +303,12 @@ class DialogueDataModule(L.LightningDataModule):
         self.seed = seed
         self.verify = verify
         self.filters = filters
+        self.controls = read_controls(control, streams)
         self.hint = f"Run: {prepare_command}"
         if isinstance(folder, RemotePath):
             self.hint += f", and copy the folder to {folder}"
-        self._datasets: dict[str, DialogueDataset] = {}
+        self._datasets: dict[str, DialogueDataset | ControlledDialogues] = {}
+        self._moments: dict[str, Moments] = {}
         self._lengths: dict[str, list[DialogueLengths]] = {}
         self._units: dict[str, list[Unit]] = {}
 
@@ -324,15 +329,32 @@ class DialogueDataModule(L.LightningDataModule):
         self.manifest = check_prepared(self.folder, self.streams, self.hint)
         self.left_out  # noqa: B018 (a filter that cannot be applied is refused here)
 
-    def dataset(self, split: str) -> DialogueDataset:
+    def dataset(self, split: str) -> DialogueDataset | ControlledDialogues:
         """The split's dialogues; opened, and verified, at the first call."""
         if split not in SPLITS:
             raise MsencError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}.")
         if split not in self._datasets:
-            self._datasets[split] = DialogueDataset(
+            dataset = DialogueDataset(
                 self.folder, split, self.streams, self.tokenizer, self.verify, self.hint, self.left_out
             )
+            for control in self.controls:
+                dataset = self.controlled(dataset, control)
+            self._datasets[split] = dataset
         return self._datasets[split]
+
+    def controlled(
+        self, dialogues: DialogueDataset | ControlledDialogues, control: Control, draw: int = 0
+    ) -> ControlledDialogues:
+        """The same dialogues under a control; see `ControlledDialogues`."""
+        stream = control.stream
+        if control.kind == "noise" and stream not in self._moments:
+            own = dialogues
+            if own.split != "train":
+                own = DialogueDataset(
+                    self.folder, "train", self.streams, self.tokenizer, self.verify, self.hint, self.left_out
+                )
+            self._moments[stream] = moments((own[i] for i in range(len(own))), stream)
+        return ControlledDialogues(dialogues, control, self.seed, draw, self._moments.get(stream))
 
     def dialogues(self, split: str) -> Iterator[Dialogue]:
         """The split's dialogues as they were annotated, none where the data has no such split.
@@ -410,9 +432,15 @@ class DialogueDataModule(L.LightningDataModule):
         """In the order of the shards; each process gets its share of every batch."""
         return self._eval_loader("val", self._eval_batches("val", *self._process()))
 
-    def eval_dataloader(self, split: str, limit: int | None = None) -> DataLoader:
-        """A split in order, all of it in this process; with `limit`, its first dialogues."""
-        return self._eval_loader(split, self._eval_batches(split, limit=limit))
+    def eval_dataloader(
+        self, split: str, limit: int | None = None, control: Control | None = None, draw: int = 0
+    ) -> DataLoader:
+        """A split in order, all of it in this process; with `limit`, its first dialogues; under a control, if any."""
+        dialogues = self.dataset(split)
+        if control is not None:
+            dialogues = self.controlled(dialogues, control, draw)
+        batches = self._eval_batches(split, limit=limit)
+        return make_loader(UnitDataset(dialogues, self.units(split)), batches, self.collate_fn(), self.num_workers)
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

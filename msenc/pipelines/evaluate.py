@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
+from rich.markup import escape
 from rich.table import Table
 
 from msenc.config import build, check_targets, plain
-from msenc.evaluation import evaluate_split, write_evaluation
+from msenc.data.controls import read_controls
+from msenc.evaluation import evaluate_control, evaluate_split, read_evaluation, write_evaluation
 from msenc.metrics.text import DEFAULT_METRICS, build_text_metrics
 from msenc.pipelines.parts import (
     GIVEN,
@@ -49,6 +51,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         speech=config["speech"],
         speech_workers=config["speech_workers"],
         speech_recogniser=config["speech_recogniser"],
+        controls=config["control"],
+        control_draws=config["control_draws"],
     )
 
 
@@ -66,6 +70,8 @@ def evaluate_run(
     speech: dict[str, Any] | None = None,
     speech_workers: int = 0,
     speech_recogniser: str | None = None,
+    controls: str | Sequence[str] | None = None,
+    control_draws: int = 8,
 ) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
 
@@ -83,7 +89,12 @@ def evaluate_run(
         speech: ``_target_`` node of a synthesizer that speaks the replies, or None.
         speech_workers: processes that speak; 0 works in this one.
         speech_recogniser: a Whisper that checks what was spoken, or None.
+        controls: what to take from the input in evaluations beside the plain one, which is made first if it is not
+            there; see `data.controls.read_controls`.
+        control_draws: how often each control draws.
     """
+    if controls and control_draws < 1:
+        raise MsencError(f"control_draws={control_draws}: expected 1 or more.")
     if speech is not None and not with_replies:
         raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
     if limit is not None and limit < 1:
@@ -98,42 +109,70 @@ def evaluate_run(
     datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))
     datamodule.setup()
     check_same_data(record, config, datamodule)
-    model = load_trained(run_dir, checkpoint, record, config)
+    wanted = read_controls(controls, datamodule.streams)
+    model = load_trained(run_dir, checkpoint, record, config).to(find_device(device))
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
     if with_replies and set(metrics) != set(DEFAULT_METRICS):
         settings["metrics"] = {name: (metric_settings or {}).get(name) for name in sorted(metrics)}
     if speech is not None:
         settings["speech"] = {**speech, "recogniser": speech_recogniser}
-    found, predictions = evaluate_split(
-        model.to(find_device(device)),
-        datamodule,
-        split,
-        decoding if with_replies else None,
-        config["seed"],
-        limit,
-        scorers,
-    )
-    found |= {
-        "split": split,
-        "data": config["data"]["name"],
-        "task_hash": task_hash(config, datamodule),
-        "settings": " ".join(f"{k}={v}" for k, v in settings.items()),
-    }
-    folder = run_dir / "evaluation" / f"{config['data']['name']}-{split}-{digest(settings)}"
-    if speech is not None:
-        new = speak_replies(predictions, speech, folder, speech_workers)
-        data = datamodule.folder
-        bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
-        found |= listen_to_replies(predictions, folder, bins, speech_recogniser, speech_workers)
-        console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
-        if bins is None:
-            console.print(
-                f"The voices were not measured: no {BINS} in {data}. prepare.py describe=true writes it there."
-            )
-    write_evaluation(folder, found, predictions)
-    _print_metrics(found, f"{config['modality']} on {config['data']['name']}, {split}")
-    console.print(f"Written: {shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}", soft_wrap=True)
+    facts = {"split": split, "data": config["data"]["name"], "task_hash": task_hash(config, datamodule)}
+    place = run_dir / "evaluation"
+    folder = _folder(place, facts, settings)
+    if wanted and (folder / "metrics.json").is_file():
+        found, predictions = read_evaluation(folder)
+        console.print(f"Measured before, without a control: {shown(folder)}", soft_wrap=True)
+    else:
+        found, predictions = evaluate_split(
+            model, datamodule, split, decoding if with_replies else None, config["seed"], limit, scorers
+        )
+        found |= {**facts, "settings": _said(settings)}
+        if speech is not None:
+            new = speak_replies(predictions, speech, folder, speech_workers)
+            data = datamodule.folder
+            bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
+            found |= listen_to_replies(predictions, folder, bins, speech_recogniser, speech_workers)
+            console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
+            if bins is None:
+                console.print(
+                    f"The voices were not measured: no {BINS} in {data}. prepare.py describe=true writes it there."
+                )
+        write_evaluation(folder, found, predictions)
+        _print_metrics(found, f"{config['modality']} on {config['data']['name']}, {split}")
+        _print_written(folder)
+    costs = []
+    for control in wanted:
+        settings = {"checkpoint": checkpoint, "limit": limit, "control": str(control), "draws": control_draws}
+        cost, controlled = evaluate_control(model, datamodule, split, control, predictions, control_draws, limit)
+        costs.append(cost | {**facts, "settings": _said(settings)})
+        write_evaluation(_folder(place, facts, settings), costs[-1], controlled)
+    if costs:
+        _print_controls(costs, f"{config['modality']} on {config['data']['name']}, {split}: what controls cost")
+        console.print(f"Written: {len(costs)} evaluations under control in {shown(place)}", soft_wrap=True)
     return found
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{k}={v}" for k, v in settings.items())
+
+
+def _folder(place: Path, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
+    return place / f"{facts['data']}-{facts['split']}-{digest(settings)}"
+
+
+def _print_written(folder: Path) -> None:
+    console.print(f"Written: {shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}", soft_wrap=True)
+
+
+def _print_controls(costs: Sequence[Mapping[str, Any]], title: str) -> None:
+    """What each control costs, and what that says of the stream."""
+    table = Table(title=title)
+    for column in ("control", "nats per token", "95 % interval", "the stream is"):
+        table.add_column(column, justify="left" if column in ("control", "the stream is") else "right")
+    for cost in costs:
+        interval = f"[{cost['control/low']:+.4f}, {cost['control/high']:+.4f}]"
+        table.add_row(cost["control"], f"{cost['control/delta']:+.4f}", escape(interval), cost["control/verdict"])
+    console.print(table)
 
 
 def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:

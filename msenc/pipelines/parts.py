@@ -79,6 +79,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
         seed=config["seed"],
         verify=data["verify"],
         filters=[data["filter"]] if isinstance(data["filter"], str) else data["filter"],
+        control=data.get("control"),
         prepare_command=prepare_command,
     )
 
@@ -132,8 +133,12 @@ def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
 
 
 def stream_hashes(datamodule: DialogueDataModule) -> dict[str, str]:
-    """Stream -> hash of its features."""
-    return {s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()}
+    """Stream -> hash of its features, or of what stands in their place."""
+    hashes = {s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()}
+    for control in datamodule.controls:
+        if control.stream in hashes:
+            hashes[control.stream] = digest([hashes[control.stream], str(control)])
+    return hashes
 
 
 def data_hashes(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict[str, Any]:

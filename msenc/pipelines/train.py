@@ -18,6 +18,7 @@ from rich.table import Table
 
 from msenc.checkpoints import CheckpointFiles, Checkpoints, training_outcome
 from msenc.config import build, check_targets, plain
+from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.flags import count_left_out
 from msenc.export import write_export
@@ -166,6 +167,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     evaluates = config["evaluate"] and not config["trainer"].get("fast_dev_run")
     for split in ("train", "val", config["evaluate"]) if evaluates else ("train", "val"):
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
+    read_controls(config["controls"], datamodule.streams)
     model = build_model(config)
     calibrate_connectors(model, datamodule)
     counts = model.trainable_parameters()
@@ -195,7 +197,12 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         return loss
     console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
     if evaluates:
-        evaluate_run(record.folder, split=config["evaluate"], device=record.facts.get("device", "auto"))
+        evaluate_run(
+            record.folder,
+            split=config["evaluate"],
+            device=record.facts.get("device", "auto"),
+            controls=config["controls"],
+        )
     return loss
 
 

@@ -1,0 +1,195 @@
+"""Take a stream's content away and keep its form: what a model loses by it is what it had used.
+
+sample of a `DialogueDataset` -> the same sample, its stream from another dialogue, zero, or noise. Targets stay, and so
+do the turns that make up each history, and which of them have the stream.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from msenc.data.collate import Features
+from msenc.prompt import TokenizedDialogue
+from msenc.types import Dialogue, MsencError
+
+if TYPE_CHECKING:
+    from msenc.data.datamodule import DialogueDataset
+
+KINDS = {
+    "shuffle": "of another dialogue",
+    "zero": "zeros",
+    "noise": "normal noise with the training data's mean and spread in each dimension",
+}
+"""What stands in the stream's place."""
+
+MOMENT_UTTERANCES = 1000
+"""Training utterances that a stream's mean and spread are taken from."""
+
+Moments = tuple[np.ndarray, np.ndarray]
+"""Mean and standard deviation of a stream's features, (D,) float32 each."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is done to which stream.
+
+    Args:
+        kind: one of `KINDS`.
+        stream: a stream of the run, or ``text``: the words of the history.
+    """
+
+    kind: str
+    stream: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}_{self.stream}"
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it comes out differently each time."""
+        return self.kind != "zero"
+
+
+def read_controls(given: str | Sequence[str] | None, streams: Iterable[str]) -> list[Control]:
+    """Names of controls, or ``shuffle`` for `shuffle_<stream>` of the words and of every stream.
+
+    Raises:
+        MsencError: an unknown control, or one of a stream that the run does not have; it names those that exist.
+
+    Example:
+        >>> [str(c) for c in read_controls("shuffle", ["audio"])], read_controls(None, ["audio"])
+        (['shuffle_text', 'shuffle_audio'], [])
+    """
+    known = [Control("shuffle", "text"), *(Control(kind, stream) for stream in streams for kind in KINDS)]
+    by_name = {str(control): control for control in known}
+    found = []
+    for name in [given] if isinstance(given, str) else given or ():
+        if name == "shuffle":
+            found += [control for control in known if control.kind == "shuffle"]
+        elif name in by_name:
+            found.append(by_name[name])
+        else:
+            raise MsencError(
+                f"control={name}: no such control of this run. Expected of: shuffle (all streams), "
+                f"{', '.join(by_name)}."
+            )
+    return list(dict.fromkeys(found))
+
+
+def moments(samples: Iterable[tuple[TokenizedDialogue, Features]], stream: str) -> Moments:
+    """Mean and spread of a stream over the first `MOMENT_UTTERANCES` utterances that have it."""
+    present = (frames for _, features in samples for frames in features[stream] if frames is not None)
+    count, total, squares = 0, 0.0, 0.0
+    for frames in islice(present, MOMENT_UTTERANCES):
+        count += len(frames)
+        total = total + frames.sum(axis=0, dtype=np.float64)
+        squares = squares + np.square(frames, dtype=np.float64).sum(axis=0)
+    mean = np.asarray(total / count)
+    spread = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean.astype(np.float32), spread.astype(np.float32)
+
+
+class ControlledDialogues(Dataset):
+    """A `DialogueDataset` under a control.
+
+    Args:
+        dialogues: of the split.
+        control: what is done to which stream.
+        seed: of what is drawn.
+        draw: which of several draws; for ``shuffle``, no two of them take a turn from the same dialogue, as far as the
+            split has enough dialogues.
+        moments: of the stream; ``noise`` needs them.
+
+    Raises:
+        MsencError: ``shuffle``, and fewer than two dialogues have the stream.
+    """
+
+    def __init__(
+        self,
+        dialogues: "DialogueDataset | ControlledDialogues",
+        control: Control,
+        seed: int,
+        draw: int = 0,
+        moments: Moments | None = None,
+    ) -> None:
+        self.dialogues = dialogues
+        self.control = control
+        self.seed, self.draw = seed, draw
+        self.moments = moments
+        self.split, self.tokenizer, self.ids = dialogues.split, dialogues.tokenizer, dialogues.ids
+        self.turns, self.streams = dialogues.turns, dialogues.streams
+        self._donors = self._choose_donors() if control.kind == "shuffle" else {}
+
+    def _choose_donors(self) -> dict[int, int]:
+        """Index -> the dialogue whose stream it gets: a cycle through all that have any, in an order of chance."""
+        having = np.arange(len(self.ids))
+        if self.control.stream != "text":
+            reader = self.streams[self.control.stream]
+            lengths = dict(zip(reader.ids, reader.lengths, strict=True))
+            having = np.array([i for i, id in enumerate(self.ids) if any(lengths[id])], dtype=int)
+        if len(having) < 2:
+            raise MsencError(
+                f"{self.control}: dialogues of the split {self.split!r} that have {self.control.stream}: "
+                f"{len(having)}, expected two or more, so that there is another one to take it from."
+            )
+        order = np.random.default_rng(self.seed).permutation(having)
+        step = 1 + self.draw % (len(order) - 1)
+        return dict(zip(order.tolist(), np.roll(order, -step).tolist(), strict=True))
+
+    def __len__(self) -> int:
+        """Dialogues with at least one target."""
+        return len(self.ids)
+
+    def dialogue(self, index: int) -> Dialogue:
+        """The turns as they were annotated."""
+        return self.dialogues.dialogue(index)
+
+    def __getitem__(self, index: int) -> tuple[TokenizedDialogue, Features]:
+        """As `DialogueDataset`, under the control."""
+        tokens, features = self.dialogues[index]
+        if self.control.stream == "text":
+            return self._shuffle_words(tokens, features, index), features
+        stream = self.control.stream
+        if self.control.kind == "shuffle":
+            replaced = self._shuffle(features[stream], index, keep_lengths=bool(tokens.windows))
+        elif self.control.kind == "zero":
+            replaced = [None if frames is None else np.zeros_like(frames) for frames in features[stream]]
+        else:
+            replaced = self._noise(features[stream], tokens.id)
+        return tokens, {**features, stream: replaced}
+
+    def _shuffle(self, turns: Sequence[Any], index: int, keep_lengths: bool) -> list[Any]:
+        if index not in self._donors:  # it has nothing to replace
+            return list(turns)
+        donor = [f for f in self.dialogues[self._donors[index]][1][self.control.stream] if f is not None]
+        replaced = [None if frames is None else donor[k % len(donor)] for k, frames in enumerate(turns)]
+        if keep_lengths:  # the prompt's windows count frames, and the same turns are to stay in them
+            pairs = zip(turns, replaced, strict=True)
+            replaced = [f if f is None else np.resize(f, (len(own), f.shape[1])) for own, f in pairs]
+        return replaced
+
+    def _noise(self, turns: Sequence[Any], id: str) -> list[Any]:
+        mean, spread = self.moments
+        random = np.random.default_rng([self.seed, self.draw, zlib.crc32(f"{id} {self.control}".encode())])
+        return [
+            f if f is None else (mean + spread * random.standard_normal(f.shape, np.float32)).astype(f.dtype)
+            for f in turns
+        ]
+
+    def _shuffle_words(
+        self, tokens: TokenizedDialogue, features: Mapping[str, Sequence[Any]], index: int
+    ) -> TokenizedDialogue:
+        """What was said comes from another dialogue; who said it, and what is to be said now, stay."""
+        dialogue, donor = self.dialogue(index), self.dialogue(self._donors[index]).utterances
+        said = tuple(replace(u, text=donor[k % len(donor)].text) for k, u in enumerate(dialogue.utterances))
+        present = [
+            {stream: len(turns[k]) for stream, turns in features.items() if turns[k] is not None}
+            for k in range(len(said))
+        ]
+        # `turn_tokens` and `windows` stay those of the dialogue's own words: the same turns make up the history.
+        return replace(tokens, turns=self.tokenizer(replace(dialogue, utterances=said), present).turns)
