@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from tiny_models import save_clip, save_speech_encoder
 from torch.nn.functional import cross_entropy
 
 from msenc.config import check_targets, plain
@@ -21,6 +22,7 @@ from msenc.data.collate import collate, dialogue_rows
 from msenc.module import ConversationModule
 from msenc.pipelines.evaluate import evaluate
 from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, load_checkpoint
+from msenc.pipelines.respond import respond
 from msenc.prompt import TOKEN_KINDS
 from msenc.run import read_json, read_run
 from msenc.types import Dialogue, MsencError, Utterance
@@ -319,6 +321,26 @@ def test_evaluate_takes_an_imported_run(synthetic, compose, tmp_path):
     assert metrics["nll/begin"] > 0
     (folder,) = (tmp_path / "imported" / "evaluation").iterdir()
     assert len((folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == metrics["targets"]
+
+
+def test_an_imported_run_answers_in_words_and_sound(source, compose, demo_home, tmp_path):
+    encoders = []
+    if source.base == []:  # the paper's encoders, in small; the synthetic checkpoint reads the demo's features
+        audio = save_speech_encoder(tmp_path / "wavlm", "WavLM", "layer", dim=1024)
+        video = save_clip(tmp_path / "clip", dim=512)
+        encoders = [f"model.streams.{s}.encoder.name_or_path={f}" for s, f in (("audio", audio), ("video", video))]
+    run_import(source, tmp_path / "imported", overrides=encoders)
+    clip = min((demo_home / "data" / "demo-raw").rglob("*.mp4"))
+    given = ["text='Hello!'", f"video={clip}", f"audio={clip}"]
+    replies = []
+    for name, turn in (("all", given), ("words", given[:1])):
+        out = tmp_path / name
+        overrides = [f"run_dir={tmp_path / 'imported'}", f"out={out}", "decoding.max_new_tokens=8", "device=cpu"]
+        respond(compose([*overrides, *turn], "respond"))
+        replies.append(read_json(out / "reply.json"))
+    assert replies[0]["notices"] == []
+    assert len(replies[1]["notices"]) == 2
+    assert replies[0]["replies"][0]["text"] != replies[1]["replies"][0]["text"]  # it has heard and seen something
 
 
 def test_a_missing_data_set_is_named_with_the_command(synthetic, compose, tmp_path):

@@ -32,12 +32,12 @@ def save_causal_lm(folder: Path, family: str, tokenizer) -> Path:
     return folder
 
 
-def save_speech_encoder(folder: Path, family: str, norm: str) -> Path:
+def save_speech_encoder(folder: Path, family: str, norm: str, dim: int = 16) -> Path:
     """WavLM, Wav2Vec2 or Hubert with its feature extractor; `norm` as published: layer (large) or group (base)."""
     import transformers
 
     config = getattr(transformers, f"{family}Config")(
-        hidden_size=16,
+        hidden_size=dim,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
@@ -79,17 +79,17 @@ def save_whisper(folder: Path) -> Path:
     return folder
 
 
-def save_clip(folder: Path) -> Path:
-    """CLIP, both halves, with an embedding of 12 values."""
+def save_clip(folder: Path, dim: int = 12) -> Path:
+    """CLIP, both halves."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
         text_config={**tower, "vocab_size": 20, "max_position_embeddings": 8},
         vision_config={**tower, "image_size": 224, "patch_size": 32},
-        projection_dim=12,
+        projection_dim=dim,
     )
-    config.vision_config.projection_dim = 12
+    config.vision_config.projection_dim = dim
     CLIPModel(config).save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
     return folder
