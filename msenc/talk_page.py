@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from msenc.page_style import data_uri
-from msenc.run import is_finished, read_json, run_records, write_json
+from msenc.run import is_finished, read_json, read_run, run_records, write_json
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.pitch import HOP_S, track_pitch
 from msenc.speech.synthesis import Synthesizer
@@ -184,14 +184,14 @@ def finished_runs(folder: Path) -> list[Path]:
 
 
 def run_label(run: Path, runs_dir: Path) -> str:
-    """A run as a person tells it from others: what it reads, and its folder."""
+    """A run as a person tells it from others: its folder, and what it reads."""
     name = run.relative_to(runs_dir) if run.is_relative_to(runs_dir) else run
-    return f"{name} ({', '.join(streams_of(run))})"
+    return f"{name} ({read_json(run / 'run.json')['modality']})"
 
 
 def streams_of(run: Path) -> list[str]:
     """What a run reads: text, and its streams."""
-    return ["text", *read_json(run / "run.json").get("streams", {})]
+    return ["text", *read_run(run)[1].model.streams]
 
 
 def save_talk(talk: Talk) -> Path:
@@ -428,7 +428,7 @@ def build_page(host: Host) -> gr.Blocks:
         notices += [_without_folders(notice, *files_of(heard)) for heard in talk.turns for notice in heard.notices]
         return {state: talk, chat: show_talk(talk), voice: "", other_voice: "", status: show_status(notices)}
 
-    with gr.Blocks(title="Talk to a run", analytics_enabled=False, delete_cache=(HOUR_S, HOUR_S)) as page:
+    with gr.Blocks(title="Talk to a run", analytics_enabled=False, delete_cache=(HOUR_S, 24 * HOUR_S)) as page:
         state = gr.State(None, delete_callback=lambda talk: talk and shutil.rmtree(talk.folder, ignore_errors=True))
         gr.Markdown("# Talk to a run")
         run_box = gr.Dropdown(label="Run", elem_id="run")
@@ -516,30 +516,22 @@ def build_page(host: Host) -> gr.Blocks:
     return page
 
 
-def launch_page(page: gr.Blocks, config: Mapping[str, Any], folder: Path) -> str:
-    """Serve the page, and return its address; `page.close()` ends it.
-
-    Raises:
-        MsencError: the port is taken, or the host is none of this machine.
-    """
-    try:
-        _, address, _ = page.queue(max_size=MAX_WAITING).launch(
-            server_name=config["host"],
-            server_port=config["port"],
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            enable_monitoring=False,
-            footer_links=[],
-            max_file_size=f"{config['max_upload_mb']}mb",
-            allowed_paths=[str(folder)],
-            app_kwargs={"middleware": [Middleware(_KeepRequestsHere)]},
-            theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            css=STYLE,
-        )
-    except OSError as error:
-        raise MsencError(f"host={config['host']} port={config['port']}: cannot be served ({error}).") from error
+def launch_page(page: gr.Blocks, config: Mapping[str, Any]) -> str:
+    """Serve the page, and return its address; `page.close()` ends it."""
+    _, address, _ = page.queue(max_size=MAX_WAITING).launch(
+        server_name=config["host"],
+        server_port=config["port"],
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=f"{config['max_upload_mb']}mb",
+        app_kwargs={"middleware": [Middleware(_KeepRequestsHere)]},
+        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=STYLE,
+    )
     return address
 
 

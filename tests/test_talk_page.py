@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +17,7 @@ from browser import CHROMIUM, Browser
 
 from msenc.config import plain
 from msenc.data.media import read_audio
-from msenc.pipelines.respond import load_agent
+from msenc.pipelines.respond import load_agent, respond
 from msenc.run import write_json
 from msenc.speech.wav import write_wav
 from msenc.talk import Turn, read_talk
@@ -239,12 +240,37 @@ def test_one_model_at_a_time_is_loaded_and_hears_the_talk_so_far(short_run, trai
     assert any("trained without video" in notice for notice in first.turns[-1].notices)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["text=Hello"], "page=true: text is for one reply"),
+        (["num_replies=2", "decoding=sample"], "page=true: num_replies is for one reply"),
+        (["run_dir=nowhere"], "run_dir=nowhere: does not exist"),
+        (["speech=none", "host=192.0.2.1"], "host=192.0.2.1 port=None: cannot be served"),
+        (["speech=none", "port={taken}"], "cannot be served .*in use"),
+    ],
+)
+def test_what_a_page_cannot_be_served_with_is_refused(overrides, message, compose):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [override.format(taken=taken.getsockname()[1]) for override in overrides]
+        cfg = compose(["page=true", *given], "respond")
+        with pytest.raises(MsencError, match=message):
+            respond(cfg)
+
+
+def test_without_a_run_there_is_nothing_to_talk_to(compose, tmp_path):
+    with pytest.raises(MsencError, match="make train"):
+        Host(Path, None, plain(compose([], "respond")), tmp_path).agent(None)
+    with pytest.raises(MsencError, match="run_dir: no value"):
+        respond(compose(["text=Hello"], "respond"))
+
+
 def test_the_newest_finished_run_comes_first(tmp_path):
     for age, (name, status) in enumerate([("new", "finished"), ("going", "running"), ("old", "finished")]):
-        write_json(tmp_path / name / "run.json", {"status": status, "streams": {"audio": ""}})
+        write_json(tmp_path / name / "run.json", {"status": status, "modality": "text_audio"})
         os.utime(tmp_path / name / "run.json", (1e9 - age, 1e9 - age))
     assert finished_runs(tmp_path) == [tmp_path / "new", tmp_path / "old"]
-    assert run_label(tmp_path / "old", tmp_path) == "old (text, audio)"
+    assert run_label(tmp_path / "old", tmp_path) == "old (text_audio)"
 
 
 def test_a_saved_talk_reaches_no_file_but_its_own(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,8 +77,13 @@ def respond(cfg: DictConfig) -> Path | None:
 
 def serve_page(config: Mapping[str, Any]) -> None:
     """Serve the page until Ctrl-C or SIGTERM; what visitors leave is removed then."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nothing would be removed
+    given = [key for key in ("text", "audio", "video", "history", "out") if config[key] is not None]
+    if given or config["num_replies"] > 1:
+        raise MsencError(f"page=true: {', '.join(given or ['num_replies'])} is for one reply. Leave it out.")
+    if config["run_dir"] is not None:
+        open_run(Path(config["run_dir"]), config["data_dir"])
     with TemporaryDirectory(prefix="msenc-talk-") as folder, running_page(config, Path(folder)) as address:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nothing would be removed
         console.print(f"Talk to the run at {address} (Ctrl-C ends it)")
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
@@ -91,6 +97,11 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
         config: keys of `RespondConfig`.
         folder: for all that is written.
     """
+    host, port = config["host"], config["port"]
+    try:
+        socket.create_server((host, port or 0)).close()  # Gradio would try a hundred ports, minutes with some hosts
+    except OSError as error:
+        raise MsencError(f"host={host} port={port}: cannot be served ({error.strerror}). Give another.") from error
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     try:
         from msenc.talk_page import Host, build_page, launch_page
@@ -101,7 +112,7 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     synthesizer = build(config["speech"]) if config["speech"] else None
     page = build_page(Host(lambda run: load_agent(run, config), synthesizer, config, folder))
     try:
-        yield launch_page(page, config, folder)
+        yield launch_page(page, config)
     finally:
         page.close(verbose=False)
 
