@@ -259,7 +259,7 @@ class RespondConfig:
         audio: sound of the user's turn; that of `video` if None.
         video: picture of the user's turn.
         history: JSON file with the turns before: ``{"turns": [{"speaker": ..., "text": ..., "audio": ...}, ...]}``.
-        speaker: the user's name.
+        speaker: the user's name; by default one that the run knows.
         reply_as: the agent's name.
         num_replies: alternatives; more than one needs ``decoding=sample``.
         seed: of what is drawn.

@@ -121,6 +121,7 @@ class Agent:
         layout: the run's.
         recognise: sound file -> words.
         max_clip_s: longest clip that is taken, in seconds.
+        speakers: see `known_speakers`.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Agent:
         layout: Layout,
         recognise: Callable[[Path], str],
         max_clip_s: float,
+        speakers: tuple[str, str],
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -142,6 +144,7 @@ class Agent:
         self.layout: Layout = layout
         self.recognise = recognise
         self.max_clip_s = max_clip_s
+        self.speakers = speakers
 
     def hear(self, turn: Turn) -> Heard:
         """Encode a turn's clips as `prepare.py` does, and recognise its words where it has none.
@@ -253,20 +256,39 @@ def _refusal(name: str, path: Path, reason: str) -> MsencError:
     return MsencError(f"{name}={path}: {NO_CLIP[reason]} ({reason}). Give a sound or video file that plays.")
 
 
+def known_speakers(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Two names that a run knows, for a user and an agent without: a model that never read a name replies worse to it.
+
+    Args:
+        record: of the run.
+
+    Example:
+        >>> known_speakers({"speakers": ["Anna", "Ben"]}), known_speakers({})
+        (('Anna', 'Ben'), ('User', 'Agent'))
+    """
+    first, second, *_ = [*record.get("speakers", ()), *DEFAULT_SPEAKERS]
+    return first, second
+
+
 def choose_speakers(
-    before: Sequence[Turn], has_turn: bool, speaker: str | None, reply_as: str | None
+    before: Sequence[Turn],
+    has_turn: bool,
+    speaker: str | None,
+    reply_as: str | None,
+    known: tuple[str, str] = DEFAULT_SPEAKERS,
 ) -> tuple[str, str]:
-    """Who the user is, and who the agent: as given, else the last two of the history, else User and Agent.
+    """Who the user is, and who the agent: as given, else the last two of the history, else names that the run knows.
 
     Args:
         before: the history.
         has_turn: whether the user takes a turn now; else the history's last turn is the user's.
         speaker: the user, if given.
         reply_as: the agent, if given.
+        known: user and agent.
     """
-    last, other, *_ = [*dict.fromkeys(turn.speaker for turn in reversed(before)), *DEFAULT_SPEAKERS]
-    user, agent = DEFAULT_SPEAKERS if not before else (other, last) if has_turn else (last, other)
-    names = (agent, user, *DEFAULT_SPEAKERS)
+    last, other, *_ = [*dict.fromkeys(turn.speaker for turn in reversed(before)), *known]
+    user, agent = known if not before else (other, last) if has_turn else (last, other)
+    names = (agent, user, *known, *DEFAULT_SPEAKERS)
     reply_as = reply_as or next(n for n in names if n != speaker)
     return speaker or next(n for n in (user, *names) if n != reply_as), reply_as
 

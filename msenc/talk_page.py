@@ -26,7 +26,7 @@ from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.pitch import HOP_S, track_pitch
 from msenc.speech.synthesis import Synthesizer
 from msenc.speech.wav import to_wav, write_wav
-from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, read_talk, speak_answer, talk_json
+from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, known_speakers, read_talk, speak_answer, talk_json
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 MAX_CHARACTERS = 2000
@@ -113,7 +113,7 @@ class Host:
         agent = self.agent(run)
         before = talk.turns if talk.run == run else tuple(_hear_again(agent, heard.turn) for heard in talk.turns)
         speakers = talk.speakers or choose_speakers(
-            [heard.turn for heard in before], True, self.config["speaker"], self.config["reply_as"]
+            [heard.turn for heard in before], True, self.config["speaker"], self.config["reply_as"], agent.speakers
         )
         heard = agent.hear(replace(turn, speaker=speakers[0]))
         number = len(talk.turns) + 1
@@ -187,11 +187,6 @@ def run_label(run: Path, runs_dir: Path) -> str:
     """A run as a person tells it from others: its folder, and what it reads."""
     name = run.relative_to(runs_dir) if run.is_relative_to(runs_dir) else run
     return f"{name} ({read_json(run / 'run.json')['modality']})"
-
-
-def streams_of(run: Path) -> list[str]:
-    """What a run reads: text, and its streams."""
-    return ["text", *read_run(run)[1].model.streams]
 
 
 def save_talk(talk: Talk) -> Path:
@@ -360,7 +355,10 @@ def build_page(host: Host) -> gr.Blocks:
     def on_run(run: str | None) -> str:
         if run is None:
             return show_status(refusal=f"No finished run in {host.config['runs_dir']}. Train one: make train")
-        return show_status([f"This run reads {_listed(streams_of(Path(run)))}."])
+        record, own = read_run(run)
+        user, agent = choose_speakers([], True, host.config["speaker"], host.config["reply_as"], known_speakers(record))
+        streams = _listed(["text", *own.model.streams])
+        return show_status([f"This run reads {streams}. You speak as {user}, it replies as {agent}."])
 
     def on_send(
         talk: Talk | None,

@@ -87,6 +87,7 @@ def test_a_finished_run_explains_itself(finished):
     assert run["versions"]["torch"] == torch.__version__
     assert "modality=text_audio" in run["overrides"]
     assert run["history"]["targets"] == run["described_targets"] == 55
+    assert len(set(run["speakers"])) == 2
     assert run["batches"]["batch_size"] == 8
     assert run["batches"]["steps"] == 2 * run["batches"]["batches_per_epoch"] == 4
     assert (finished.run / "checkpoints" / "best.ckpt").is_file()

@@ -54,7 +54,9 @@ def test_a_clip_has_the_features_of_the_shards_bit_by_bit(run, compose):
 
 def test_text_alone_is_answered_and_what_is_missing_is_said(run, compose, tmp_path):
     reply = answer(compose, run, tmp_path / "out", "text='Hello!'")
-    assert reply["history"] == [{"speaker": "User", "text": "Hello!"}]
+    user, agent = read_run(run)[0]["speakers"]
+    assert reply["history"] == [{"speaker": user, "text": "Hello!"}]
+    assert reply["replies"][0]["speaker"] == agent != user
     assert {n.split(",")[0] for n in reply["notices"]} == {
         "The run was trained with audio",
         "The run was trained with video",
@@ -90,6 +92,9 @@ def test_speakers_take_turns():
     assert choose_speakers(before, True, None, None) == ("Ben", "Anna")
     assert choose_speakers(before, True, "Anna", None) == ("Anna", "Ben")
     assert choose_speakers(before[1:], True, None, None) == ("User", "Anna")
+    assert choose_speakers([], True, None, None, ("Ana", "Leo")) == ("Ana", "Leo")
+    assert choose_speakers([], True, "Leo", None, ("Ana", "Leo")) == ("Leo", "Ana")
+    assert choose_speakers(before[1:], True, None, None, ("Anna", "Leo")) == ("Leo", "Anna")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from browser import CHROMIUM, Browser
 from msenc.config import plain
 from msenc.data.media import read_audio
 from msenc.pipelines.respond import load_agent, respond
-from msenc.run import write_json
+from msenc.run import read_run, write_json
 from msenc.speech.wav import write_wav
 from msenc.talk import Turn, read_talk
 from msenc.types import MsencError
@@ -37,7 +37,7 @@ ANSWERED = "!!document.querySelector('#voice .voice')"
 def address(short_run, demo_home, tmp_path_factory):
     """Where the page is served, with narrow limits; when it is ended, nothing that it wrote is left."""
     here, temporary = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("temporary")
-    limits = ["max_clip_s=6", "max_upload_mb=1", "decoding.max_new_tokens=24"]
+    limits = ["max_clip_s=6", "max_upload_mb=1", "decoding.max_new_tokens=24", "speaker=User", "reply_as=Agent"]
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "respond.py"), "page=true", f"run_dir={short_run}", f"runs_dir={here}", *limits],
         cwd=here,
@@ -233,6 +233,7 @@ def test_one_model_at_a_time_is_loaded_and_hears_the_talk_so_far(short_run, trai
         second = host.answer(host.hear(second, str(short_run), Turn("", "Hello!")))[0]
     assert loaded == [short_run]
     assert len(first.turns) == 4
+    assert first.speakers == tuple(read_run(short_run)[0]["speakers"])
     assert first.turns[0].features.keys() == {"audio", "video"}
     first = host.hear(first, str(text_run), Turn("", "And now?", video=clip))
     assert loaded == [short_run, text_run]

@@ -54,6 +54,7 @@ class StreamSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+NAMED_DIALOGUES = 1000  # names that are common are found in these
 RUN_ONLY = ("device", "batch_s", "batch_frames")
 """Settings of encoders that change how fast features are made, and not what they are."""
 
@@ -476,6 +477,13 @@ class DialogueDataModule(L.LightningDataModule):
     def described_targets(self, split: str) -> int:
         """How many of the split's targets have a voice description."""
         return sum(known.described for known in self.lengths(split))
+
+    def common_speakers(self, split: str) -> list[str]:
+        """The names that speak most, most first, in the split's first dialogues."""
+        dataset = self.dataset(split)
+        dialogues = (dataset.dialogue(index) for index in range(min(len(dataset), NAMED_DIALOGUES)))
+        turns = Counter(utterance.speaker for dialogue in dialogues for utterance in dialogue.utterances)
+        return [name for name, _ in turns.most_common(2)]
 
 
 def _check_size(batch_size: int | None, max_tokens_per_batch: int | None) -> None:

@@ -27,7 +27,7 @@ from msenc.pipelines.parts import GIVEN, console, find_device, load_trained, ope
 from msenc.prompt import DialogueTokenizer
 from msenc.run import write_json
 from msenc.speech.wav import write_wav
-from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, read_talk, speak_answer, talk_json
+from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, known_speakers, read_talk, speak_answer, talk_json
 from msenc.types import UNKNOWN, MsencError
 
 
@@ -56,7 +56,7 @@ def respond(cfg: DictConfig) -> Path | None:
     synthesizer = build(config["speech"]) if config["speech"] else None
     agent = load_agent(Path(config["run_dir"]), config)
     seconds = {"loading": time.perf_counter() - began}
-    user, reply_as = choose_speakers(before, given, config["speaker"], config["reply_as"])
+    user, reply_as = choose_speakers(before, given, config["speaker"], config["reply_as"], agent.speakers)
     files = {key: Path(config[key]) if config[key] is not None else None for key in ("audio", "video")}
     turns = [*before, *([Turn(user, config["text"] or "", **files)] if given else [])]
     heard = [agent.hear(turn) for turn in turns]
@@ -137,6 +137,7 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
         layout=own["model"]["layout"],
         recognise=_Recognise(config["asr"]),
         max_clip_s=config["max_clip_s"],
+        speakers=known_speakers(record),
     )
 
 

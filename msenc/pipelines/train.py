@@ -179,6 +179,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         left_out=count_left_out(datamodule.left_out),
         history=datamodule.dropped_turns("train"),
         described_targets=described,
+        speakers=datamodule.common_speakers("train"),
         batches=count_batches(datamodule, config["trainer"]),
         threads=torch.get_num_threads(),
     )

@@ -237,6 +237,7 @@ def test_dialogues_of_one_turn_hold_no_target(tmp_path, tokenizer):
     datamodule.setup()
     assert datamodule.dataset("train").ids == ["x/train/dia1"]
     assert datamodule.described_targets("train") == 1
+    assert datamodule.common_speakers("train") == ["Ana", "Ben"]
     assert refusal(datamodule, "val").startswith(f"{tmp_path}: the split 'val' holds no dialogue of two turns or more")
 
 
