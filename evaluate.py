@@ -1,4 +1,4 @@
-"""Measure a finished run: python evaluate.py run_dir=RUN [split=test] [decoding=greedy]."""
+"""Measure finished runs: python evaluate.py run_dir=RUN [split=test] [decoding=greedy]."""
 
 import hydra
 from omegaconf import DictConfig
@@ -10,7 +10,7 @@ register_schemas()
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    """Score a split with the run's own config and weights."""
+    """Score a split with each run's own config and weights."""
     from msenc.pipelines.evaluate import evaluate  # imported here: --help must not wait for torch
 
     evaluate(cfg)

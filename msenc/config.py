@@ -199,7 +199,8 @@ class EvaluateConfig:
     """Schema of ``evaluate.yaml``.
 
     Args:
-        run_dir: the run to evaluate; model and data are rebuilt from its own config.
+        run_dir: a run, a sweep's folder or another above several runs, or a list of these; each run's model and data
+            are rebuilt from its own config.
         split: ``train``, ``val`` or ``test``.
         checkpoint: ``best``, ``last``, or a file.
         decoding: settings of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
@@ -215,9 +216,11 @@ class EvaluateConfig:
         limit: first dialogues of the split; None for all.
         device: torch's name of the device; ``auto`` takes a GPU if there is one.
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
+        on_data: folder or URL of other prepared data to evaluate on; a run's own data.filter is left out there.
+        overwrite: measure again what was measured before with the same settings.
     """
 
-    run_dir: str = MISSING
+    run_dir: Any = MISSING
     split: str = "test"
     checkpoint: str = "best"
     decoding: Any = MISSING
@@ -232,6 +235,8 @@ class EvaluateConfig:
     limit: int | None = None
     device: str = "auto"
     data_dir: str | None = None
+    on_data: str | None = None
+    overwrite: bool = False
 
 
 @dataclass

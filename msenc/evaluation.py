@@ -295,7 +295,7 @@ def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list
     write_json(folder / "metrics.json", dict(metrics))
 
 
-def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `write_evaluation` left: metrics and predictions."""
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The predictions that `write_evaluation` left."""
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines]

@@ -66,7 +66,9 @@ def spoilt(finished, tmp_path):
 
 
 def measure(compose, run_dir, *overrides):
-    return evaluate(compose([f"run_dir={run_dir}", "decoding.max_new_tokens=3", "device=cpu", *overrides], "evaluate"))
+    given = [f"run_dir={run_dir}", "decoding.max_new_tokens=3", "device=cpu", *overrides]
+    (metrics,) = evaluate(compose(given, "evaluate"))
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
@@ -163,7 +165,7 @@ def test_predictions_add_up_to_the_metrics(finished, compose, demo_home):
 
 def test_evaluating_again_gives_the_same(finished, compose):
     first = measure(compose, finished.run, "split=val")
-    assert measure(compose, finished.run, "split=val") == first
+    assert measure(compose, finished.run, "split=val", "overwrite=true") == first
     # what validation said while training is what evaluation says of the best checkpoint
     assert first["nll"] == pytest.approx(finished.loss, rel=1e-4)
     last = measure(compose, finished.run, "split=val", "checkpoint=last")
@@ -342,8 +344,8 @@ def test_a_text_run_opens_no_audio_and_no_video(train, demo_home, monkeypatch):
 
 
 def test_evaluating_what_is_no_run_is_refused(finished, compose, tmp_path):
-    with pytest.raises(MsencError, match=r"is not a run's folder .* It holds runs, though: run\."):
-        measure(compose, finished.folder)
+    with pytest.raises(MsencError, match=r"is not a run's folder \(no run\.json\)"):
+        measure(compose, finished.folder / "llm")
     with pytest.raises(MsencError, match="does not exist"):
         measure(compose, tmp_path / "nowhere")
     with pytest.raises(MsencError, match="split: found 'dev', expected one of train, val, test"):
@@ -381,7 +383,7 @@ def test_a_checkpoint_of_other_base_weights_is_refused(spoilt, compose):
     save_file(tensors, path, metadata={"format": "pt"})
     expected = read(spoilt / "run" / "run.json")["base_fingerprint"]
     with pytest.raises(MsencError, match=rf"trained on base weights with fingerprint {expected}, the LLM loaded here"):
-        measure(compose, spoilt / "run")
+        measure(compose, spoilt / "run", "overwrite=true")
 
 
 def test_a_checkpoint_of_another_connector_is_refused(spoilt, compose):
@@ -390,7 +392,7 @@ def test_a_checkpoint_of_another_connector_is_refused(spoilt, compose):
     assert "encoder_dim: 128" in text
     path.write_text(text.replace("encoder_dim: 128", "encoder_dim: 64"), encoding="utf-8")
     with pytest.raises(MsencError, match=r"the checkpoint does not fit the model: .*of another shape"):
-        measure(compose, spoilt / "run")
+        measure(compose, spoilt / "run", "overwrite=true")
 
 
 # ---------------------------------------------------------------------------------------------- refusals: data, models

@@ -315,7 +315,7 @@ def test_a_checkpoint_of_a_frozen_llm_is_imported_with_freeze(synthetic, home, t
 def test_evaluate_takes_an_imported_run(synthetic, compose, tmp_path):
     run_import(synthetic, tmp_path / "imported")
     overrides = ["split=val", "limit=2", "decoding.max_new_tokens=3", "device=cpu"]
-    metrics = evaluate(compose([f"run_dir={tmp_path / 'imported'}", *overrides], "evaluate"))
+    (metrics,) = evaluate(compose([f"run_dir={tmp_path / 'imported'}", *overrides], "evaluate"))
     assert metrics["targets"] > 2
     assert len(metrics["task_hash"]) == 12  # of the data it was measured on
     assert metrics["nll/begin"] > 0

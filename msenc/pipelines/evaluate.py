@@ -1,7 +1,10 @@
-"""What evaluate.py does: a run and a split -> metrics and predictions."""
+"""What evaluate.py does: runs and a split -> metrics and predictions."""
 
 import math
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +15,110 @@ from rich.table import Table
 
 from msenc.config import build, check_targets, plain
 from msenc.data.controls import read_controls
-from msenc.evaluation import evaluate_control, evaluate_split, read_evaluation, write_evaluation
+from msenc.data.datamodule import DialogueDataModule
+from msenc.evaluation import evaluate_control, evaluate_split, read_predictions, write_evaluation
 from msenc.metrics.text import DEFAULT_METRICS, build_text_metrics
+from msenc.models.conversation import ConversationModel
 from msenc.pipelines.parts import (
     GIVEN,
     build_datamodule,
     check_same_data,
     console,
+    find_checkpoint,
     find_device,
     load_trained,
     open_run,
     quieten,
     shown,
+    stream_hashes,
     task_hash,
+    trains,
 )
 from msenc.prepare.describe import BINS, read_bins
-from msenc.run import digest
+from msenc.run import digest, is_finished, read_json, read_run
 from msenc.speech.description import VOCABULARY
 from msenc.spoken import listen_to_replies, speak_replies
+from msenc.sweep import read_sweep
 from msenc.types import MsencError
 
+IN_TABLE_OF_RUNS = ("nll", "perplexity", "token_accuracy", "bleu_4", "rouge_l", "description/accuracy")
+"""Metrics that the table of several runs shows."""
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Measure a finished run on a split; its own config says which model and data."""
+
+def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Measure runs on a split; the own config of each says which model and data.
+
+    Of several runs, one that fails stops none of the others: failures are named at the end, with exit status 1.
+    """
     config = plain(cfg)
     check_targets(config, GIVEN)
-    return evaluate_run(
-        Path(cfg.run_dir),
-        split=config["split"],
-        checkpoint=config["checkpoint"],
-        decoding=config["decoding"],
-        with_replies=config["generate"],
-        limit=config["limit"],
-        device=config["device"],
-        data_dir=config["data_dir"],
-        metrics=config["metrics"],
-        metric_settings=config["metric_settings"],
-        speech=config["speech"],
-        speech_workers=config["speech_workers"],
-        speech_recogniser=config["speech_recogniser"],
-        controls=config["control"],
-        control_draws=config["control_draws"],
-    )
+    given = [cfg.run_dir] if isinstance(cfg.run_dir, str) else list(cfg.run_dir)
+    folders, left_out = find_runs(given)
+    for folder, status in left_out:
+        console.print(f"Not evaluated, as it is not finished ({status}): {shown(folder)}", soft_wrap=True)
+    names = ("split", "checkpoint", "decoding", "limit", "device", "data_dir", "on_data", "overwrite", "metrics")
+    names += ("metric_settings", "speech", "speech_workers", "speech_recogniser", "control_draws")
+    options = {name: config[name] for name in names}
+    options |= {"with_replies": config["generate"], "controls": config["control"]}
+    measured: dict[Path, dict[str, Any]] = {}
+    failed: dict[Path, Exception] = {}
+    for number, folder in enumerate(folders, start=1):
+        if len(folders) > 1:
+            console.rule(f"run {number} of {len(folders)}: {shown(folder)}")
+        try:
+            measured[folder] = evaluate_run(folder, **options)
+        except Exception as e:
+            if len(folders) == 1:
+                raise
+            if not isinstance(e, MsencError):
+                traceback.print_exc()
+            failed[folder] = e
+    if len(folders) > 1:
+        _print_runs(measured, f"{len(measured)} of {len(folders)} runs evaluated on {config['split']}")
+    if failed:
+        console.print("[red]Failed:[/red]")
+        for folder, error in failed.items():
+            console.print(f"  {shown(folder)}: {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    return list(measured.values())
+
+
+def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Folders -> the runs to evaluate: a run's folder stands for itself, any other for the finished runs below it.
+
+    A sweep's folder stands for the runs of its jobs, wherever they lie.
+
+    Returns:
+        Runs, each once; and those below a folder that are not finished, with their status.
+
+    Raises:
+        MsencError: a folder that is no run and holds no finished one.
+    """
+    found: dict[Path, None] = {}
+    left_out: dict[Path, str] = {}
+    for name in given:
+        folder = Path(name)
+        below = [path.parent for path in folder.rglob("run.json")]
+        jobs = read_sweep(folder) if folder not in below else None
+        if jobs is not None:
+            below = [job.run_dir for job in jobs if job.run_dir and (job.run_dir / "run.json").is_file()]
+        if folder in below or not below:
+            read_run(folder)  # which refuses what is none
+            found[folder] = None
+            continue
+        if jobs is None:
+            below.sort(key=lambda path: [(len(part), part) for part in path.parts])  # job 2 before job 10
+        facts = {run: read_json(run / "run.json") for run in below}
+        finished = [run for run in below if is_finished(facts[run])]
+        left_out |= {run: facts[run]["status"] for run in below if run not in finished}
+        if not finished:
+            states = ", ".join(f"{run.name} ({facts[run]['status']})" for run in below[:3])
+            raise MsencError(
+                f"run_dir={name}: no finished run below it. Found {len(below)}: {states}. Repeat the command that "
+                "began them with resume=auto, or name one run's folder to measure it as it is."
+            )
+        found |= dict.fromkeys(finished)
+    return list(found), list(left_out.items())
 
 
 def evaluate_run(
@@ -65,6 +130,8 @@ def evaluate_run(
     limit: int | None = None,
     device: str = "auto",
     data_dir: str | None = None,
+    on_data: str | None = None,
+    overwrite: bool = False,
     metrics: Sequence[str] = DEFAULT_METRICS,
     metric_settings: Mapping[str, Any] | None = None,
     speech: dict[str, Any] | None = None,
@@ -75,6 +142,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
 
+    What is there already, measured with the same settings on the same data since the checkpoint was written, stays.
+
     Args:
         run_dir: the run.
         split: ``train``, ``val`` or ``test``.
@@ -84,13 +153,14 @@ def evaluate_run(
         limit: first dialogues of the split.
         device: ``auto``, ``cpu``, ``cuda`` ...
         data_dir: where data and tiny LLM lie now, if they have moved since.
+        on_data: folder or URL of other prepared data; None: the data that the run was trained on.
+        overwrite: measure again what is there already.
         metrics: of replies, names of `metrics.text.TEXT_METRICS`.
         metric_settings: name of a metric -> its settings.
         speech: ``_target_`` node of a synthesizer that speaks the replies, or None.
         speech_workers: processes that speak; 0 works in this one.
         speech_recogniser: a Whisper that checks what was spoken, or None.
-        controls: what to take from the input in evaluations beside the plain one, which is made first if it is not
-            there; see `data.controls.read_controls`.
+        controls: what to take from the input in evaluations beside the plain one; see `data.controls.read_controls`.
         control_draws: how often each control draws.
     """
     if controls and control_draws < 1:
@@ -100,31 +170,51 @@ def evaluate_run(
     if limit is not None and limit < 1:
         raise MsencError(f"limit={limit}: expected the number of dialogues to measure, 1 or more, or null for all.")
     record, config = open_run(run_dir, data_dir)
+    if on_data is not None:
+        # What the run leaves out of its own data is no rule for others, which may have no audit.
+        config["data"] |= {"dir": on_data, "filter": []}
     decoding = config["decoding"] if decoding is None else decoding
     quieten()
     if speech is not None:
         build(speech)  # what it refuses is said now, not after all replies are written
     scorers = build_text_metrics(metrics, metric_settings) if with_replies else {}
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    datamodule = build_datamodule(config, record.get("prepare_command", "python prepare.py"))
-    datamodule.setup()
-    check_same_data(record, config, datamodule)
+    datamodule = _open_data(record, config, is_other=on_data is not None)
     wanted = read_controls(controls, datamodule.streams)
-    model = load_trained(run_dir, checkpoint, record, config).to(find_device(device))
+    weights = find_checkpoint(run_dir, checkpoint) if trains(record) else None
+    name = datamodule.manifest.name if on_data is not None else config["data"]["name"]
+    facts = {
+        "split": split,
+        "data": name,
+        "task_hash": task_hash(config, datamodule),
+        "streams": stream_hashes(datamodule),
+    }
+    title = f"{config['modality']} on {name}, {split}"
+
+    def place(settings: Mapping[str, Any]) -> Path:
+        return run_dir / "evaluation" / f"{name}-{split}-{digest(settings)}"
+
+    def before(folder: Path) -> dict[str, Any] | None:
+        return None if overwrite else _measured_before(folder, facts, weights)
+
+    @cache
+    def model() -> ConversationModel:
+        return load_trained(run_dir, checkpoint, record, config).to(find_device(device))
+
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
+    if on_data is not None:
+        settings["on_data"] = name
     if with_replies and set(metrics) != set(DEFAULT_METRICS):
-        settings["metrics"] = {name: (metric_settings or {}).get(name) for name in sorted(metrics)}
+        settings["metrics"] = {metric: (metric_settings or {}).get(metric) for metric in sorted(metrics)}
     if speech is not None:
         settings["speech"] = {**speech, "recogniser": speech_recogniser}
-    facts = {"split": split, "data": config["data"]["name"], "task_hash": task_hash(config, datamodule)}
-    place = run_dir / "evaluation"
-    folder = _folder(place, facts, settings)
-    if wanted and (folder / "metrics.json").is_file():
-        found, predictions = read_evaluation(folder)
-        console.print(f"Measured before, without a control: {shown(folder)}", soft_wrap=True)
+    folder = place(settings)
+    found = before(folder)
+    if found is not None:
+        console.print(f"Evaluated before (overwrite=true measures again): {shown(folder)}", soft_wrap=True)
     else:
         found, predictions = evaluate_split(
-            model, datamodule, split, decoding if with_replies else None, config["seed"], limit, scorers
+            model(), datamodule, split, decoding if with_replies else None, config["seed"], limit, scorers
         )
         found |= {**facts, "settings": _said(settings)}
         if speech is not None:
@@ -138,30 +228,64 @@ def evaluate_run(
                     f"The voices were not measured: no {BINS} in {data}. prepare.py describe=true writes it there."
                 )
         write_evaluation(folder, found, predictions)
-        _print_metrics(found, f"{config['modality']} on {config['data']['name']}, {split}")
-        _print_written(folder)
+        _print_metrics(found, title)
+        files = f"{shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}"
+        console.print(f"Written: {files}", soft_wrap=True)
     costs = []
     for control in wanted:
         settings = {"checkpoint": checkpoint, "limit": limit, "control": str(control), "draws": control_draws}
-        cost, controlled = evaluate_control(model, datamodule, split, control, predictions, control_draws, limit)
-        costs.append(cost | {**facts, "settings": _said(settings)})
-        write_evaluation(_folder(place, facts, settings), costs[-1], controlled)
+        if on_data is not None:
+            settings["on_data"] = name
+        cost = before(place(settings))
+        if cost is None:
+            plain_predictions = read_predictions(folder)
+            cost, controlled = evaluate_control(
+                model(), datamodule, split, control, plain_predictions, control_draws, limit
+            )
+            cost |= {**facts, "settings": _said(settings)}
+            write_evaluation(place(settings), cost, controlled)
+        costs.append(cost)
     if costs:
-        _print_controls(costs, f"{config['modality']} on {config['data']['name']}, {split}: what controls cost")
-        console.print(f"Written: {len(costs)} evaluations under control in {shown(place)}", soft_wrap=True)
+        _print_controls(costs, f"{title}: what controls cost")
+        console.print(f"Written: {len(costs)} evaluations under control in {shown(run_dir / 'evaluation')}")
     return found
+
+
+def _open_data(record: Mapping[str, Any], config: Mapping[str, Any], is_other: bool) -> DialogueDataModule:
+    command = record.get("prepare_command", "python prepare.py")
+    if is_other:
+        command = f"python prepare.py data=... data.root=..., with the encoders of the run ({command})"
+    datamodule = build_datamodule(config, command)
+    datamodule.setup()
+    if not is_other:
+        check_same_data(record, config, datamodule)
+    return datamodule
+
+
+def _measured_before(folder: Path, facts: Mapping[str, Any], weights: Path | None) -> dict[str, Any] | None:
+    """The metrics in a folder, if they are of these data, and of a checkpoint that has not changed since."""
+    path = folder / "metrics.json"
+    if not path.is_file() or not (folder / "predictions.jsonl").is_file():
+        return None
+    metrics = read_json(path)
+    is_newer = weights is None or path.stat().st_mtime >= weights.stat().st_mtime
+    return metrics if is_newer and all(metrics.get(key) == value for key, value in facts.items()) else None
 
 
 def _said(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in settings.items())
 
 
-def _folder(place: Path, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
-    return place / f"{facts['data']}-{facts['split']}-{digest(settings)}"
-
-
-def _print_written(folder: Path) -> None:
-    console.print(f"Written: {shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}", soft_wrap=True)
+def _print_runs(measured: Mapping[Path, Mapping[str, Any]], title: str) -> None:
+    """One line per run, of what all have."""
+    shared = [name for name in IN_TABLE_OF_RUNS if all(name in found for found in measured.values())]
+    table = Table(title=title)
+    table.add_column("run")
+    for name in shared:
+        table.add_column(name, justify="right")
+    for folder, found in measured.items():
+        table.add_row(str(shown(folder)), *(f"{found[name]:.4f}" for name in shared))
+    console.print(table)
 
 
 def _print_controls(costs: Sequence[Mapping[str, Any]], title: str) -> None:

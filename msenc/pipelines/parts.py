@@ -188,6 +188,11 @@ def open_run(run_dir: Path, data_dir: str | None) -> tuple[dict[str, Any], dict[
     return record, own
 
 
+def trains(record: Mapping[str, Any]) -> bool:
+    """Whether anything of a run trains; if not, it has no checkpoint."""
+    return sum(record["trainable_parameters"].values()) > 0
+
+
 def load_trained(
     run_dir: Path, checkpoint: str, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> ConversationModel:
@@ -200,16 +205,16 @@ def load_trained(
         config: from `open_run`.
     """
     model = build_model(config)
-    if sum(record["trainable_parameters"].values()):
+    if trains(record):
         load_checkpoint(ConversationModule(model), run_dir, checkpoint)
     return model.eval()
 
 
-def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) -> None:
-    """Fill a module with a run's trained tensors.
+def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
+    """The file of a run's checkpoint: ``best`` (the last one where there is no best), ``last``, or a file.
 
     Raises:
-        MsencError: the file is missing or unreadable, or does not belong to these base weights.
+        MsencError: there is none.
     """
     path = Path(checkpoint)
     if checkpoint in ("best", "last"):
@@ -223,7 +228,16 @@ def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) 
     if not path.is_file():
         found = sorted(f.name for f in (run_dir / "checkpoints").glob("*.ckpt"))
         raise MsencError(f"{path}: no such checkpoint. Found: {', '.join(found) or 'none'}. Did the run finish?")
-    saved = read_checkpoint(path)
+    return path
+
+
+def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) -> None:
+    """Fill a module with a run's trained tensors.
+
+    Raises:
+        MsencError: the file is missing or unreadable, or does not belong to these base weights.
+    """
+    saved = read_checkpoint(find_checkpoint(run_dir, checkpoint))
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
 

@@ -1,0 +1,219 @@
+import json
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import CONFIGS
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from msenc.data.manifest import DatasetManifest
+from msenc.data.shards import read_index, write_stream
+from msenc.pipelines.evaluate import evaluate, find_runs
+from msenc.types import Dialogue, MsencError, Utterance
+
+SHORT = ["trainer.max_steps=1", "evaluate=null", "model.llm.lora.r=2"]
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def sweep(demo_home, tmp_path_factory):
+    """Two finished runs (text; text and audio), a failed one and a killed one, as a sweep leaves them."""
+    from msenc.pipelines.train import train
+
+    folder = tmp_path_factory.mktemp("sweep")
+    for job, modality in (("2", "text"), ("10", "text_audio")):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            overrides = [*SHORT, f"modality={modality}", f"hydra.run.dir={folder / job}"]
+            GlobalHydra.instance().hydra.run("train", train, overrides, False)
+    write(folder / "0" / "run.json", {"status": "failed", "error": "MsencError: too hot"})
+    write(folder / "1" / "run.json", {"status": "running"})
+    return folder
+
+
+@pytest.fixture
+def runs(sweep, tmp_path):
+    """A copy of the sweep, without an evaluation."""
+    return shutil.copytree(sweep, tmp_path / "sweep")
+
+
+def measure(compose, run_dir, *overrides):
+    given = [f"run_dir={run_dir}", "generate=false", "device=cpu", "split=val", *overrides]
+    return evaluate(compose(given, "evaluate"))
+
+
+def evaluated(folder):
+    return sorted(
+        p.parent.parent.parent.name for p in folder.rglob("metrics.json") if p.parents[1].name == "evaluation"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ many runs
+
+
+def test_a_sweep_is_evaluated_in_one_call(runs, compose, capsys):
+    text, audio = measure(compose, runs)
+    assert text["streams"] == {}
+    assert set(audio["streams"]) == {"audio"}
+    assert text["task_hash"] == audio["task_hash"] == read(runs / "2" / "run.json")["task_hash"]
+    assert evaluated(runs) == ["10", "2"]
+    shown = "".join(capsys.readouterr().out.split())
+    assert "notfinished(failed)" in shown
+    assert "notfinished(running)" in shown
+    assert "2of2runsevaluatedonval" in shown
+
+
+def test_runs_are_found_each_once_and_job_2_before_job_10(runs):
+    folders, left_out = find_runs([str(runs / "10"), str(runs), str(runs / "2")])
+    assert [f.name for f in folders] == ["10", "2"]
+    assert [(f.name, status) for f, status in left_out] == [("0", "failed"), ("1", "running")]
+    assert [f.name for f in find_runs([str(runs)])[0]] == ["2", "10"]
+
+
+def test_folders_without_a_finished_run_are_refused(runs, tmp_path):
+    for job in ("2", "10"):
+        shutil.rmtree(runs / job)
+    with pytest.raises(MsencError, match=r"no finished run below it\. Found 2: 0 \(failed\), 1 \(running\)"):
+        find_runs([str(runs)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MsencError, match="is not a run's folder"):
+        find_runs([str(tmp_path / "empty")])
+    with pytest.raises(MsencError, match="does not exist"):
+        find_runs([str(tmp_path / "nowhere")])
+
+
+def test_a_run_that_fails_is_named_at_the_end_and_the_others_are_measured(runs, call_script, capsys):
+    shutil.rmtree(runs / "2" / "checkpoints")
+    with pytest.raises(SystemExit) as left:
+        call_script("evaluate.py", f"run_dir=[{runs / '2'},{runs / '10'}]", "generate=false", "split=val", "device=cpu")
+    assert left.value.code == 1
+    assert evaluated(runs) == ["10"]
+    shown = "".join(capsys.readouterr().out.split())
+    assert "1of2runsevaluatedonval" in shown
+    assert "nosuchcheckpoint.Found:none" in shown.partition("Failed:")[2]
+
+
+def test_what_was_measured_before_stays(runs, compose):
+    run = runs / "2"
+
+    def files():
+        return {p: p.stat().st_mtime_ns for p in (run / "evaluation").rglob("*") if p.is_file()}
+
+    (first,) = measure(compose, run)
+    before = files()
+    assert len(before) == 2
+    assert measure(compose, run) == [first]
+    assert files() == before
+    # Others settings are another evaluation.
+    measure(compose, run, "limit=1")
+    assert len(files()) == 4
+    assert files().items() >= before.items()
+    assert measure(compose, run, "overwrite=true") == [first]
+    (predictions,) = [p for p in before if p.suffix == ".jsonl"]
+    assert files()[predictions] > before[predictions]
+    # What is incomplete, or older than the checkpoint, is measured again.
+    predictions.unlink()
+    assert measure(compose, run) == [first]
+    written = files()[predictions]
+    latest = max(files().values()) + 10**9
+    for path in (run / "checkpoints").iterdir():
+        os.utime(path, ns=(latest, latest))
+    assert measure(compose, run) == [first]
+    assert files()[predictions] > written
+
+
+def test_the_jobs_of_a_sweep_are_found_wherever_their_runs_lie(runs, tmp_path):
+    folder = tmp_path / "elsewhere"
+    write(folder / "sweep.json", {"jobs": [["modality=text"], ["modality=text_audio"]]})
+    write(folder / "jobs" / "0.json", {"run_dir": str(runs / "2"), "overrides": ["modality=text"]})
+    write(folder / "jobs" / "1.json", {"run_dir": str(runs / "0"), "overrides": ["modality=text_audio"]})
+    found, left_out = find_runs([str(folder)])
+    assert [run.resolve() for run in found] == [runs / "2"]
+    assert [(run.name, status) for run, status in left_out] == [("0", "failed")]
+
+
+# ------------------------------------------------------------------------------------------------ other data
+
+
+@pytest.fixture
+def other(demo_home, tmp_path):
+    """Prepared data of another name, without descriptions, with the demo's features for two dialogues of val."""
+    demo, folder = demo_home / "data" / "demo", tmp_path / "other"
+    manifest = DatasetManifest.read(demo)
+    (folder / "audio-logmel").mkdir(parents=True)
+    shutil.copytree(demo / "audio-logmel", folder / "audio-logmel", dirs_exist_ok=True)
+    ids = [s["id"] for s in read_index(demo / "turns")["samples"] if s["split"] == "val"]
+    lengths = {s["id"]: s["lengths"] for s in read_index(demo / "audio-logmel")["samples"]}
+    texts = ("Well, look at that.", "I would rather not.", "Why is that?")
+    dialogues = [
+        Dialogue(id, "val", tuple(Utterance(str(k), "Zoe", texts[k % 3]) for k in range(len(lengths[id]))))
+        for id in ids
+    ]
+    index = write_stream(folder / "turns", [(d.id, "val", {"turns.json": d.to_json()}) for d in dialogues], {})
+    audio = {"audio-logmel": manifest.streams["audio-logmel"]}
+    DatasetManifest("other", {}, audio, turns_hash=index["hash"]).write(folder)
+    return SimpleNamespace(folder=folder, ids=ids, hash=index["hash"])
+
+
+def test_a_run_is_evaluated_on_other_data(runs, compose, other):
+    run = runs / "10"
+    (own,) = measure(compose, run)
+    (metrics,) = measure(compose, run, f"on_data={other.folder}")
+    assert (metrics["data"], own["data"]) == ("other", "demo")
+    assert metrics["task_hash"] != own["task_hash"]
+    (folder,) = (run / "evaluation").glob("other-val-*")
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {p["dialogue"] for p in lines} == set(other.ids)
+    assert {p["reference"]["description"] for p in lines} == {None}
+    assert len(evaluated(runs)) == 2
+    with pytest.raises(MsencError, match=r"the split 'test'; found val"):
+        measure(compose, run, f"on_data={other.folder}", "split=test")
+
+
+def test_other_data_need_the_runs_encoders(runs, compose, other):
+    manifest = DatasetManifest.read(other.folder)
+    info = manifest.streams["audio-logmel"]
+    for streams, message in (
+        ({}, r"prepared is no audio features; the config wants audio-logmel \(80 wide\)"),
+        ({"audio-wavlm": {**vars(info), "dim": 1024}}, r"audio-wavlm \(1024 wide\); the config wants audio-logmel"),
+        ({"audio-logmel": {**vars(info), "dim": 40}}, r"audio-logmel are 40 wide, the config says .*dim=80"),
+    ):
+        value = read(other.folder / "dataset.json") | {"streams": streams}
+        write(other.folder / "dataset.json", value)
+        with pytest.raises(MsencError, match=message) as caught:
+            measure(compose, runs / "10", f"on_data={other.folder}")
+        assert "python prepare.py data=..." in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ the test split
+
+_opened: list[str] | None = None
+
+
+def _note_open(event, args):
+    if event == "open" and _opened is not None:
+        _opened.append(str(args[0]))
+
+
+def test_training_reads_no_test_shard_and_evaluation_no_other(train, compose, monkeypatch):
+    sys.addaudithook(_note_open)
+
+    def splits():
+        return {name.rpartition("/")[2].split("-")[0] for name in _opened if name.endswith(".tar")}
+
+    monkeypatch.setattr(sys.modules[__name__], "_opened", [])
+    run = train([*SHORT, "modality=text_audio"])
+    assert splits() == {"train", "val"}
+    _opened.clear()
+    measure(compose, run.folder, "split=test")
+    assert splits() == {"test"}
