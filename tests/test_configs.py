@@ -130,6 +130,7 @@ def files_of(group: str) -> list[Path]:
 BINDS_ONLY = {
     "data/meld": "needs MELD's files (tests that have them train on them)",
     "data/msenc": "needs MSenC's videos",
+    "experiment/zero_shot": "trains nothing (tests/test_evaluate.py has it as a baseline)",
     "hydra/in_place": "for scripts that do not train",
     "logger/wandb": "needs the extra wandb and its service",
     "speech/espeak": "speaks replies, which evaluate.py writes",

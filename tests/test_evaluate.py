@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import read_index, write_stream
 from msenc.pipelines.evaluate import evaluate, find_runs
+from msenc.pipelines.report import report
 from msenc.types import Dialogue, MsencError, Utterance
 
 SHORT = ["trainer.max_steps=1", "evaluate=null", "model.llm.lora.r=2"]
@@ -193,6 +194,22 @@ def test_other_data_need_the_runs_encoders(runs, compose, other):
         with pytest.raises(MsencError, match=message) as caught:
             measure(compose, runs / "10", f"on_data={other.folder}")
         assert "python prepare.py data=..." in str(caught.value)
+
+
+def test_zero_shot_is_a_row_of_the_report_beside_trained_runs(runs, train, compose, tiny_models, tmp_path):
+    short = ["evaluate=val", "decoding.max_new_tokens=3"]
+    zero_shot = train([*short, "experiment=zero_shot", f"model.llm.name_or_path={tiny_models['llama']}"], "zero_shot")
+    facts = read(zero_shot.folder / "run.json")
+    assert facts["trainable_parameters"] == {"llm": 0}
+    assert facts["task_hash"] == read(runs / "2" / "run.json")["task_hash"]
+    assert not (zero_shot.folder / "checkpoints").exists()
+    for job in ("0", "1"):
+        shutil.rmtree(runs / job)
+    evaluate(compose([f"run_dir={runs}", "device=cpu", "split=val", "decoding.max_new_tokens=3"], "evaluate"))
+    report(compose([f"sweep_dir=[{runs},{zero_shot.folder}]", "split=val"], "report"))
+    table = (runs / "report" / "table.csv").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 4  # header, text, text and audio, zero-shot
+    assert sum("zero_shot" in row for row in table) == 1
 
 
 # ------------------------------------------------------------------------------------------------ the test split
