@@ -208,8 +208,8 @@ def test_every_file_is_trained_or_says_why_not():
     in_groups = {name for name in EVERY_FILE if "/" in name}
     assert set(TRAINED) | set(BINDS_ONLY) == in_groups
     assert not set(TRAINED) & set(BINDS_ONLY)
-    for group in ("experiment/", "modality/", "model/"):
-        assert not [name for name in BINDS_ONLY if name.startswith(group)]
+    untrained = [name for name in BINDS_ONLY if name.startswith(("experiment/", "modality/", "model/"))]
+    assert untrained == ["experiment/zero_shot"]
 
 
 @pytest.fixture(scope="module")
