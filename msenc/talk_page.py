@@ -254,6 +254,7 @@ footer, [title="Share"], [title="Trim video to selection"], [title="Reset video 
 .voice h3, .voice p { margin: 0; }
 .voice small { opacity: .75; font-variant-numeric: tabular-nums; }
 .voice audio { width: 100%; height: 2.5rem; }
+.dark .voice audio { color-scheme: dark; }
 .voice svg { width: 100%; height: auto; display: block; border-radius: .3rem;
   background: var(--background-fill-secondary); }
 .voice .wave { fill: var(--body-text-color); opacity: .3; }
@@ -475,7 +476,7 @@ def build_page(host: Host) -> gr.Blocks:
                 saved = gr.File(label="The talk as a history file", visible=False, elem_id="saved")
             with (
                 gr.Column(scale=2, min_width=320),
-                gr.Accordion("Hear it in another voice", open=False, elem_id="change"),
+                gr.Accordion("Hear it in another voice", elem_id="change"),
             ):
                 description_box = gr.Textbox(label="Voice description", lines=2, elem_id="description")
                 with gr.Row():

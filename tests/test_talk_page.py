@@ -132,7 +132,6 @@ def test_a_turn_of_all_streams_is_answered_in_words_and_sound(width, browser, ad
 def test_the_reply_is_heard_in_another_voice(browser):
     say(browser, "Hello, how are you?")
     browser.wait(ANSWERED)
-    browser.click("#change button")
     browser.type("#description textarea", "a man speaks slowly in a deep voice")
     browser.click("#again")
     browser.wait("document.querySelector('#other-voice audio')?.duration > 0.3")
