@@ -5,10 +5,12 @@ Gradio holds the page, the queue and one `Talk` per visitor; `msenc.talk` hears 
 """
 
 import html
+import re
 import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -112,9 +114,7 @@ class Host:
             raise MsencError(f"The talk has {len(talk.turns)} turns, which is the most. Begin a new one.")
         agent = self.agent(run)
         before = talk.turns if talk.run == run else tuple(_hear_again(agent, heard.turn) for heard in talk.turns)
-        speakers = talk.speakers or choose_speakers(
-            [heard.turn for heard in before], True, self.config["speaker"], self.config["reply_as"], agent.speakers
-        )
+        speakers = talk.speakers or self.speakers((), agent.speakers)
         heard = agent.hear(replace(turn, speaker=speakers[0]))
         number = len(talk.turns) + 1
         files = {
@@ -159,10 +159,19 @@ class Host:
         try:
             turns = read_saved(path, talk.folder / "loaded", int(self.config["max_upload_mb"] * 2**20))
             agent = self.agent(run)
-            return replace(talk, run=run, turns=tuple(_hear_again(agent, turn) for turn in turns))
+            heard = tuple(_hear_again(agent, turn) for turn in turns)
+            return replace(talk, run=run, speakers=self.speakers(turns, agent.speakers), turns=heard)
         except MsencError:
             shutil.rmtree(talk.folder)
             raise
+
+    def speakers(self, before: Sequence[Turn], known: tuple[str, str]) -> tuple[str, str]:
+        """The visitor's name and the agent's; see `choose_speakers`."""
+        return choose_speakers(before, True, self.config["speaker"], self.config["reply_as"], known)
+
+    def without_folders(self, message: MsencError | str) -> str:
+        """A message that calls files of visitors by their names alone."""
+        return re.sub(rf"{re.escape(str(self.folder))}/(\S*/)?", "", str(message))
 
 
 def _hear_again(agent: Agent, turn: Turn) -> Heard:
@@ -215,13 +224,17 @@ def read_saved(path: Path, folder: Path, max_bytes: int) -> list[Turn]:
             it: a visitor must not reach those of this machine.
     """
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > max_bytes:
-                raise MsencError(f"{path.name}: holds more than {max_bytes >> 20} MiB. Raise max_upload_mb, or cut it.")
-            try:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                found = archive.infolist()
+                if sum(info.file_size for info in found) > max_bytes or len(found) > 2 * MAX_TURNS + 1:
+                    raise MsencError(
+                        f"{path.name}: holds {len(found)} files, or more than {max_bytes >> 20} MiB. Cut the talk, or "
+                        "raise max_upload_mb."
+                    )
                 archive.extractall(folder)
-            except (zipfile.BadZipFile, RuntimeError, OSError) as error:
-                raise MsencError(f"{path.name}: cannot be unpacked ({error}).") from error
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
+            raise MsencError(f"{path.name}: cannot be unpacked ({error}).") from error
         path = folder / "talk.json"
     turns = read_talk(path)
     if len(turns) > MAX_TURNS:
@@ -267,18 +280,13 @@ footer, [title="Share"], [title="Trim video to selection"], [title="Reset video 
 """
 
 
-def files_of(heard: Heard) -> list[str]:
-    """A turn's clips."""
-    return [str(file) for file in (heard.turn.audio, heard.turn.video) if file is not None]
-
-
 def show_talk(talk: Talk | None) -> list[dict[str, Any]]:
     """The turns as messages of Gradio's chatbot."""
     messages = []
     for heard in talk.turns if talk else ():
         turn = heard.turn
         is_agent = talk.speakers is not None and turn.speaker == talk.speakers[1]
-        files = [{"path": file} for file in files_of(heard)]
+        files = [{"path": str(file)} for file in (turn.audio, turn.video) if file is not None]
         messages.append({"role": "assistant" if is_agent else "user", "content": [turn.text, *files]})
     return messages
 
@@ -298,8 +306,7 @@ def show_voice(title: str, spoken: Spoken, seconds: Mapping[str, float]) -> str:
         f"<span><b>{name}</b> {word}</span>" for name, word in asdict(answer.attributes).items() if word != UNKNOWN
     ]
     parts = [f"<h3>{html.escape(title)}</h3>", f"<p>{html.escape(answer.description or 'no description')}</p>"]
-    if chips:
-        parts.append(f'<p class="chips">{"".join(chips)}</p>')
+    parts.append(f'<p class="chips">{"".join(chips) or "It names no attribute that is known."}</p>')
     if spoken.sound is not None:
         uri = data_uri("audio/wav", to_wav(spoken.sound, spoken.sample_rate))
         parts += [*draw_sound(spoken.sound, spoken.sample_rate), f'<audio controls src="{uri}"></audio>']
@@ -356,8 +363,11 @@ def build_page(host: Host) -> gr.Blocks:
     def on_run(run: str | None) -> str:
         if run is None:
             return show_status(refusal=f"No finished run in {host.config['runs_dir']}. Train one: make train")
-        record, own = read_run(run)
-        user, agent = choose_speakers([], True, host.config["speaker"], host.config["reply_as"], known_speakers(record))
+        try:
+            record, own = read_run(run)
+        except MsencError as error:
+            return show_status(refusal=str(error))
+        user, agent = host.speakers((), known_speakers(record))
         streams = _listed(["text", *own.model.streams])
         return show_status([f"This run reads {streams}. You speak as {user}, it replies as {agent}."])
 
@@ -369,20 +379,22 @@ def build_page(host: Host) -> gr.Blocks:
         video: str | None,
         progress: Any = gr.Progress(),  # noqa: B008 (Gradio finds it there)
     ) -> Iterator[dict[Any, Any]]:
-        talk = talk or host.begin()
+        before = talk or host.begin()
         try:
             progress(0.1, "Hearing the turn")
-            talk = host.hear(talk, run, Turn("", text, _path(audio), _path(video)))
+            talk = host.hear(before, run, Turn("", text, *(Path(file) if file else None for file in (audio, video))))
             heard = talk.turns[-1]
             yield {chat: show_talk(talk), text_box: "", audio_box: None, video_box: None, status: ""}
             progress(0.5, "Writing and speaking the reply")
             talk, notices, seconds = host.answer(talk)
         except MsencError as error:
-            yield {state: talk, status: show_status(refusal=_without_folders(error, audio, video))}
+            given = {text_box: text, audio_box: audio, video_box: video}
+            refusal = show_status(refusal=host.without_folders(error))
+            yield {state: before, chat: show_talk(before), **given, status: refusal}
             return
         shown = show_voice("The reply's voice", talk.spoken, {**heard.seconds, **seconds})
         attributes = asdict(talk.spoken.answer.attributes)
-        notices = [_without_folders(notice, audio, video) for notice in (*heard.notices, *notices)]
+        notices = [host.without_folders(n) for n in (*heard.notices, *notices, *talk.turns[-1].notices)]
         yield {
             state: talk,
             chat: show_talk(talk),
@@ -390,6 +402,7 @@ def build_page(host: Host) -> gr.Blocks:
             other_voice: "",
             description_box: talk.spoken.answer.description or "",
             status: show_status(notices),
+            saved: gr.File(visible=False),
             **{box: attributes[name] for name, box in attribute_boxes.items()},
         }
 
@@ -422,9 +435,9 @@ def build_page(host: Host) -> gr.Blocks:
         try:
             talk = host.load_talk(Path(file), run)
         except MsencError as error:
-            return {status: show_status(refusal=_without_folders(error, file))}
+            return {status: show_status(refusal=host.without_folders(error))}
         notices = [f"{Path(file).name}: {len(talk.turns)} turns. Say how it goes on."]
-        notices += [_without_folders(notice, *files_of(heard)) for heard in talk.turns for notice in heard.notices]
+        notices += [host.without_folders(notice) for heard in talk.turns for notice in heard.notices]
         return {state: talk, chat: show_talk(talk), voice: "", other_voice: "", status: show_status(notices)}
 
     with gr.Blocks(title="Talk to a run", analytics_enabled=False, delete_cache=(HOUR_S, 24 * HOUR_S)) as page:
@@ -549,18 +562,6 @@ class _KeepRequestsHere:
             await send(message)
 
         await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
-
-
-def _path(file: str | None) -> Path | None:
-    return Path(file) if file else None
-
-
-def _without_folders(message: MsencError | str, *files: str | None) -> str:
-    """A message with files called as the visitor calls them."""
-    text = str(message)
-    for file in filter(None, files):
-        text = text.replace(file, Path(file).name)
-    return text
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ ANSWERED = "!!document.querySelector('#voice .voice')"
 def address(short_run, demo_home, tmp_path_factory):
     """Where the page is served, with narrow limits; when it is ended, nothing that it wrote is left."""
     here, temporary = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("temporary")
-    limits = ["max_clip_s=6", "max_upload_mb=1", "decoding.max_new_tokens=24", "speaker=User", "reply_as=Agent"]
+    limits = ["max_clip_s=20", "max_upload_mb=1", "decoding.max_new_tokens=24", "speaker=User", "reply_as=Agent"]
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "respond.py"), "page=true", f"run_dir={short_run}", f"runs_dir={here}", *limits],
         cwd=here,
@@ -173,14 +173,14 @@ def test_a_talk_is_saved_and_continued(browser, address, clip, tmp_path):
 def test_what_cannot_be_used_is_said_and_the_talk_goes_on(browser, tmp_path):
     text, long = tmp_path / "text.wav", tmp_path / "long.wav"
     text.write_text("no sound", encoding="utf-8")
-    write_wav(long, np.zeros(8_000 * 10, np.float32), 8_000)
+    write_wav(long, np.zeros(8_000 * 30, np.float32), 8_000)
     large = tmp_path / "large.wav"
     large.write_bytes(bytes(2 << 20))
     browser.click("#text button")
     browser.wait("document.querySelector('#status').innerText.includes('Nothing is said yet')")
     for path, message in [
         (text, "text.wav: it cannot be decoded"),
-        (long, "long.wav: lasts 10 s; a turn may last 6 s"),
+        (long, "long.wav: lasts 30 s; a turn may last 20 s"),
     ]:
         give(browser, "audio", path)
         say(browser, "Hello!")
@@ -283,8 +283,12 @@ def test_a_saved_talk_reaches_no_file_but_its_own(tmp_path):
             read_saved(path, tmp_path / "unpacked", 1000)
     with zipfile.ZipFile(tmp_path / "talk.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("talk.json", '{"turns": [' + " " * 5000 + "]}")
-    with pytest.raises(MsencError, match="holds more than"):
+    with pytest.raises(MsencError, match="holds 1 files, or more than"):
         read_saved(tmp_path / "talk.zip", tmp_path / "unpacked", 1000)
+    whole = (tmp_path / "talk.zip").read_bytes()
+    (tmp_path / "talk.zip").write_bytes(whole[:20] + bytes(20) + whole[40:])
+    with pytest.raises(MsencError, match="cannot be unpacked"):
+        read_saved(tmp_path / "talk.zip", tmp_path / "unpacked", 10_000)
 
 
 def test_what_a_file_or_a_visitor_says_is_no_html():
