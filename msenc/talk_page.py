@@ -25,8 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from msenc.page_style import data_uri
 from msenc.run import is_finished, read_json, read_run, run_records, write_json
 from msenc.speech.description import VOCABULARY, describe, parse
-from msenc.speech.pitch import HOP_S, track_pitch
+from msenc.speech.pitch import HOP_S
 from msenc.speech.synthesis import Synthesizer
+from msenc.speech.voice import track_voice
 from msenc.speech.wav import to_wav, write_wav
 from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, known_speakers, read_talk, speak_answer, talk_json
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
@@ -334,7 +335,7 @@ def draw_sound(sound: np.ndarray, sample_rate: int) -> list[str]:
         *reversed([*zip(across, middle + middle * peaks, strict=True)]),
     ]
     wave = " ".join(f"{x:.0f},{y:.0f}" for x, y in outline)
-    pitch = track_pitch(sound, sample_rate)
+    pitch = track_voice(sound, sample_rate)
     voiced = pitch > 0
     curves, words = [], f"{length_s:.1f} s"
     if voiced.any():
