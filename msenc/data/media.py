@@ -3,7 +3,10 @@
 PyAV does the decoding and is an extra, so it is imported where it is used.
 """
 
-from collections.abc import Iterator
+import math
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +25,8 @@ MAX_GAP_RATIO = 1.5
 # A sound codec's first frames after a seek lack what they would overlap with: Opus asks for 80 ms.
 CODEC_LEAD_S = 0.2
 RESAMPLER_REACH_S = 0.05
+# Codecs put at most 16 pictures out of order; who looks further ahead knows which one follows which.
+LOOKAHEAD_PACKETS = 32
 
 
 class MediaError(Exception):
@@ -92,7 +97,8 @@ def read_frames(path: Path, fps: float, span: Span | None = None) -> np.ndarray:
 
     A picture that is stored on its side, as phones do, is turned upright. Sampling goes by presentation time, so a
     variable frame rate keeps its timing: at each of these times the picture is the last one that started (within half a
-    tick of the stream's clock). Only pictures that are kept are converted.
+    tick of the stream's clock). Only pictures that are kept are converted, and what is neither kept nor referred to by
+    another picture is not even decoded.
 
     Args:
         path: any file that FFmpeg reads.
@@ -129,7 +135,15 @@ def read_frames(path: Path, fps: float, span: Span | None = None) -> np.ndarray:
         if span is not None:
             first_s = span[0] + _origin(container)
             last_s = None if span[1] is None else span[1] - span[0]
-        for frame in container.decode(stream) if span is None else _decode_from(container, stream, span[0]):
+
+        def is_kept(start_s: float, end_s: float) -> bool:
+            """Whether a sampling time lies between these times of the file."""
+            if first_s is None:
+                return True
+            start, end = ((t - first_s - half_tick) * fps for t in (start_s, end_s))
+            return max(math.ceil(start), 0) < end
+
+        for frame in _decode_pictures(container, stream, is_kept, span[0] if span else None):
             if frame.pts is None:
                 continue
             first_s = frame.time if first_s is None else first_s
@@ -209,21 +223,65 @@ def _origin(container: Any) -> float:
     return max(container.start_time or 0, 0) / _import_av().time_base
 
 
-def _decode_from(container: Any, stream: Any, start_s: float) -> Iterator[Any]:
-    """Frames from a little before `start_s` on: from a key frame, or so early that the sound's codec has settled."""
+def _decode_pictures(
+    container: Any, stream: Any, is_needed: Callable[[float, float], bool], start_s: float | None
+) -> Iterator[Any]:
+    """Pictures in the order of their times, but for some that are not needed.
+
+    Left out are pictures that no other one refers to, about half of those of usual H.264.
+
+    Args:
+        container: of the stream.
+        stream: of pictures.
+        is_needed: when a picture starts, and when the next one does, in seconds of the file -> whether it is needed.
+        start_s: as for `_decode_from`; None is the beginning.
+    """
+
+    def decode() -> Iterator[Any]:
+        times: list[int] = []
+        ahead: deque[Any] = deque()
+
+        def pictures_of(packet: Any) -> Iterator[Any]:
+            is_last = packet.pts is None or packet.pts >= times[-1]
+            is_skipped = not is_last and not is_needed(
+                *(float(t * stream.time_base) for t in (packet.pts, times[bisect_right(times, packet.pts)]))
+            )
+            stream.codec_context.skip_frame = "NONREF" if is_skipped else "DEFAULT"
+            yield from packet.decode()
+
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                insort(times, packet.pts)
+            ahead.append(packet)
+            if len(ahead) > LOOKAHEAD_PACKETS:
+                yield from pictures_of(ahead.popleft())
+        while ahead:
+            yield from pictures_of(ahead.popleft())
+
+    yield from decode() if start_s is None else _decode_from(container, stream, start_s, decode)
+
+
+def _decode_from(
+    container: Any, stream: Any, start_s: float, decode: Callable[[], Iterator[Any]] | None = None
+) -> Iterator[Any]:
+    """Frames from a little before `start_s` on: from a key frame, or so early that the sound's codec has settled.
+
+    `decode` gives the frames from where the container stands; all of them by default.
+    """
+    decode = decode or (lambda: container.decode(stream))
     time_base = stream.time_base
     origin_s = _origin(container)
     lead_s = CODEC_LEAD_S if stream.type == "audio" else 0.0
     if start_s <= lead_s:
-        yield from container.decode(stream)
+        yield from decode()
         return
     container.seek(int((origin_s + start_s - lead_s) / time_base), stream=stream)
-    frames = container.decode(stream)
+    frames = decode()
     first = next(frames, None)
     if first is None or first.time is None or first.time - origin_s > start_s:
         # the file's index led past it, or there is none
         container.seek(int(origin_s / time_base), stream=stream)
-        yield from container.decode(stream)
+        yield from decode()
         return
     yield first
     yield from frames

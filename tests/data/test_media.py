@@ -1,9 +1,7 @@
 import builtins
 import math
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -124,19 +122,50 @@ def test_only_kept_pictures_are_converted(tmp_path, monkeypatch):
             converted.append(self.frame.pts)
             return self.frame.to_ndarray(**options)
 
-    @contextmanager
-    def counting(path):
-        with original(path) as container:
-            yield SimpleNamespace(streams=container.streams, decode=lambda s: map(Counting, container.decode(s)))
-
-    original = media._open
-    monkeypatch.setattr(media, "_open", counting)
+    original = media._decode_pictures
+    monkeypatch.setattr(media, "_decode_pictures", lambda *given: map(Counting, original(*given)))
     path = write_clip(tmp_path / "a.mp4", None, steady(2))
     assert len(read_frames(path, fps=3)) == 6
     assert len(converted) == 6
     converted.clear()
     assert len(read_frames(path, fps=48)) == 93  # the last picture lasts one tick
     assert len(converted) == 24  # once each, though kept four times
+
+
+@pytest.mark.parametrize("fps", [3, 7.3, 24])
+@pytest.mark.parametrize("ticks", [25, 40])
+def test_pictures_that_nothing_needs_are_not_decoded(tmp_path, monkeypatch, fps, ticks):
+    """Sampled pictures are those of a decoder that left out none, also where half of all are left out."""
+    path, rng = tmp_path / "a.mp4", np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=TICKS, options={"bf": "3", "g": "50"})
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        video.time_base = video.codec_context.time_base = Fraction(1, TICKS)
+        noise = rng.integers(0, 255, (48, 200, 3), dtype=np.uint8)
+        for i in range(72):  # a picture that moves, at times that are not all alike
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(noise[:, i : i + 64]), format="rgb24")
+            frame.pts, frame.time_base = i * ticks + 3 * (i % 5), Fraction(1, TICKS)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    original, decoded, everything = media._decode_pictures, [], []
+
+    def decode(container, stream, is_needed, start_s):
+        for frame in original(container, stream, (lambda *_: True) if everything else is_needed, start_s):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(media, "_decode_pictures", decode)
+    for span in (None, (0.31, 2.2)):
+        found, counts = [], []
+        for everything[:] in ([True], []):
+            decoded.clear()
+            found.append(read_frames(path, fps, span))
+            counts.append(len(decoded))
+            assert decoded == sorted(decoded)
+        np.testing.assert_array_equal(*found)
+        assert len({picture.tobytes() for picture in found[0]}) > 4
+        if fps == 3:
+            assert counts[1] < 0.75 * counts[0]
 
 
 def test_what_a_clip_lacks_is_told(tmp_path):
