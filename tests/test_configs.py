@@ -74,7 +74,6 @@ TRAINED = {
     "experiment/control_noise_video": "",
     "experiment/control_shuffle_text": "",
     "experiment/demo_smollm2": "model.llm.name_or_path={llama}",
-    "experiment/known_answer": "",
     "experiment/paper_frozen": PAPER + AUDIO + VIDEO + BLIP2,
     "experiment/paper_meld": PAPER + AUDIO + VIDEO + BLIP2,
     "experiment/paper_msenc": PAPER + AUDIO + VIDEO + BLIP2,

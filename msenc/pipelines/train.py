@@ -1,5 +1,6 @@
 """What train.py does: one run, or its continuation, and its evaluation."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -83,6 +84,8 @@ def train(cfg: DictConfig) -> float | None:
     is_elsewhere = hydra.mode is RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
     if is_elsewhere:  # one process for several jobs, which the sweep's process hears when they return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between jobs
+        # Back to the platform's: joblib's is known to its own processes alone, so that no other could start from here.
+        multiprocessing.set_start_method(None, force=True)
         if is_stopping(Path(hydra.sweep.dir)):
             discard_run_folder(Path(hydra.runtime.output_dir))
             return None
