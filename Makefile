@@ -62,8 +62,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv, which may take a few minutes (once)"
 	@echo "  1/2 $$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
-	@echo "  2/2 msenc with the extras demo, talk, parallel, cluster, dev, as pinned in constraints.txt"
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,talk,parallel,cluster,dev]'
+	@echo "  2/2 msenc with the extras demo, talk, raw, parallel, cluster, dev, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,talk,raw,parallel,cluster,dev]'
 	@touch $(STAMP)
 	@echo "Installed."
 

@@ -31,7 +31,7 @@ TRUSTED_PACKAGES = ("msenc.", "torch.optim.", "lightning.")
 """What a ``_target_`` may name: a config must not be a way to run anything else."""
 
 NEEDS_TARGET = re.compile(
-    r"model\.(llm|llm_recipe|connector|streams\.\w+\.encoder)|data\.generate|prompt|speech|optimizer|scheduler|trainer"
+    r"model\.(llm|llm_recipe|connector|streams\.\w+\.encoder)|data\.generate|data\.recordings\.(segment|recogniser|speaker_encoder)|prompt|speech|optimizer|scheduler|trainer"
     r"|(callbacks|logger)\.\w+"
 )
 """Paths of the nodes that are built; one of another name is misspelt, or has lost its ``_target_``."""
@@ -90,6 +90,32 @@ class VoiceConfig:
 
 
 @dataclass
+class SplitConfig:
+    """How dialogues that say no split get one; `msenc.data.splits.split_dialogues`."""
+
+    rule: str = "random"
+    fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
+    seed: int = 1
+
+
+@dataclass
+class RecordingsConfig:
+    """How recordings become utterances (docs/own-data.md).
+
+    Args:
+        segment: ``_target_`` node: when an utterance ends.
+        recogniser: ``_target_`` node: sound -> words.
+        speaker_encoder: ``_target_`` node: sound -> a vector that tells the voice.
+        split: of the dialogues.
+    """
+
+    segment: Any = MISSING
+    recogniser: Any = MISSING
+    speaker_encoder: Any = MISSING
+    split: SplitConfig = field(default_factory=SplitConfig)
+
+
+@dataclass
 class DataConfig:
     """A data set: where it lies, and how it is read.
 
@@ -98,6 +124,8 @@ class DataConfig:
         dir: the prepared data (shards, dataset.json); `prepare.py` writes it. A path, or where it is only read a URL.
         root: the raw material; only `prepare.py` reads it.
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
+        table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
+        recordings: how recordings become utterances; None: `root` is in MELD's layout.
         voice: how `prepare.py` describes voices.
         batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
         max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
@@ -112,6 +140,8 @@ class DataConfig:
     dir: str = MISSING
     root: str = MISSING
     generate: Any = None
+    table: str | None = None
+    recordings: RecordingsConfig | None = None
     voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None
     max_tokens_per_batch: int | None = None
@@ -177,7 +207,8 @@ class PrepareConfig:
     """Schema of ``prepare.yaml``.
 
     Args:
-        stage: None makes shards, ``audit`` looks the raw material through.
+        stage: None makes shards, ``audit`` looks the raw material through; ``segment``, ``transcribe`` and ``speakers``
+            go no further than that with recordings.
         describe: measure the voices and describe them, as `data.voice` says; None: as the folder was prepared before.
         prepare_workers: processes that decode clips; 0 works in this one.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.

@@ -35,7 +35,7 @@ PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
 
 ANOTHER_PLACE = {
     "": ("paths", "logger", "resume", "plan", "dry_run", "prepare_workers"),
-    "data": ("dir", "root", "num_workers", "verify"),
+    "data": ("dir", "root", "table", "recordings", "num_workers", "verify"),
 }
 """Keys that do not tell one run from another: where things lie, who watches, and how many help."""
 

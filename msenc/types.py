@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the command lines' --help must not wait for torch
 
 SPLITS = ("train", "val", "test")
 UNKNOWN = "unknown"
+UNKNOWN_SPEAKER = "-1"
 
 
 class MsencError(Exception):
@@ -77,7 +78,8 @@ class Utterance:
         description: how it is said (the voice description), or None where the dataset has none.
         start_s: start in the source recording, in seconds, or None where unknown.
         end_s: end in the source recording, in seconds.
-        clip: the media file, relative to the dataset's root, or None where there is none.
+        clip: the media file, relative to the dataset's root, or a part of one (``talk.mp4#t=1.500,3.000``: from second
+            1.5 to 3); None where there is none.
         marks: spans of known information, when this utterance is a target (only the demo has them).
         attributes: what the description says, word by word, or None where nothing was described.
     """

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from clips import write_media
 
-from msenc.data.annotations import MELD_FILES
+from msenc.data.annotations import MELD_FILES, read_meld
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.manifest import DatasetManifest, read_rejections
 from msenc.data.media import MediaError, read_audio, read_frames, read_properties
@@ -115,8 +115,8 @@ def test_a_bad_table_is_used_in_full_or_refused(seed, tmp_path):
     data = bad_csv(rng)
     (root / name).write_bytes(data)
     for make in (
-        lambda: prepare_dataset("meld", root, out, [], num_workers=0),
-        lambda: audit_dataset("meld", root, out, num_workers=0),
+        lambda: prepare_dataset("meld", read_meld(root), root, out, [], num_workers=0),
+        lambda: audit_dataset("meld", read_meld(root), root, out, num_workers=0),
     ):
         try:
             made = make()
@@ -184,8 +184,8 @@ def prepared(tmp_path_factory) -> Path:
         (root / name).write_bytes(table(good_rows(random.Random(0))).encode())
     write_media(root / "train_splits" / "dia0_utt0.mp4")
     write_media(root / "train_splits" / "dia1_utt0.mp4", channels="5.1")
-    prepare_dataset("meld", root, home / "out", [AUDIO], num_workers=0)
-    audit_dataset("meld", root, home / "out", num_workers=0)
+    prepare_dataset("meld", read_meld(root), root, home / "out", [AUDIO], num_workers=0)
+    audit_dataset("meld", read_meld(root), root, home / "out", num_workers=0)
     return home
 
 
@@ -209,8 +209,10 @@ def test_a_bad_json_file_is_refused_or_does_no_harm_and_is_made_anew(seed, prepa
                 dataset.streams["audio"].read(dataset.ids[index])
 
     used(read)
-    if used(lambda: prepare_dataset("meld", prepared / "raw", out, [AUDIO], num_workers=0)):
-        used(lambda: audit_dataset("meld", prepared / "raw", out, num_workers=0))
+    if used(
+        lambda: prepare_dataset("meld", read_meld(prepared / "raw"), prepared / "raw", out, [AUDIO], num_workers=0)
+    ):
+        used(lambda: audit_dataset("meld", read_meld(prepared / "raw"), prepared / "raw", out, num_workers=0))
         assert DatasetManifest.read(out).splits == splits
     assert not list(out.glob("**/.*"))
 

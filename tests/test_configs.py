@@ -128,7 +128,9 @@ def files_of(group: str) -> list[Path]:
 
 BINDS_ONLY = {
     "data/meld": "needs MELD's files (tests that have them train on them)",
+    "data/folder": "needs recordings (tests/test_own_data.py)",
     "data/msenc": "needs MSenC's videos",
+    "data/raw_demo": "needs a recogniser (tests/test_own_data.py)",
     "experiment/zero_shot": "trains nothing (tests/test_evaluate.py has it as a baseline)",
     "hydra/in_place": "for scripts that do not train",
     "logger/wandb": "needs the extra wandb and its service",

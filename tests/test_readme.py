@@ -18,10 +18,7 @@ SHORT = {
 }
 """Added to every command of a script."""
 
-REPLACED = {
-    "seed=1,2,3": "seed=1",
-    "trainer=gpu": "trainer=cpu",
-}
+REPLACED = {"trainer=gpu": "trainer=cpu"}
 """What takes too long, or another machine."""
 
 STAND_INS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import joblib
 import pandas as pd
 import pytest
-from conftest import ROOT, run_driver
+from conftest import ROOT, SMALL_DEMO, run_driver
 from filelock import FileLock
 
 from msenc.run import read_json
@@ -200,6 +200,16 @@ def test_jobs_side_by_side_stop_together_and_go_on(swept, run_script, demo_home,
         (3, "finished", 0),
     ]
     assert table(folder)["seeds"].tolist() == [3]
+
+
+def test_jobs_side_by_side_prepare_what_is_missing(run_script, demo_home, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(demo_home / "data", data, ignore=shutil.ignore_patterns("audio-*", "video-*", "dataset.json"))
+    places = [f"paths.data_dir={data}", f"paths.runs_dir={tmp_path / 'runs'}"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = run_script("train.py", "-m", "modality=text,text_audio", *SMALL_DEMO, *FAST, *places, *launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r["status"] for r in records(sweep_folder(tmp_path / "runs"))] == ["finished", "finished"]
 
 
 def test_a_cluster_executor_skips_and_reports_as_well(swept, run_script, tmp_path):

@@ -4,6 +4,7 @@ PyAV does the decoding and is an extra, so it is imported where it is used.
 """
 
 import math
+import re
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,6 +29,12 @@ RESAMPLER_REACH_S = 0.05
 # Codecs put at most 16 pictures out of order; who looks further ahead knows which one follows which.
 LOOKAHEAD_PACKETS = 32
 
+SUFFIXES = (
+    *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"),
+    *(".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus"),
+)
+"""File names that are taken for media where nothing names the files; FFmpeg itself looks at the content."""
+
 
 class MediaError(Exception):
     """A clip that lacks a stream.
@@ -44,14 +51,35 @@ class MediaError(Exception):
 Span = tuple[float, float | None]
 """Seconds of a longer recording, from its first picture or sound on; None is its end."""
 
+_PART = re.compile(r"(.+)#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", re.DOTALL)
+
+
+def part_of(file: str, start_s: float, end_s: float) -> str:
+    """Name a part of a recording as a clip, in the way of W3C's Media Fragments.
+
+    Example:
+        >>> part_of("talks/1.mp4", 12.5, 14)
+        'talks/1.mp4#t=12.500,14.000'
+        >>> split_part("talks/1.mp4#t=12.500,14.000")
+        ('talks/1.mp4', (12.5, 14.0))
+    """
+    return f"{file}#t={start_s:.3f},{end_s:.3f}"
+
+
+def split_part(clip: str) -> tuple[str, Span | None]:
+    """A clip's file, and which part of it the clip is; None where it is the whole file."""
+    match = _PART.fullmatch(clip)
+    return (match[1], (float(match[2]), float(match[3]))) if match else (clip, None)
+
 
 def read_audio(path: Path, sample_rate: int, span: Span | None = None) -> np.ndarray:
     """Decode and resample the first sound stream of a video or sound file, mixed down to one channel.
 
     Args:
-        path: any file that FFmpeg reads.
+        path: any file that FFmpeg reads, or a part of one (`part_of`).
         sample_rate: of the result, in Hz.
-        span: the part to read, to the sample, without decoding all that stands before it; None reads the whole.
+        span: the part to read, to the sample, without decoding all that stands before it; None reads the whole, or
+            what `path` says.
 
     Returns:
         float32 (S,), in [-1, 1].
@@ -59,6 +87,7 @@ def read_audio(path: Path, sample_rate: int, span: Span | None = None) -> np.nda
     Raises:
         MediaError: if there is no such clip, no sound in it (or in that part), or nothing to hear.
     """
+    path, span = _located(path, span)
     with _open(path) as container:
         if not container.streams.audio:
             raise MediaError("no sound")
@@ -101,9 +130,9 @@ def read_frames(path: Path, fps: float, span: Span | None = None) -> np.ndarray:
     another picture is not even decoded.
 
     Args:
-        path: any file that FFmpeg reads.
+        path: any file that FFmpeg reads, or a part of one (`part_of`).
         fps: pictures per second of the result.
-        span: the part to read, without decoding all that stands before it; None reads the whole.
+        span: the part to read, without decoding all that stands before it; None reads the whole, or what `path` says.
 
     Returns:
         uint8 (F, h, w, 3), RGB, F >= 1.
@@ -111,6 +140,7 @@ def read_frames(path: Path, fps: float, span: Span | None = None) -> np.ndarray:
     Raises:
         MediaError: if there is no such clip, or no picture in it (or in that part).
     """
+    path, span = _located(path, span)
     with _open(path) as container:
         streams = _moving(container)
         if not streams:
@@ -166,6 +196,37 @@ def read_frames(path: Path, fps: float, span: Span | None = None) -> np.ndarray:
     return np.stack(kept)
 
 
+def iterate_frames(path: Path, span: Span, max_width: int) -> Iterator[tuple[float, np.ndarray]]:
+    """Decode every picture of a span, made small, one at a time.
+
+    Args:
+        path: any file that FFmpeg reads.
+        span: the part to read.
+        max_width: of the pictures, in pixels; smaller ones keep their size.
+
+    Yields:
+        Seconds from the span's start to when the picture comes up; uint8 (h, w, 3), BGR.
+
+    Raises:
+        MediaError: if there is no such clip, or no picture in it.
+    """
+    with _open(path) as container:
+        streams = _moving(container)
+        if not streams:
+            raise MediaError("no picture")
+        start_s = span[0] + _origin(container)
+        end_s = math.inf if span[1] is None else span[1] + _origin(container)
+        for frame in _decode_from(container, streams[0], span[0]):
+            if frame.pts is None or frame.time < start_s:
+                continue
+            if frame.time >= end_s:
+                break
+            width = min(frame.width, max_width)
+            height = max(round(frame.height * width / frame.width), 1)
+            small = frame.reformat(width=width, height=height, format="bgr24")
+            yield frame.time - start_s, small.to_ndarray()
+
+
 @dataclass(frozen=True)
 class ClipProperties:
     """What a clip's headers say.
@@ -211,6 +272,12 @@ def read_properties(path: Path) -> ClipProperties:
             rotation=rotation,
             is_variable=bool(gaps) and max(gaps) > MAX_GAP_RATIO * max(min(gaps), 1),
         )
+
+
+def _located(path: Path, span: Span | None) -> tuple[Path, Span | None]:
+    """The file of a clip, and the part of it to read."""
+    file, part = split_part(str(path))
+    return Path(file), part if span is None else span
 
 
 def _moving(container: Any) -> list[Any]:

@@ -1,7 +1,9 @@
 """Sound -> words, by Whisper: fills in what a turn says, transcribes recordings, and checks synthetic speech."""
 
 import re
-from typing import NamedTuple
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,12 +60,32 @@ class Recogniser:
         Returns:
             In the order of time; empty where no words were found.
         """
+        return self._recognise([sound])[0]
+
+    @torch.inference_mode()
+    def texts(self, sounds: Sequence[np.ndarray], batch_size: int = 8) -> list[str]:
+        """What is said in each of several sounds of at most 30 s, in one line each; several are recognised at once.
+
+        Args:
+            sounds: float32 (S,) each, at `sample_rate`.
+            batch_size: sounds at once.
+        """
+        batches = [sounds[i : i + batch_size] for i in range(0, len(sounds), batch_size)]
+        texts = [_joined(passages) for batch in batches for passages in self._recognise(batch)]
+        # Whisper falls into loops now and then. Its own way out draws by chance, this one does not.
+        return [
+            _joined(self._recognise([sound], no_repeat_ngram_size=3)[0]) if _is_loop(text) else text
+            for sound, text in zip(sounds, texts, strict=True)
+        ]
+
+    def _recognise(self, sounds: Sequence[np.ndarray], **options: Any) -> list[list[Passage]]:
+        is_long = max(map(len, sounds)) > 30 * self.sample_rate
         inputs = self.processor(
-            sound,
+            list(sounds),
             sampling_rate=self.sample_rate,
             return_tensors="pt",
             truncation=False,
-            padding="longest" if len(sound) > 30 * self.sample_rate else "max_length",
+            padding="longest" if is_long else "max_length",
             return_attention_mask=True,
         ).to(self.model.device)
         with quiet(hide_bars=True):  # Whisper's own settings reach `generate` by a way that it warns of
@@ -73,14 +95,26 @@ class Recogniser:
                 return_timestamps=True,
                 return_segments=True,
                 **self._options,
+                **options,
             )
-        passages = []
-        for segment in found["segments"][0]:
-            text = self.processor.tokenizer.decode(segment["tokens"], skip_special_tokens=True).strip()
-            if text and not NO_WORDS.fullmatch(text):
-                passages.append(Passage(float(segment["start"]), float(segment["end"]), text))
-        return passages
+        return [[p for segment in segments if (p := self._passage(segment))] for segments in found["segments"]]
+
+    def _passage(self, segment: dict[str, Any]) -> Passage | None:
+        text = self.processor.tokenizer.decode(segment["tokens"], skip_special_tokens=True).strip()
+        if not text or NO_WORDS.fullmatch(text):
+            return None
+        return Passage(float(segment["start"]), float(segment["end"]), text)
 
     def text(self, sound: np.ndarray) -> str:
         """What is said, in one line."""
-        return " ".join(passage.text for passage in self(sound))
+        return _joined(self(sound))
+
+
+def _joined(passages: Sequence[Passage]) -> str:
+    return " ".join(passage.text for passage in passages)
+
+
+def _is_loop(text: str) -> bool:
+    """Whether a text repeats itself as no speech does; the measure and its bound are Whisper's (arXiv 2212.04356)."""
+    data = text.encode()
+    return len(data) > 2.4 * len(zlib.compress(data))

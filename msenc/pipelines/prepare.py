@@ -2,13 +2,16 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from rich.markup import escape
 from rich.table import Table
 
 from msenc.config import build, check_targets, plain
+from msenc.data.annotations import Annotations, read_meld, read_table
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.location import is_url, local_folder
 from msenc.data.manifest import DatasetManifest
@@ -18,6 +21,7 @@ from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import UNITS, VoiceSettings, read_bins
 from msenc.prepare.features import StreamRecipe
 from msenc.prepare.items import Part
+from msenc.prepare.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
 from msenc.types import MsencError
 
 PREPARE_KEYS = ("data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
@@ -26,13 +30,16 @@ PREPARE_KEYS = ("data", "streams", "modality", "model/audio", "model/video", "mo
 def prepare(cfg: DictConfig) -> DatasetManifest | Audit | None:
     """Raw material -> shards; makes the demo and its LLM where the config asks for them and they are missing.
 
-    With ``stage=audit``: raw material -> what is wrong with it. With a part: that part of the work, and the shards
-    (else None) if no other part is missing.
+    With ``stage=audit``: raw material -> what is wrong with it. With a stage of recordings: no further than that one.
+    With a part: that part of the work, and the shards (else None) if no other part is missing.
     """
     config = plain(cfg)
     check_targets(config, GIVEN)
-    if config["stage"] not in (None, "audit"):
-        raise MsencError(f"stage={config['stage']}: no such stage. Expected audit, or null for shards.")
+    stages = (*STAGES, "audit") if config["data"]["recordings"] else ("audit",)
+    if config["stage"] not in (None, *stages):
+        raise MsencError(f"stage={config['stage']}: no such stage. Expected {', '.join(stages)}, or null for shards.")
+    if config["data"]["table"] is not None and not config["data"]["recordings"]:
+        raise MsencError(f"data.table={config['data']['table']}: only data=folder takes a table. Set it, too.")
     if config["stage"] == "audit":
         return _audit(config)
     manifest = _prepare(config)
@@ -46,20 +53,23 @@ def _audit(config: Mapping[str, Any]) -> Audit:
     root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
     with folder_lock(folder):
         _generate(data, root, workers)
-        audit = audit_dataset(data["name"], root, folder, workers)
+        audit = audit_dataset(data["name"], _annotations(config, root, folder, None), root, folder, workers)
     table = Table(title=f"{data['name']}, audited")
-    for column in ("found", *audit.facts):
+    for column in ("found", *audit.columns):
         table.add_column(column, justify="left" if column == "found" else "right")
     sections = {
         "not usable": audit.rejected_by_split(),
         "flagged": audit.flagged_by_split(),
-        "facts": {fact: {s: v.get(fact) for s, v in audit.facts.items()} for fact in audit.facts["test"]},
+        "facts": {
+            fact: {split: values.get(fact) for split, values in audit.facts.items()}
+            for fact in dict.fromkeys(fact for values in audit.facts.values() for fact in values)
+        },
     }
     for title, rows in sections.items():
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]" + ("" if rows else ": nothing"))
         for name, counts in rows.items():
-            found = [counts.get(split, 0) for split in audit.facts]
+            found = [counts.get(split, 0) for split in audit.columns]
             table.add_row(f"  {name}", *("" if n is None else n if isinstance(n, str) else f"{n:,}" for n in found))
     console.print(table)
     written = ", ".join(str(shown(folder / "audit" / f)) for f in ("rejected.csv", "audit.csv", "audit.html"))
@@ -84,16 +94,24 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
     if part is not None:
         with folder_lock(folder, wait=True, part=part):
             _generate(data, root, workers)
-            voice = _voice_settings(config["describe"], data["voice"], folder)
-            remaining = prepare_part(data["name"], root, folder, streams, workers, voice, part)
+            annotations = _annotations(config, root, folder, part)
+            remaining = []
+            if annotations is not None:
+                voice = _voice_settings(config["describe"], data["voice"], folder)
+                remaining = prepare_part(annotations, root, folder, streams, workers, voice, part)
+        if annotations is None:
+            return None
         console.print(f"Part {part} is done.", *remaining, sep="\n")
         if remaining:
             console.print("The job that does the last of them makes the shards; so does prepare.py without a part.")
             return None
     with folder_lock(folder, wait=wait or part is not None):
         _generate(data, root, workers)
+        annotations = _annotations(config, root, folder, None)
+        if annotations is None:
+            return None
         voice = _voice_settings(config.get("describe"), data["voice"], folder)
-        manifest = prepare_dataset(data["name"], root, folder, streams, workers, voice)
+        manifest = prepare_dataset(data["name"], annotations, root, folder, streams, workers, voice)
     if data["generate"] is not None:
         ensure_llm(config)
     return manifest
@@ -102,6 +120,49 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
 def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
     if data["generate"] is not None:
         build(data["generate"], root=root, num_workers=workers)
+
+
+def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
+    """What the tables say; recordings without one are listened to first. None where that is not complete, or asked."""
+    data, stage = config["data"], config.get("stage")
+    if data["recordings"] is None:
+        return read_meld(root, data["name"])
+    split = data["recordings"]["split"]
+    table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
+    if data["table"] or (stage in (None, "audit") and table.is_file()):
+        return read_table(table, data["name"], split)
+    recipe = Recipe(
+        segment=build(data["recordings"]["segment"]),
+        make_recogniser=build({**data["recordings"]["recogniser"], "_partial_": True}),
+        make_encoder=build({**data["recordings"]["speaker_encoder"], "_partial_": True}),
+        settings={key: data["recordings"][key] for key in ("recogniser", "speaker_encoder")},
+        split=split,
+    )
+    last = stage if stage in STAGES else None
+    made = transcribe_recordings(data["name"], root, folder, recipe, config["prepare_workers"], last, part)
+    if not isinstance(made, Transcript):
+        console.print(*(made or [f"Done up to the stage {stage}; without stage= the same command goes on."]), sep="\n")
+        return None
+    _print_transcript(made)
+    if stage in STAGES:
+        return None
+    annotations = read_table(made.file, data["name"], split)
+    return replace(annotations, rejections=[*made.rejections, *annotations.rejections])
+
+
+def _print_transcript(made: Transcript) -> None:
+    for note in made.notes:
+        console.print(escape(note), soft_wrap=True)
+    console.print(
+        f"{made.num_utterances:,} utterances in {made.num_dialogues:,} dialogues; of {made.num_unknown:,} it is not "
+        "known who speaks.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Written: {shown(made.file)}, {shown(made.file.with_name(REJECTED))}. To correct words, speakers, times or "
+        "splits, move a copy of the first to the recordings (data.root): it is read there.",
+        soft_wrap=True,
+    )
 
 
 def _voice_settings(describe: bool | None, wanted: Mapping[str, Any], folder: Path) -> VoiceSettings | None:

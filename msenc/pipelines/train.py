@@ -165,7 +165,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     if config["prompt"]["target"] == "text_description" and not described:
         raise MsencError(
             f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
-            "Train on the words alone: prompt.target=text."
+            "Prepare with describe=true, or train on the words alone: prompt.target=text."
         )
     evaluates = config["evaluate"] and not config["trainer"].get("fast_dev_run")
     for split in ("train", "val", config["evaluate"]) if evaluates else ("train", "val"):

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from msenc.data.annotations import Annotations, read_meld
+from msenc.data.annotations import Annotations
 from msenc.data.flags import AUDIT, FLAGS, SCHEMA_VERSION, Flag, flags_csv
 from msenc.data.manifest import MANIFEST, DatasetManifest, write_rejections, write_text
+from msenc.data.media import SUFFIXES, split_part
 from msenc.data.shards import read_index
 from msenc.prepare.audit_page import render_page
 from msenc.prepare.dataset import content_digest
 from msenc.prepare.probe import ClipFacts, probe_clips
-from msenc.types import SPLITS, Dialogue, MsencError, Rejection, Utterance
+from msenc.types import SPLITS, UNKNOWN, Dialogue, MsencError, Rejection, Utterance
 
 LEAKAGE_S = 30.0
 GAP_S = 60.0
@@ -61,30 +62,35 @@ class Audit:
     hash: str
 
     def rejected_by_split(self) -> dict[str, dict[str, int]]:
-        """``what: reason`` -> split -> number."""
-        return _table((f"{r.what}: {r.reason}", r.id.split("/")[1]) for r in self.rejections)
+        """``what: reason`` -> split -> number; what came into no split stands under ``unknown``."""
+        return _table((f"{r.what}: {r.reason}", _split_of(r.id)) for r in self.rejections)
 
     def flagged_by_split(self) -> dict[str, dict[str, int]]:
         """Flag -> split -> number, in the order of `FLAGS`."""
         found = _table((flag.flag, flag.split) for flag in self.flags)
         return {flag: found[flag] for flag in FLAGS if flag in found}
 
+    @property
+    def columns(self) -> list[str]:
+        """The splits that tables show."""
+        return [*self.facts, *([UNKNOWN] if any(_split_of(r.id) == UNKNOWN for r in self.rejections) else [])]
 
-def audit_dataset(name: str, root: Path, folder: Path, num_workers: int) -> Audit:
+
+def audit_dataset(name: str, annotations: Annotations, root: Path, folder: Path, num_workers: int) -> Audit:
     """Look through raw material, and write what is found to ``audit/`` in `folder`.
 
     Where `folder` holds shards of the same annotations, its manifest records the audit's hash.
 
     Args:
-        name: of the data set; begins every id.
-        root: raw material in MELD's layout.
+        name: of the data set.
+        annotations: of the raw material.
+        root: folder that the clips' paths start from.
         folder: of the prepared data.
         num_workers: processes that decode clips.
 
     Raises:
-        MsencError: unusable annotations, clips that may not be read, or a full disk.
+        MsencError: clips that may not be read, or a full disk.
     """
-    annotations = read_meld(root, name)
     out = folder / AUDIT
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -165,11 +171,11 @@ def flag_clips(dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], ro
             )
         if found.sha256 and (first := first_of.setdefault(found.sha256, u.clip)) != u.clip:
             flags.append(Flag(id, split, "duplicate_clip", u.clip, first))
-    folders = {str(Path(u.clip).parent): split for _, split, u in _utterances(dialogues) if u.clip}
-    for name, split in folders.items():
+    files = {split_part(u.clip)[0]: split for _, split, u in _utterances(dialogues) if u.clip}
+    for name, split in {str(Path(file).parent): split for file, split in files.items()}.items():
         for path in sorted((root / name).iterdir()) if (root / name).is_dir() else ():
             clip = str(path.relative_to(root))
-            if clip not in facts and not path.name.startswith("."):
+            if clip not in files and path.is_file() and path.suffix.lower() in SUFFIXES:
                 flags.append(Flag("", split, "clip_without_row", clip))
     return flags
 
@@ -184,6 +190,7 @@ def deviates(clip_s: float | None, row_s: float | None) -> bool:
 def flag_rows(annotations: Annotations) -> list[Flag]:
     """What is odd about the rows: times, text rate, repaired characters."""
     repaired = set(annotations.repaired)
+    has_times = any(_length(u) is not None for _, _, u in _utterances(annotations.dialogues))
     flags = []
     for dialogue in annotations.dialogues:
         before: Utterance | None = None
@@ -197,7 +204,8 @@ def flag_rows(annotations: Annotations) -> list[Flag]:
             if id in repaired:
                 add("repaired_text", u.text)
             if row_s is None:
-                add("unreadable_time")
+                if has_times:  # whole clips need none
+                    add("unreadable_time")
             elif row_s <= 0:
                 add("no_length", f"{row_s:.3f} s")
             else:
@@ -316,6 +324,12 @@ def _words(u: Utterance) -> str:
 
 def _round(seconds: float) -> float:
     return round(float(seconds), 2)
+
+
+def _split_of(id: str) -> str:
+    """The split in an id; a part of a recording that never became a dialogue has none."""
+    parts = id.split("/")
+    return parts[1] if len(parts) > 2 and parts[1] in SPLITS else UNKNOWN
 
 
 def _table(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:

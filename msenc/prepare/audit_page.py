@@ -11,7 +11,7 @@ from msenc.data.flags import FLAGS
 from msenc.data.media import MediaError, read_frames
 from msenc.page_style import STYLE, data_uri
 from msenc.prepare.probe import ClipFacts
-from msenc.types import SPLITS, Dialogue, MsencError
+from msenc.types import Dialogue, MsencError
 
 if TYPE_CHECKING:
     from msenc.prepare.audit import Audit
@@ -57,7 +57,7 @@ def render_page(
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_TEMPLATE)
     return template.render(
         name=name,
-        splits=[split for split in SPLITS if split in audit.facts],
+        splits=audit.columns,
         rejected=audit.rejected_by_split(),
         flagged=audit.flagged_by_split(),
         meanings=FLAGS,
@@ -228,7 +228,7 @@ img, .none { width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: 
 <div class="scroll"><table>{{ head("of the annotations") }}
 {% for fact in fact_names %}
 <tr><td>{{ fact }}</td>
-{% for split in splits %}<td class="n">{{ number(facts[split].get(fact)) }}</td>{% endfor %}</tr>
+{% for split in splits %}<td class="n">{{ number(facts.get(split, {}).get(fact)) }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 <p><small>Hash of the audit: <code style="overflow-wrap:anywhere">{{ hash }}</code></small></p>

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from msenc.data.annotations import read_meld
+from msenc.data.annotations import Annotations
 from msenc.data.flags import find_audit
 from msenc.data.manifest import (
     DatasetManifest,
@@ -42,6 +42,7 @@ from msenc.types import Dialogue, MsencError, Rejection
 
 def prepare_dataset(
     name: str,
+    annotations: Annotations,
     root: Path,
     folder: Path,
     streams: list[StreamRecipe],
@@ -52,7 +53,8 @@ def prepare_dataset(
 
     Args:
         name: of the data set; begins every id.
-        root: raw material in MELD's layout.
+        annotations: of the raw material.
+        root: folder that the clips' paths start from.
         folder: where the prepared data goes; streams of other encoders in it stay.
         streams: the features wanted.
         num_workers: processes for decoding and encoding.
@@ -62,13 +64,12 @@ def prepare_dataset(
         The manifest, as written to ``dataset.json``; what could not be used stands in ``rejected.csv``.
 
     Raises:
-        MsencError: unusable annotations, a full disk, an encoder of another width than claimed, or another process
-            that prepares the same folder.
+        MsencError: a full disk, an encoder of another width than claimed, or another process that prepares the same
+            folder.
     """
     clear_leftovers(folder)
-    annotations = read_meld(root, name)
     dialogues, rejections = annotations.dialogues, list(annotations.rejections)
-    settings: dict[str, Any] = {"annotations": "meld"}
+    settings: dict[str, Any] = {}
     if voice is not None:
         dialogues, _ = describe_dialogues(dialogues, root, folder, voice, num_workers, rejections)
         settings["voice"] = describe_settings(voice)
@@ -100,7 +101,7 @@ def prepare_dataset(
 
 
 def prepare_part(
-    name: str,
+    annotations: Annotations,
     root: Path,
     folder: Path,
     streams: list[StreamRecipe],
@@ -111,7 +112,7 @@ def prepare_part(
     """Do one part of what takes long, so that `prepare_dataset` finds it done; several parts may run at one time.
 
     Args:
-        name: as `prepare_dataset` takes it, and so on until `voice`.
+        annotations: as `prepare_dataset` takes it, and so on until `voice`.
         root: the same.
         folder: the same.
         streams: the same.
@@ -125,7 +126,7 @@ def prepare_part(
     Raises:
         MsencError: as `prepare_dataset` does.
     """
-    dialogues = read_meld(root, name).dialogues
+    dialogues = annotations.dialogues
     hashes = _hashes(root, dialogues, folder, num_workers)
     stages: dict[str, tuple[list[Item], list[Item]]] = {}  # all items, and those that are missing
     if voice is not None:

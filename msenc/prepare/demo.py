@@ -5,10 +5,8 @@ states are, and the lowest loss that each modality can reach, is derived in docs
 """
 
 import csv
-import json
 import math
 import multiprocessing
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +21,7 @@ import numpy as np
 from msenc.data.marks import format_marks
 from msenc.prepare.clip_writer import load_av, write_clip
 from msenc.prepare.face import Look, draw_face
+from msenc.prepare.write_once import write_once
 from msenc.speech.libespeak import VoiceSettings, load_espeak, speak
 from msenc.types import SPLITS, Dialogue, Mark, MsencError, Utterance
 
@@ -48,7 +47,7 @@ MELD_COLUMNS = (
 DEMO_COLUMNS = ("Description", "Marks", "Pitch", "Range", "Face")
 
 # A seed gives several independent streams of chance. Their place in this list is part of the data: append only.
-_STREAMS = (*SPLITS, "transcripts")
+_STREAMS = (*SPLITS, "transcripts", "raw")
 _DRAW, _SOUND, _PICTURE = 1, 2, 3
 
 INSIDE = ("kitchen", "bedroom", "library", "office")
@@ -194,15 +193,30 @@ def _chance(seed: int, stream: str, dialogue: int, turn: int, purpose: int) -> n
     return np.random.default_rng([seed, _STREAMS.index(stream), dialogue, turn, purpose])
 
 
-def _draw_dialogue(stream: str, number: int, seed: int) -> DemoDialogue:
+def steady_dialogue(number: int, seed: int, turns: tuple[int, int]) -> DemoDialogue:
+    """A dialogue from another stream of chance, whose speakers keep their mood; it has no clips.
+
+    Args:
+        number: of the dialogue; its id is ``demo/raw/dia<N>``.
+        seed: not negative.
+        turns: fewest turns, and one more than the most.
+    """
+    return _draw_dialogue("raw", number, seed, turns, is_steady=True)
+
+
+def _draw_dialogue(
+    stream: str, number: int, seed: int, bounds: tuple[int, int] = (3, 7), is_steady: bool = False
+) -> DemoDialogue:
     rng = _chance(seed, stream, number, 0, _DRAW)
     names = rng.choice(list(SPEAKERS), size=2, replace=False)
-    num_turns = int(rng.integers(3, 7))
+    num_turns = int(rng.integers(*bounds))
     utterances: list[Utterance] = []
     turns: list[DemoTurn] = []
     for index in range(num_turns):
         speaker = str(names[index % 2])
         is_excited, is_happy, is_inside, chance_range = (bool(bit) for bit in rng.integers(0, 2, size=4))
+        if is_steady and index >= 2:
+            is_excited, is_happy = turns[index - 2].is_excited, turns[index - 2].is_happy
         question = str(rng.choice(list(_QUESTION_SHARES), p=list(_QUESTION_SHARES.values())))
         statement = _pick(rng, _STATEMENTS).format(_pick(rng, INSIDE if is_inside else OUTSIDE))
         asked = _pick(rng, QUESTIONS[question])
@@ -272,57 +286,20 @@ def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -
     Raises:
         MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.
     """
-    root = Path(root).absolute()
     if set(sizes) != set(SPLITS) or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
         raise MsencError(
             f"Found the demo's sizes {dict(sizes)}; expected a whole number above 0 for each of {', '.join(SPLITS)}."
         )
     settings = {"version": VERSION, "seed": seed, "sizes": {split: sizes[split] for split in SPLITS}}
-    if _is_written(root, settings):
-        return
+    write_once(
+        root, "demo.json", settings, check_packages, partial(_write_folder, settings=settings, num_workers=num_workers)
+    )
+
+
+def check_packages() -> None:
+    """Refuse, with the name of the extra, where a package that speaks or writes clips is missing."""
     load_espeak()
     load_av()
-    from filelock import FileLock
-
-    part = root.with_name(f".{root.name}.part")
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(root.with_name(f".{root.name}.lock")):
-            if _is_written(root, settings):  # another process was faster
-                return
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-            try:
-                _write_folder(part, settings, num_workers)
-                if root.exists():
-                    root.rmdir()
-                part.rename(root)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise MsencError(
-            f"Could not write the demo to {root}: {error}. Nothing was left there; free space, or choose another root."
-        ) from error
-
-
-def _is_written(root: Path, settings: dict[str, Any]) -> bool:
-    """Whether `root` is the wanted folder; False where there is nothing, and a refusal where it is another."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    advice = "Remove it, or choose another root."
-    path = root / "demo.json"
-    if not path.is_file():
-        raise MsencError(f"{root} exists and is no demo folder (it has no demo.json). {advice}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MsencError(f"{path} is not readable as JSON ({error}). {advice}") from error
-    if found == settings:
-        return True
-    found = found if isinstance(found, dict) else {}
-    differences = [
-        f"{key} {found.get(key)!r} (wanted: {value!r})" for key, value in settings.items() if found.get(key) != value
-    ]
-    raise MsencError(f"{root} holds a demo with {'; '.join(differences) or 'unknown settings'}. {advice}")
 
 
 def _write_folder(root: Path, settings: dict[str, Any], num_workers: int) -> None:
@@ -341,7 +318,6 @@ def _write_folder(root: Path, settings: dict[str, Any], num_workers: int) -> Non
     for split in SPLITS:
         demos = draw_dialogues(split, sizes[split], seed)
         _write_csv(root / CSV_NAMES[split], demos, [durations[split, number] for number in range(sizes[split])])
-    (root / "demo.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _render_all(root: Path, seed: int, jobs: list[tuple[str, int]], num_workers: int) -> Iterator[list[int]]:

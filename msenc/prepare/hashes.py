@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msenc.data.location import hash_file
 from msenc.data.manifest import write_text
+from msenc.data.media import split_part
 from msenc.types import MsencError
 
 CACHE = "clip-hashes.json"
@@ -23,25 +24,27 @@ def hash_clips(root: Path, clips: Iterable[str | None], folder: Path, num_worker
         num_workers: threads, at least one.
 
     Returns:
-        Clip -> its sha256, or None where there is no such file.
+        Clip -> its sha256, or None where there is no such file; of a part of a recording, the recording's and which
+        part it is.
 
     Raises:
         MsencError: a clip may not be read, or the disk refuses.
     """
     known = _read_cache(folder / CACHE)
-    stamps = {clip: _stamp(root / clip) for clip in dict.fromkeys(clips) if clip is not None}
-    found = {c: known[c][2] for c, stamp in stamps.items() if stamp and known.get(c, [])[:2] == stamp}
-    new = [clip for clip, stamp in stamps.items() if stamp and clip not in found]
+    file_of = {clip: split_part(clip)[0] for clip in clips if clip is not None}
+    stamps = {file: _stamp(root / file) for file in dict.fromkeys(file_of.values())}
+    found = {f: known[f][2] for f, stamp in stamps.items() if stamp and known.get(f, [])[:2] == stamp}
+    new = [file for file, stamp in stamps.items() if stamp and file not in found]
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:  # hashing leaves the interpreter's lock
-        found |= zip(new, pool.map(lambda clip: _hash(root / clip), new), strict=True)
-    lines = {clip: [*stamps[clip], found[clip]] for clip in stamps if clip in found}
+        found |= zip(new, pool.map(lambda file: _hash(root / file), new), strict=True)
+    lines = {file: [*stamps[file], found[file]] for file in stamps if file in found}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MsencError(f"{folder}: cannot be made ({error.strerror}). Free space or permissions there.") from error
     if lines != known:
         write_text(folder / CACHE, json.dumps(lines, ensure_ascii=False, indent=0) + "\n")
-    return {clip: found.get(clip) for clip in stamps}
+    return {clip: found[file] + clip.removeprefix(file) if file in found else None for clip, file in file_of.items()}
 
 
 def _stamp(path: Path) -> list[int] | None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from msenc.data.location import hash_file
 from msenc.data.manifest import write_text
-from msenc.data.media import MediaError, read_audio, read_frames, read_properties
+from msenc.data.media import ClipProperties, MediaError, read_audio, read_frames, read_properties, split_part
 from msenc.prepare.workers import progress_bar, watch_parent
 from msenc.types import MsencError
 
@@ -33,7 +34,7 @@ class ClipFacts:
         video: why it gives no picture, or None where it does.
         duration_s: of the decoded sound, or as the header says where there is none; None where unknown.
         notes: names of `msenc.data.flags.FLAGS` that are no reason to drop it, with what was found.
-        sha256: of the file, empty where there is none.
+        sha256: of the file; empty where there is none, and for a part of a recording.
     """
 
     audio: str | None
@@ -63,10 +64,12 @@ def probe_clip(path: Path) -> ClipFacts:
     except MediaError as error:
         reasons["video"] = error.reason
     notes = []
+    name, span = split_part(str(path))
+    path, sha256 = Path(name), _hash(Path(name)) if span is None else ""
     try:
-        properties = read_properties(path)
-    except MediaError:
-        return ClipFacts(**reasons, duration_s=duration_s, sha256=_hash(path))
+        properties = _properties(path, _stamp(path))
+    except (MediaError, OSError):
+        return ClipFacts(**reasons, duration_s=duration_s, sha256=sha256)
     if properties.channels > 2:
         notes.append(("surround_sound", f"{properties.channels} channels"))
     if 0 < properties.sample_rate < SAMPLE_RATE:
@@ -77,9 +80,20 @@ def probe_clip(path: Path) -> ClipFacts:
         notes.append(("variable_frame_rate", ""))
     if not {path.suffix[1:].lower(), *_OTHER_NAMES.get(path.suffix[1:].lower(), ())} & {*properties.formats}:
         notes.append(("wrong_extension", properties.formats[0]))
-    if duration_s is None and properties.duration_s is not None:
+    if duration_s is None and span is None and properties.duration_s is not None:
         duration_s = round(properties.duration_s, 3)
-    return ClipFacts(**reasons, duration_s=duration_s, notes=tuple(notes), sha256=_hash(path))
+    return ClipFacts(**reasons, duration_s=duration_s, notes=tuple(notes), sha256=sha256)
+
+
+@lru_cache(maxsize=64)
+def _properties(path: Path, stamp: tuple[int, int]) -> ClipProperties:
+    """Of a file; kept, since all parts of a recording share it, and its packets are read to the last."""
+    return read_properties(path)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 _OTHER_NAMES = {"mkv": ("matroska",), "m4v": ("mp4",), "wmv": ("asf",), "opus": ("ogg",), "mpg": ("mpeg",)}
@@ -116,11 +130,10 @@ def probe_clips(
     stamps: dict[str, list[int]] = {}
     for clip in clips:
         try:
-            stat = (root / clip).stat()
+            stamps[clip] = [*_stamp(root / split_part(clip)[0])]
         except OSError:
             facts[clip] = probe_clip(root / clip)  # which tells what is wrong, without decoding
             continue
-        stamps[clip] = [stat.st_size, stat.st_mtime_ns]
         if clip in known and known[clip][0] == stamps[clip]:
             facts[clip] = known[clip][1]
     new = [clip for clip in stamps if clip not in facts]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from msenc.data.annotations import MELD_FILES, read_meld, repair_encoding
+from msenc.data.annotations import MELD_FILES, read_meld, read_table, repair_encoding
 from msenc.types import Mark, MsencError
 
 HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
@@ -147,3 +147,98 @@ def test_real_meld_has_its_published_counts():
     assert result.rejections == []
     assert result.num_repaired == 0
     assert all(u.start_s is not None and u.end_s is not None for d in result.dialogues for u in d.utterances)
+
+
+# ------------------------------------------------------------------------------------------------ a table
+
+SPLIT = {"rule": "random", "fractions": {"train": 0.5, "test": 0.5}, "seed": 1}
+
+
+def table(folder: Path, text: str | bytes) -> Path:
+    path = folder / "utterances.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_table_names_clips_and_parts_of_recordings(tmp_path):
+    path = table(
+        tmp_path,
+        "clip,dialogue,speaker,text,start,end,split,description,note\n"
+        "a.mp4,two,Anna,Hello!,1.5,3,test,,x\n"
+        "a.mp4,one,Ben,Yes.,0:01:02,62.25,train,A man speaks.,\n"
+        "b.wav,two,,Bye.,,,test,,\n"
+        ",one,Ben,No clip.,,,train,,\n",
+    )
+    found = read_table(path, "own", SPLIT)
+    assert [d.id for d in found.dialogues] == ["own/train/one", "own/test/two"]
+    one, two = (d.utterances for d in found.dialogues)
+    assert [(u.id, u.speaker, u.text, u.clip, u.start_s, u.end_s) for u in (*two, *one)] == [
+        ("0", "Anna", "Hello!", "a.mp4#t=1.500,3.000", 1.5, 3.0),
+        ("1", "-1", "Bye.", "b.wav", None, None),
+        ("0", "Ben", "Yes.", "a.mp4#t=62.000,62.250", 62.0, 62.25),
+        ("1", "Ben", "No clip.", None, None, None),
+    ]
+    assert [u.description for u in one] == ["A man speaks.", None]
+    assert found.rejections == []
+    assert found.recordings == {"own/train/one": "a.mp4", "own/test/two": "a.mp4"}
+
+
+def test_rows_of_a_table_that_cannot_be_used_are_listed(tmp_path):
+    rows = ["a.mp4,d,x,1,2", "a.mp4,d,,2,3", "a.mp4,d,y,5,4", "a.mp4,d,z,soon,4", "a.mp4,d,w,nan,4", "a.mp4,d,v,,4"]
+    found = read_table(table(tmp_path, "\n".join(["clip,dialogue,text,start,end", *rows])), "own", SPLIT | ONE)
+    assert [(r.id, r.what, r.reason, r.row) for r in found.rejections] == [
+        ("own/train/d/utt1", "row", "empty text", 3),
+        *((f"own/train/d/utt{n}", "clip", "no span of time", n + 2) for n in (2, 3, 4, 5)),
+    ]
+    assert found.rejections[1].found == "'5' to '4'"
+    assert [(u.id, u.clip) for u in found.dialogues[0].utterances] == [
+        ("0", "a.mp4#t=1.000,2.000"),
+        *((str(n), None) for n in (2, 3, 4, 5)),
+    ]
+
+
+ONE = {"fractions": {"train": 1.0}}
+
+
+def test_a_table_without_splits_is_split_by_the_config(tmp_path):
+    path = table(tmp_path, "\n".join(["clip,dialogue,text", *(f"{i}.wav,d{i},Hi" for i in range(10))]))
+    splits = {d.id.split("/")[2]: d.split for d in read_table(path, "own", SPLIT).dialogues}
+    assert sorted(splits.values()) == ["test"] * 5 + ["train"] * 5
+    path.write_text(path.read_text() + "\nx.wav,d0,More")
+    assert {d.id.split("/")[2]: d.split for d in read_table(path, "own", SPLIT).dialogues} == splits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip;dialogue;text\na;b;c", r"row 1: no column clip, dialogue, text.*found clip;dialogue;text.*Rename"),
+        ("clip,dialog,text\na,b,c", r"no column dialogue \(nearest: dialog\)"),
+        ("clip,dialogue,text,speakers\na,b,c,d", r"no column speaker \(nearest: speakers\)"),
+        ("clip,dialogue,text\na,b c,hi", r"row 2: dialogue is 'b c'; expected a name"),
+        ("clip,dialogue,text\na,,hi", r"row 2: dialogue is ''"),
+        ("clip,dialogue,text\n/etc/a.wav,d,hi", r"row 2: clip is '/etc/a\.wav'; expected a path below"),
+        ("clip,dialogue,text\n../a.wav,d,hi", r"row 2: clip is '\.\./a\.wav'"),
+        ("clip,dialogue,text,split\na,d,hi,dev", r"row 2: split is 'dev'; expected train, val, test"),
+        ("clip,dialogue,text,split\na,d,hi,val\na,d,yes,test", r"d is in val \(row 2\) and in test \(row 3\)"),
+        ("clip,dialogue,text,description\na,d,hi,(loud)", r"row 2: brackets in the voice description"),
+        ("clip,dialogue,text\na,d,\n", r"found no row with text"),
+        ("clip,dialogue,text\n", r"found a header and no row"),
+        (b"", r"not a CSV table"),
+    ],
+)
+def test_a_bad_table_is_refused(tmp_path, text, message):
+    with pytest.raises(MsencError, match=message):
+        read_table(table(tmp_path, text), "own", SPLIT | ONE)
+
+
+def test_a_missing_table_is_refused(tmp_path):
+    with pytest.raises(MsencError, match=r"none\.csv: no such file.*data\.table"):
+        read_table(tmp_path / "none.csv", "own", SPLIT)
+
+
+def test_a_tables_encoding_is_repaired(tmp_path):
+    path = table(tmp_path, "clip,dialogue,speaker,text\na,d,Zoé,It\x92s a café".encode("latin-1"))
+    found = read_table(path, "own", SPLIT | ONE)
+    (utterance,) = found.dialogues[0].utterances
+    assert (utterance.speaker, utterance.text) == ("Zoé", "It\u2019s a café")
+    assert found.repaired == ["own/train/d/utt0"]

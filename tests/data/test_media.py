@@ -9,7 +9,7 @@ import pytest
 from clips import write_media
 
 from msenc.data import media
-from msenc.data.media import MediaError, read_audio, read_frames, read_properties
+from msenc.data.media import MediaError, part_of, read_audio, read_frames, read_properties, split_part
 from msenc.types import MsencError
 
 RATE = 16000
@@ -311,6 +311,18 @@ def test_pictures_of_a_span_are_those_of_the_whole(tmp_path):
         first = int(start_s * 10 + 1e-6)
         assert len(part) == math.ceil(((end_s or 10) - start_s) * 10 - 1e-6)
         np.testing.assert_array_equal(part, whole[first : first + len(part)])
+
+
+def test_a_part_of_a_recording_is_read_like_a_span(tmp_path):
+    path = write_media(tmp_path / "a.mp4", seconds=2, ticks=tuple(range(24)))
+    part = tmp_path / part_of("a.mp4", 0.5, 1.25)
+    np.testing.assert_array_equal(read_audio(part, 8000), read_audio(path, 8000, (0.5, 1.25)))
+    assert len(read_audio(part, 8000)) == 6000
+    np.testing.assert_array_equal(read_frames(part, 12), read_frames(path, 12, (0.5, 1.25)))
+    assert len(read_frames(part, 12)) == 9
+    with pytest.raises(MediaError, match="clip missing"):
+        read_audio(tmp_path / part_of("b.mp4", 0, 1), 8000)
+    assert split_part("a#t=x,1.mp4") == ("a#t=x,1.mp4", None)  # any other name is a file's
 
 
 def test_a_span_decodes_little_of_what_stands_before(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msenc.models.recognition import Recogniser
+from msenc.models.recognition import Recogniser, _is_loop
 from msenc.types import MsencError
 
 
@@ -36,3 +36,9 @@ def test_whisper_hears_what_was_said(demo_home):
     assert "she works in a large hospital" in recogniser.text(sound).lower()
     assert 0 <= passages[0].start_s < passages[-1].end_s <= len(sound) / recogniser.sample_rate + 1
     assert recogniser.text(np.zeros(16000, np.float32)).strip(" .") in ("", "you", "Thank you")
+
+
+def test_a_loop_is_told_from_a_long_text():
+    assert _is_loop("and Merry Christmas " * 12)
+    assert not _is_loop("I hear you are excited. Here is the desert. Am I inside or outside? " * 2)
+    assert not _is_loop("")

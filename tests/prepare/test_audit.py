@@ -70,7 +70,7 @@ def write_clip(path: Path, seconds: float, sound: float | None = 0.3, picture: b
 
 
 def audit(root: Path, folder: Path, num_workers: int = 0):
-    return audit_dataset("meld", root, folder, num_workers)
+    return audit_dataset("meld", read_meld(root), root, folder, num_workers)
 
 
 def flagged(audit, *names: str) -> set[tuple[str, str]]:
@@ -168,7 +168,7 @@ def test_odd_clips_are_flagged_and_rejected_in_the_words_of_preparation(clips, t
         *((f"train/dia0/utt{u}", "low_sample_rate") for u in (0, 3, 5, 6, 7)),
     }
     assert [f.file for f in result.flags if f.flag == "clip_without_row"] == ["train_splits/dia0_utt99.mp4"]
-    prepare_dataset("meld", clips, tmp_path / "out", STREAMS, num_workers=0)
+    prepare_dataset("meld", read_meld(clips), clips, tmp_path / "out", STREAMS, num_workers=0)
     rejected = read_rejections(tmp_path / "out" / "audit" / "rejected.csv")
     assert set(rejected) == set(read_rejections(tmp_path / "out" / "rejected.csv"))
     assert set(rejected) == set(result.rejections)
@@ -192,17 +192,19 @@ def test_processes_and_the_cache_change_nothing(clips, tmp_path, monkeypatch):
 
 def test_dataset_records_the_audit_of_its_own_turns(clips, tmp_path):
     out = tmp_path / "out"
-    assert prepare_dataset("meld", clips, out, [], num_workers=0).audit_hash == ""
+    assert prepare_dataset("meld", read_meld(clips), clips, out, [], num_workers=0).audit_hash == ""
     first = audit(clips, out)
     assert DatasetManifest.read(out).audit_hash == first.hash
-    assert prepare_dataset("meld", clips, out, [], num_workers=0).audit_hash == first.hash
+    assert prepare_dataset("meld", read_meld(clips), clips, out, [], num_workers=0).audit_hash == first.hash
     write_clip(clips / "train_splits" / "dia0_utt1.mp4", 1.0)
     second = audit(clips, out)
     assert second.hash != first.hash
     assert DatasetManifest.read(out).audit_hash == second.hash
     path = clips / MELD_FILES["train"][0]
     path.write_text(path.read_text().replace("words 0 0", "other words"))
-    assert prepare_dataset("meld", clips, out, [], num_workers=0).audit_hash == ""  # an audit of other turns
+    assert (
+        prepare_dataset("meld", read_meld(clips), clips, out, [], num_workers=0).audit_hash == ""
+    )  # an audit of other turns
 
 
 def test_runs_record_the_audit_and_what_a_filter_left_out(demo_home, call_script, train, capsys, tmp_path):
@@ -361,7 +363,7 @@ def test_utterances_of_melds_bad_clips_are_used_in_their_other_streams(meld, tin
     from msenc.models.llm import load_llm, load_tokenizer
 
     out = tmp_path / "out"
-    prepare_dataset("meld", meld, out, STREAMS, num_workers=0)
+    prepare_dataset("meld", read_meld(meld), meld, out, STREAMS, num_workers=0)
     specs = {"audio": StreamSpec("logmel", 8, 2, LOGMEL), "video": StreamSpec("pixels", 16, 3, PIXELS)}
     prompt = Prompt(instruction="Talk.\n", turn="{speaker}:{video}{audio} {text}\n", response="{speaker}:")
     tokenizer = DialogueTokenizer(prompt, load_tokenizer(str(tiny_models["llama"])))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msenc.data.annotations import MELD_FILES
+from msenc.data.annotations import MELD_FILES, read_meld
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.manifest import DatasetManifest, read_rejections
 from msenc.data.shards import ShardReader
@@ -83,7 +83,7 @@ def video(size=4):
 
 
 def prepare(root, folder, *streams):
-    return prepare_dataset("meld", root, folder, list(streams), num_workers=0)
+    return prepare_dataset("meld", read_meld(root), root, folder, list(streams), num_workers=0)
 
 
 def refuse():
@@ -307,8 +307,8 @@ def test_parts_make_what_one_run_makes(root, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MIN_ITEM_UTTERANCES", 1)  # an item per dialogue
     voice = VoiceSettings(levels=2)
     recipes = [audio(), video()]
-    whole = prepare_dataset("meld", root, tmp_path / "whole", recipes, 0, voice)
-    arguments = ("meld", root, tmp_path / "parts", recipes, 0, voice)
+    whole = prepare_dataset("meld", read_meld(root), root, tmp_path / "whole", recipes, 0, voice)
+    arguments = (read_meld(root), root, tmp_path / "parts", recipes, 0, voice)
     assert prepare_part(*arguments, Part(1, 3)) == [
         "audio-logmel: 2 of 4 items remain, of the parts 2/3, 3/3",
         "video-pixels: 2 of 4 items remain, of the parts 2/3, 3/3",
@@ -318,7 +318,7 @@ def test_parts_make_what_one_run_makes(root, tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "turns").exists()
     assert prepare_part(*arguments, Part(2, 3)) == []
     built = [replace(recipe, make_encoder=refuse) for recipe in recipes]
-    assert prepare_dataset("meld", root, tmp_path / "parts", built, 0, voice) == whole
+    assert prepare_dataset("meld", read_meld(root), root, tmp_path / "parts", built, 0, voice) == whole
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert prepare_part(*arguments[:3], built, 0, voice, Part(2, 3)) == []  # made once, no part has work
 

@@ -330,8 +330,10 @@ def test_bins_that_are_not_there_are_named(tmp_path):
 
 
 def test_prepared_turns_hold_the_words_and_the_hash_follows(raw, folder):
-    plain = prepare_dataset("demo", raw, folder, [], 0)
-    spoken = prepare_dataset("demo", raw, folder, [], 0, VoiceSettings(levels=2, overwrite=True))
+    plain = prepare_dataset("demo", read_meld(raw, "demo"), raw, folder, [], 0)
+    spoken = prepare_dataset(
+        "demo", read_meld(raw, "demo"), raw, folder, [], 0, VoiceSettings(levels=2, overwrite=True)
+    )
     assert spoken.turns_hash != plain.turns_hash
     assert spoken.settings["voice"]["levels"] == 2
     assert spoken.settings["voice"]["syllables"] == "espeak"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from msenc.prepare.splits import split_dialogues
+from msenc.data.splits import split_dialogues
 from msenc.prepare.timestamps import read_timestamps
 from msenc.types import MsencError
 

@@ -1,0 +1,218 @@
+"""`prepare.py data=folder`: a table of clips, and recordings without one, to shards that a run trains on."""
+
+import csv
+import json
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import raw
+
+from msenc.data.shards import ShardReader
+from msenc.prepare.raw_demo import read_truth, write_raw_demo
+from msenc.run import read_json
+from msenc.speech.wav import write_wav
+from msenc.types import SPLITS, MsencError
+
+RATE = 16_000
+TURNS = 6
+
+
+@pytest.fixture
+def prepare(compose, tmp_path):
+    """``prepare(root, *overrides)``: what `prepare.py data=folder` does with a folder."""
+    from msenc.pipelines.prepare import prepare
+
+    def call(root, *overrides):
+        chosen = [] if any(o.startswith("data=") for o in overrides) else ["data=folder"]
+        return prepare(compose([*chosen, f"data.root={root}", *places(tmp_path), *overrides], "prepare"))
+
+    return call
+
+
+def places(tmp_path):
+    return [f"data.dir={tmp_path / 'mine'}", "data.name=mine", "prepare_workers=0"]
+
+
+def write_table(root, is_cut):
+    """A table of one dialogue per split, and its sound: one recording of which turns are parts, or a file per turn."""
+    sound = np.random.default_rng(1).normal(0, 0.1, (len(SPLITS), TURNS, RATE // 2)).astype(np.float32)
+    root.mkdir()
+    write_wav(root / "long.wav", sound.ravel(), RATE)
+    with (root / "utterances.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip", "dialogue", "speaker", "text", "start", "end", "split"])
+        for number, split in enumerate(SPLITS):
+            for turn in range(TURNS):
+                clip, span = "long.wav", [start := (number * TURNS + turn) / 2, start + 0.5]
+                if is_cut:
+                    clip, span = f"{number}-{turn}.wav", ["", ""]
+                    write_wav(root / clip, sound[number, turn], RATE)
+                writer.writerow([clip, f"{split}-talk", "AB"[turn % 2], f"Turn {turn}.", *span, split])
+    return root
+
+
+def test_parts_of_a_recording_are_worth_their_own_files(prepare, tmp_path):
+    streams = {}
+    for is_cut in (False, True):
+        manifest = prepare(write_table(tmp_path / f"raw{is_cut}", is_cut), "modality=text_audio")
+        assert {s: (c.dialogues, c.utterances) for s, c in manifest.splits.items()} == dict.fromkeys(SPLITS, (1, TURNS))
+        assert manifest.rejected == {}
+        reader = ShardReader(tmp_path / "mine" / "audio-logmel", "val")
+        streams[is_cut] = [reader[0][name] for name in ("features.npy", "offsets.npy")]
+        shutil.rmtree(tmp_path / "mine")
+    for parts, files in zip(*streams.values(), strict=True):
+        np.testing.assert_array_equal(parts, files)
+    assert streams[False][1].tolist() == [n * streams[False][1][1] for n in range(TURNS + 1)]
+
+
+def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, tmp_path, capsys):
+    root = write_table(tmp_path / "raw", is_cut=False)
+    path = root / "utterances.csv"
+    path.write_text(
+        path.read_text().replace("long.wav,test-talk,B,Turn 5.,8.5,9.0", "long.wav,test-talk,B,Turn 5.,90,91")
+    )
+    (root / "other.wav").touch()
+    audit = prepare(root, "stage=audit")
+    assert audit.rejected_by_split() == {
+        "audio: no sound": {"test": 1},
+        "video: no picture": dict.fromkeys(SPLITS, TURNS),
+    }
+    assert audit.flagged_by_split()["clip_without_row"] == {"test": 1}
+    assert "row_overlap" not in audit.flagged_by_split()
+    assert audit.flagged_by_split()["leakage"] == {"val": 1, "test": 1}  # the same recording, seconds apart
+    capsys.readouterr()
+    manifest = prepare(root)
+    assert manifest.audit_hash == audit.hash
+    assert manifest.rejected == {"audio: no sound": 1, "video: no picture": 3 * TURNS}
+    assert manifest.streams["audio-logmel"].utterances == {"train": TURNS, "val": TURNS, "test": TURNS - 1}
+    run = train(
+        [
+            "data=folder",
+            *places(tmp_path)[:2],
+            "modality=text_audio",
+            "prompt.target=text",
+            "trainer.max_steps=1",
+            "evaluate=null",
+        ]
+    )
+    assert read_json(run.folder / "run.json")["status"] == "finished"
+
+
+def test_a_table_elsewhere_is_taken_by_its_name(prepare, tmp_path):
+    root = write_table(tmp_path / "raw", is_cut=False)
+    (root / "utterances.csv").rename(tmp_path / "mine.csv")
+    manifest = prepare(root, f"data.table={tmp_path / 'mine.csv'}", "modality=text")
+    assert manifest.splits["val"].utterances == TURNS
+    with pytest.raises(MsencError, match=r"data\.table=.*only data=folder takes"):
+        prepare(root, "data=demo", f"data.table={tmp_path / 'mine.csv'}")
+
+
+# ------------------------------------------------------------------------------------------------ recordings
+
+
+class Words:
+    """Says how long it hears each sound."""
+
+    def __init__(self, name_or_path, language, device, dtype):
+        pass
+
+    def texts(self, sounds):
+        return [f"{len(sound) / RATE:.1f} seconds" for sound in sounds]
+
+
+class Pitch:
+    """Tells the demo's women from its men by where their sound's energy lies."""
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, sound):
+        power = np.abs(np.fft.rfft(sound, RATE))[60:400] ** 2
+        is_high = (power * np.arange(60, 400)).sum() / power.sum() > 165
+        return np.eye(2, dtype=np.float32)[int(is_high)]
+
+
+@pytest.fixture(scope="module")
+def raw_demo(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own") / "demo"
+    write_raw_demo(root, num_videos=1, dialogues_per_video=3, seed=3)
+    return root
+
+
+@pytest.fixture
+def listening(monkeypatch):
+    for package in ("sklearn", "silero_vad", "scenedetect"):
+        pytest.importorskip(package)
+    monkeypatch.setattr("msenc.models.recognition.Recogniser", Words)
+    monkeypatch.setattr("msenc.prepare.speakers.Resemblyzer", Pitch)
+
+
+SPLIT = "data.recordings.split.fractions={train:0.34,val:0.33,test:0.33}"
+
+
+def test_recordings_become_shards_by_way_of_a_table(prepare, raw_demo, listening, tmp_path, capsys):
+    capsys.readouterr()
+    assert prepare(raw_demo, SPLIT, "stage=segment") is None
+    assert "Done up to the stage segment" in capsys.readouterr().out
+    assert not (tmp_path / "mine" / "utterances.csv").exists()
+    assert prepare(raw_demo, SPLIT, "part=1/2", "modality=text") is None
+    assert "transcribe: 1 of 3 items remain, of the parts 2/2" in " ".join(capsys.readouterr().out.split())
+    manifest = prepare(raw_demo, SPLIT, "describe=true")
+    said = " ".join(capsys.readouterr().out.split())
+    truth = read_truth(raw_demo)
+    num_turns = sum(len(d.utterances) for d in truth)
+    assert f"{num_turns} utterances in 3 dialogues; of 0 it is not known who speaks" in said
+    assert sum(c.utterances for c in manifest.splits.values()) == num_turns
+    assert manifest.streams["video-pixels"].utterances == {s: c.utterances for s, c in manifest.splits.items()}
+    turns = ShardReader(tmp_path / "mine" / "turns", "train")[0]["turns.json"]["utterances"]
+    assert all(u["description"] for u in turns)
+    # a corrected copy beside the recordings is read instead of listening, one that is edited here is kept
+    made = tmp_path / "mine" / "utterances.csv"
+    made.write_text(made.read_text().replace("seconds", "minutes"))
+    with pytest.raises(MsencError, match=r"this file was edited.*Move it to the folder of the recordings"):
+        prepare(raw_demo, SPLIT)
+    root = tmp_path / "corrected"
+    shutil.copytree(raw_demo, root)
+    made.rename(root / made.name)
+    prepare(root, SPLIT, "modality=text")
+    turns = ShardReader(tmp_path / "mine" / "turns", "train")[0]["turns.json"]["utterances"]
+    assert "minutes" in turns[0]["text"]
+
+
+def test_what_recordings_lack_is_in_the_audit(prepare, raw_demo, listening, tmp_path, capsys):
+    root = tmp_path / "raw"
+    shutil.copytree(raw_demo, root)
+    spans = json.loads((root / "timestamp.json").read_text())
+    spans["video0.mp4"].append([5, 4])
+    spans["gone.mp4"] = [[0, 1]]
+    (root / "timestamp.json").write_text(json.dumps(spans))
+    found = prepare(root, "stage=audit", "data.recordings.split.rule=official").rejected_by_split()
+    assert found["dialogue: recording missing"] == {"train": 1}
+    assert found["dialogue: span inverted"] == {"unknown": 1}
+    assert "unknown" in capsys.readouterr().out
+
+
+def test_an_unknown_stage_is_refused(prepare, raw_demo):
+    with pytest.raises(MsencError, match=r"stage=cut: no such stage\. Expected segment, transcribe, speakers, audit"):
+        prepare(raw_demo, "stage=cut")
+    with pytest.raises(MsencError, match=r"stage=segment: no such stage\. Expected audit, or null"):
+        prepare(raw_demo, "data=demo", "stage=segment")
+
+
+@pytest.mark.real
+def test_the_raw_demo_is_found_out_by_real_models(home, tmp_path):
+    whisper = Path(os.environ.get("MSENC_MODELS", "")) / "whisper-base"
+    if "MSENC_MODELS" not in os.environ or not whisper.is_dir():
+        pytest.skip("MSENC_MODELS names no folder with whisper-base")
+    for package in ("sklearn", "silero_vad", "scenedetect", "resemblyzer"):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package} (extra raw)")
+    figures = raw.measure(str(whisper), tmp_path, num_videos=1, dialogues_per_video=3)
+    assert figures["dialogues"] == figures["of them with utterances"] == 3
+    assert figures["boundaries F1 at 0.25 s"] >= 0.9
+    assert figures["word error rate"] <= 0.25
+    assert figures["speakers right"] >= 0.9
