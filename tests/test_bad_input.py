@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from clips import write_media
 
-from msenc.data.annotations import MELD_FILES, read_meld
+from msenc.data.annotations import MELD_FILES, read_meld, read_table
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.manifest import DatasetManifest, read_rejections
 from msenc.data.media import MediaError, read_audio, read_frames, read_properties
@@ -22,9 +22,10 @@ from msenc.prepare.audit import audit_dataset
 from msenc.prepare.dataset import prepare_dataset
 from msenc.prepare.features import StreamRecipe
 from msenc.prepare.probe import probe_clip, probe_clips
+from msenc.prepare.timestamps import read_timestamps
 from msenc.types import MsencError
 
-NUM_CSV, NUM_JSON, NUM_MEDIA = 250, 200, 150
+NUM_CSV, NUM_OWN, NUM_JSON, NUM_TIMES, NUM_MEDIA = 250, 150, 200, 50, 150
 COLUMNS = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
 TEXTS = ("Hello there, you!", 'He said "no".', "It\u2019s caf\u00e9 time\u2026", "two\nlines", "Yes.", "(laughs) Oh")
 ODD_VALUES = (
@@ -56,9 +57,8 @@ def good_rows(rng: random.Random) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------ CSV
 
 
-def bad_csv(rng: random.Random) -> bytes:
+def bad_csv(rows: list[list[str]], rng: random.Random) -> bytes:
     """A table with one to three things wrong with it."""
-    rows = good_rows(rng)
     for _ in range(rng.randint(0, 2)):
         row, column = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
         change = rng.randrange(8)
@@ -112,7 +112,7 @@ def test_a_bad_table_is_used_in_full_or_refused(seed, tmp_path):
     for name, _ in MELD_FILES.values():
         (root / name).write_bytes(table(good_rows(rng)).encode())
     name = rng.choice([name for name, _ in MELD_FILES.values()])
-    data = bad_csv(rng)
+    data = bad_csv(good_rows(rng), rng)
     (root / name).write_bytes(data)
     for make in (
         lambda: prepare_dataset("meld", read_meld(root), root, out, [], num_workers=0),
@@ -128,7 +128,9 @@ def test_a_bad_table_is_used_in_full_or_refused(seed, tmp_path):
         else:
             # the files that were not touched are written by this test, so what is read can be counted
             if isinstance(made, DatasetManifest):
-                assert sum(c.utterances for c in made.splits.values()) + rows_dropped(out) == rows_with_something(root)
+                assert sum(c.utterances for c in made.splits.values()) + rows_dropped(out) == rows_with_something(
+                    *(root / n for n, _ in MELD_FILES.values())
+                )
         assert not list(out.glob("**/.*"))
 
 
@@ -136,16 +138,48 @@ def rows_dropped(out: Path) -> int:
     return sum(r.what == "row" for r in read_rejections(out / "rejected.csv"))
 
 
-def rows_with_something(root: Path) -> int:
+def rows_with_something(*paths: Path) -> int:
     count = 0
-    for name, _ in MELD_FILES.values():
-        data = (root / name).read_bytes()
+    for path in paths:
+        data = path.read_bytes()
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = data.decode("latin-1")
         count += sum(any(v.strip() for v in row) for row in csv.reader(io.StringIO(text, newline=""))) - 1
     return count
+
+
+OWN_COLUMNS = "clip,dialogue,text,speaker,start,end,split,description"
+
+
+@pytest.mark.parametrize("seed", range(NUM_OWN))
+def test_a_bad_table_of_utterances_is_used_in_full_or_refused(seed, tmp_path):
+    rng = random.Random(seed)
+    root, out, path = tmp_path / "raw", tmp_path / "out", tmp_path / "raw" / "own.csv"
+    root.mkdir()
+    columns = OWN_COLUMNS.split(",")[: rng.randint(3, 8)]
+    rows = [columns]
+    for dia in range(3):
+        for utt in range(rng.randint(1, 3)):
+            split = ("train", "val", "test")[dia]
+            rows.append(["a.mp4", f"d{dia}", rng.choice(TEXTS), "Ana", f"{utt}", f"{utt}.5", split, "A voice."])
+    path.write_bytes(bad_csv([row[: len(columns)] for row in rows], rng))
+    split = {"rule": "random", "fractions": {"train": 1.0}, "seed": 1}
+
+    def prepare() -> DatasetManifest:
+        annotations = read_table(path, "own", split)
+        audit_dataset("own", annotations, root, out, num_workers=0)
+        return prepare_dataset("own", annotations, root, out, [AUDIO], num_workers=0)
+
+    try:
+        manifest = prepare()
+    except MsencError as error:
+        assert str(error).startswith(str(path))  # noqa: PT017 (no error is as good)
+        assert not (out / "dataset.json").exists()
+    else:
+        assert sum(c.utterances for c in manifest.splits.values()) + rows_dropped(out) == rows_with_something(path)
+    assert not list(out.glob("**/.*"))
 
 
 # ------------------------------------------------------------------------------------------------ JSON
@@ -215,6 +249,24 @@ def test_a_bad_json_file_is_refused_or_does_no_harm_and_is_made_anew(seed, prepa
         used(lambda: audit_dataset("meld", read_meld(prepared / "raw"), prepared / "raw", out, num_workers=0))
         assert DatasetManifest.read(out).splits == splits
     assert not list(out.glob("**/.*"))
+
+
+@pytest.mark.parametrize("seed", range(NUM_TIMES))
+def test_bad_timestamps_are_listed_or_refused(seed, tmp_path):
+    rng = random.Random(seed)
+    path = tmp_path / "timestamp.json"
+    spans = {f"{video}.mp4": [[10 * n, 10 * n + 9.5] for n in range(3)] for video in "abc"}
+    path.write_bytes(bad_json(json.dumps(spans).encode(), rng))
+    try:
+        found = read_timestamps(path)
+    except MsencError as error:
+        assert str(error).startswith(str(path))  # noqa: PT017 (no error is as good)
+    else:
+        assert all(0 <= span.start_s < span.end_s for span in found.spans)
+        told = [s.video for s in found.spans] + [r.id.partition(", span")[0] for r in found.rejections]
+        for video, entries in json.loads(path.read_bytes()).items():
+            is_one = not isinstance(entries, list) or video not in spans  # refused as a whole
+            assert told.count(video) == (1 if is_one else len(entries))
 
 
 def used(call: Callable[[], Any]) -> bool:
