@@ -283,7 +283,7 @@ def test_binds_only(name, reason, home, tmp_path):
 
 
 @pytest.mark.parametrize("name", EVERY_FILE)
-def test_the_head_of_a_file_tells_its_use(name):
+def test_the_head_of_a_file_tells_its_use(name, home):
     """One sentence, and a command that composes."""
     lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     head = next(line for line in lines if not line.startswith("# @package"))
@@ -304,7 +304,7 @@ def test_every_target_is_ours_or_trusted():
     assert [t for t in targets if not t[1].startswith(TRUSTED_PACKAGES)] == []
 
 
-def test_the_papers_sweep_lists_upstreams_ablations():
+def test_the_papers_sweep_lists_upstreams_ablations(home):
     cfg = compose_with_hydra("train", ["sweep=paper"])
     rows = cfg.hydra.sweeper.params.experiment.split(",")
     assert {f"experiment/{row}" for row in rows} <= set(TRAINED)
