@@ -6,7 +6,7 @@ Every target is scored under teacher forcing (its own token losses) and, if want
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import track
+from rich.progress import Progress, TaskID, track
 from torch.utils.data import Subset
 
-from msenc.data.collate import histories
+from msenc.data.collate import Batch, histories
 from msenc.data.controls import Control
 from msenc.data.datamodule import DialogueDataModule
 from msenc.metrics.description import DescribedTarget, score_descriptions, voice_of
@@ -58,7 +58,8 @@ def evaluate_split(
         Flat metrics, and one prediction per target: ids, history, reference, token losses with their kinds, reply and
         its scores.
     """
-    predictions = _score(model, datamodule, split, limit, f"scoring {split}")
+    batches = track(datamodule.eval_dataloader(split, limit), description=f"scoring {split}")
+    predictions = _score(model, datamodule, split, limit, batches)
     found: dict[str, Any] = loss_metrics(predictions)
     if decoding is not None:
         _generate(model, datamodule, split, decoding, seed, predictions)
@@ -105,10 +106,10 @@ def evaluate_control(
         whose token losses are those under the control.
     """
     draws = draws if control.is_drawn else 1
-    found = [
-        _score(model, datamodule, split, limit, f"{control} on {split}, draw {draw + 1} of {draws}", control, draw)
-        for draw in range(draws)
-    ]
+    loaders = [datamodule.eval_dataloader(split, limit, control, draw) for draw in range(draws)]
+    with Progress() as progress:  # one bar over all draws
+        bar = progress.add_task(f"{control} on {split}", total=sum(map(len, loaders)))
+        found = [_score(model, datamodule, split, limit, _advance(loader, progress, bar)) for loader in loaders]
     predictions = []
     for items in zip(*found, strict=True):
         nll = mean_probability_loss([item["nll"] for item in items])
@@ -131,6 +132,12 @@ def evaluate_control(
         "control/verdict": verdict(effect),
     }
     return metrics, predictions
+
+
+def _advance(batches: Iterable[Batch], progress: Progress, bar: TaskID) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        progress.advance(bar)
 
 
 def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
@@ -158,15 +165,13 @@ def _score(
     datamodule: DialogueDataModule,
     split: str,
     limit: int | None,
-    progress: str,
-    control: Control | None = None,
-    draw: int = 0,
+    batches: Iterable[Batch],
 ) -> list[dict[str, Any]]:
-    """Token losses of every target, in the order of the split."""
+    """Token losses of every target, in the order of the split; `batches` hold them all."""
     device = next(model.parameters()).device
     dataset = datamodule.dataset(split)
     losses: dict[tuple[str, int], tuple[list, list, list]] = defaultdict(lambda: ([], [], []))
-    for batch in track(datamodule.eval_dataloader(split, limit, control, draw), description=progress):
+    for batch in batches:
         scores = model(move_data_to_device(batch, device))
         rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
         for target, nll, kind, correct in rows:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -141,6 +142,33 @@ def test_the_jobs_of_a_sweep_are_found_wherever_their_runs_lie(runs, tmp_path):
     found, left_out = find_runs([str(folder)])
     assert [run.resolve() for run in found] == [runs / "2"]
     assert [(run.name, status) for run, status in left_out] == [("0", "failed")]
+
+
+def test_what_is_printed_fits_80_columns_with_a_line_per_control_and_loses_nothing(runs, compose, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["generate=true", "decoding.max_new_tokens=3", "control=shuffle"]
+    (metrics,) = measure(compose, runs / "10", *options)
+    shown = capsys.readouterr().out
+    words = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
+    tables = [line for line in shown.splitlines() if not line.startswith(("Written:", "  "))]
+    assert max(map(len, tables)) <= 80
+    assert "…" not in shown
+    for control in ("shuffle_text", "shuffle_audio"):
+        assert shown.count(f"{control} on val") == 1  # one bar for all draws
+        cost = r"[+-]\d\.\d{4} \[-?\d\.\d{4}, -?\d\.\d{4}\]"
+        assert re.search(rf"{control} +{cost}  (used|not used|cannot tell) *\n", shown)
+        assert re.search(rf"{control}( +-?\d+\.\d)+ *\n", shown)  # the planted bits
+    named = {k for k, v in metrics.items() if isinstance(v, float) and v == v}
+    for name in named:
+        inner = name.removeprefix("nll/").removeprefix("description/").removesuffix("/recovered")
+        row = words.get(name) or words.get(inner) or words.get(inner.replace("planted/", "planted_"))
+        is_of_voices = name.startswith("description/") and ("accuracy" in name or "macro_f1" in name)
+        value = f"{100 * metrics[name]:z.1f}" if is_of_voices or "recovered" in name else f"{metrics[name]:z.4f}"
+        if is_of_voices:
+            row = words[inner.split("/")[0] if "/" in inner else "mean"]
+        assert value in row, name
+    measure(compose, runs)
+    assert max(len(line) for line in capsys.readouterr().out.splitlines() if line.split()[:1] in (["2"], ["10"])) <= 80
 
 
 # ------------------------------------------------------------------------------------------------ other data

@@ -1,6 +1,7 @@
 """What evaluate.py does: runs and a split -> metrics and predictions."""
 
 import math
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,13 +37,14 @@ from msenc.pipelines.parts import (
     trains,
 )
 from msenc.prepare.describe import BINS, read_bins
+from msenc.prompt import TOKEN_KINDS
 from msenc.run import digest, is_finished, read_json, read_run
 from msenc.speech.description import VOCABULARY
 from msenc.spoken import listen_to_replies, speak_replies
 from msenc.sweep import read_sweep
 from msenc.types import MsencError
 
-IN_TABLE_OF_RUNS = ("nll", "perplexity", "token_accuracy", "bleu_4", "rouge_l", "description/accuracy")
+IN_TABLE_OF_RUNS = ("nll", "token_accuracy", "bleu_4", "rouge_l", "description/accuracy")
 """Metrics that the table of several runs shows."""
 
 
@@ -246,7 +249,7 @@ def evaluate_run(
             write_evaluation(place(settings), cost, controlled)
         costs.append(cost)
     if costs:
-        _print_controls(costs, f"{title}: what controls cost")
+        _print_controls(found, costs, f"{title}: what controls cost")
         console.print(f"Written: {len(costs)} evaluations under control in {shown(run_dir / 'evaluation')}")
     return found
 
@@ -277,59 +280,98 @@ def _said(settings: Mapping[str, Any]) -> str:
 
 
 def _print_runs(measured: Mapping[Path, Mapping[str, Any]], title: str) -> None:
-    """One line per run, of what all have."""
+    """One line per run, of what all have; the folder that all lie in stands in the title."""
     shared = [name for name in IN_TABLE_OF_RUNS if all(name in found for found in measured.values())]
-    table = Table(title=title)
-    table.add_column("run")
-    for name in shared:
-        table.add_column(name, justify="right")
-    for folder, found in measured.items():
-        table.add_row(str(shown(folder)), *(f"{found[name]:.4f}" for name in shared))
-    console.print(table)
+    names = [str(shown(folder)) for folder in measured]
+    if len(names) > 1:
+        common = os.path.commonpath(names)
+        names = [os.path.relpath(name, common) for name in names]
+        title += f", below {common}" if common else ""
+    rows = [
+        [name, *(f"{found[metric]:.4f}" for metric in shared)]
+        for name, found in zip(names, measured.values(), strict=True)
+    ]
+    _print_grid(title, ["run", *shared], rows)
 
 
-def _print_controls(costs: Sequence[Mapping[str, Any]], title: str) -> None:
-    """What each control costs, and what that says of the stream."""
-    table = Table(title=title)
-    for column in ("control", "nats per token", "95 % interval", "the stream is"):
-        table.add_column(column, justify="left" if column in ("control", "the stream is") else "right")
-    for cost in costs:
-        interval = f"[{cost['control/low']:+.4f}, {cost['control/high']:+.4f}]"
-        table.add_row(cost["control"], f"{cost['control/delta']:+.4f}", escape(interval), cost["control/verdict"])
-    console.print(table)
+def _print_controls(plain: Mapping[str, Any], costs: Sequence[Mapping[str, Any]], title: str) -> None:
+    """What each control costs and what that says of the stream; then what it leaves of planted bits."""
+    rows = [
+        [
+            cost["control"],
+            f"{cost['control/delta']:+z.4f} [{cost['control/low']:z.4f}, {cost['control/high']:z.4f}]",
+            cost["control/verdict"],
+        ]
+        for cost in costs
+    ]
+    _print_grid(title, ["control", "nats per token [95 %]", "stream is"], rows)
+    planted = [kind for kind in TOKEN_KINDS if _recovered(kind) in plain]
+    if planted:
+        rows = [
+            [found.get("control", "none"), *(f"{100 * found[_recovered(kind)]:z.1f}" for kind in planted)]
+            for found in (plain, *costs)
+        ]
+        _print_grid("planted bits recovered under control, in %", ["control", *map(_planted, planted)], rows)
+
+
+def _planted(kind: str) -> str:
+    return kind.removeprefix("planted_")
+
+
+def _recovered(kind: str) -> str:
+    return f"planted/{_planted(kind)}/recovered"
 
 
 def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
-    table = Table(title=title)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
+    """Every number: losses by kind of token, scores of words and of descriptions side by side, the rest one by one."""
+    rest = {
+        name: f"{value:,}" if isinstance(value, int) else f"{value:z.4f}"
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not math.isnan(value)
+    }
+    kinds = []
+    for kind in TOKEN_KINDS:
+        if f"nll/{kind}" in rest:
+            is_planted = rest.pop(_recovered(kind), None) is not None
+            share = f"{100 * metrics[_recovered(kind)]:z.1f} %" if is_planted else ""
+            kinds.append([kind, rest.pop(f"nll/{kind}"), share])
+    both = [name for name in rest if f"description/{name}" in rest]
+    scores = [[name, rest.pop(name), rest.pop(f"description/{name}")] for name in both]
     by_attribute = [name for name in VOCABULARY if f"description/{name}/targets" in metrics]
-    for name, value in metrics.items():
-        if name.startswith(tuple(f"description/{attribute}/" for attribute in by_attribute)):
-            continue
-        if isinstance(value, float) and not math.isnan(value):
-            is_share = name.endswith("/recovered")
-            table.add_row(name, f"{100 * value:.1f} %" if is_share else f"{value:.4f}")
-        elif isinstance(value, int):
-            table.add_row(name, f"{value:,}")
-    console.print(table)
+    if by_attribute:
+        shown_below = tuple(
+            f"description/{name}" for name in ("accuracy", "macro_f1", *(f"{a}/" for a in by_attribute))
+        )
+        rest = {name: value for name, value in rest.items() if not name.startswith(shown_below)}
+    _print_grid(title, ["metric", "value"], [list(row) for row in rest.items()])
+    _print_grid("loss by kind of token", ["kind", "nll", "planted bits recovered"], kinds)
+    if scores:
+        _print_grid("replies", ["metric", "words", "description/"], scores)
     if by_attribute:
         _print_attributes(metrics, by_attribute)
 
 
 def _print_attributes(metrics: Mapping[str, Any], attributes: Sequence[str]) -> None:
-    """Accuracy and macro F1 of each attribute, beside those of the rules."""
+    """Accuracy and macro F1 of each attribute and of all, beside those of the rules."""
     rules = [name.removeprefix("description/accuracy") for name in metrics if name.startswith("description/accuracy")]
-    table = Table(title="voice descriptions: accuracy (macro F1), in %")
-    table.add_column("attribute")
-    for column in ("targets", *(rule.removeprefix("_") or "replies" for rule in rules)):
-        table.add_column(column, justify="right")
-    for attribute in attributes:
+    rows = []
+    for prefix in (*(f"{attribute}/" for attribute in attributes), ""):
         shares = [
-            "{:.1f} ({:.1f})".format(
-                *(100 * metrics[f"description/{attribute}/{name}{rule}"] for name in ("accuracy", "macro_f1"))
-            )
+            " / ".join(f"{100 * metrics[f'description/{prefix}{name}{rule}']:.1f}" for name in ("accuracy", "macro_f1"))
             for rule in rules
         ]
-        table.add_row(attribute, f"{metrics[f'description/{attribute}/targets']:,}", *shares)
+        targets = f"{metrics[f'description/{prefix}targets']:,}" if prefix else ""
+        rows.append([prefix.removesuffix("/") or "mean", targets, *shares])
+    columns = ["attribute", "targets", *(rule.removeprefix("_") or "replies" for rule in rules)]
+    _print_grid("voice descriptions: accuracy / macro F1, in %", columns, rows)
+
+
+def _print_grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table in which no word breaks; text to the left, numbers to the right."""
+    table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    for number, column in enumerate(columns):
+        is_text = number == 0 or column == "stream is"
+        table.add_column(escape(column), justify="left" if is_text else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
     console.print(table)

@@ -159,6 +159,8 @@ _TEMPLATE = """<!doctype html>
 <style>
 {{ style|safe }}
 .scroll th:first-child, .scroll td:first-child { min-width: 8.5rem; overflow-wrap: anywhere; }
+.narrow .scroll th:first-child, .narrow .scroll td:first-child { min-width: 0; overflow-wrap: normal; }
+@media (max-width: 30rem) { .narrow table { font-size: .8rem; } .narrow th, .narrow td { padding: .3rem .25rem; } }
 thead th { vertical-align: bottom; }
 tr.part > * { border-top: 2px solid var(--line); }
 b { font-weight: 650; }
@@ -183,8 +185,7 @@ li { overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
-{% macro broken(text) %}{% for part in text.split("/") %}{{ part }}{% if not loop.last %}/<wbr>{% endif %}{% endfor %}
-{%- endmacro %}
+{% macro broken(text) %}{{ (text|e).replace("/", "/<wbr>"|safe).replace("_", "_<wbr>"|safe) }}{% endmacro %}
 {% macro plain(cells, numbers_from=1) %}
 <div class="scroll"><table><thead><tr>{% for cell in cells[0] %}
 <th{% if loop.index0 >= numbers_from %} class="n"{% endif %}>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
@@ -233,7 +234,7 @@ significant. Scores of all items together (†) are not tested. d: in standard d
 {% if verdicts %}
 <h2>Is each modality used?</h2>
 <p><small>{{ judged }}: above 0, the model needs what the control took away.</small></p>
-{{ plain(verdicts, 3) }}
+<div class="narrow">{{ plain(verdicts, 5) }}</div>
 {% endif %}
 {% if curves %}
 <h2>Learning curves</h2>

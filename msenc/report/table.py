@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -302,10 +303,11 @@ def verdict_grid(table: Table) -> list[list[str]]:
     """Header and rows of the controls."""
     rows = []
     for v in table.verdicts:
-        seeds = ", ".join(f"{seed}: {said}" for seed, said in v.per_run.items())
-        cost = f"{v.effect.mean:+.4f} [{v.effect.low:+.4f}, {v.effect.high:+.4f}]"
+        is_same = set(v.per_run.values()) == {v.verdict}
+        seeds = f"all {len(v.per_run)}" if is_same else ", ".join(f"{seed}: {said}" for seed, said in v.per_run.items())
+        cost = f"{v.effect.mean:+z.4f} [{v.effect.low:z.4f}, {v.effect.high:z.4f}]"
         rows.append([v.configuration, v.control, v.verdict, cost, seeds])
-    return [["configuration", "control", "verdict", "nats per token", "by seed"], *rows]
+    return [["configuration", "control", "verdict", "nats per token [95 %]", "seeds"], *rows]
 
 
 def best(table: Table, metric: str) -> Configuration | None:
@@ -442,15 +444,26 @@ def _escaped(text: str) -> str:
 
 
 def _print_grid(cells: list[list[str]], console: Console) -> None:
-    shown = _rich_table(cells)
+    """A grid; one too wide for the console is turned, and then told in parts that fit, each with the first column."""
+    if not _fits(cells, console):
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    first, shown = 1, 1
+    for end in range(2, len(cells[0]) + 1):
+        part = [[row[0], *row[first:end]] for row in cells]
+        if end > first + 1 and not _fits(part, console):
+            console.print(_rich_table([[row[0], *row[first:shown]] for row in cells]))
+            first = shown
+        shown = end
+    console.print(_rich_table([[row[0], *row[first:shown]] for row in cells]))
+
+
+def _fits(cells: list[list[str]], console: Console) -> bool:
     # Measured as if there were room without end; the width given by default stops at the console's.
-    if console.measure(shown, options=console.options.update(width=100_000)).maximum > console.width:
-        shown = _rich_table([list(column) for column in zip(*cells, strict=True)])
-    console.print(shown)
+    return console.measure(_rich_table(cells), options=console.options.update(width=100_000)).maximum <= console.width
 
 
 def _rich_table(cells: list[list[str]]) -> RichTable:
-    shown = RichTable()
+    shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     # Text objects: a value such as [red] would otherwise be read as markup.
     for title in cells[0]:
         shown.add_column(Text(title), overflow="fold")

@@ -57,7 +57,7 @@ def test_the_page_holds_all_it_shows_and_runs_nothing(sweep, tmp_path):
     assert "@import" not in page
     assert "url(" not in page
     for shown in ("text_audio", "shuffle_audio", "used", "Voice descriptions", "python report.py", "90.0 ±"):
-        assert shown in page
+        assert shown in page.replace("<wbr>", "")
 
 
 def test_a_long_name_leaves_room_for_the_plots(tmp_path):

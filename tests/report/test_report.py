@@ -157,6 +157,17 @@ def test_a_narrow_console_loses_nothing(sweep):
     assert len(narrow.splitlines()) > len(printed(table, 200).splitlines())
 
 
+def test_a_console_narrower_than_a_turned_table_gets_it_in_parts(tmp_path):
+    names = [f"a_configuration_of_{n}_words" for n in ("two", "three", "four")]
+    for number, name in enumerate(names):
+        write_run(tmp_path / str(number), [f"model={name}"], metrics={"nll": 1.0 + number})
+    lines = printed(summarise(collect_runs(tmp_path)), 70).splitlines()
+    heads = [line.split() for line in lines if line.split()[:1] == ["model"]]
+    assert heads == [["model", *names[:1]], ["model", *names[1:2]], ["model", *names[2:]]]
+    values = [line.split()[1:] for line in lines if line.split()[:1] == ["nll"]]
+    assert values[:3] == [["1.000"], ["2.000"], ["3.000"]]
+
+
 def test_different_features_of_a_stream_are_named(tmp_path):
     write_run(tmp_path / "0", ["model/audio=logmel"], metrics={"nll": 1.0}, streams={"text": "s0", "audio": "a1"})
     write_run(tmp_path / "1", ["model/audio=wavlm"], metrics={"nll": 1.0}, streams={"text": "s0", "audio": "a2"})
