@@ -241,6 +241,7 @@ class EvaluateConfig:
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
         speech_workers: processes that speak; 0 works in this one.
         speech_recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
+        speech_metrics: of the sound: ``mos``, ``speaker_similarity``.
         control: what is taken from the input in evaluations beside the plain one (docs/controls.md): a name, a list,
             or ``shuffle`` for the words of the history and for every stream of the run.
         control_draws: how often each control draws what stands in a stream's place.
@@ -261,6 +262,7 @@ class EvaluateConfig:
     speech: Any = None
     speech_workers: int = 2
     speech_recogniser: str | None = None
+    speech_metrics: list[str] = field(default_factory=list)
     control: Any = None
     control_draws: int = 8
     limit: int | None = None

@@ -16,9 +16,11 @@ import numpy as np
 
 from msenc.config import build
 from msenc.metrics.scores import needing
+from msenc.metrics.sound import PredictedMos, speaker_similarity
 from msenc.metrics.speech import heard_voice, score_voices, score_words
 from msenc.models.recognition import Recogniser
 from msenc.prepare.describe import Bin, syllables_of
+from msenc.prepare.speakers import Resemblyzer
 from msenc.prepare.workers import progress_bar, watch_parent
 from msenc.run import digest
 from msenc.speech.description import parse
@@ -83,6 +85,7 @@ def listen_to_replies(
     bins: Mapping[str, Bin] | None,
     recogniser: str | None,
     num_workers: int,
+    sound_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure what `speak_replies` left, and note it in the predictions.
 
@@ -93,10 +96,11 @@ def listen_to_replies(
         bins: where the words of a voice change, see `prepare.describe.read_bins`; None leaves the voices out.
         recogniser: a Whisper by id or folder; None leaves the words out.
         num_workers: processes that measure; 0 works in this one.
+        sound_metrics: of `metrics.sound.SOUND_METRICS`.
 
     Returns:
-        ``speech/spoken`` (replies with sound), ``speech/wer``, ``speech/cer``, and per attribute the share that is
-        heard ``as_written`` in the reply's description, and ``as_reference`` asks.
+        ``speech/spoken`` (replies with sound), ``speech/wer``, ``speech/cer``, per attribute the share that is heard
+        ``as_written`` in the reply's description, and ``as_reference`` asks, and what the sound metrics say.
     """
     texts = [p["reply"]["text"] for p in predictions]
     files = sorted({folder / p["speech"] for p in predictions if p["speech"]})
@@ -108,9 +112,24 @@ def listen_to_replies(
         scores = score_words([words[folder / p["speech"]] if p["speech"] else "" for p in predictions], texts)
         found |= scores.corpus
         for name, values in scores.items.items():
-            for prediction, value in zip(predictions, values, strict=True):
-                if not math.isnan(value):
-                    prediction.setdefault("scores", {})[name] = value
+            _note_scores(predictions, name, values)
+    if "mos" in sound_metrics:
+        predict = PredictedMos()
+        with progress_bar("replies") as progress:
+            quality = {f: predict(_read(f, predict.sample_rate)) for f in progress.track(files, description="MOS")}
+        for name in ("overall", "sig", "bak"):
+            scores = [quality[folder / p["speech"]][name] if p["speech"] else math.nan for p in predictions]
+            found[f"speech/mos/{name}"] = float(np.nanmean(scores)) if files else math.nan
+            _note_scores(predictions, f"speech/mos/{name}", scores)
+    if "speaker_similarity" in sound_metrics:
+        embed = Resemblyzer()
+        with progress_bar("replies") as progress:
+            voices = {f: embed(_read(f, embed.sample_rate)) for f in progress.track(files, description="speakers")}
+        # one sound that is said twice would be like itself
+        once = {(p["dialogue"], p["speech"]): p for p in predictions if p["speech"]}.values()
+        found |= speaker_similarity(
+            [voices[folder / p["speech"]] for p in once], [p["dialogue"] for p in once], [p["speaker"] for p in once]
+        )
     if bins is not None:
         measures = dict(zip(files, _measure_all(files, num_workers), strict=True))
         heard = [
@@ -125,8 +144,26 @@ def listen_to_replies(
     return found
 
 
+def check_sound_metrics(names: Sequence[str]) -> None:
+    """Refuse metrics whose packages are missing, before anything is spoken.
+
+    Raises:
+        MsencError: names what is missing.
+    """
+    if "mos" in names:
+        PredictedMos()
+    if "speaker_similarity" in names:
+        Resemblyzer()
+
+
+def _note_scores(predictions: Sequence[dict[str, Any]], name: str, values: Sequence[float]) -> None:
+    for prediction, value in zip(predictions, values, strict=True):
+        if not math.isnan(value):
+            prediction.setdefault("scores", {})[name] = value
+
+
 def _read(file: Path, sample_rate: int) -> np.ndarray:
-    with needing("speech/wer", "demo"):
+    with needing("speech", "demo"):
         import soxr
     samples, own_rate = from_wav(file.read_bytes())
     return soxr.resample(samples, own_rate, sample_rate)

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,24 @@ def test_without_bins_and_recogniser_the_sounds_are_counted(tmp_path):
     predictions = said()
     speak_replies(predictions, NODE, tmp_path, 0)
     assert listen_to_replies(predictions, tmp_path, None, None, 0) == {"speech/spoken": 3}
+
+
+def test_quality_and_voices_of_the_sounds_are_measured(tmp_path):
+    for package in ("onnxruntime", "speechmos", "resemblyzer"):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    predictions = [
+        answered(text, "a woman speaks" if speaker == "Anna" else "a man speaks", "", speaker)
+        for speaker in ("Anna", "Leo")
+        for text in ("You look sad. Here is the garden.", "I have never been to this city before.", "!")
+    ]
+    speak_replies(predictions, NODE, tmp_path, 0)
+    found = listen_to_replies(predictions, tmp_path, None, None, 0, ["mos", "speaker_similarity"])
+    scores = [p.get("scores", {}).get("speech/mos/overall") for p in predictions]
+    assert [s is None for s in scores] == [False, False, True] * 2
+    assert found["speech/mos/overall"] == pytest.approx(np.mean([s for s in scores if s]))
+    assert 1 < found["speech/mos/overall"] < 5
+    assert found["speech/speaker_similarity/same"] > found["speech/speaker_similarity/others"] + 0.1
 
 
 @pytest.mark.real

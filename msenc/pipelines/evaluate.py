@@ -19,6 +19,7 @@ from msenc.config import build, check_targets, plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.evaluation import evaluate_control, evaluate_split, read_predictions, write_evaluation
+from msenc.metrics.sound import SOUND_METRICS
 from msenc.metrics.text import DEFAULT_METRICS, build_text_metrics
 from msenc.models.conversation import ConversationModel
 from msenc.pipelines.parts import (
@@ -40,7 +41,7 @@ from msenc.prepare.describe import BINS, read_bins
 from msenc.prompt import TOKEN_KINDS
 from msenc.run import digest, is_finished, read_json, read_run
 from msenc.speech.description import VOCABULARY
-from msenc.spoken import listen_to_replies, speak_replies
+from msenc.spoken import check_sound_metrics, listen_to_replies, speak_replies
 from msenc.sweep import read_sweep
 from msenc.types import MsencError
 
@@ -60,7 +61,8 @@ def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
     for folder, status in left_out:
         console.print(f"Not evaluated, as it is not finished ({status}): {shown(folder)}", soft_wrap=True)
     names = ("split", "checkpoint", "decoding", "limit", "device", "data_dir", "on_data", "overwrite", "metrics")
-    names += ("metric_settings", "speech", "speech_workers", "speech_recogniser", "control_draws")
+    names += ("metric_settings", "speech", "speech_workers", "speech_recogniser", "speech_metrics")
+    names += ("control_draws",)
     options = {name: config[name] for name in names}
     options |= {"with_replies": config["generate"], "controls": config["control"]}
     measured: dict[Path, dict[str, Any]] = {}
@@ -140,6 +142,7 @@ def evaluate_run(
     speech: dict[str, Any] | None = None,
     speech_workers: int = 0,
     speech_recogniser: str | None = None,
+    speech_metrics: Sequence[str] = (),
     controls: str | Sequence[str] | None = None,
     control_draws: int = 8,
 ) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def evaluate_run(
         speech: ``_target_`` node of a synthesizer that speaks the replies, or None.
         speech_workers: processes that speak; 0 works in this one.
         speech_recogniser: a Whisper that checks what was spoken, or None.
+        speech_metrics: names of `metrics.sound.SOUND_METRICS`.
         controls: what to take from the input in evaluations beside the plain one; see `data.controls.read_controls`.
         control_draws: how often each control draws.
     """
@@ -170,6 +174,9 @@ def evaluate_run(
         raise MsencError(f"control_draws={control_draws}: expected 1 or more.")
     if speech is not None and not with_replies:
         raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
+    if (unknown := [*set(speech_metrics) - {*SOUND_METRICS}]) or (speech_metrics and speech is None):
+        found = f"no such metric as {unknown[0]}" if unknown else "no synthesizer"
+        raise MsencError(f"speech_metrics: {found}. Expected some of {', '.join(SOUND_METRICS)}, and speech=espeak.")
     if limit is not None and limit < 1:
         raise MsencError(f"limit={limit}: expected the number of dialogues to measure, 1 or more, or null for all.")
     record, config = open_run(run_dir, data_dir)
@@ -180,6 +187,7 @@ def evaluate_run(
     quieten()
     if speech is not None:
         build(speech)  # what it refuses is said now, not after all replies are written
+        check_sound_metrics(speech_metrics)
     scorers = build_text_metrics(metrics, metric_settings) if with_replies else {}
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = _open_data(record, config, is_other=on_data is not None)
@@ -211,6 +219,8 @@ def evaluate_run(
         settings["metrics"] = {metric: (metric_settings or {}).get(metric) for metric in sorted(metrics)}
     if speech is not None:
         settings["speech"] = {**speech, "recogniser": speech_recogniser}
+        if speech_metrics:
+            settings["speech"]["metrics"] = sorted(speech_metrics)
     folder = place(settings)
     found = before(folder)
     if found is not None:
@@ -224,7 +234,7 @@ def evaluate_run(
             new = speak_replies(predictions, speech, folder, speech_workers)
             data = datamodule.folder
             bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
-            found |= listen_to_replies(predictions, folder, bins, speech_recogniser, speech_workers)
+            found |= listen_to_replies(predictions, folder, bins, speech_recogniser, speech_workers, speech_metrics)
             console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
             if bins is None:
                 console.print(

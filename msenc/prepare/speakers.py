@@ -35,6 +35,7 @@ class Resemblyzer:
         MsencError: if the package is missing.
     """
 
+    sample_rate = SAMPLE_RATE
     _WINDOW, _STEP, _MELS, _WIDTH = 400, 160, 40, 256  # samples, samples, bands, units
     _FRAMES, _HOP = 160, 77  # of a part, and from part to part: 1.6 s, 1.3 parts a second
     _LEVEL = 10 ** (-30 / 20)  # root mean square; quieter sound is raised to it

@@ -22,9 +22,9 @@ VOICES = {
 PROSODY = {"woman": {"low": "af_nova", "high": "bf_alice"}, "man": {"low": "am_onyx", "high": "bm_george"}}
 """Whose way of speaking is mixed in for a pitch; the timbre stays the speaker's."""
 
-PITCH_HZ = {"woman": {"low": 165.0, "high": 245.0}, "man": {"low": 90.0, "high": 145.0}}
+PITCH_HZ = {"woman": {"low": 165.0, "high": 230.0}, "man": {"low": 90.0, "high": 138.0}}
 SPREAD = {"flat": 0.4, "expressive": 1.6}
-SPEED = {"slow": 0.75, "fast": 1.35}
+SPEED = {"slow": 0.77, "fast": 1.3}
 
 _PROSODY_SHARE = 0.6
 _STYLE = 256  # its first half is the timbre, its second the prosody
