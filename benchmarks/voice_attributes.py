@@ -47,6 +47,7 @@ def demo_truth(root: Path) -> dict[str, dict[str, str]]:
                     "pitch": PITCH_WORDS[row["Pitch"]],
                     "range": row["Range"],
                     "gender": SPEAKERS[row["Speaker"]].person.split()[-1],
+                    "speaker": row["Speaker"],
                 }
     return truth
 
@@ -64,18 +65,28 @@ def measure_demo(root: Path, num_workers: int, limit: int | None = None) -> tupl
     return dialogues, {line["id"]: line for line in map(json.loads, lines)}
 
 
+def measures_of(line: dict[str, Any]) -> VoiceMeasures:
+    """The measures in a line of the describe stage, but for the rate, which it has put in its words."""
+    return VoiceMeasures(**{key: line[key] for key in VoiceMeasures.__dataclass_fields__})
+
+
 def accuracies(turns: dict[str, Any], truth: dict[str, dict[str, str]]) -> dict[str, dict[str, dict[str, float]]]:
     """Attribute -> split -> share right, share of unknown, share of the majority, clips.
 
-    An unknown word is not right. The gender, which the demo gives, is estimated here from each clip's pitch alone.
+    An unknown word is not right. The gender, which the demo gives, is estimated here: from one clip, and from all clips
+    of a speaker in a dialogue, as the describe stage does.
     """
     cells: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    speakers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for id, line in turns.items():
         split = id.split("/")[1]
         for name in ("pitch", "range"):
             cells[name, split].append((line["measured"][name], truth[id][name]))
-        heard = [line["f0_hz"]] if line["f0_hz"] else []
-        cells["gender (estimated)", split].append((estimate_gender(heard), truth[id]["gender"]))
+        cells["gender, from one clip", split].append((estimate_gender([measures_of(line)]), truth[id]["gender"]))
+        speakers[id.rpartition("/")[0], truth[id]["speaker"]].append(id)
+    for ids in speakers.values():
+        estimated = estimate_gender([measures_of(turns[id]) for id in ids])
+        cells["gender, by speaker", ids[0].split("/")[1]] += [(estimated, truth[id]["gender"]) for id in ids]
     result: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for (name, split), pairs in cells.items():
         result[name][split] = {
@@ -104,7 +115,8 @@ def predictability(
             key = (dialogue.split, utterance.speaker, number)
             for attribute, word in turns[id]["measured"].items():
                 rows[attribute].append((*key, word))
-            for attribute, word in truth[id].items():
+            for attribute in ("pitch", "range", "gender"):
+                word = truth[id][attribute]
                 rows[f"{attribute}, truth"].append((*key, word))
     result = {}
     for attribute, cells in sorted(rows.items()):
@@ -198,16 +210,17 @@ def kokoro_orders(
         measures = measure(render(folder, ipa, voice, **settings))
         return measures, measured_values(measures, count_syllables(ipa))
 
-    rates, pitches, f0 = [], [], {}
+    rates, pitches, f0, heard = [], [], {}, {}
     for voice in (*women, *men):
         plain = [values(ipa, voice) for ipa in phonemes]
-        f0[voice] = [measures.f0_hz for measures, _ in plain]
+        heard[voice] = [measures for measures, _ in plain]
+        f0[voice] = [measures.f0_hz for measures in heard[voice]]
         for ipa, (_, middle) in zip(phonemes, plain, strict=True):
             spoken = {1.0: middle} | {s: values(ipa, voice, speed=s)[1] for s in SPEEDS if s != 1.0}
             rates.append(order_kept([[spoken[s]["rate"]] for s in SPEEDS]))
             spoken = {1.0: middle} | {p: values(ipa, voice, pitch=p)[1] for p in PITCH_FACTORS if p != 1.0}
             pitches.append(order_kept([[spoken[p]["pitch"]] for p in PITCH_FACTORS]))
-    estimated = {voice: estimate_gender([f for f in f0[voice] if f is not None]) for voice in f0}
+    estimated = {voice: estimate_gender(heard[voice]) for voice in f0}
     is_woman = {voice: voice in women for voice in f0}
     return {
         "rate: pairs in order": float(np.mean(rates)),

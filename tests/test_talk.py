@@ -1,7 +1,9 @@
 import json
+import os
 import wave
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from msenc.config import plain
 from msenc.pipelines.parts import build_datamodule
 from msenc.pipelines.respond import load_agent, respond
 from msenc.run import read_run
+from msenc.speech.espeak import ESpeak
+from msenc.speech.wav import write_wav
 from msenc.talk import Turn, choose_speakers, read_talk
 from msenc.types import MsencError
 
@@ -82,6 +86,35 @@ def test_a_history_is_read_and_alternatives_are_written(run, compose, clips, tmp
         assert one["sound"] == f"reply-{number}.wav"
         with wave.open(str(tmp_path / "out" / one["sound"])) as file:
             assert file.getnframes() / file.getframerate() == pytest.approx(one["sound_s"], abs=1e-3)
+
+
+@pytest.mark.real
+def test_words_are_recognised_where_none_are_given(run, compose, clips, tmp_path):
+    whisper = Path(os.environ.get("MSENC_MODELS", "nowhere")) / "whisper-base"
+    if not whisper.is_dir():
+        pytest.skip("MSENC_MODELS names no folder with whisper-base")
+    said = "There was a small dog waiting in front of the bakery all afternoon."
+    write_wav(tmp_path / "said.wav", *ESpeak()(said, "a man speaks slowly"))
+    reply = answer(compose, run, tmp_path / "a", f"audio={tmp_path / 'said.wav'}", f"asr={whisper}")
+    text = reply["history"][0]["text"]
+    assert jiwer.wer(said.lower(), text.lower()) < 0.3
+    assert f"Recognised: {text}" in reply["notices"]
+    assert reply["seconds"]["recognition"] > 0
+    # a video's own sound where no other is given, and the other where it is
+    by_video = answer(compose, run, tmp_path / "v", f"video={clips[0]}", f"asr={whisper}")["history"][0]["text"]
+    by_audio = answer(compose, run, tmp_path / "w", f"audio={clips[0]}", f"asr={whisper}")["history"][0]["text"]
+    assert by_video == by_audio
+    both = answer(compose, run, tmp_path / "b", f"video={clips[0]}", f"audio={tmp_path / 'said.wav'}", f"asr={whisper}")
+    assert both["history"][0]["text"] == text != by_video
+    # in a history of three turns, only where words are missing
+    turns = [
+        {"speaker": "Anna", "text": "Hello.", "audio": str(tmp_path / "said.wav")},
+        {"speaker": "Ben", "text": "Hi!"},
+        {"speaker": "Anna", "audio": "said.wav"},
+    ]
+    (tmp_path / "talk.json").write_text(json.dumps({"turns": turns}), encoding="utf-8")
+    reply = answer(compose, run, tmp_path / "h", f"history={tmp_path / 'talk.json'}", f"asr={whisper}")
+    assert [t["text"] for t in reply["history"]] == ["Hello.", "Hi!", text]
 
 
 def test_speakers_take_turns():

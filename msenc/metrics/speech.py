@@ -56,8 +56,7 @@ def heard_voice(measures: VoiceMeasures, num_syllables: int, bins: Mapping[str, 
         num_syllables: of what is said.
         bins: of the data set, see `prepare.describe.read_bins`.
     """
-    gender = estimate_gender([] if measures.f0_hz is None else [measures.f0_hz])
-    return attributes_of(measured_values(measures, num_syllables), gender, bins)
+    return attributes_of(measured_values(measures, num_syllables), estimate_gender([measures]), bins)
 
 
 def score_voices(heard: Sequence[VoiceAttributes], asked: Sequence[VoiceAttributes], name: str) -> dict[str, Any]:

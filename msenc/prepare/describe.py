@@ -48,8 +48,11 @@ About the smallest difference that one hears between two sentences, or that the 
 
 MIN_CLIPS = 10
 
-# Median fundamental frequency of a speaker: between these two a voice may be either.
-MAX_MAN_HZ, MIN_WOMAN_HZ = 145.0, 175.0
+GENDER_CUES = {"f0_hz": (155.0, 0.25), "f3_hz": (2850.0, 1.0), "f4_hz": (3900.0, 0.5)}
+"""Measure -> where women and men part, and how much a semitone above it counts for a woman."""
+
+MIN_GENDER_ST = 0.3
+"""Weighted semitones from there, below which a voice may be either."""
 
 
 @dataclass(frozen=True)
@@ -253,17 +256,25 @@ def measured_values(measures: VoiceMeasures, num_syllables: int) -> dict[str, fl
     }
 
 
-def estimate_gender(f0_hz: Sequence[float]) -> str:
-    """The likely gender of one speaker by the median of some clips' pitch; ``unknown`` where women and men overlap.
+def estimate_gender(measures: Sequence[VoiceMeasures]) -> str:
+    """The likely gender of one speaker by some clips; ``unknown`` where women and men overlap.
+
+    Pitch and, above all, the third and fourth formant, which a high or low mood does not move: `GENDER_CUES`, chosen on
+    synthetic voices (docs/log.md).
 
     Example:
-        >>> estimate_gender([110.0, 120.0, 190.0]), estimate_gender([160.0]), estimate_gender([])
-        ('man', 'unknown', 'unknown')
+        >>> low, high = VoiceMeasures(110, f3_hz=2600, f4_hz=3600), VoiceMeasures(210, f3_hz=3000, f4_hz=4200)
+        >>> estimate_gender([low, low, high]), estimate_gender([high]), estimate_gender([VoiceMeasures(f0_hz=90)])
+        ('man', 'woman', 'unknown')
     """
-    if not f0_hz:
+    scores = [
+        sum(weight * 12 * np.log2(getattr(m, cue) / middle) for cue, (middle, weight) in GENDER_CUES.items())
+        for m in measures
+        if all(getattr(m, cue) is not None for cue in GENDER_CUES)
+    ]
+    if not scores or abs(score := float(np.median(scores))) < MIN_GENDER_ST:
         return UNKNOWN
-    median = float(np.median(f0_hz))
-    return "man" if median < MAX_MAN_HZ else "woman" if median > MIN_WOMAN_HZ else UNKNOWN
+    return "woman" if score > 0 else "man"
 
 
 def _fit_bin(name: str, values: np.ndarray, settings: VoiceSettings) -> Bin:
@@ -299,7 +310,7 @@ def _turns(
             if gender == UNKNOWN:
                 gender = parse(utterance.description or "").gender
             if gender == UNKNOWN:
-                heard = [m.f0_hz for u, m in own if u.speaker == utterance.speaker and m.f0_hz is not None]
+                heard = [m for u, m in own if u.speaker == utterance.speaker]
                 gender, source = estimate_gender(heard), "estimated"
             values = measured_values(measured, next(syllables))
             turns[dialogue.id, utterance.id] = _Turn(values, gender, source if gender != UNKNOWN else None)

@@ -23,7 +23,7 @@ VOICES = {
         _Variant("f1", 174, 3.7),
         _Variant("f4", 174, 3.7),
         _Variant("Annie", 225, 7.1),
-        _Variant("anika", 262, 3.5),
+        _Variant("Alicia", 242, 4.0),
     ),
     "man": (_Variant("m1", 90, 4.3), _Variant("m2", 98, 3.1), _Variant("m3", 101, 4.3), _Variant("m4", 90, 5.3)),
 }

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from msenc.speech.formants import high_formants
 from msenc.speech.pitch import HIGH_HZ, HOP_S, LOW_HZ, track_pitch
 
-VERSION = 1  # raised whenever an equal clip gives other values
+VERSION = 2  # raised whenever an equal clip gives other values
 SAMPLE_RATE = 16_000
 
 # Shortest material that a value is taken from.
@@ -39,6 +40,8 @@ class VoiceMeasures:
         loudness_lufs: gated loudness after ITU-R BS.1770-4.
         pause_share: pauses of 0.2 s or more, as a share of the time between the first and the last sound of speech.
         snr_db: power of the speech over that of what is heard beside it.
+        f3_hz: median of the third formant in voiced sounds.
+        f4_hz: of the fourth one.
     """
 
     f0_hz: float | None = None
@@ -47,6 +50,8 @@ class VoiceMeasures:
     loudness_lufs: float | None = None
     pause_share: float | None = None
     snr_db: float | None = None
+    f3_hz: float | None = None
+    f4_hz: float | None = None
 
 
 def measure(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> VoiceMeasures:
@@ -71,6 +76,7 @@ def measure(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> VoiceMeasure
     span = inside[-1] + 1 - inside[0]
     speech_s = len(inside) * HOP_S
     low, high = np.percentile(voiced, [10, 90])
+    f3_hz, f4_hz = high_formants(samples, sample_rate, f0 > 0) or (None, None)
     return VoiceMeasures(
         f0_hz=_rounded(np.median(voiced)),
         f0_range_st=_rounded(12 * np.log2(high / low)) if len(voiced) * HOP_S >= MIN_MELODY_S else None,
@@ -78,6 +84,8 @@ def measure(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> VoiceMeasure
         loudness_lufs=loudness_lufs(samples, sample_rate),
         pause_share=_rounded(1 - len(inside) / span) if span * HOP_S >= MIN_SPAN_S else None,
         snr_db=_snr_db(power, is_speech),
+        f3_hz=f3_hz and _rounded(f3_hz),
+        f4_hz=f4_hz and _rounded(f4_hz),
     )
 
 

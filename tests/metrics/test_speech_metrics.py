@@ -34,6 +34,6 @@ def test_a_voice_gets_the_words_of_the_data():
     rate = Bin((4.0,), ("slow", "fast"), "given", 0, None)
     other = Bin(None, ("a", "b"), "does not vary", 0, None)
     bins = dict.fromkeys(("pitch/woman", "pitch/man", "range", "loudness", "pauses", "noise"), other) | {"rate": rate}
-    heard = heard_voice(VoiceMeasures(f0_hz=210.0, speech_s=2.0), 10, bins)
+    heard = heard_voice(VoiceMeasures(f0_hz=210.0, speech_s=2.0, f3_hz=3000.0, f4_hz=4100.0), 10, bins)
     assert heard == VoiceAttributes(gender="woman", rate="fast")
     assert heard_voice(VoiceMeasures(), 10, bins) == VoiceAttributes()

@@ -232,11 +232,15 @@ def test_the_noise_words_follow_the_snr():
 
 
 def test_gender_is_given_or_estimated_by_speaker_and_marked(tmp_path, monkeypatch):
-    f0 = {"a": 110.0, "b": 190.0, "c": 120.0, "d": 160.0, "e": 220.0, "f": None}
+    f0 = {"a": 110.0, "b": 190.0, "c": 120.0, "d": 157.0, "e": 220.0, "f": None}
     monkeypatch.setattr(
         stage,
         "_measure_all",
-        lambda dialogues, *_: {clip: VoiceMeasures(f0_hz=value) for clip, value in f0.items() if value},
+        lambda dialogues, *_: {
+            clip: VoiceMeasures(f0_hz=hz, f3_hz=2850 * (hz / 155) ** 0.2, f4_hz=3900 * (hz / 155) ** 0.2)
+            for clip, hz in f0.items()
+            if hz
+        },
     )
     utterances = (
         Utterance("0", "0", "One.", clip="a"),

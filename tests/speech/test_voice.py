@@ -2,6 +2,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
+from scipy.signal import lfilter, resample_poly
 from test_pitch import vowel
 
 from msenc.speech.libespeak import to_phonemes
@@ -35,6 +36,22 @@ def test_each_measure_is_what_the_sound_was_made_with():
     assert measured.speech_s == pytest.approx(2.0, abs=0.1)
     assert measured.pause_share == pytest.approx(0.5 / 2.5, abs=0.03)
     assert measured.snr_db == pytest.approx(30, abs=1.5)
+
+
+def test_formants_are_where_the_vocal_tract_puts_them_at_any_pitch():
+    wanted = (500.0, 1500.0, 2600.0, 3700.0)
+    for f0 in (90, 130, 240):
+        samples = np.zeros(RATE)
+        samples[:: round(RATE / f0)] = 1  # a pulse per period
+        for hertz in (*wanted, 4700.0):
+            radius = np.exp(-np.pi * 90 / RATE)
+            samples = lfilter([1], [1, -2 * radius * np.cos(2 * np.pi * hertz / RATE), radius**2], samples)
+        samples = (0.3 * samples / np.abs(samples).max()).astype(np.float32)
+        for rate, sound in ((RATE, samples), (24_000, resample_poly(samples, 3, 2).astype(np.float32))):
+            measured = measure(sound, rate)
+            assert measured.f3_hz == pytest.approx(wanted[2], rel=0.04)
+            assert measured.f4_hz == pytest.approx(wanted[3], rel=0.04)
+    assert measure(samples[: RATE // 20], RATE).f3_hz is None
 
 
 @pytest.mark.parametrize(
