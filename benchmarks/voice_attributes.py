@@ -115,8 +115,9 @@ def predictability(
             key = (dialogue.split, utterance.speaker, number)
             for attribute, word in turns[id]["measured"].items():
                 rows[attribute].append((*key, word))
-            for attribute in ("pitch", "range", "gender"):
-                word = truth[id][attribute]
+            for attribute, word in truth[id].items():
+                if attribute == "speaker":
+                    continue
                 rows[f"{attribute}, truth"].append((*key, word))
     result = {}
     for attribute, cells in sorted(rows.items()):
