@@ -5,12 +5,13 @@ A file is named after all that makes its sound, so what was spoken before is fou
 
 import math
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from msenc.speech.synthesis import Synthesizer, settle_gender
 from msenc.speech.voice import VoiceMeasures, measure
 from msenc.speech.wav import from_wav, write_wav
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class _Line(NamedTuple):
@@ -73,9 +77,8 @@ def speak_replies(
     new = [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()]
     if new:
         (folder / "speech").mkdir(parents=True, exist_ok=True)
-        with progress_bar("replies") as progress:
-            for _ in progress.track(_speak_all(new, synthesizer, num_workers), len(new), description="speaking"):
-                pass
+        for _ in _map(partial(_Speaker, synthesizer), new, num_workers, "speaking"):
+            pass
     return len(new)
 
 
@@ -107,31 +110,28 @@ def listen_to_replies(
     found: dict[str, Any] = {"speech/spoken": sum(p["speech"] is not None for p in predictions)}
     if recogniser is not None:
         listen = Recogniser(recogniser)
-        with progress_bar("replies") as progress:
-            words = {f: listen.text(_read(f, listen.sample_rate)) for f in progress.track(files, description="words")}
+        words = _hear_all(files, listen.text, listen.sample_rate, "words")
         scores = score_words([words[folder / p["speech"]] if p["speech"] else "" for p in predictions], texts)
         found |= scores.corpus
         for name, values in scores.items.items():
             _note_scores(predictions, name, values)
     if "mos" in sound_metrics:
         predict = PredictedMos()
-        with progress_bar("replies") as progress:
-            quality = {f: predict(_read(f, predict.sample_rate)) for f in progress.track(files, description="MOS")}
+        quality = _hear_all(files, predict, predict.sample_rate, "MOS")
         for name in ("overall", "sig", "bak"):
             scores = [quality[folder / p["speech"]][name] if p["speech"] else math.nan for p in predictions]
             found[f"speech/mos/{name}"] = float(np.nanmean(scores)) if files else math.nan
             _note_scores(predictions, f"speech/mos/{name}", scores)
     if "speaker_similarity" in sound_metrics:
         embed = Resemblyzer()
-        with progress_bar("replies") as progress:
-            voices = {f: embed(_read(f, embed.sample_rate)) for f in progress.track(files, description="speakers")}
+        voices = _hear_all(files, embed, embed.sample_rate, "speakers")
         # one sound that is said twice would be like itself
         once = {(p["dialogue"], p["speech"]): p for p in predictions if p["speech"]}.values()
         found |= speaker_similarity(
             [voices[folder / p["speech"]] for p in once], [p["dialogue"] for p in once], [p["speaker"] for p in once]
         )
     if bins is not None:
-        measures = dict(zip(files, _measure_all(files, num_workers), strict=True))
+        measures = dict(zip(files, _map(_make_measurer, files, num_workers, "voices"), strict=True))
         heard = [
             heard_voice(measures[folder / p["speech"]] if p["speech"] else VoiceMeasures(), num_syllables, bins)
             for p, num_syllables in zip(predictions, syllables_of(texts), strict=True)
@@ -162,58 +162,74 @@ def _note_scores(predictions: Sequence[dict[str, Any]], name: str, values: Seque
             prediction.setdefault("scores", {})[name] = value
 
 
-def _read(file: Path, sample_rate: int) -> np.ndarray:
+def _hear_all(
+    files: Sequence[Path], hear: Callable[[np.ndarray], R], sample_rate: int, description: str
+) -> dict[Path, R]:
     with needing("speech", "demo"):
         import soxr
-    samples, own_rate = from_wav(file.read_bytes())
-    return soxr.resample(samples, own_rate, sample_rate)
-
-
-def _measure_all(files: Sequence[Path], num_workers: int) -> list[VoiceMeasures]:
+    heard = {}
     with progress_bar("replies") as progress:
-        if num_workers == 0:
-            return [_measure(file) for file in progress.track(files, description="voices")]
-        with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=watch_parent) as pool:
-            return list(progress.track(pool.map(_measure, files), len(files), description="voices"))
+        for file in progress.track(files, description=description):
+            samples, own_rate = from_wav(file.read_bytes())
+            heard[file] = hear(soxr.resample(samples, own_rate, sample_rate))
+    return heard
 
 
-def _measure(file: Path) -> VoiceMeasures:
+def _read_measure(file: Path) -> VoiceMeasures:
     return measure(*from_wav(file.read_bytes()))
 
 
-def _speak_all(lines: Sequence[_Line], synthesizer: Mapping[str, Any], num_workers: int) -> Iterator[None]:
+def _make_measurer() -> Callable[[Path], VoiceMeasures]:
+    return _read_measure
+
+
+class _Speaker:
+    """Writes the sound of a line.
+
+    Args:
+        node: ``_target_`` node of a synthesizer.
+    """
+
+    def __init__(self, node: Mapping[str, Any]) -> None:
+        self.speak: Synthesizer = build(node)
+
+    def __call__(self, line: _Line) -> None:
+        write_wav(line.file, *self.speak(line.text, line.voice, line.speaker))
+
+
+def _map(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
+    """Results in order, under a progress bar; each process makes its own work once."""
+    with progress_bar("replies") as progress:
+        yield from progress.track(_work(make_work, values, num_workers, doing), len(values), description=doing)
+
+
+def _work(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
     if num_workers == 0:
-        speak = build(synthesizer)
-        yield from (_speak(speak, line) for line in lines)
+        yield from map(make_work(), values)
         return
     # spawn: a forked child would inherit the threads' locks of whatever runs in this process
-    pool = ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(synthesizer,)
-    )
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_work,))
     try:
-        yield from pool.map(_speak_in_worker, lines)
+        yield from pool.map(_work_in_worker, values)
     except BrokenProcessPool as error:
         raise MsencError(
-            f"A process that speaks replies ended without a word ({error}). Found {num_workers} of them; try fewer "
+            f"{doing}: a process ended without a word ({error}). Found {num_workers} of them; try fewer "
             "(speech_workers=1), or look for a lack of memory. What was spoken is kept."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _speak(synthesizer: Synthesizer, line: _Line) -> None:
-    write_wav(line.file, *synthesizer(line.text, line.voice, line.speaker))
+_worker: dict[str, Any] = {}  # of a process: how its work is made, and the work once it is
 
 
-_worker: dict[str, Any] = {}  # of a process: the node, and the synthesizer once it is built
-
-
-def _start_worker(node: Mapping[str, Any]) -> None:
+def _start_worker(make_work: Callable[[], Callable[[Any], Any]]) -> None:
     watch_parent()
-    _worker["node"] = node
+    _worker["make_work"] = make_work
 
 
-def _speak_in_worker(line: _Line) -> None:
-    if "synthesizer" not in _worker:  # here and not at the start, where a refusal would break the pool
-        _worker["synthesizer"] = build(_worker["node"])
-    _speak(_worker["synthesizer"], line)
+def _work_in_worker(value: Any) -> Any:
+    if "work" not in _worker:  # here and not at the start, where a refusal would break the pool
+        _worker["work"] = _worker["make_work"]()
+    return _worker["work"](value)

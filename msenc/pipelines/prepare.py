@@ -213,15 +213,20 @@ def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> 
 
 def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> None:
     table = Table(title=f"{manifest.name}, prepared")
-    for column in ("split", "dialogues", "utterances", "samples", "hours", *manifest.streams):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for split, counts in manifest.splits.items():
-        table.add_row(
-            split,
-            *(f"{n:,}" for n in (counts.dialogues, counts.utterances, counts.samples)),
-            f"{counts.hours:.2f}",
-            *(f"{info.utterances.get(split, 0):,}" for info in manifest.streams.values()),
-        )
+    table.add_column()
+    for split in manifest.splits:
+        table.add_column(split, justify="right")
+    rows = {
+        name: [f"{getattr(n, name):,}" for n in manifest.splits.values()]
+        for name in ("dialogues", "utterances", "samples")
+    }
+    rows["hours"] = [f"{n.hours:.2f}" for n in manifest.splits.values()]
+    for stream, info in manifest.streams.items():
+        if stream == "turns":
+            continue  # every utterance has one
+        rows[f"with {stream}"] = [f"{info.utterances.get(split, 0):,}" for split in manifest.splits]
+    for name, values in rows.items():
+        table.add_row(name, *values)
     console.print(table)
     folder = Path(config["data"]["dir"])
     if "voice" in manifest.settings:
@@ -230,7 +235,8 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
         console.print(f"Text with repaired encoding: {manifest.num_repaired:,} rows.")
     for reason, count in manifest.rejected.items():
         console.print(f"Not used: {count:,} x {reason}")
-    console.print(f"Written: {folder / 'dataset.json'}, {folder / 'rejected.csv'}, one folder per stream beside them.")
+    files = f"{shown(folder / 'dataset.json')}, {shown(folder / 'rejected.csv')}"
+    console.print(f"Written: {files}, one folder per stream beside them.", soft_wrap=True)
 
 
 def _print_bins(folder: Path) -> None:

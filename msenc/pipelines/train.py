@@ -235,7 +235,7 @@ def _fit(
     )
     # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
     is_debug = bool(config["trainer"].get("fast_dev_run"))
-    callbacks = [] if is_debug else [build(node) for node in config["callbacks"].values()]
+    callbacks = [] if is_debug else [build(n) for n in config["callbacks"].values() if n]
     files = CheckpointFiles()
     checkpoints = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
     newest = None
@@ -253,7 +253,7 @@ def _fit(
             )
             console.print(f"Training goes on from {at}.")
         purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
-        loggers = [build(n, **(purge if n["_target_"] in PURGING else {})) for n in config["logger"].values()]
+        loggers = [build(n, **(purge if n["_target_"] in PURGING else {})) for n in config["logger"].values() if n]
         os.environ[RUN_FOLDER] = str(record.folder)
         trainer = build(
             config["trainer"],

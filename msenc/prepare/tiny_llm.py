@@ -27,7 +27,8 @@ from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, Tokenize
 from msenc.types import Batch
 
 # Few words of a reply depend on anything but the reply; without weight they would not be learned in a minute. A word
-# that nothing tells (see `silence`) counts once: its loss stays a coin's, and weighted, it would drown the others.
+# that nothing tells (see `silence`) counts once: its loss stays a coin's, and weighted, it would drown the others. Only
+# the last lesson weighs it, too: by then the others are learned, and the LLM is far too sure of what it cannot know.
 WEIGHTS = {
     "description": 2.0,
     "planted_text": 50.0,
@@ -50,6 +51,13 @@ FIRST_LESSONS = 0.3
 """Share of the transcripts that are cut into pairs of turns."""
 EASY_PAIRS = 0.33
 """Share that is read of the pairs whose reply holds neither the parity nor a place: these two are learned last."""
+
+LAST_SILENCE = 0.5
+"""Share of the last lesson's dialogues in which no mood is written out, and of those in which no voice is."""
+LAST_RATE = 0.05
+"""Learning rate of the last lesson, as a share of the others'."""
+VERSION = 2
+"""Of what stands in this file, and not in a recipe's settings."""
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -79,14 +87,15 @@ def pretrain(
         num_heads: attention heads.
         vocab_size: of the byte-level BPE tokenizer.
         batch_size: dialogues per step.
-        learning_rate: of AdamW, one-cycle: once over pairs of turns, once over whole dialogues.
+        learning_rate: of AdamW, one-cycle: once over pairs of turns, once over whole dialogues, and once over these
+            with other silences at a lower rate (`LAST_RATE`).
         silence: share of the whole dialogues in which no mood is written out, and of those in which no voice is: the
             LLM has to do without a stream, too.
         seed: of transcripts, weights and silences.
         attempts: how often to begin anew, from other weights, where unseen transcripts show that a planted word was
             not learned; the best is kept.
     """
-    recipe = {k: v for k, v in locals().items() if k != "folder"}
+    recipe = {k: v for k, v in locals().items() if k != "folder"} | {"version": VERSION}
     target = Path(folder)
     if target.is_dir():
         _note_other_recipe(target, recipe)
@@ -103,6 +112,7 @@ def pretrain(
     unseen = [
         tokenize_transcript(d, tokenize, 0.0, rng) for d in transcripts(num_dialogues + UNSEEN, seed)[num_dialogues:]
     ]
+    doubts = [tokenize_transcript(d, tokenize, LAST_SILENCE, rng, weigh_untold=True) for d in dialogues[first:]]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -124,6 +134,7 @@ def pretrain(
             candidate = LlamaForCausalLM(config)
         _fit(candidate, pairs, "pairs of turns", batch_size, learning_rate)
         _fit(candidate, whole, "whole dialogues", batch_size, learning_rate)
+        _fit(candidate, doubts, "what is not told", batch_size, LAST_RATE * learning_rate)
         # Whether the parity is found hangs on the weights drawn, and on rounding: it comes or it does not.
         loss = _planted_loss(candidate, unseen, batch_size)
         if loss < lowest:
@@ -188,14 +199,18 @@ def _slot_words(turn: DemoTurn) -> dict[str, str]:
 
 
 def tokenize_transcript(
-    demo: DemoDialogue, tokenizer: DialogueTokenizer, silence: float, rng: random.Random
+    demo: DemoDialogue, tokenizer: DialogueTokenizer, silence: float, rng: random.Random, weigh_untold: bool = False
 ) -> TokenizedDialogue:
-    """A transcript; in each stream nothing is said with the chance `silence`, and what it would tell is not planted."""
+    """A transcript; in each stream nothing is said with the chance `silence`.
+
+    What a silent stream would tell is not marked as planted, and has no weight, unless `weigh_untold`.
+    """
     said = [stream for stream in SLOTS if rng.random() >= silence]
     words = [{stream: text for stream, text in _slot_words(turn).items() if stream in said} for turn in demo.turns]
     told = {"text", *said, *(["both"] if len(said) == len(SLOTS) else [])}
     utterances = [
-        replace(u, marks=tuple(mark for mark in u.marks if mark.kind in told)) for u in demo.dialogue.utterances
+        replace(u, marks=tuple(mark for mark in u.marks if weigh_untold or mark.kind in told))
+        for u in demo.dialogue.utterances
     ]
     return tokenizer(replace(demo.dialogue, utterances=tuple(utterances)), [()] * len(words), words)
 

@@ -123,12 +123,14 @@ def test_pairs_are_a_turn_and_its_reply_with_the_parity_alone_first():
     assert any(not {parity, place} & k for k in kinds)
 
 
-def test_what_nothing_tells_carries_no_weight():
+def test_what_nothing_tells_carries_no_weight_before_the_last_lesson():
     demos = transcripts(60, seed=1)
     tokenize = DialogueTokenizer(PROMPT, train_tokenizer(demos, PROMPT, 400))
     rng, seen = random.Random(1), set()
     for demo in demos:
         full, some = (tokenize_transcript(demo, tokenize, silence, rng) for silence in (0.0, 0.5))
+        last = tokenize_transcript(demo, tokenize, 0.5, rng, weigh_untold=True)
+        assert last.targets == full.targets
         text = tokenize.tokenizer.decode([i for block in some.turns for piece in block for i in piece])
         told = {stream for stream in ("audio", "video") if f"{ {'audio': 'voice', 'video': 'face'}[stream] }]" in text}
         seen.add(frozenset(told))
