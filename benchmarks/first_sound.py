@@ -3,7 +3,8 @@
 python benchmarks/first_sound.py RUN [--kokoro FOLDER] [--whisper FOLDER]     # a run on the demo
 
 The turns are clips of the demo's test split with their words; with ``--whisper`` also clips alone, whose words are
-recognised. The first sound is the reply's first sentence. ``openai`` asks a server in this process that answers at once
+recognised. The first sound is the reply's first sentence, which `Synthesizer.stream` has ready first; the page and
+respond.py hand over the whole reply. ``openai`` asks a server in this process that answers at once
 with a second of sound: what the client adds, and no model's time.
 """
 
@@ -28,7 +29,7 @@ from msenc.run import quoted_value
 from msenc.speech.wav import to_wav
 from msenc.talk import Agent, Turn
 
-STEPS = ("recognition", "features", "reply", "first sound", "in all")
+STEPS = ("recognition", "features", "reply", "first sound", "in all", "whole reply")
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -59,16 +60,25 @@ def small_server() -> Iterator[str]:
 
 
 def time_turn(agent: Agent, turn: Turn, synthesizer: Any, decoding: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each step of one reply."""
+    """Seconds of each step of one reply; the last two from the end of the turn."""
     began = time.perf_counter()
     heard = agent.hear(turn)
     encoded = time.perf_counter()
     (answer, *_), _ = agent.answer([heard], agent.speakers[1], decoding)
     written = time.perf_counter()
-    next(synthesizer.stream(answer.text, answer.attributes, agent.speakers[1]))
+    sentences = synthesizer.stream(answer.text, answer.attributes, agent.speakers[1])
+    next(sentences)
     end = time.perf_counter()
+    for _ in sentences:
+        pass
+    whole = time.perf_counter()
     steps = dict(heard.seconds)
-    steps |= {"reply": written - encoded, "first sound": end - written, "in all": end - began}
+    steps |= {
+        "reply": written - encoded,
+        "first sound": end - written,
+        "in all": end - began,
+        "whole reply": whole - began,
+    }
     return steps
 
 
