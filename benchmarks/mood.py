@@ -32,7 +32,7 @@ def spoken_evaluation(run: Path) -> tuple[Path, list[dict[str, Any]]]:
     """The latest evaluation of the test split whose replies were spoken: its folder and its rows."""
     files = sorted(run.glob("evaluation/*-test-*/predictions.jsonl"), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in files:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         if any(row.get("speech") for row in rows):
             return file.parent, rows
     raise MsencError(f"{run}: no spoken replies. First: python evaluate.py run_dir={run} speech=espeak")

@@ -302,5 +302,6 @@ def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """The predictions that `write_evaluation` left."""
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    # not splitlines(): words may hold other ends of lines, as U+2028
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

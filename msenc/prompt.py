@@ -18,6 +18,7 @@ from msenc.types import Dialogue, MsencError, Reply, Utterance
 TOKEN_KINDS = ("reply", "description", "end", "planted_text", "planted_audio", "planted_video", "planted_both", "begin")
 """What a target token belongs to; predictions store the index."""
 
+MOST_KNOWN = 100_000  # texts whose tokens are remembered
 SLOTS = ("video", "audio")
 _FIELDS = ("speaker", "text", *SLOTS)
 _FIELD = re.compile(r"\{(\w*)\}")
@@ -299,7 +300,7 @@ class DialogueTokenizer:
             raise MsencError("the tokenizer has no end token (eos_token): a reply could not end.")
         self.prompt = prompt
         self.tokenizer = tokenizer
-        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}  # the latest ones: a page may run for weeks
         opening, closing = prompt.instruction, ""
         if prompt.chat:
             opening, closing = self._chat_frame()
@@ -344,6 +345,8 @@ class DialogueTokenizer:
             # What people say may hold the characters of a control token; it stays text.
             piecewise = self.prompt.piecewise
             ids = self.tokenizer(text, add_special_tokens=piecewise, split_special_tokens=not allow_special).input_ids
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
             self._known[key] = tuple(self._without_end(ids) if piecewise else ids)
         return self._known[key]
 

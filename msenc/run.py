@@ -93,6 +93,8 @@ class RunRecord:
     def move(self, folder: Path) -> None:
         """Continue an earlier run in its folder instead, and remove this one, in which nothing has happened yet."""
         empty, hold = self.folder, self._lock
+        if Path(folder).resolve() == empty.resolve():
+            raise ValueError(f"{folder}: the run is here already")
         self.folder = Path(folder)
         try:
             self._hold()

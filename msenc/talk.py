@@ -308,7 +308,7 @@ def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) 
 def read_talk(path: Path) -> list[Turn]:
     """The turns of a history file: ``{"turns": [{"speaker": ..., "text": ..., "audio": ..., "video": ...}, ...]}``.
 
-    Files are relative to the history file. `write_talk` writes such a file.
+    Files are relative to the history file. `talk_json` writes such a file.
 
     Raises:
         MsencError: it is missing, no JSON, or a turn is not as described; it names the turn.

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,11 @@ from conftest import CONFIGS
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from msenc.data.manifest import DatasetManifest
+from msenc.data.manifest import DatasetManifest, SplitCounts
 from msenc.data.shards import read_index, write_stream
 from msenc.pipelines.evaluate import evaluate, find_runs
 from msenc.pipelines.report import report
+from msenc.run import digest
 from msenc.types import Dialogue, MsencError, Utterance
 
 SHORT = ["trainer.max_steps=1", "evaluate=null", "model.llm.lora.r=2"]
@@ -80,6 +82,12 @@ def test_runs_are_found_each_once_and_job_2_before_job_10(runs):
     assert [f.name for f in folders] == ["10", "2"]
     assert [(f.name, status) for f, status in left_out] == [("0", "failed"), ("1", "running")]
     assert [f.name for f in find_runs([str(runs)])[0]] == ["2", "10"]
+
+
+def test_a_run_that_never_had_a_model_is_refused(runs, compose):
+    shutil.copytree(runs / "2" / ".hydra", runs / "0" / ".hydra")
+    with pytest.raises(MsencError, match=r"the run ended \(failed\) before it had a model"):
+        measure(compose, runs / "0")
 
 
 def test_folders_without_a_finished_run_are_refused(runs, tmp_path):
@@ -200,6 +208,20 @@ def test_a_run_is_evaluated_on_other_data(runs, compose, other):
     (metrics,) = measure(compose, run, f"on_data={other.folder}")
     assert (metrics["data"], own["data"]) == ("other", "demo")
     assert metrics["task_hash"] != own["task_hash"]
+    assert f"on_data=other-{digest([metrics['task_hash'], metrics['streams']])}" in metrics["settings"]
+    manifest = DatasetManifest.read(other.folder)
+    info = manifest.streams["audio-logmel"]
+    # Without a train split, the data are for evaluation alone, and what the index says is the next thing looked at.
+    for splits, message in (
+        (["train", "val"], "no utterance of the split train has audio"),
+        (["val"], "its index names"),
+    ):
+        counts = {s: SplitCounts(dialogues=1, utterances=2, samples=1, hours=0.0) for s in splits}
+        audio = {"audio-logmel": replace(info, utterances={"val": 5})}
+        replace(manifest, splits=counts, streams=audio).write(other.folder)
+        with pytest.raises(MsencError, match=message):
+            measure(compose, run, f"on_data={other.folder}")
+    manifest.write(other.folder)
     (folder,) = (run / "evaluation").glob("other-val-*")
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {p["dialogue"] for p in lines} == set(other.ids)

@@ -55,7 +55,9 @@ def test_two_processes_train_as_one(train, run_script, compose, tmp_path, case):
 
     alone = train(overrides, "one").folder
     both = tmp_path / "two"
-    finished = run_script("train.py", *overrides, "trainer=ddp", "trainer.accelerator=cpu", f"hydra.run.dir={both}")
+    # resume=auto in runs' own folder: the second process must not take the first one's run for an earlier one
+    places = [f"hydra.run.dir={both}", f"paths.runs_dir={tmp_path}", "resume=auto"]
+    finished = run_script("train.py", *overrides, "trainer=ddp", "trainer.accelerator=cpu", *places)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("Run folder:") == finished.stdout.count("batches per epoch") == 1
 

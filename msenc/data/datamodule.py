@@ -529,9 +529,13 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
                 f"{folder}: the features {wanted} were made with {'; '.join(differ)}. Correct the config, or prepare "
                 f"them anew, under another model.streams.{stream}.name if the old ones are to stay. {hint}"
             )
-        if not manifest.streams[wanted].utterances.get("train"):
+        counts = manifest.streams[wanted].utterances
+        # Without a train split, the data are for evaluation alone.
+        is_for_training = "train" in manifest.splits
+        if not (counts.get("train") if is_for_training else any(counts.values())):
+            where = "the split train" if is_for_training else "any split"
             raise MsencError(
-                f"{folder}: no utterance of the split train has {stream}: {folder / 'rejected.csv'} says why. Does "
+                f"{folder}: no utterance of {where} has {stream}: {folder / 'rejected.csv'} says why. Does "
                 "data.root name the folder that holds the clips?"
             )
         hashes[wanted] = manifest.streams[wanted].hash

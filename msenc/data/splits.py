@@ -34,7 +34,7 @@ def split_dialogues(rule: str, videos: Sequence[str], fractions: Mapping[str, fl
         return _split_groups(videos, fractions, seed, "videos")
     if rule == "random":
         return _split_groups(range(len(videos)), fractions, seed, "dialogues")
-    raise MsencError(f"data.split.rule={rule}: no such rule. Expected one of {', '.join(RULES)}.")
+    raise MsencError(f"data.recordings.split.rule={rule}: no such rule. Expected one of {', '.join(RULES)}.")
 
 
 def _official_splits(num: int) -> list[str]:
@@ -48,14 +48,15 @@ def _split_groups(groups: Sequence[Hashable], fractions: Mapping[str, float], se
     wanted = {split: fractions.get(split, 0) for split in SPLITS}
     if set(fractions) - set(SPLITS) or min(wanted.values()) < 0 or abs(sum(wanted.values()) - 1) > 1e-6:
         raise MsencError(
-            f"data.split.fractions: found {dict(fractions)}; expected shares of {', '.join(SPLITS)} that sum to 1."
+            f"data.recordings.split.fractions: found {dict(fractions)}; expected shares of {', '.join(SPLITS)} that "
+            "sum to 1."
         )
     wanted = {split: fraction for split, fraction in wanted.items() if fraction > 0}
     sizes = Counter(groups)
     if len(sizes) < len(wanted):
         raise MsencError(
-            f"data.split: found {len(sizes)} {what}; expected at least one for each of {', '.join(wanted)}. "
-            "Add material, set a share to 0, or take data.split.rule=random, which splits single dialogues."
+            f"data.recordings.split: found {len(sizes)} {what}; expected at least one for each of {', '.join(wanted)}. "
+            "Add material, set a share to 0, or take data.recordings.split.rule=random, which splits single dialogues."
         )
     order = list(sizes)
     random.Random(seed).shuffle(order)

@@ -200,6 +200,7 @@ def evaluate_run(
         "task_hash": task_hash(config, datamodule),
         "streams": stream_hashes(datamodule),
     }
+    other = f"{name}-{digest([facts['task_hash'], facts['streams']])}"  # names alone would mix data up
     title = f"{config['modality']} on {name}, {split}"
 
     def place(settings: Mapping[str, Any]) -> Path:
@@ -214,7 +215,7 @@ def evaluate_run(
 
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
     if on_data is not None:
-        settings["on_data"] = name
+        settings["on_data"] = other
     if with_replies and set(metrics) != set(DEFAULT_METRICS):
         settings["metrics"] = {metric: (metric_settings or {}).get(metric) for metric in sorted(metrics)}
     if speech is not None:
@@ -248,7 +249,7 @@ def evaluate_run(
     for control in wanted:
         settings = {"checkpoint": checkpoint, "limit": limit, "control": str(control), "draws": control_draws}
         if on_data is not None:
-            settings["on_data"] = name
+            settings["on_data"] = other
         cost = before(place(settings))
         if cost is None:
             plain_predictions = read_predictions(folder)

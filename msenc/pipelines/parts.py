@@ -180,6 +180,11 @@ def open_run(run_dir: Path, data_dir: str | None) -> tuple[dict[str, Any], dict[
         data_dir: where data and tiny LLM lie, if they have moved since; None: where the run found them.
     """
     record, config = read_run(run_dir)
+    if "trainable_parameters" not in record or "task_hash" not in record:
+        raise MsencError(
+            f"{run_dir}: the run ended ({record.get('status')}) before it had a model, so there is nothing to measure "
+            "or to talk to. Repeat its command."
+        )
     config.paths.output_dir = str(run_dir)
     if data_dir is not None:
         config.paths.data_dir = data_dir

@@ -1,5 +1,6 @@
 """What prepare.py does: raw material -> shards, or what is wrong with it."""
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -180,6 +181,8 @@ def ensure_llm(config: Mapping[str, Any]) -> None:
     """Pre-train the LLM if the config says how; one of another name has to exist."""
     recipe = config["model"]["llm_recipe"]
     if recipe is not None and recipe["folder"] == config["model"]["llm"]["name_or_path"]:
+        if os.access(recipe["folder"], os.F_OK) and not os.access(Path(recipe["folder"]).parent, os.W_OK):
+            return  # made before, and read-only now: no lock can be taken, and none is needed
         with folder_lock(local_folder(recipe["folder"], "model.llm_recipe.folder"), wait=True):
             build(recipe)
 

@@ -146,7 +146,8 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     ensure_prepared(config, datamodule)
     data = data_hashes(config, datamodule)
     identity = run_identity(cfg, data)
-    if cfg.resume == "auto" and "identity" not in record.facts:
+    # The other processes of a run were told its folder; this search would find the run that they belong to.
+    if cfg.resume == "auto" and is_first_process() and "identity" not in record.facts:
         earlier = find_run(places_of_runs(cfg, HydraConfig.get()), identity)
         if earlier is not None:
             record.move(earlier)

@@ -21,6 +21,7 @@ import numpy as np
 from msenc.data.marks import format_marks
 from msenc.prepare.clip_writer import load_av, write_clip
 from msenc.prepare.face import Look, draw_face
+from msenc.prepare.workers import watch_parent
 from msenc.prepare.write_once import write_once
 from msenc.speech.libespeak import VoiceSettings, load_espeak, speak
 from msenc.types import SPLITS, Dialogue, Mark, MsencError, Utterance
@@ -327,7 +328,8 @@ def _render_all(root: Path, seed: int, jobs: list[tuple[str, int]], num_workers:
         yield from map(render, jobs)
         return
     # spawn: a forked child would inherit the threads' locks of whatever runs in this process.
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=watch_parent) as pool:
         try:
             yield from pool.map(render, jobs, chunksize=4)
         except BrokenProcessPool as error:

@@ -18,7 +18,7 @@ from msenc.types import MsencError
 MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 PLANTED_KINDS = ("text", "audio", "video", "both")
 STREAMS = {"text", "audio", "video"}
-LOWER_IS_BETTER = ("nll", "perplexity", "repetition", "parse_failure_rate", "wer", "cer")
+LOWER_IS_BETTER = ("nll", "perplexity", "repetition", "parse_failure_rate", "wer", "cer", "others")
 NEITHER_IS_BETTER = ("length_ratio",)
 DEFAULT = "(default)"
 
@@ -108,7 +108,7 @@ def direction_of(metric: str) -> int:
     """1 where higher is better, -1 where lower is, 0 where neither.
 
     Example:
-        >>> direction_of("nll"), direction_of("description/parse_failure_rate"), direction_of("rouge_l")
+        >>> direction_of("nll"), direction_of("speech/speaker_similarity/others"), direction_of("rouge_l")
         (-1, -1, 1)
     """
     parts = metric.removesuffix(" %").split("/")

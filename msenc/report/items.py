@@ -50,7 +50,7 @@ def read_items(path: Path) -> Items:
         MsencError: it is empty, or a row is not what `evaluate.py` writes; the row is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # words may hold what splitlines() takes for an end
     except (OSError, UnicodeDecodeError) as error:
         raise MsencError(f"{path}: cannot be read ({error}). {_REPEAT}") from error
     rows = [_read_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -5,6 +5,7 @@ import pytest
 from sweeps import write_run
 from torchmetrics.functional.text import bleu_score
 
+from msenc.evaluation import read_predictions, write_evaluation
 from msenc.metrics.ngrams import bleu
 from msenc.report.items import read_items
 from msenc.statistics import paired_effect
@@ -53,6 +54,14 @@ def test_items_without_a_score_weigh_nothing(path):
     rows[0]["scores"]["rouge_l"] = None
     path.write_text("\n".join(map(json.dumps, rows)))
     assert sorted(read_items(path).weights["rouge_l"])[:2] == [0.0, 1.0]
+
+
+def test_an_end_of_line_among_the_words_ends_no_row(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["reply"]["text"] = rows[0]["reference"]["text"] = "Well,\u2028I\u0085see."
+    write_evaluation(path.parent, json.loads((path.parent / "metrics.json").read_text()), rows)
+    assert read_predictions(path.parent) == rows
+    assert "Well,\u2028I\u0085see." in {row["reply"]["text"] for row in read_items(path).rows}
 
 
 def test_empty_predictions_are_refused(path):
