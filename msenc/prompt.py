@@ -300,7 +300,7 @@ class DialogueTokenizer:
             raise MsencError("the tokenizer has no end token (eos_token): a reply could not end.")
         self.prompt = prompt
         self.tokenizer = tokenizer
-        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}  # the latest ones: a page may run for weeks
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
         opening, closing = prompt.instruction, ""
         if prompt.chat:
             opening, closing = self._chat_frame()
@@ -345,7 +345,7 @@ class DialogueTokenizer:
             # What people say may hold the characters of a control token; it stays text.
             piecewise = self.prompt.piecewise
             ids = self.tokenizer(text, add_special_tokens=piecewise, split_special_tokens=not allow_special).input_ids
-            if len(self._known) >= MOST_KNOWN:
+            if len(self._known) >= MOST_KNOWN:  # a page may run for weeks
                 self._known.clear()
             self._known[key] = tuple(self._without_end(ids) if piecewise else ids)
         return self._known[key]

@@ -15,12 +15,13 @@ from conftest import SMALL_DEMO
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from msenc.config import plain
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import write_stream
 from msenc.metrics.text import DEFAULT_METRICS
 from msenc.models.llm import load_tokenizer
 from msenc.pipelines.evaluate import evaluate
-from msenc.pipelines.prepare import prepare, prepare_command
+from msenc.pipelines.prepare import ensure_llm, prepare, prepare_command
 from msenc.pipelines.train import train
 from msenc.prompt import TOKEN_KINDS
 from msenc.types import Dialogue, MsencError, Utterance
@@ -549,3 +550,25 @@ def test_replies_are_spoken(finished, compose):
     with pytest.raises(MsencError, match="expected an address"):  # before anything is scored
         measure(compose, finished.run, "speech=openai", "speech.base_url=nowhere", "limit=2")
     assert len(list((finished.run / "evaluation").iterdir())) == before
+
+
+def test_a_part_that_is_null_is_none(train):
+    overrides = ["callbacks.progress=null", "callbacks.checkpoints=null", "logger.tensorboard=null"]
+    run = train(["modality=text", "trainer.max_steps=1", "evaluate=null", *overrides])
+    assert not (run.folder / "checkpoints").exists()
+    assert not (run.folder / "logs" / "tensorboard").exists()
+    assert (run.folder / "logs" / "csv").is_dir()
+
+
+def test_an_llm_that_is_there_takes_no_lock(demo_home, compose, monkeypatch):
+    """Read-only data have no place for one."""
+
+    def locked(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr("msenc.pipelines.prepare.folder_lock", locked)
+    config = plain(compose(["modality=text"]))
+    ensure_llm(config)
+    config["model"]["llm"]["name_or_path"] = config["model"]["llm_recipe"]["folder"] = str(demo_home / "no-llm")
+    with pytest.raises(PermissionError):
+        ensure_llm(config)

@@ -355,3 +355,11 @@ def test_unfit_tokenizers_are_refused(tokenizer):
     strict.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(MsencError, match=r"prompt=chat: .*System role not supported"):
         DialogueTokenizer(prompt_of("chat"), strict)
+
+
+def test_few_texts_are_remembered_and_tokens_stay_the_same(tokenizer, monkeypatch):
+    plain, small = (DialogueTokenizer(prompt_of("default"), tokenizer) for _ in range(2))
+    expected = plain(DIALOGUE, [()] * 3)
+    monkeypatch.setattr("msenc.prompt.MOST_KNOWN", 2)
+    assert small(DIALOGUE, [()] * 3) == expected
+    assert len(small._known) <= 2 < len(plain._known)

@@ -61,8 +61,7 @@ def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
     for folder, status in left_out:
         console.print(f"Not evaluated, as it is not finished ({status}): {shown(folder)}", soft_wrap=True)
     names = ("split", "checkpoint", "decoding", "limit", "device", "data_dir", "on_data", "overwrite", "metrics")
-    names += ("metric_settings", "speech", "speech_workers", "speech_recogniser", "speech_metrics")
-    names += ("control_draws",)
+    names += ("metric_settings", "control_draws", "speech", "speech_workers", "speech_recogniser", "speech_metrics")
     options = {name: config[name] for name in names}
     options |= {"with_replies": config["generate"], "controls": config["control"]}
     measured: dict[Path, dict[str, Any]] = {}

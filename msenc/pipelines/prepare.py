@@ -1,8 +1,8 @@
 """What prepare.py does: raw material -> shards, or what is wrong with it."""
 
-import os
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,9 +181,9 @@ def ensure_llm(config: Mapping[str, Any]) -> None:
     """Pre-train the LLM if the config says how; one of another name has to exist."""
     recipe = config["model"]["llm_recipe"]
     if recipe is not None and recipe["folder"] == config["model"]["llm"]["name_or_path"]:
-        if os.access(recipe["folder"], os.F_OK) and not os.access(Path(recipe["folder"]).parent, os.W_OK):
-            return  # made before, and read-only now: no lock can be taken, and none is needed
-        with folder_lock(local_folder(recipe["folder"], "model.llm_recipe.folder"), wait=True):
+        folder = local_folder(recipe["folder"], "model.llm_recipe.folder")
+        # It appears whole, so where it is there is nothing to wait for; and read-only data take no lock.
+        with nullcontext() if folder.is_dir() else folder_lock(folder, wait=True):
             build(recipe)
 
 

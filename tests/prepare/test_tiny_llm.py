@@ -162,6 +162,21 @@ def test_attempts_begin_anew_and_the_best_is_kept(tmp_path, monkeypatch):
     assert first != second == learned
 
 
+def test_what_is_not_told_is_the_last_lesson_at_a_low_rate(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "msenc.prepare.tiny_llm._fit", lambda llm, lessons, what, size, rate: given.append((lessons, rate))
+    )
+    monkeypatch.setattr("msenc.prepare.tiny_llm._planted_loss", lambda *_: 0.0)
+    monkeypatch.setattr("msenc.prepare.tiny_llm.LAST_SILENCE", 1.0)
+    pretrain(tmp_path / "llm", **{**SMALL, "num_dialogues": 60}, silence=1.0, learning_rate=1e-3)
+    (_, first), (whole, second), (doubts, last) = given
+    assert (first, second, last) == (1e-3, 1e-3, pytest.approx(5e-5))
+    assert [[t.ids for t in d.targets] for d in doubts] == [[t.ids for t in d.targets] for d in whole]
+    both = TOKEN_KINDS.index("planted_both")
+    assert [any(both in t.kinds for d in lesson for t in d.targets) for lesson in (whole, doubts)] == [False, True]
+
+
 def test_one_transcript_is_enough_to_run(tmp_path):
     pretrain(tmp_path / "llm", **{**SMALL, "num_dialogues": 1})
     assert (tmp_path / "llm").is_dir()
