@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from msenc.config import readable_errors, register_schemas
-from msenc.run import resumed_arguments
+from msenc.run import resumed_arguments, spelt_out
 
 register_schemas()
 
@@ -21,5 +21,5 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     with readable_errors():
-        sys.argv[1:] = resumed_arguments(sys.argv[1:])
+        sys.argv[1:] = resumed_arguments(spelt_out(sys.argv[1:]))
         main()

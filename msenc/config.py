@@ -126,6 +126,8 @@ class DataConfig:
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
         table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
         recordings: how recordings become utterances; None: `root` is in MELD's layout.
+        labels: columns of the table that `prepare.py` keeps for connectors to be aligned to; None keeps all that are
+            read as nothing else.
         voice: how `prepare.py` describes voices.
         batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
         max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
@@ -142,6 +144,7 @@ class DataConfig:
     generate: Any = None
     table: str | None = None
     recordings: RecordingsConfig | None = None
+    labels: list[str] | None = None
     voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None
     max_tokens_per_batch: int | None = None
@@ -150,6 +153,54 @@ class DataConfig:
     verify: bool = True
     filter: Any = field(default_factory=list)
     control: str | None = None
+
+
+@dataclass
+class LabelsConfig:
+    """What a stream's utterances are known by; the keys of `msenc.pipelines.align.Source`."""
+
+    source: str = MISSING
+    column: str | None = None
+    attributes: list[str] = field(default_factory=lambda: ["pitch", "range"])
+
+
+@dataclass
+class AlignConfig:
+    """How connectors are aligned before dialogues (docs/training.md).
+
+    Args:
+        labels: stream -> what its utterances are known by; a stream that is not named here is not aligned.
+        template: how a label is written, around ``{words}``; transcripts stand as they are.
+        objective: ``embeddings``, ``contrastive`` or ``llm``; the rest are `msenc.models.alignment.AlignmentSettings`.
+    """
+
+    labels: dict[str, LabelsConfig] = field(default_factory=dict)
+    template: str = "[{words}]"
+    objective: str = "embeddings"
+    steps: int = 150
+    batch_size: int = 64
+    lr: float = 3e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    temperature: float = 0.07
+    seed: int = 1
+
+
+@dataclass
+class InitFromConfig:
+    """What a run starts from; ``init_from=RUN`` is ``init_from.run=RUN``.
+
+    Args:
+        run: folder of the run whose connectors and adapter are taken, what of them this run has.
+        connectors: folder of the run whose connectors are taken.
+        adapter: folder of the run whose adapter (or LLM, where all of it was trained) is taken.
+        checkpoint: ``best`` or ``last``.
+    """
+
+    run: str | None = None
+    connectors: str | None = None
+    adapter: str | None = None
+    checkpoint: str = "best"
 
 
 @dataclass
@@ -176,6 +227,9 @@ class TrainConfig:
     Args:
         plan: what the run would take is printed, and nothing trains.
         dry_run: the jobs of the sweep are listed with what they would take, and none starts.
+        align: how connectors are aligned first; None does not.
+        init_from: what another run has trained, to start from.
+        stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
         evaluate: the split that is evaluated when training ends; None for none.
         controls: of that evaluation, as ``control`` of evaluate.py.
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
@@ -189,6 +243,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: Any = MISSING
+    align: AlignConfig | None = None
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    stage: str | None = None
     optimizer: Any = MISSING
     scheduler: Any = None
     trainer: Any = MISSING
@@ -209,7 +266,8 @@ class PrepareConfig:
     Args:
         stage: None makes shards, ``audit`` looks the raw material through; ``segment``, ``transcribe`` and ``speakers``
             go no further than that with recordings.
-        describe: measure the voices and describe them, as `data.voice` says; None: as the folder was prepared before.
+        describe: measure the voices and describe them, as `data.voice` says; ``measure`` leaves the descriptions as
+            they are; None: as the folder was prepared before.
         prepare_workers: processes that decode clips; 0 works in this one.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
     """
@@ -219,7 +277,7 @@ class PrepareConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: Any = MISSING
-    describe: bool | None = None
+    describe: Any = None
     prepare_workers: int = 2
     part: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -54,7 +54,7 @@ class ConversationModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the gradient of summed losses into the gradient per target token of the global batch."""
-        loss, tokens = self._over_processes(self._step_sums)
+        loss, tokens = self.over_processes(self._step_sums)
         self._step_sums = torch.zeros(2)
         self.log("train/loss", loss / tokens, prog_bar=True)
         # Lightning has divided each loss by the accumulation, and DDP has averaged over the processes.
@@ -64,7 +64,8 @@ class ConversationModule(L.LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
 
-    def _over_processes(self, sums: Tensor) -> Tensor:
+    def over_processes(self, sums: Tensor) -> Tensor:
+        """The sum over all processes of the run."""
         sums = sums.to(self.device)
         return self.trainer.strategy.reduce(sums, reduce_op="sum") if self.trainer.world_size > 1 else sums
 
@@ -72,18 +73,19 @@ class ConversationModule(L.LightningModule):
         """Count anew."""
         self._validation_sums = torch.zeros(3)
 
-    def validation_step(self, batch: Batch) -> None:
-        """Count; every token of the split has equal weight."""
+    def validation_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Count; every token of the split has equal weight. Callbacks get the losses."""
         scores = self.model(batch)
         counts = [scores.nll.sum(), scores.correct.sum(), torch.tensor(scores.nll.numel())]
         self._validation_sums = self._validation_sums + torch.stack([n.float().cpu() for n in counts])
+        return {"nll": scores.nll}
 
     def on_validation_epoch_end(self) -> None:
         """Loss per token, perplexity and token accuracy over the split.
 
         Summed over the processes here: Lightning's mean over processes rounds the number of tokens per process.
         """
-        loss, correct, tokens = self._over_processes(self._validation_sums)
+        loss, correct, tokens = self.over_processes(self._validation_sums)
         loss = loss / tokens
         values = {"val/loss": loss, "val/token_accuracy": correct / tokens, "val/perplexity": loss.exp()}
         for name, value in values.items():

@@ -310,6 +310,11 @@ class DialogueTokenizer:
             response = prompt.response_text
         self._response = closing + response
 
+    @property
+    def instruction(self) -> tuple[int, ...]:
+        """The tokens that open every sample."""
+        return self._instruction
+
     def _chat_frame(self) -> tuple[str, str]:
         """What the chat template writes before the turns, and between the turns and the reply."""
         from jinja2 import TemplateError  # comes with torch and transformers

@@ -34,10 +34,13 @@ PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
 
 
 ANOTHER_PLACE = {
-    "": ("paths", "logger", "resume", "plan", "dry_run", "prepare_workers"),
-    "data": ("dir", "root", "table", "recordings", "num_workers", "verify"),
+    "": ("paths", "logger", "resume", "plan", "dry_run", "prepare_workers", "init_from"),
+    "data": ("dir", "root", "table", "recordings", "labels", "num_workers", "verify"),
 }
-"""Keys that do not tell one run from another: where things lie, who watches, and how many help."""
+"""Keys that do not tell one run from another: where things lie, who watches, and how many help.
+
+What a run starts from is told by its tensors' hashes, not by their folder.
+"""
 
 
 class RunRecord:
@@ -261,6 +264,16 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     # A job's own overrides name its sweep, which would begin anew; and Hydra would write the run's .hydra/ anew.
     hydra = [f"hydra.run.dir={quoted}", "hydra.mode=RUN", "hydra.output_subdir=null"]
     return [*own, *given, f"resume={quoted}", *hydra]
+
+
+def spelt_out(arguments: Sequence[str]) -> list[str]:
+    """``init_from=RUN`` -> ``init_from.run=RUN``: a run to take everything from is the short form.
+
+    Example:
+        >>> spelt_out(["init_from=runs/single/A", "seed=2"])
+        ['init_from.run=runs/single/A', 'seed=2']
+    """
+    return [a.replace("init_from=", "init_from.run=", 1) if a.startswith("init_from=") else a for a in arguments]
 
 
 def key_of(override: str) -> str:

@@ -27,6 +27,7 @@ SCRIPTS = {
 """Script -> what its config cannot do without."""
 
 GROUPS = {
+    "align": ["train"],
     "callbacks": ["train"],
     "data": ["train", "prepare"],
     "decoding": ["train", "evaluate", "respond"],
@@ -66,6 +67,11 @@ PAPER = "data=demo trainer=cpu model.llm.name_or_path={mistral} "
 """What makes the paper's parts small."""
 
 TRAINED = {
+    "align/column": "align.steps=1",
+    "align/contrastive": "align.steps=1",
+    "align/none": "",
+    "align/transcript": "align.steps=1",
+    "align/words": "align.steps=1 align.labels.audio={source:column,column:Emotion}",
     "callbacks/default": "",
     "data/demo": "",
     "decoding/greedy": "",
@@ -94,6 +100,8 @@ TRAINED = {
     "model/audio/wavlm": "modality=text_audio " + AUDIO,
     "model/audio/whisper": "modality=text_audio model.streams.audio.dim=16 "
     "model.streams.audio.encoder.name_or_path={whisper}",
+    "model/connector/conv": "",
+    "model/connector/conv_spans": "",
     "model/connector/demo": "",
     "model/connector/mlp": "",
     "model/connector/paper": BLIP2,

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +30,9 @@ MELD_COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID", "StartTim
 TABLE_COLUMNS = ("clip", "dialogue", "text")
 TABLE_OPTIONS = ("speaker", "start", "end", "split", "description")
 
+NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
+"""Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
+
 _TIME = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
 # UTF-8 that was read as cp1252 (or Latin-1) and saved again: curly quotes and dashes start with "â€", Latin letters
 # with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
@@ -46,12 +49,14 @@ class Annotations:
         rejections: one per row that was dropped.
         repaired: ids of the utterances whose text or speaker needed a repair of its encoding, dropped ones included.
         recordings: dialogue id -> the recording that its times count in, where the tables name one.
+        labels: utterance id (``meld/train/dia3/utt5``) -> column -> value, of columns that are read as nothing else.
     """
 
     dialogues: list[Dialogue]
     rejections: list[Rejection]
     repaired: list[str]
     recordings: dict[str, str]
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def num_repaired(self) -> int:
@@ -59,7 +64,7 @@ class Annotations:
         return len(self.repaired)
 
 
-def read_meld(root: Path, dataset: str = "meld") -> Annotations:
+def read_meld(root: Path, dataset: str = "meld", labels: Sequence[str] | None = None) -> Annotations:
     """Read a folder with MELD's CSV files; its clips need not be there.
 
     The turns of a dialogue keep the order of their rows. `Utterance.clip` follows from the naming rule
@@ -70,12 +75,14 @@ def read_meld(root: Path, dataset: str = "meld") -> Annotations:
     Args:
         root: the folder that holds the three files.
         dataset: first part of the dialogue ids.
+        labels: columns to keep as labels; None keeps all that are read as nothing else.
 
     Raises:
         MsencError: if a file is missing or not such a table, lacks a column, has no usable row, or holds an id that
             is no whole number.
     """
     dialogues: list[Dialogue] = []
+    kept: dict[str, dict[str, str]] = {}
     rejections: list[Rejection] = []
     repaired: list[str] = []
     recordings: dict[str, str] = {}
@@ -99,6 +106,7 @@ def read_meld(root: Path, dataset: str = "meld") -> Annotations:
             else:
                 clip = f"{clip_folder}/dia{dia}_utt{utt}.mp4"
                 turns[dia][utt] = _utterance(values, str(utt), clip, path, row)
+                kept[utterance_id] = _labels(values, (*MELD_COLUMNS, *NO_LABELS), labels, path)
         found = [
             Dialogue(f"{dataset}/{split}/dia{dia}", split, tuple(by_id.values()))
             for dia, by_id in turns.items()
@@ -110,10 +118,10 @@ def read_meld(root: Path, dataset: str = "meld") -> Annotations:
                 "Put the complete file there."
             )
         dialogues += found
-    return Annotations(dialogues, rejections, repaired, recordings)
+    return Annotations(dialogues, rejections, repaired, recordings, kept)
 
 
-def read_table(path: Path, dataset: str, split: Mapping[str, Any]) -> Annotations:
+def read_table(path: Path, dataset: str, split: Mapping[str, Any], labels: Sequence[str] | None = None) -> Annotations:
     """Read a table with a row per utterance; its clips need not be there.
 
     Columns: ``clip`` (a file below the dataset's root, may be empty), ``dialogue`` and ``text``; and, where they exist,
@@ -125,6 +133,7 @@ def read_table(path: Path, dataset: str, split: Mapping[str, Any]) -> Annotation
         path: the CSV file.
         dataset: first part of the dialogue ids.
         split: `split_dialogues`'s rule, fractions and seed, where the table has no column ``split``.
+        labels: columns to keep as labels; None keeps all that are read as nothing else.
 
     Raises:
         MsencError: if the file is missing or not such a table, has no usable row, names another split, or puts a
@@ -146,6 +155,7 @@ def read_table(path: Path, dataset: str, split: Mapping[str, Any]) -> Annotation
     splits = _splits_of(path, turns, split)
     dialogues: list[Dialogue] = []
     recordings: dict[str, str] = {}
+    kept: dict[str, dict[str, str]] = {}
     for name, rows in turns.items():
         id = f"{dataset}/{splits[name]}/{name}"
         utterances: list[Utterance] = []
@@ -154,6 +164,7 @@ def read_table(path: Path, dataset: str, split: Mapping[str, Any]) -> Annotation
             repaired += [utterance_id] * is_repaired
             if values["text"]:
                 utterances.append(_row_utterance(values, utterance_id, path, row, rejections))
+                kept[utterance_id] = _labels(values, (*TABLE_COLUMNS, *TABLE_OPTIONS), labels, path)
             else:
                 rejections.append(Rejection(utterance_id, "row", "empty text", path.name, row))
         files = {split_part(u.clip)[0] for u in utterances if u.clip and u.start_s is not None}
@@ -164,7 +175,22 @@ def read_table(path: Path, dataset: str, split: Mapping[str, Any]) -> Annotation
     if not dialogues:
         raise MsencError(f"{path}: found no row with text; expected an utterance per row. Put the complete file there.")
     dialogues.sort(key=lambda d: SPLITS.index(d.split))
-    return Annotations(dialogues, rejections, repaired, recordings)
+    return Annotations(dialogues, rejections, repaired, recordings, kept)
+
+
+def _labels(
+    values: Mapping[str, str], taken: Sequence[str], wanted: Sequence[str] | None, path: Path
+) -> dict[str, str]:
+    """The row's labels: the columns that are wanted, or all that are not taken; empty ones say nothing."""
+    for column in wanted or ():
+        if column not in values:
+            others = ", ".join(c for c in values if c not in taken)
+            raise MsencError(
+                f"{path}: data.labels names the column {column!r}, which is not there; found "
+                f"{others or 'no column beside those that are read anyway'}. Correct data.labels, or leave it out."
+            )
+    names = wanted if wanted is not None else [c for c in values if c not in taken]
+    return {column: values[column] for column in names if values[column]}
 
 
 def _splits_of(

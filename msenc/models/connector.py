@@ -227,6 +227,116 @@ class Mlp(nn.Module):
         return self.out_norm(self.layers(weights @ self.in_norm(_real(features, mask))))
 
 
+class ConvBlock(nn.Module):
+    """Frames (N, T, E) -> (N, T, E): x + linear(GELU(convolution over time of the normalized x)), without biases.
+
+    Args:
+        dim: E.
+        kernel: frames that a convolution sees; odd.
+    """
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """What is padding is zero before each convolution, so that it adds nothing to its neighbours."""
+        mixed = self.mix((_unit(frames) * mask[..., None]).transpose(1, 2)).transpose(1, 2)
+        return (frames + self.out(nn.functional.gelu(mixed))) * mask[..., None]
+
+
+class ConvConnector(nn.Module):
+    """Features (N, T, D), mask (N, T) -> (N, Q, H): convolutions over time, then each query pools the frames.
+
+    Nothing in it is common to all utterances from the start: standardized features have a mean of zero, no layer has
+    a bias, and a query's own vector decides where it looks, not what it says. So what tells utterances apart is most
+    of the output, and stays so at rates at which a Q-Former becomes constant (docs/connectors.md). Convolutions see
+    rhythm and motion, which a set of frames does not hold.
+
+    Args:
+        in_dim: width D of the features.
+        out_dim: width H of the LLM.
+        num_queries: Q, vectors per utterance.
+        hidden_dim: width E between the ends.
+        num_blocks: convolution blocks.
+        kernel: frames that each convolution sees; odd.
+        pooling: ``attention``: each query weighs frames by content and by place in the utterance; ``spans``: means
+            over Q equal spans of time.
+        normalize: standardize the features, and scale the output to the LLM's token embeddings (see `calibrate`).
+
+    Source: attentive pooling as in Okabe et al. (arXiv 1803.10963), a head per query; residual convolutions.
+
+    Example:
+        >>> ConvConnector(8, 24)(torch.zeros(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)).shape
+        torch.Size([3, 4, 24])
+    """
+
+    PLACES = 16
+    """Cosines over the utterance that tell a frame's place in it."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        num_queries: int = 4,
+        hidden_dim: int = 128,
+        num_blocks: int = 2,
+        kernel: int = 5,
+        pooling: str = "attention",
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        if pooling not in ("attention", "spans"):
+            raise MsencError(f"model.connector.pooling: found {pooling!r}, expected attention or spans.")
+        if kernel < 1 or kernel % 2 == 0:
+            raise MsencError(f"model.connector.kernel: found {kernel}, expected an odd number of frames.")
+        self.num_queries = num_queries
+        self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
+        self.in_proj = nn.Linear(in_dim, hidden_dim, bias=False)
+        self.blocks = nn.ModuleList(ConvBlock(hidden_dim, kernel) for _ in range(num_blocks))
+        self.pooling = pooling
+        if pooling == "attention":
+            self.content = nn.Linear(hidden_dim, num_queries, bias=False)
+            self.place = nn.Parameter(0.1 * torch.randn(num_queries, self.PLACES))
+            self.value = nn.Parameter(torch.randn(num_queries, hidden_dim, hidden_dim) * hidden_dim**-0.5)
+        self.up = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
+        self.down = nn.Linear(2 * hidden_dim, hidden_dim, bias=False)
+        self.out_proj = nn.Linear(hidden_dim, out_dim, bias=False)
+        self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Connect each utterance; a row without a real frame gives the same finite vectors whatever its padding.
+
+        Args:
+            features: (N, T, D), T at least 1.
+            mask: (N, T) bool, True for real frames.
+
+        Returns:
+            (N, Q, H).
+        """
+        frames = self.in_proj(self.in_norm(_real(features, mask))) * mask[..., None]  # (N, T, E)
+        for block in self.blocks:
+            frames = block(frames, mask)
+        if self.pooling == "spans":
+            pooled = span_weights(mask, self.num_queries).to(frames.dtype) @ frames  # (N, Q, E)
+        else:
+            pooled = torch.einsum("nqe,qef->nqf", self._weights(frames, mask) @ frames, self.value)
+        hidden = nn.functional.gelu(self.up(_unit(pooled)))
+        return self.out_norm(self.out_proj(pooled + self.down(hidden)))
+
+    def _weights(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """(N, Q, T): how much each query takes of each frame."""
+        place = (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True).clamp_min(1)  # (N, T), 0 to 1
+        waves = torch.cos(torch.pi * place[..., None] * torch.arange(self.PLACES, device=mask.device))  # (N, T, P)
+        scores = self.content(_unit(frames)) + waves.to(frames.dtype) @ self.place.T  # (N, T, Q)
+        return scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min).softmax(1).transpose(1, 2)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return nn.functional.rms_norm(vectors, vectors.shape[-1:])
+
+
 class Standardize(nn.Module):
     """Features (..., D) -> (x - shift) * scale, per dimension. Does nothing until it is fitted; then trains on.
 

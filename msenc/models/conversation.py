@@ -75,6 +75,15 @@ class ConversationModel(nn.Module):
         embeds = self.llm.get_input_embeddings()(batch.input_ids)  # (B, L, H)
         shape = embeds.shape
         flat = embeds.reshape(-1, shape[-1])  # (B*L, H)
+        for name, queries in self.connect(batch).items():
+            stream = batch.streams[name]
+            filled = queries.flatten(0, 1)[stream.sources].to(flat.dtype)  # (P, H)
+            flat = flat.index_put((stream.places,), filled)
+        return flat.reshape(shape)
+
+    def connect(self, batch: Batch) -> dict[str, Tensor]:
+        """Stream -> its connector's output for each utterance of the batch, (N, Q, H)."""
+        found = {}
         for name, stream in batch.streams.items():
             connector = self.connectors[name]
             dtype = next(connector.parameters()).dtype
@@ -82,10 +91,9 @@ class ConversationModel(nn.Module):
             for features, lengths in zip(stream.features, stream.lengths, strict=True):
                 index = torch.arange(features.shape[1], device=features.device)
                 mask = index[None, :] < lengths[:, None]  # (N, T)
-                queries.append(connector(features.to(dtype), mask).flatten(0, 1))  # (N*Q, H)
-            filled = torch.cat(queries)[stream.sources].to(flat.dtype)  # (P, H)
-            flat = flat.index_put((stream.places,), filled)
-        return flat.reshape(shape)
+                queries.append(connector(features.to(dtype), mask))  # (N, Q, H) of the group
+            found[name] = torch.cat(queries)
+        return found
 
     def forward(self, batch: Batch) -> TokenScores:
         """Cross entropy of every target token, given all that its single sample would show it.

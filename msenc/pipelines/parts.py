@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -106,13 +106,23 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
     return ConversationModel(llm, connectors)
 
 
-def calibrate_connectors(model: ConversationModel, datamodule: DialogueDataModule) -> None:
-    """Fit the ends of new connectors to training utterances and to the LLM; the same in every process."""
+def calibrate_connectors(
+    model: ConversationModel, datamodule: DialogueDataModule, others: Collection[str] = ()
+) -> None:
+    """Fit the ends of new connectors to training utterances and to the LLM; the same in every process.
+
+    Args:
+        model: changed in place.
+        datamodule: of the run.
+        others: streams whose connectors come from elsewhere, calibrated.
+    """
     dataset = datamodule.dataset("train")
     embeddings = model.llm.get_input_embeddings().weight
     # Drawn from everywhere: a corpus may be sorted. Independent of the seed, as what runs share.
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
     for name, connector in model.connectors.items():
+        if name in others:
+            continue
         present = (frames for index in order for frames in dataset[index][1][name] if frames is not None)
         utterances = (torch.from_numpy(frames) for frames in islice(present, CALIBRATION_UTTERANCES))
         calibrate(connector, utterances, embeddings)

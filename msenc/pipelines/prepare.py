@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from rich.table import Table
 from msenc.config import build, check_targets, plain
 from msenc.data.annotations import Annotations, read_meld, read_table
 from msenc.data.datamodule import DialogueDataModule
-from msenc.data.location import is_url, local_folder
+from msenc.data.labels import VOICE_TURNS
+from msenc.data.location import Place, is_url, local_folder
 from msenc.data.manifest import DatasetManifest
 from msenc.pipelines.parts import GIVEN, console, shown
 from msenc.prepare.audit import Audit, audit_dataset
@@ -24,6 +25,9 @@ from msenc.prepare.features import StreamRecipe
 from msenc.prepare.items import Part
 from msenc.prepare.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
 from msenc.types import MsencError
+
+MEASURE = "measure"
+"""``describe=measure``: voices are measured, for labels to align to; turns and their descriptions stay as they are."""
 
 PREPARE_KEYS = ("data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
 
@@ -126,12 +130,13 @@ def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
 def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
     """What the tables say; recordings without one are listened to first. None where that is not complete, or asked."""
     data, stage = config["data"], config.get("stage")
+    labels = data["labels"]
     if data["recordings"] is None:
-        return read_meld(root, data["name"])
+        return read_meld(root, data["name"], labels)
     split = data["recordings"]["split"]
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
-        return read_table(table, data["name"], split)
+        return read_table(table, data["name"], split, labels)
     recipe = Recipe(
         segment=build(data["recordings"]["segment"]),
         make_recogniser=build({**data["recordings"]["recogniser"], "_partial_": True}),
@@ -166,15 +171,20 @@ def _print_transcript(made: Transcript) -> None:
     )
 
 
-def _voice_settings(describe: bool | None, wanted: Mapping[str, Any], folder: Path) -> VoiceSettings | None:
+def _voice_settings(describe: bool | str | None, wanted: Mapping[str, Any], folder: Path) -> VoiceSettings | None:
     """How to describe voices; without a word in the config as before, so that no later call loses descriptions."""
-    if describe is not None:
-        return VoiceSettings(**wanted) if describe else None
-    try:
-        before = DatasetManifest.read(folder).settings.get("voice")
-    except MsencError:
-        return None
-    return VoiceSettings(**{key: before[key] for key in wanted}) if before else None
+    if describe not in (None, True, False, MEASURE):
+        raise MsencError(
+            f"describe={describe}: expected true, false, {MEASURE} (voices, and no descriptions), or null."
+        )
+    before = None
+    if describe in (None, MEASURE):
+        with suppress(MsencError):
+            before = DatasetManifest.read(folder).settings.get("voice")
+    only_measure = describe == MEASURE if before is None else before.get("only_measure", False)
+    if describe is None:
+        return VoiceSettings(**{k: before[k] for k in wanted}, only_measure=only_measure) if before else None
+    return VoiceSettings(**wanted, only_measure=only_measure) if describe else None
 
 
 def ensure_llm(config: Mapping[str, Any]) -> None:
@@ -195,8 +205,24 @@ def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -
         if config["data"]["generate"] is None or is_url(config["data"]["dir"]):
             raise
         console.print("The demo is not prepared yet: preparing it (prepare.py data=demo does the same).")
-        _prepare(config, wait=True)
+        _prepare({**config, **({"describe": MEASURE} if wants_voices(config) else {})}, wait=True)
         datamodule.setup()
+        return
+    if config["data"]["generate"] is not None and wants_voices(config) and lacks_voices(datamodule.folder):
+        console.print(f"Measuring voices, to align to (prepare.py data={config['data']['name']} describe=measure).")
+        _prepare({**config, "describe": MEASURE}, wait=True)
+        datamodule.setup()
+
+
+def wants_voices(config: Mapping[str, Any]) -> bool:
+    """Whether a stream of the run is aligned to measured voices."""
+    labels = (config.get("align") or {}).get("labels", {})
+    return any(labels.get(stream, {}).get("source") == "description" for stream in config["model"]["streams"])
+
+
+def lacks_voices(folder: Place) -> bool:
+    """Whether the voices of prepared data at a path have not been measured."""
+    return isinstance(folder, Path) and not (folder / VOICE_TURNS).is_file()
 
 
 def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from msenc.checkpoints import CheckpointFiles, Checkpoints, training_outcome
+from msenc.checkpoints import BEST, LAST, PREVIOUS, CheckpointFiles, Checkpoints, training_outcome, write_checkpoint
 from msenc.config import build, check_targets, plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
@@ -25,7 +25,10 @@ from msenc.data.flags import count_left_out
 from msenc.export import write_export
 from msenc.models.conversation import ConversationModel
 from msenc.module import ConversationModule
+from msenc.monitor import findings, warnings
+from msenc.pipelines.align import Labels, align_connectors, sources_of
 from msenc.pipelines.evaluate import evaluate_run
+from msenc.pipelines.init_from import read_starts, start_from
 from msenc.pipelines.parts import (
     GIVEN,
     build_datamodule,
@@ -54,6 +57,9 @@ from msenc.run import (
 from msenc.signals import STOPPED, Termination
 from msenc.sweep import is_stopping, note_run
 from msenc.types import MsencError
+
+ALIGN = "align"
+"""``stage=align``: the run ends when its connectors are aligned."""
 
 PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
 """Loggers that drop, when a run is resumed, what was logged after its checkpoint."""
@@ -139,12 +145,20 @@ def _note_job(record: RunRecord) -> None:
 def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> float | None:
     config = plain(cfg)
     check_targets(config, GIVEN)
+    _check_stage(config)
     quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     ensure_llm(config)
     datamodule = build_datamodule(config, record.facts.get("prepare_command", "python prepare.py"))
     ensure_prepared(config, datamodule)
+    labels = Labels(config, datamodule, record.facts.get("prepare_command", "python prepare.py"))
+    has_checkpoint = any((record.folder / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
+    starts = {} if has_checkpoint and "identity" in record.facts else read_starts(config)
     data = data_hashes(config, datamodule)
+    if labels.hashes:
+        data["labels"] = labels.hashes
+    if starts:
+        data["init_from"] = {part: start.facts["hash"] for part, start in starts.items()}
     identity = run_identity(cfg, data)
     # The other processes of a run were told its folder; this search would find the run that they belong to.
     if cfg.resume == "auto" and is_first_process() and "identity" not in record.facts:
@@ -161,7 +175,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         _say_resumed(record)
     if "identity" in record.facts:
         check_same_data(record.facts, config, datamodule)
-    record.add(identity=identity, data=config["data"]["name"], **data)
+    record.add(identity=record.facts.get("identity", identity), data=config["data"]["name"], **data)
     described = datamodule.described_targets("train")
     if config["prompt"]["target"] == "text_description" and not described:
         raise MsencError(
@@ -173,7 +187,17 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     read_controls(config["controls"], datamodule.streams)
     model = build_model(config)
-    calibrate_connectors(model, datamodule)
+    aligned = align_connectors(config, model, datamodule, labels)
+    ready = [stream for stream, fact in aligned.items() if fact["used"]]
+    calibrate_connectors(model, datamodule, model.connectors if "connectors" in starts else ready)
+    started = start_from(starts, config, model)
+    if aligned:
+        record.add(alignments=aligned)
+    if started:
+        record.add(starts=started)
+    # What was drawn for what starts elsewhere must not be seen in what follows: stages by themselves, and in one
+    # command, are the same.
+    L.seed_everything(config["seed"], workers=True, verbose=False)
     counts = model.trainable_parameters()
     record.add(
         llm=config["model"]["llm"]["name_or_path"],
@@ -188,6 +212,8 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         threads=torch.get_num_threads(),
     )
     _print_summary(config, record)
+    if config["stage"] == ALIGN:
+        return _end_with_alignment(config, model, record)
     if sum(counts.values()):
         if "stop_reason" not in record.facts:  # it was killed while it was evaluated
             _fit(config, model, datamodule, record, termination)
@@ -196,6 +222,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
+    _print_streams(record)
     loss = record.facts.get("best_loss")
     del model, datamodule
     if not is_first_process():
@@ -209,6 +236,46 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
             controls=config["controls"],
         )
     return loss
+
+
+def _print_streams(record: RunRecord) -> None:
+    """What the last validation saw of the streams, and what is wrong with them."""
+    found = findings(record.facts.get("metrics", {}))
+    if not found:
+        return
+    table = Table(title="streams, at the last validation")
+    for column in ("stream", "differs between utterances", "exchanged, the loss rises by (nats per token)"):
+        table.add_column(column, justify="left" if column == "stream" else "right")
+    for stream, values in found.items():
+        table.add_row(stream, f"{100 * values['spread']:.2f} %", f"{values['used_nats']:.4f}")
+    console.print(table)
+    said = warnings(record.facts["metrics"])
+    record.add(warnings=said)
+    for text in said:
+        _warn(text)
+
+
+def _check_stage(config: Mapping[str, Any]) -> None:
+    if config["stage"] not in (None, ALIGN):
+        raise MsencError(f"stage={config['stage']}: expected {ALIGN}, or null to train on dialogues, too.")
+    if config["stage"] == ALIGN and not sources_of(config):
+        what = "align=none" if config["align"] is None else f"modality={config['modality']} has no stream to align"
+        raise MsencError(f"stage={ALIGN}: found {what}. Choose what to align to, as align=words, and a modality.")
+
+
+def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
+    """Leave what is aligned as a run's checkpoint, for other runs to start from."""
+    module = ConversationModule(model)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 0}
+    module.on_save_checkpoint(checkpoint)
+    if is_first_process():
+        for name in (LAST, BEST):
+            write_checkpoint(checkpoint, record.folder / "checkpoints" / name)
+        _export(config, model, record)
+    record.add(stop_reason="connectors aligned (stage=align)")
+    console.print(
+        f"Aligned. Start from it: python train.py init_from.connectors={shown(record.folder)}", soft_wrap=True
+    )
 
 
 def _warn(text: str) -> None:

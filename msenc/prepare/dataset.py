@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from msenc.data.annotations import Annotations
 from msenc.data.flags import find_audit
+from msenc.data.labels import write_labels
 from msenc.data.manifest import (
     DatasetManifest,
     StreamInfo,
@@ -71,9 +72,11 @@ def prepare_dataset(
     dialogues, rejections = annotations.dialogues, list(annotations.rejections)
     settings: dict[str, Any] = {}
     if voice is not None:
-        dialogues, _ = describe_dialogues(dialogues, root, folder, voice, num_workers, rejections)
+        described, _ = describe_dialogues(dialogues, root, folder, voice, num_workers, rejections)
+        dialogues = dialogues if voice.only_measure else described
         settings["voice"] = describe_settings(voice)
     turns = _write_turns(folder, dialogues)
+    write_labels(folder, annotations.labels)
     infos = {"turns": _info("text", None, None, turns, dialogues)}
     # Streams of other encoders stay usable as long as they were made from these turns.
     for stream, info in _kept_streams(folder, turns["hash"], {recipe.stream for recipe in streams}).items():

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from msenc.data.labels import VOICE_TURNS
 from msenc.data.manifest import write_text
 from msenc.data.media import MediaError, read_audio
 from msenc.prepare.hashes import hash_clips
@@ -26,7 +27,6 @@ from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, Voi
 
 CACHE = "voice-cache.jsonl"
 BINS = "voice-bins.json"
-TURNS = "voice-turns.jsonl"
 ITEMS = ".voice.items"
 ITEM_CLIPS = 32
 
@@ -66,6 +66,7 @@ class VoiceSettings:
             name: ``noise``, ``pitch/woman``, ...
         overwrite: replace the data set's own descriptions; else they stay and are read for their attributes.
         seed: of the sentences' templates.
+        only_measure: measures and attributes are written, and the turns stay as they are.
     """
 
     levels: int = 3
@@ -73,6 +74,7 @@ class VoiceSettings:
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
     overwrite: bool = False
     seed: int = 1
+    only_measure: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no bins could be made of."""
@@ -181,7 +183,7 @@ def describe_dialogues(
         described.append(replace(dialogue, utterances=tuple(utterances)))
     value = {"settings": describe_settings(settings), "bins": {name: asdict(b) for name, b in bins.items()}}
     write_text(folder / BINS, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / TURNS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(folder / VOICE_TURNS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return described, bins
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from msenc.models.connector import Mlp, QFormer, Standardize, calibrate, load_blip2, span_weights, tie
+from msenc.models.connector import ConvConnector, Mlp, QFormer, Standardize, calibrate, load_blip2, span_weights, tie
 from msenc.types import MsencError
 
 SMALL = {"num_queries": 3, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "encoder_dim": 12}
@@ -27,7 +27,14 @@ def mlp(**kwargs):
     return Mlp(5, 8, **{"num_queries": 3, "hidden_dim": 16, **kwargs})
 
 
+def conv(**kwargs):
+    return ConvConnector(5, 8, **{"num_queries": 3, "hidden_dim": 16, "normalize": False, **kwargs})
+
+
 CONNECTORS = {
+    "conv": conv,
+    "conv, normalized": lambda: conv(normalize=True),
+    "conv, spans": lambda: conv(pooling="spans"),
     "qformer": qformer,
     "mlp": mlp,
     "qformer, normalized": lambda: qformer(normalize=True),
@@ -125,7 +132,7 @@ def test_a_new_qformer_hears_its_input_at_any_width(hidden_dim):
 # ------------------------------------------------------------------------------------------ normalized ends
 
 
-@pytest.mark.parametrize("make", [qformer, mlp])
+@pytest.mark.parametrize("make", [qformer, mlp, conv])
 def test_a_calibrated_connector_meets_features_and_embeddings_on_their_scale(make):
     connector = make(normalize=True)
     offset, spread = torch.tensor([300.0, -5.0, 0.0, 7.0, 1.0]), torch.tensor([4.0, 0.1, 1.0, 30.0, 0.0])
@@ -147,7 +154,7 @@ def test_utterances_of_half_precision_are_measured_exactly():
     assert norm.scale.item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("make", [qformer, mlp])
+@pytest.mark.parametrize("make", [qformer, mlp, conv])
 def test_a_connector_without_normalized_ends_is_left_as_it_is(make):
     connector = make()
     before = {name: tensor.clone() for name, tensor in connector.state_dict().items()}
@@ -165,7 +172,7 @@ def test_the_ends_are_saved_with_the_weights():
     torch.testing.assert_close(fresh(features, mask), fitted(features, mask))
 
 
-@pytest.mark.parametrize("make", [qformer, mlp])
+@pytest.mark.parametrize("make", [qformer, mlp, conv])
 def test_a_frozen_llm_is_told_apart_what_differs_little(make):
     """Two kinds of utterances differ by a hundredth of what they share; the LLM's next token has to follow the kind."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -193,6 +200,35 @@ def test_a_frozen_llm_is_told_apart_what_differs_little(make):
     assert untrained > 0.6
     assert loss().item() < 0.3
     assert all(p.grad is None for p in llm.parameters())
+
+
+# ------------------------------------------------------------------------------------------ convolutions
+
+
+@pytest.mark.parametrize("pooling", ["attention", "spans"])
+def test_convolutions_hear_the_order_of_frames_that_a_set_does_not_hold(pooling):
+    """Rising and falling sequences of the same frames are told apart after a few steps; a Q-Former's are equal."""
+    frames = torch.randn(7, 5)
+    features, mask = padded([frames, frames.flip(0)])
+    set_of_frames = qformer().eval()(features, mask)
+    torch.testing.assert_close(set_of_frames[0], set_of_frames[1], rtol=1e-4, atol=1e-5)
+    output = conv(pooling=pooling).eval()(features, mask)
+    assert (output[0] - output[1]).abs().max() > 0.1 * output.abs().max()
+
+
+def test_a_calibrated_convolution_says_little_that_all_utterances_share():
+    """Frames with a large common part: of a new connector's output, what differs between utterances is the most."""
+    utterances = [20 + u + 2 * torch.randn(1, 5) for u in rows([6, 9, 12, 7] * 8)]
+    connector = conv(normalize=True)
+    calibrate(connector, utterances, torch.randn(50, 8))
+    output = connector.eval()(*padded(utterances))
+    assert (output - output.mean(0)).square().mean() > 0.5 * output.square().mean()
+
+
+@pytest.mark.parametrize(("settings", "said"), [({"pooling": "mean"}, "pooling: found 'mean'"), ({"kernel": 4}, "odd")])
+def test_settings_that_no_convolution_has_are_refused(settings, said):
+    with pytest.raises(MsencError, match=said):
+        conv(**settings)
 
 
 # ------------------------------------------------------------------------------------------ Q-Former
