@@ -320,11 +320,14 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
 
 
 def _groups_table(groups: list[dict[str, Any]]) -> Table:
-    titles = {"name": "parameter group", "lr": "rate", "weight_decay": "weight decay", "warmup": "warm-up"}
-    table = Table(box=SIMPLE_HEAD)
+    titles = {"name": "group", "lr": "rate", "weight_decay": "decay", "warmup": "warm-up"}
+    table = Table(box=SIMPLE_HEAD, title="Parameter groups", pad_edge=False)
     keys = list(dict.fromkeys(key for group in groups for key in group))
     for key in keys:
-        table.add_column(titles.get(key, key), justify="left" if key in ("name", "pattern") else "right")
+        is_text = key in ("name", "pattern")
+        table.add_column(
+            titles.get(key, key), justify="left" if is_text else "right", no_wrap=key != "pattern", overflow="fold"
+        )
     for group in groups:
         table.add_row(*(_shown_setting(group.get(key)) for key in keys))
     return table
