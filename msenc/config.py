@@ -8,6 +8,7 @@ omegaconf and hydra meet msenc: `pipelines` hands plain values on.
 import difflib
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -20,9 +21,11 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
+from msenc.groups import CONNECTOR, CONNECTORS, LLM, OWN_KEYS, flatten_groups
+from msenc.prompt import TOKEN_KINDS
 from msenc.types import MsencError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -35,6 +38,12 @@ NEEDS_TARGET = re.compile(
     r"|(callbacks|logger)\.\w+"
 )
 """Paths of the nodes that are built; one of another name is misspelt, or has lost its ``_target_``."""
+
+TAKEN_OUT = {"optimizer": {"groups"}}
+"""Path of a node -> keys that the pipelines take out before they build it (`build_optimizer`)."""
+
+OPEN = ("optimizer.groups", "loss.weights")
+"""Places of `TrainConfig` whose keys are names that no schema lists: an override adds one without a ``+``."""
 
 MANY_NAMES = 20
 
@@ -204,6 +213,18 @@ class InitFromConfig:
 
 
 @dataclass
+class LossConfig:
+    """What training minimises: the cross entropy of the target tokens.
+
+    Args:
+        weights: kind of token (`prompt.TOKEN_KINDS`) -> its weight in the training loss, 1 for kinds that are not
+            named; what is evaluated has no weights.
+    """
+
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class PathsConfig:
     """Where things lie; relative paths are relative to the folder of the command.
 
@@ -232,6 +253,8 @@ class TrainConfig:
         stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
         evaluate: the split that is evaluated when training ends; None for none.
         controls: of that evaluation, as ``control`` of evaluate.py.
+        optimizer: ``_target_`` node: parameters -> optimizer; of it, ``groups`` says which parameters train with other
+            settings (docs/training.md).
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
             began and did not finish, or skip what it has finished.
     """
@@ -246,8 +269,9 @@ class TrainConfig:
     align: AlignConfig | None = None
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
     stage: str | None = None
-    optimizer: Any = MISSING
+    optimizer: Any = field(default_factory=lambda: DictConfig({"groups": {}}))
     scheduler: Any = None
+    loss: LossConfig = field(default_factory=LossConfig)
     trainer: Any = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
@@ -397,8 +421,11 @@ class RespondConfig:
 def register_schemas() -> None:
     """Put the schemas where the YAML files' defaults lists find them (``train_schema`` ...)."""
     store = ConfigStore.instance()
+    train_schema = OmegaConf.structured(TrainConfig)
+    for path in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(train_schema, path), False)
     for name, schema in {
-        "train_schema": TrainConfig,
+        "train_schema": train_schema,
         "prepare_schema": PrepareConfig,
         "evaluate_schema": EvaluateConfig,
         "report_schema": ReportConfig,
@@ -420,20 +447,24 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
 
     Raises:
         MsencError: a target that is not trusted, does not exist, or does not take the node's keys (it names the
-            nearest argument), or a word where it takes a number.
+            nearest argument), or a word where it takes a number; groups of parameters or weights of the loss that
+            cannot be meant.
     """
     if isinstance(node, list):
         return sum(check_targets(v, given, f"{path}[{i}]") for i, v in enumerate(node))
     if not isinstance(node, dict):
         return 0
     count = sum(check_targets(v, given, f"{path}.{k}".lstrip(".")) for k, v in node.items())
+    if not path:
+        _check_groups(node)
+        _check_loss(node)
     target = node.get("_target_")
     if target is None:
         _check_without_target(node, path)
         return count
     if not target.startswith(TRUSTED_PACKAGES):
         raise MsencError(f"{path}._target_: found {target!r}, expected a name in one of {TRUSTED_PACKAGES}.")
-    keys = {k for k in node if not k.startswith("_")}
+    keys = {k for k in node if not k.startswith("_")} - TAKEN_OUT.get(path, set())
     added = (given or {}).get(path, set())
     missing = [k for k in keys if node[k] == "???"]
     if missing:
@@ -453,6 +484,72 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
         except TypeError as e:
             raise MsencError(f"{path}: {target}: {e}.") from e
     return count + 1
+
+
+def _check_groups(config: Mapping[str, Any]) -> None:
+    """Names and settings of `optimizer.groups`; what they match is known when the model is there."""
+    optimizer = config.get("optimizer") or {}
+    groups = flatten_groups(optimizer.get("groups"))
+    if not groups:
+        return
+    streams = list(config["model"]["streams"])
+    parts = [LLM, *([CONNECTORS] if streams else []), *(f"{CONNECTOR}.{stream}" for stream in streams)]
+    taken = inspect.signature(_locate(optimizer["_target_"], "optimizer")).parameters
+    valid = {*taken, *OWN_KEYS} - {"params"}
+    scheduler = config.get("scheduler")
+    has_warmup = scheduler and "warmup" in inspect.signature(_locate(scheduler["_target_"], "scheduler")).parameters
+    for name, settings in groups.items():
+        path = f"optimizer.groups.{name}"
+        if not isinstance(settings, Mapping):
+            raise MsencError(f"{path}: found {settings!r}, expected settings, such as {path}.lr=3e-4")
+        is_pattern = name not in parts and "pattern" in settings
+        if not is_pattern and name not in parts:
+            raise MsencError(_no_such_group(name, parts, streams, config.get("modality")))
+        if name in parts and "pattern" in settings:
+            raise MsencError(f"{path}.pattern: {name} is a part of the model. Give the group another name.")
+        for key, value in settings.items():
+            if key not in valid:
+                raise MsencError(f"{path}.{key}: no such setting.{nearest(str(key), valid)}")
+            if key == "pattern":
+                if not isinstance(value, str):
+                    raise MsencError(f"{path}.pattern: found {value!r}, expected a pattern of names, such as '*.bias'.")
+            elif key == "warmup" or _is_number(taken[key]):
+                _check_amount(f"{path}.{key}", value, most=1 if key == "warmup" else math.inf)
+        if "warmup" in settings and not has_warmup:
+            chosen = scheduler["_target_"] if scheduler else "none"
+            raise MsencError(
+                f"{path}.warmup: the scheduler ({chosen}) has no warm-up. Choose one that has: scheduler=warmup_cosine"
+            )
+
+
+def _no_such_group(name: str, parts: list[str], streams: list[str], modality: Any) -> str:
+    start = f"optimizer.groups.{name}: "
+    if name.partition(".")[0] in (CONNECTOR, CONNECTORS):
+        having = f"has {', '.join(streams)}" if streams else "has no stream, and so no connector"
+        return f"{start}modality={modality} {having}.{nearest(name, parts)}"
+    return (
+        f"{start}no such part of the model.{nearest(name, parts)} A group of another name needs a pattern of parameter "
+        f"names: optimizer.groups.{name}.pattern='*.bias'"
+    )
+
+
+def _check_loss(config: Mapping[str, Any]) -> None:
+    weights = (config.get("loss") or {}).get("weights") or {}
+    for kind, weight in weights.items():
+        if kind not in TOKEN_KINDS:
+            raise MsencError(f"loss.weights.{kind}: no such kind of token.{nearest(kind, TOKEN_KINDS)}")
+        _check_amount(f"loss.weights.{kind}", weight)
+    if not any(weights.get(kind, 1) for kind in TOKEN_KINDS):
+        raise MsencError("loss.weights: every kind of token weighs 0, so nothing would be learned. Raise one of them.")
+
+
+def _check_amount(path: str, value: Any, most: float = math.inf) -> None:
+    """A number that is 0 or more; infinity is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MsencError(f"{path}: found {value!r}, expected a number.")
+    if not (0 <= value <= most and math.isfinite(value)):
+        bounds = "0 or more" if most == math.inf else f"from 0 to {most}"
+        raise MsencError(f"{path}={value}: expected a number that is {bounds}.")
 
 
 def _is_number(parameter: inspect.Parameter) -> bool:

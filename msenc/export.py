@@ -11,7 +11,7 @@ from typing import Any
 from msenc.config import build
 from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
-from msenc.models.llm import load_llm, load_tokenizer
+from msenc.models.llm import compute_lora_in_base_type, load_llm, load_tokenizer
 from msenc.prompt import DialogueTokenizer
 from msenc.run import read_json, write_json
 from msenc.types import MsencError
@@ -112,6 +112,7 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     if trained == "adapter":
         base_name, base_fingerprint = llm.base_name, llm.base_fingerprint
         llm = PeftModel.from_pretrained(llm, folder / "adapter")
+        compute_lora_in_base_type(llm)  # as it was trained
         llm.base_name, llm.base_fingerprint = base_name, base_fingerprint
     width = llm.get_input_embeddings().embedding_dim
     connectors = {}

@@ -4,65 +4,80 @@ Batch -> ConversationModel -> sum of losses and number of target tokens -> gradi
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from msenc.groups import ParameterGroup, gradient_norms, partition
 from msenc.models.conversation import ConversationModel
+from msenc.prompt import TOKEN_KINDS
 from msenc.types import Batch, MsencError
 
 
 class ConversationModule(L.LightningModule):
     """Trains a ConversationModel on the cross entropy of its target tokens.
 
-    A step's loss is the SUM over target tokens; gradients are divided once, before the optimizer's step, by the number
-    of target tokens that the whole step has seen, all accumulated batches and processes included. So neither the
-    split into batches nor into processes changes what a token weighs.
+    A step's loss is the weighted SUM over target tokens; gradients are divided once, before the optimizer's step, by
+    the sum of the weights of the target tokens that the whole step has seen, all accumulated batches and processes
+    included. So neither the split into batches nor into processes changes what a token weighs.
 
     Args:
         model: the composed model.
-        optimizer: parameters -> optimizer.
+        optimizer: parameter groups, as torch's optimizers take them -> optimizer.
         scheduler: (optimizer, total steps, steps per epoch) -> learning rate schedule, stepped after every step.
+        groups: name of a parameter group -> its settings, from `groups.flatten_groups`; one group without any.
+        loss_weights: kind of token (`prompt.TOKEN_KINDS`) -> its weight in the training loss; 1 for the others.
     """
 
     def __init__(
         self,
         model: ConversationModel,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer, int, int], LRScheduler] | None = None,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.groups = groups or {}
+        self._parameter_groups: list[ParameterGroup] = []
         self.strict_loading = False  # checkpoints hold what trains; `on_load_checkpoint` checks the rest
-        self._step_sums = torch.zeros(2)  # loss and target tokens since the optimizer's last step
+        weights = loss_weights or {}
+        self._kind_weights = torch.tensor([weights.get(kind, 1.0) for kind in TOKEN_KINDS])
+        self._step_sums = torch.zeros(2)  # weighted loss and sum of weights since the optimizer's last step
         self._validation_sums = torch.zeros(3)  # loss, likeliest tokens that were right, target tokens
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Sum of the batch's token losses."""
+        """Sum of the batch's token losses, each by the weight of its kind."""
         loss = self.model(batch).nll
-        self._step_sums = self._step_sums.to(loss.device) + torch.stack(
-            [loss.detach().sum(), loss.new_tensor(loss.numel())]
-        )
+        weights = self._kind_weights.to(loss)[batch.kinds]
+        loss = loss * weights
+        self._step_sums = self._step_sums.to(loss.device) + torch.stack([loss.detach().sum(), weights.sum()])
         return loss.sum()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the gradient of summed losses into the gradient per target token of the global batch."""
-        loss, tokens = self.over_processes(self._step_sums)
+        """Turn the gradient of summed losses into the gradient per target token of the global batch.
+
+        Logged before gradients are clipped: the loss that is minimised, and the gradient's norm of each part.
+        """
+        loss, weights = self.over_processes(self._step_sums)
+        weights = torch.where(weights > 0, weights, 1.0)  # a step whose tokens all weigh 0 has gradients of 0
         self._step_sums = torch.zeros(2)
-        self.log("train/loss", loss / tokens, prog_bar=True)
+        self.log("train/loss", loss / weights, prog_bar=True)
         # Lightning has divided each loss by the accumulation, and DDP has averaged over the processes.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / weights
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
+        self.log_dict({f"grad_norm/{name}": norm for name, norm in gradient_norms(self._parameter_groups).items()})
 
     def over_processes(self, sums: Tensor) -> Tensor:
         """The sum over all processes of the run."""
@@ -93,13 +108,14 @@ class ConversationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and its schedule."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        if not trainable:
+        groups = partition(self.model.trainable(), self.groups)
+        if not groups:
             raise MsencError(
                 "nothing to train: the LLM is frozen and the modality has no connector. Add a stream "
                 "(modality=text_audio), or set model.llm.freeze=false."
             )
-        optimizer = self.optimizer(trainable)
+        self._parameter_groups = groups
+        optimizer = self.optimizer([group.for_optimizer() for group in groups])
         if self.scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)

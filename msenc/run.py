@@ -188,6 +188,11 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
                 del node[key]
     settings = OmegaConf.to_container(cfg, resolve=True)
     del settings["paths"]
+    # What is empty changes nothing, and is absent in runs from before there was such a key.
+    if not settings.get("optimizer", {}).get("groups", True):
+        del settings["optimizer"]["groups"]
+    if not settings.get("loss", {}).get("weights", True):
+        del settings["loss"]
     return settings
 
 

@@ -1,14 +1,29 @@
-"""Learning rate schedules, one call signature: (optimizer, total_steps, steps_per_epoch) -> schedule per step."""
+"""Learning rate schedules, one call signature: (optimizer, total_steps, steps_per_epoch) -> schedule per step.
+
+A schedule that takes a ``warmup`` lets a parameter group have another one: as ``warmup`` in `optimizer.param_groups`.
+"""
+
+import math
+from functools import partial
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, warmup: float = 0.05) -> LRScheduler:
     """Rise linearly over the first share `warmup` of the run, then fall to zero along a cosine."""
-    from transformers import get_cosine_schedule_with_warmup
+    shares = [group.get("warmup", warmup) for group in optimizer.param_groups]
+    return LambdaLR(
+        optimizer, [partial(_cosine_factor, first=round(share * total_steps), total=total_steps) for share in shares]
+    )
 
-    return get_cosine_schedule_with_warmup(optimizer, round(warmup * total_steps), total_steps)
+
+def _cosine_factor(step: int, first: int, total: int) -> float:
+    """Of the rate, after so many steps: up to 1 in the first ones, down to 0 in all."""
+    if step < first:
+        return step / first
+    progress = (step - first) / max(1, total - first)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def epoch_decay(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, gamma: float = 0.98) -> LRScheduler:

@@ -335,6 +335,23 @@ def test_the_papers_sweep_lists_upstreams_ablations(home):
     assert all(c == composed[0] for c in composed), "rows differ in more than what they compare"
 
 
+def test_lora_adapts_all_linear_layers_of_a_real_llm_and_upstreams_two_in_the_paper(home):
+    targets = {
+        command: compose_with_hydra("train", command.split()).model.llm.lora.get("target_modules")
+        for command in (
+            "model/llm=smollm2",
+            "model/llm=mistral_7b",
+            "model/llm=tiny",
+            "experiment=demo_smollm2",
+            *(f"experiment={f.stem}" for f in files_of("experiment") if f.stem.startswith("paper_")),
+        )
+    }
+    assert len(targets) == 10
+    for command, found in targets.items():
+        upstreams = ["q_proj", "v_proj"] if "paper" in command else "all-linear"
+        assert found == (None if "tiny" in command else upstreams), command
+
+
 @pytest.mark.parametrize("modality", ["text", "text_audio", "text_video", "text_audio_video"])
 def test_an_experiment_of_the_paper_takes_any_modality(modality, home, tmp_path):
     cfg = compose_with_hydra("train", ["experiment=paper_msenc", f"modality={modality}"])

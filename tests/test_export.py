@@ -14,6 +14,7 @@ from msenc.run import read_run
 from msenc.types import MsencError
 
 FAST = ["trainer.max_epochs=1", "evaluate=null", "optimizer.lr=0.02", "model.connector.num_layers=1"]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 WHAT = {
     "adapter": ["modality=text_audio"],
     "llm": ["modality=text_audio", "model.llm.lora=null"],
@@ -47,6 +48,26 @@ def test_one_call_loads_what_a_run_has_trained(what, train):
     content = json.loads((run / "export" / "export.json").read_text())
     assert content["task_hash"] == json.loads((run / "run.json").read_text())["task_hash"]
     assert set(content["streams"]) == set(config["model"]["streams"])
+
+
+def test_the_adapter_of_a_bfloat16_llm_is_float32_and_plain_peft_loads_it(train, demo_home):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings = ["modality=text", "model.llm.dtype=bfloat16", "+model.llm.lora.target_modules=all-linear"]
+    run = train([*FAST[:3], *settings]).folder
+    tensors = load_file(run / "export" / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert {name.split(".")[-3] for name in tensors} == {*(f"{n}_proj" for n in "qkvo"), *PROJECTIONS}
+    base = AutoModelForCausalLM.from_pretrained(demo_home / "data" / "tiny-llm", dtype=torch.bfloat16)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before = base(ids).logits.float()
+        after = PeftModel.from_pretrained(base, run / "export" / "adapter").eval()(ids).logits.float()
+        ours = load_export(run / "export")[0].llm(ids).logits.float()
+    moved = (after - before).norm()
+    assert moved > 0.05 * before.norm()
+    assert (after - ours).norm() < 0.2 * moved
 
 
 def test_other_base_weights_and_versions_are_refused(train, demo_home, tmp_path):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from msenc.config import build, plain
+from msenc.config import plain
 from msenc.data.datamodule import collate_units
 from msenc.module import ConversationModule
-from msenc.pipelines.parts import build_datamodule, build_model
+from msenc.pipelines.parts import build_datamodule, build_model, build_optimizer
 from msenc.plan import batch_tokens, count_batches, largest_batch, predict_memory
 from msenc.types import MsencError
 
@@ -69,9 +69,9 @@ def test_steps_follow_accumulation_and_bounds(planned):
 def test_what_stays_is_predicted_exactly(planned):
     config, datamodule, model = planned()
     batch = largest_batch(datamodule, 1)
-    found = predict_memory(model, build(config["optimizer"]), batch)
+    found = predict_memory(model, build_optimizer(config), batch)
     real = build_model(config).train()
-    optimizer = build(config["optimizer"])([p for p in real.parameters() if p.requires_grad])
+    optimizer = build_optimizer(config)([p for p in real.parameters() if p.requires_grad])
     real(batch).nll.sum().backward()
     optimizer.step()
 
@@ -105,7 +105,7 @@ def saved_bytes(model, batch):
 def test_activations_hold_what_autograd_keeps_and_little_else(planned, kernel):
     config, datamodule, model = planned([f"model.llm.attn_implementation={kernel}", "data.batch_size=16"])
     batch = largest_batch(datamodule, 1)
-    found = predict_memory(model, build(config["optimizer"]), batch)["activations"]
+    found = predict_memory(model, build_optimizer(config), batch)["activations"]
     kept = saved_bytes(build_model(config).train(), batch)
     assert 0.9 * kept < found < 1.3 * kept
 
@@ -114,7 +114,7 @@ def test_other_settings_need_other_memory(planned):
     def activations(*overrides, precision="32-true", processes=1):
         config, datamodule, model = planned(["modality=text_audio", *overrides])
         batch = largest_batch(datamodule, processes)
-        return predict_memory(model, build(config["optimizer"]), batch, precision, processes)
+        return predict_memory(model, build_optimizer(config), batch, precision, processes)
 
     whole = activations()
     assert activations("data.batch_size=16")["activations"] > 1.5 * whole["activations"]

@@ -120,7 +120,14 @@ SETTINGS = {
         ],
     ),
     "accumulating_in_workers": (
-        ["trainer.accumulate_grad_batches=4", "data.num_workers=2", "callbacks.checkpoints.every_n_steps=1"],
+        [
+            "trainer.accumulate_grad_batches=4",
+            "data.num_workers=2",
+            "callbacks.checkpoints.every_n_steps=1",
+            "optimizer.groups.connectors.lr=0.003",
+            "optimizer.groups.connectors.warmup=0.5",
+            "loss.weights.description=0.5",
+        ],
         ["kill batch 0 1", "kill write 2", "kill validation 0", at_random(1), "kill link"],
     ),
     "so_many_steps_in_workers": (

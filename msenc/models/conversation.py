@@ -55,6 +55,10 @@ class ConversationModel(nn.Module):
                         module.training = False
         return self
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that trains; one that several parts share has its first name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def trainable_parameters(self) -> dict[str, int]:
         """Number of trainable parameters of each part."""
         parts = {"llm": self.llm, **{f"connector.{name}": c for name, c in self.connectors.items()}}

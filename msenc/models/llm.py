@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from msenc.models.attention import KERNELS, register
 from msenc.models.pretrained import load_pretrained, to_dtype
@@ -45,7 +46,7 @@ def load_llm(
         name_or_path: hub id, or folder written by ``save_pretrained``.
         freeze: no parameter of the LLM trains, LoRA included (no adapter is added).
         lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the whole LLM.
-        dtype: of the base weights; LoRA's stay float32.
+        dtype: of the base weights; LoRA's stay float32, and compute in this type (`compute_lora_in_base_type`).
         attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``.
         gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
         round_to: narrower type whose values the base weights take, to compute in `dtype` what a model of that type was
@@ -95,9 +96,39 @@ def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     try:
-        return get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **lora))
+        adapted = get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **lora))
     except (TypeError, ValueError) as e:
         raise MsencError(f"model.llm.lora: PEFT refuses {dict(lora)}: {e}") from e
+    compute_lora_in_base_type(adapted)
+    return adapted
+
+
+class _InputTypeLinear(nn.Linear):
+    """(..., in) -> (..., out) in the input's type, whatever type the weight has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The weight's gradient comes back in the weight's own type."""
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def compute_lora_in_base_type(llm: nn.Module) -> None:
+    """Let LoRA's two products run in the type of the layers that they adapt, while its weights stay as they are.
+
+    PEFT keeps the adapters of a bfloat16 LLM in float32, which small steps need, and casts the activations to it: with
+    all linear layers adapted, these products take as long as the LLM's own. Names, weights and what is saved do not
+    change, and nothing changes for a float32 LLM. Adapters that are no plain product (DoRA and the like) compute as
+    PEFT does it.
+
+    Args:
+        llm: with adapters of PEFT, changed in place.
+    """
+    from peft.tuners.lora import Linear
+
+    for layer in llm.modules():
+        if isinstance(layer, Linear) and not layer.lora_variant:
+            layer.cast_input_dtype_enabled = False
+            for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                factor.__class__ = _InputTypeLinear
 
 
 def fingerprint(model: nn.Module) -> str:

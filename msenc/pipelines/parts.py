@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
+from torch.optim import Optimizer
 
 from msenc.checkpoints import read_checkpoint
 from msenc.config import build, check_targets, plain
@@ -24,7 +25,7 @@ from msenc.models.connector import calibrate, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.module import ConversationModule
-from msenc.prompt import DialogueTokenizer, Prompt
+from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Prompt
 from msenc.run import digest, read_run, run_settings
 from msenc.types import MsencError
 
@@ -104,6 +105,31 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
     if model["tie_connectors"]:
         tie(connectors)
     return ConversationModel(llm, connectors)
+
+
+def build_optimizer(config: Mapping[str, Any]) -> Callable[..., Optimizer]:
+    """What makes the optimizer of a run's config, from parameters or from groups of them."""
+    return build({key: value for key, value in config["optimizer"].items() if key != "groups"})
+
+
+def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) -> None:
+    """Refuse weights of the loss under which no token of the training data counts.
+
+    Raises:
+        MsencError: it names the kinds that the data has.
+    """
+    silent = {TOKEN_KINDS.index(kind) for kind, weight in weights.items() if weight == 0}
+    dataset, found = datamodule.dataset("train"), set()
+    for index in range(len(dataset)) if silent else ():
+        found.update(kind for target in dataset[index][0].targets for kind in target.kinds)
+        if found - silent:
+            return
+    if found:
+        kinds = ", ".join(TOKEN_KINDS[kind] for kind in sorted(found))
+        raise MsencError(
+            f"loss.weights: the training data has tokens of the kinds {kinds}, and each of these weighs 0. Let one of "
+            "them weigh more."
+        )
 
 
 def calibrate_connectors(

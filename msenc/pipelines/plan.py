@@ -10,9 +10,9 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
-from msenc.config import build, check_targets, plain
+from msenc.config import check_targets, plain
 from msenc.data.datamodule import DialogueDataModule
-from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, console, quieten
+from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, build_optimizer, console, quieten
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared
 from msenc.plan import count_batches, largest_batch, predict_memory
 
@@ -64,7 +64,7 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
         model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
     processes = _num_processes(trainer)
     batch = largest_batch(datamodule, processes)
-    return predict_memory(model, build(config["optimizer"]), batch, str(trainer["precision"]), processes)
+    return predict_memory(model, build_optimizer(config), batch, str(trainer["precision"]), processes)
 
 
 def _num_processes(trainer: Mapping[str, Any]) -> int:

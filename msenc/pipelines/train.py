@@ -14,6 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.flags import count_left_out
 from msenc.export import write_export
+from msenc.groups import describe_groups, flatten_groups, partition
 from msenc.models.conversation import ConversationModel
 from msenc.module import ConversationModule
 from msenc.monitor import findings, warnings
@@ -33,8 +35,10 @@ from msenc.pipelines.parts import (
     GIVEN,
     build_datamodule,
     build_model,
+    build_optimizer,
     calibrate_connectors,
     check_same_data,
+    check_weights,
     console,
     data_hashes,
     load_checkpoint,
@@ -186,6 +190,8 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     for split in ("train", "val", config["evaluate"]) if evaluates else ("train", "val"):
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     read_controls(config["controls"], datamodule.streams)
+    loss_weights = config["loss"]["weights"]
+    check_weights(loss_weights, datamodule)
     model = build_model(config)
     aligned = align_connectors(config, model, datamodule, labels)
     ready = [stream for stream, fact in aligned.items() if fact["used"]]
@@ -199,10 +205,13 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     # command, are the same.
     L.seed_everything(config["seed"], workers=True, verbose=False)
     counts = model.trainable_parameters()
+    groups = partition(model.trainable(), flatten_groups(config["optimizer"].get("groups")))
     record.add(
         llm=config["model"]["llm"]["name_or_path"],
         base_fingerprint=model.base_fingerprint,
         trainable_parameters=counts,
+        parameter_groups=describe_groups(groups, build_optimizer(config), _scheduler(config)),
+        loss_weights=loss_weights or None,
         audit_hash=datamodule.manifest.audit_hash,
         left_out=count_left_out(datamodule.left_out),
         history=datamodule.dropped_turns("train"),
@@ -298,8 +307,10 @@ def _fit(
 ) -> None:
     module = ConversationModule(
         model,
-        optimizer=build(config["optimizer"]),
-        scheduler=build(config["scheduler"]) if config["scheduler"] else None,
+        optimizer=build_optimizer(config),
+        scheduler=_scheduler(config),
+        groups=flatten_groups(config["optimizer"].get("groups")),
+        loss_weights=config["loss"]["weights"],
     )
     # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
     is_debug = bool(config["trainer"].get("fast_dev_run"))
@@ -341,6 +352,10 @@ def _fit(
     record.add(**outcome, best_loss=outcome["metrics"].get("val/loss") if best is None else best)
 
 
+def _scheduler(config: Mapping[str, Any]) -> Any:
+    return build(config["scheduler"]) if config["scheduler"] else None
+
+
 def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
     folder = record.folder / "export"
     if (folder / "export.json").is_file():
@@ -362,5 +377,30 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
     )
     for split, counts in facts["left_out"].items():
         table.add_row(f"left out of {split}", f"{counts['dialogues']:,} dialogues, {counts['utterances']:,} utterances")
+    if facts["loss_weights"]:
+        weights = ", ".join(f"{kind} {weight:g}" for kind, weight in facts["loss_weights"].items())
+        table.add_row("loss weights", f"{weights}; 1 for other tokens")
     add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
     console.print(table)
+    if facts["parameter_groups"]:
+        console.print(_groups_table(facts["parameter_groups"]))
+
+
+def _groups_table(groups: list[dict[str, Any]]) -> Table:
+    titles = {"name": "group", "lr": "rate", "weight_decay": "decay", "warmup": "warm-up"}
+    table = Table(box=SIMPLE_HEAD, title="Parameter groups", pad_edge=False)
+    keys = list(dict.fromkeys(key for group in groups for key in group))
+    for key in keys:
+        is_text = key in ("name", "pattern")
+        table.add_column(
+            titles.get(key, key), justify="left" if is_text else "right", no_wrap=key != "pattern", overflow="fold"
+        )
+    for group in groups:
+        table.add_row(*(_shown_setting(group.get(key)) for key in keys))
+    return table
+
+
+def _shown_setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "-" if value is None else escape(f"{value:,}" if isinstance(value, int) else str(value))

@@ -139,8 +139,13 @@ def _read_run(path: Path, folder: Path, overrides: Sequence[str] | None) -> Run:
         evaluations=tuple(_read_evaluation(p) for p in sorted(path.parent.glob("evaluation/*/metrics.json"))),
         folder=path.parent,
         peak_memory_mib=value.get("peak_memory_mib") or 0.0,
-        facts={name: str(value[name]) for name in FACTS if value.get(name) is not None},
+        facts={name: str(value[name]) for name in FACTS if value.get(name) is not None}
+        | ({"loss_weights": _weights(value["loss_weights"])} if value.get("loss_weights") else {}),
     )
+
+
+def _weights(weights: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {weight:g}" for kind, weight in sorted(weights.items()))
 
 
 def _read_evaluation(path: Path) -> Evaluation:

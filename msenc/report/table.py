@@ -177,6 +177,8 @@ def _notes(
     for fact, what in (("commit", "commits of the code"), ("base_fingerprint", "base weights"), ("device", "devices")):
         if len({run.facts.get(fact) for run in runs}) > 1:
             notes.append(f"The runs have different {what}: {_grouped((str(r.facts.get(fact)), r) for r in runs)}.")
+    if weighted := [(run.facts["loss_weights"], run) for run in runs if "loss_weights" in run.facts]:
+        notes.append(f"Trained with weighted losses, by kind of token: {_grouped(weighted)}. Scores have no weights.")
     seeds = {c.name: [run.seed for run in c.runs] for c in configurations}
     if len({tuple(s) for s in seeds.values()}) > 1:
         listed = "; ".join(f"{name}: {', '.join(map(str, s))}" for name, s in seeds.items())

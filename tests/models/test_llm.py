@@ -10,6 +10,7 @@ from msenc.models.llm import fingerprint, load_llm, load_tokenizer
 from msenc.types import MsencError
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+ALL_LINEAR = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
 def trainable(llm):
@@ -44,6 +45,69 @@ def test_adapters_of_a_bfloat16_llm_are_float32(tiny_models):
     kinds = {("lora_" in name, parameter.dtype) for name, parameter in llm.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
     assert llm(torch.arange(3, 8)[None]).logits.isfinite().all()
+
+
+def lora_by_peft(folder, dtype):
+    """The same adapters as PEFT computes them, of an LLM in that type."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **ALL_LINEAR))
+
+
+def fill_adapters(llm):
+    """Adapters that change something: PEFT's second factors begin at zero."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in llm.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+    return llm.train()
+
+
+def logits_and_gradients(llm):
+    logits = llm(torch.arange(3, 13)[None]).logits
+    logits.float().log_softmax(-1)[..., 5].sum().backward()
+    return logits.detach(), {n: p.grad for n, p in llm.named_parameters() if p.requires_grad}
+
+
+def test_lora_in_a_float32_llm_computes_what_peft_does(tiny_models):
+    ours = fill_adapters(load_llm(str(tiny_models["llama"]), lora=ALL_LINEAR, attn_implementation="eager"))
+    theirs = fill_adapters(lora_by_peft(tiny_models["llama"], torch.float32))
+    theirs.set_attn_implementation("eager")
+    (logits, gradients), (expected, expected_gradients) = map(logits_and_gradients, (ours, theirs))
+    assert torch.equal(logits, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    assert len(gradients) == 2 * 2 * 7
+    assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
+
+
+def test_lora_in_a_bfloat16_llm_computes_in_bfloat16_and_learns_in_float32(tiny_models):
+    ours = fill_adapters(load_llm(str(tiny_models["llama"]), lora=ALL_LINEAR, dtype="bfloat16"))
+    types = []
+    for name, module in ours.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda _, inputs, output: types.append((inputs[0].dtype, output.dtype)))
+    theirs, precise = (fill_adapters(lora_by_peft(tiny_models["llama"], t)) for t in (torch.bfloat16, torch.float64))
+    (_, gradients), (_, by_peft), (_, exact) = map(logits_and_gradients, (ours, theirs, precise))
+    assert types == [(torch.bfloat16, torch.bfloat16)] * 14
+    assert {g.dtype for g in gradients.values()} == {torch.float32}
+
+    def error(found):
+        pairs = [(found[name].double() - exact[name], exact[name]) for name in exact]
+        return (sum(e.square().sum() for e, _ in pairs) / sum(x.square().sum() for _, x in pairs)).sqrt().item()
+
+    # Most of what a bfloat16 LLM's gradients miss is its own rounding; the adapters' adds little to it.
+    assert error(gradients) < torch.finfo(torch.bfloat16).eps
+    assert error(gradients) < 1.5 * error(by_peft)
+
+
+def test_adapters_that_are_no_plain_product_compute_as_peft_does_it(tiny_models):
+    llm = load_llm(str(tiny_models["llama"]), lora={**LORA, "use_dora": True}, dtype="bfloat16")
+    assert llm(torch.arange(3, 8)[None]).logits.isfinite().all()
+    factors = [m for n, m in llm.named_modules() if n.endswith("lora_A.default")]
+    assert {type(f) for f in factors} == {torch.nn.Linear}
 
 
 def test_fingerprints_tell_base_weights_apart(tiny_models):

@@ -223,6 +223,15 @@ def test_what_was_not_varied_and_unequal_seeds_are_said(sweep):
     assert "Not varied: data=demo." in notes
 
 
+def test_runs_that_were_trained_with_weights_are_named(tmp_path):
+    weights = {"planted_audio": 8.0, "description": 0.5}
+    write_run(tmp_path / "0", ["modality=text"], metrics={"nll": 1.0}, loss_weights=None)
+    assert not any("weighted" in note for note in summarise(collect_runs(tmp_path)).notes)
+    write_run(tmp_path / "1", ["modality=text_audio"], metrics={"nll": 1.0}, loss_weights=weights)
+    note = next(note for note in summarise(collect_runs(tmp_path)).notes if "weighted" in note)
+    assert "description 0.5, planted_audio 8 (1)" in note
+
+
 def test_no_folder_and_no_run_are_refused(tmp_path):
     with pytest.raises(MsencError, match=r"No folder .*absent"):
         collect_runs(tmp_path / "absent")

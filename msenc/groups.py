@@ -1,0 +1,184 @@
+"""Parameter groups: what trains with a rate, a weight decay or a warm-up of its own.
+
+`optimizer.groups` of a config -> groups of named parameters -> the optimizer's, and their gradients' norms
+
+A group is named for a part of the model (``llm``, ``connectors``, ``connector.audio``), or has a ``pattern`` that picks
+parameters by name. Parameters of no group train as the optimizer's own settings say.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from msenc.types import MsencError
+
+if TYPE_CHECKING:  # the checks of a config must not wait for torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+LLM, CONNECTORS, CONNECTOR = "llm", "connectors", "connector"
+"""Names of groups that are parts of the model; a stream's connector is ``connector.audio``."""
+
+REST = "all others"
+
+OWN_KEYS = ("pattern", "warmup")
+"""Settings of a group that are not the optimizer's."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share their settings.
+
+    Args:
+        name: as in the config; `REST` for what is in no group.
+        parameters: by their names in `ConversationModel`.
+        settings: what differs from the optimizer's own; ``pattern`` and ``warmup`` among them.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def for_optimizer(self) -> dict[str, Any]:
+        """As torch's optimizers take it; a schedule finds the group's ``warmup`` in it."""
+        own = {key: value for key, value in self.settings.items() if key != "pattern"}
+        return {"params": list(self.parameters.values()), **({} if self.name == REST else {"name": self.name}), **own}
+
+
+def flatten_groups(groups: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Name -> settings, of `optimizer.groups`: ``connector: {audio: ...}`` is ``connector.audio``; null is not given.
+
+    Example:
+        >>> flatten_groups({"llm": {"lr": 0.1, "eps": None}, "connector": {"audio": {"lr": 0.2}}, "connectors": None})
+        {'llm': {'lr': 0.1}, 'connector.audio': {'lr': 0.2}}
+    """
+    named = dict(groups or {})
+    streams = named.get(CONNECTOR)
+    if isinstance(streams, Mapping) and "pattern" not in streams:
+        del named[CONNECTOR]
+        named.update({f"{CONNECTOR}.{stream}": settings for stream, settings in streams.items()})
+    return {
+        name: {key: value for key, value in settings.items() if value is not None}
+        if isinstance(settings, Mapping)
+        else settings
+        for name, settings in named.items()
+        if settings is not None
+    }
+
+
+def part_of(parameter: str) -> str:
+    """The part of the model that a parameter of `ConversationModel` belongs to.
+
+    Example:
+        >>> part_of("llm.model.norm.weight"), part_of("connectors.audio.in_proj.bias")
+        ('llm', 'connector.audio')
+    """
+    first, second = parameter.split(".", 2)[:2]
+    return LLM if first == LLM else f"{CONNECTOR}.{second}"
+
+
+def partition(parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mapping[str, Any]]) -> list[ParameterGroup]:
+    """Put each parameter into its group; what no group names comes first, as the optimizer's own.
+
+    Args:
+        parameters: what trains, by its name in `ConversationModel`; one that several parts share has one name.
+        groups: from `flatten_groups`.
+
+    Raises:
+        MsencError: a group in which nothing is, or a parameter that two groups claim.
+    """
+    claims = {name: [g for g, settings in groups.items() if _is_in(name, g, settings)] for name in parameters}
+    twice = {name: found for name, found in claims.items() if len(found) > 1}
+    if twice:
+        name, found = next(iter(twice.items()))
+        raise MsencError(
+            f"optimizer.groups: {len(twice)} parameters are in several groups, e.g. {name} in "
+            f"{' and '.join(found)}. Each may be in one: narrow a pattern, or leave a group out."
+        )
+    for group, settings in groups.items():
+        if [group] not in claims.values():
+            raise MsencError(
+                f"optimizer.groups.{group}: {_none_match(parameters, settings)} "
+                f"Leave the group out, or let something of it train."
+            )
+    whole = [(REST, [], {}), *((name, [name], settings) for name, settings in groups.items())]
+    found = [
+        ParameterGroup(name, {n: p for n, p in parameters.items() if claims[n] == claim}, settings)
+        for name, claim, settings in whole
+    ]
+    return [group for group in found if group.parameters]
+
+
+def _is_in(parameter: str, group: str, settings: Mapping[str, Any]) -> bool:
+    if "pattern" in settings:
+        return fnmatchcase(parameter, settings["pattern"])
+    part = part_of(parameter)
+    return part == group or (group == CONNECTORS and part != LLM)
+
+
+def _none_match(parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    if "pattern" in settings:
+        some = [names[0] for part in _parts(parameters) if (names := [n for n in parameters if part_of(n) == part])]
+        return f"no parameter that trains matches {settings['pattern']!r}. Names here are such as {', '.join(some)}."
+    return f"nothing of it trains here; what trains: {', '.join(_parts(parameters)) or 'nothing'}."
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(map(part_of, names)))
+
+
+def describe_groups(
+    groups: Sequence[ParameterGroup],
+    optimizer: Callable[[Any], Optimizer],
+    scheduler: Callable[..., Any] | None,
+) -> list[dict[str, Any]]:
+    """What each group trains with, for tables and ``run.json``.
+
+    Args:
+        groups: from `partition`.
+        optimizer: parameters -> optimizer; one is made, to see what it makes of the groups, and dropped.
+        scheduler: that of the run; its ``warmup`` holds for groups that have none.
+
+    Returns:
+        Per group ``name``, ``tensors``, ``parameters``, ``lr``, ``weight_decay``, ``warmup`` (share of all steps; None
+        where there is none), and what else the group sets.
+    """
+    if not groups:
+        return []
+    taken = inspect.signature(scheduler).parameters if scheduler else {}
+    warmup = taken["warmup"].default if "warmup" in taken else None
+    made = optimizer([group.for_optimizer() for group in groups]).param_groups
+    return [
+        {
+            "name": group.name if len(groups) > 1 or group.name != REST else "all",
+            "tensors": len(group.parameters),
+            "parameters": sum(p.numel() for p in group.parameters.values()),
+            "lr": float(settings["lr"]),
+            "weight_decay": settings.get("weight_decay"),
+            "warmup": group.settings.get("warmup", warmup),
+            **{k: v for k, v in group.settings.items() if k not in ("lr", "weight_decay", "warmup")},
+        }
+        for group, settings in zip(groups, made, strict=True)
+    ]
+
+
+def gradient_norms(groups: Sequence[ParameterGroup]) -> dict[str, Tensor]:
+    """Norm of the gradient of each part of the model, and of each group that a pattern picks.
+
+    Returns:
+        ``llm``, ``connector.audio`` ..., without what a pattern takes out; the pattern's group by its own name. Parts
+        whose gradient is not there are left out.
+    """
+    from torch.nn.utils import get_total_norm
+
+    gradients: dict[str, list[Tensor]] = {}
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            if parameter.grad is not None:
+                key = group.name if "pattern" in group.settings else part_of(name)
+                gradients.setdefault(key, []).append(parameter.grad)
+    return {name: get_total_norm(found) for name, found in gradients.items()}
