@@ -47,6 +47,7 @@ GROUPS = {
     "streams": ["train", "prepare"],
     "sweep": ["train"],
     "trainer": ["train"],
+    "world": ["train", "prepare"],
 }
 """Group -> the scripts whose configs take it."""
 
@@ -66,6 +67,9 @@ BLIP2 = "model.connector.init={blip2} " + " ".join(f"model.connector.{k}={v}" fo
 PAPER = "data=demo trainer=cpu model.llm.name_or_path={mistral} "
 """What makes the paper's parts small."""
 
+WORLD = " ".join([*SMALL_DEMO, "prepare_workers=0"]).replace("{", "{{").replace("}", "}}")
+"""What makes a world small; its braces are not the ones that are filled in."""
+
 TRAINED = {
     "align/column": "align.steps=1",
     "align/contrastive": "align.steps=1",
@@ -73,12 +77,15 @@ TRAINED = {
     "align/transcript": "align.steps=1",
     "align/words": "align.steps=1 align.labels.audio={source:column,column:Emotion}",
     "callbacks/default": "",
+    "data/beats": WORLD,
     "data/demo": "",
+    "data/graded": WORLD,
     "decoding/greedy": "",
     "decoding/sample": "modality=text",
     "experiment/control_noise_audio": "",
     "experiment/control_noise_video": "",
     "experiment/control_shuffle_text": "",
+    "experiment/known_answer": "world=graded " + WORLD,
     "experiment/demo_smollm2": "model.llm.name_or_path={llama}",
     "experiment/paper_frozen": PAPER + AUDIO + VIDEO + BLIP2,
     "experiment/paper_meld": PAPER + AUDIO + VIDEO + BLIP2,
@@ -110,6 +117,7 @@ TRAINED = {
     "model/llm/mistral_7b": "model.llm.name_or_path={mistral}",
     "model/llm/smollm2": "model.llm.name_or_path={llama}",
     "model/llm/tiny": "",
+    "model/llm/tiny_world": "data=beats " + WORLD,
     "model/video/clip": "modality=text_video " + VIDEO,
     "model/video/demo": "modality=text_video",
     "model/video/paper": "modality=text_video " + VIDEO,
@@ -126,6 +134,9 @@ TRAINED = {
     "streams/paper": AUDIO + VIDEO + BLIP2,
     "trainer/cpu": "modality=text",
     "trainer/debug": "",
+    "world/beats": WORLD,
+    "world/demo": "",
+    "world/graded": WORLD,
 }
 """File -> what else its training step needs; large models become random ones of the same class."""
 
@@ -358,6 +369,17 @@ def test_an_experiment_of_the_paper_takes_any_modality(modality, home, tmp_path)
     names = {stream: node.name for stream, node in cfg.model.streams.items()}
     assert names == {s: n for s, n in (("audio", "wavlm_large"), ("video", "clip_vit_b32")) if s in modality}
     assert bind(cfg, tmp_path) > 0
+
+
+def test_a_world_brings_its_data_and_an_llm_that_has_read_it(home):
+    for world in ("beats", "graded"):
+        for script, extra in (("train", ["experiment=known_answer"]), ("train", []), ("prepare", [])):
+            cfg = compose_with_hydra(script, [*extra, f"world={world}", "paths.data_dir=d", "data.generate.variant=2"])
+            assert (cfg.data.name, cfg.data.generate.world, cfg.model.llm_recipe.world) == (world, world, world)
+            assert (cfg.data.dir, cfg.data.root) == (f"d/{world}-2-1", f"d/{world}-2-1-raw")
+            assert cfg.model.llm.name_or_path == cfg.model.llm_recipe.folder == f"d/tiny-llm-{world}"
+    real = compose_with_hydra("train", ["experiment=known_answer", "model/llm=smollm2"])
+    assert (real.data.name, real.model.llm_recipe) == ("beats", None)
 
 
 # Refusals, through the scripts

@@ -12,6 +12,7 @@ import fsspec
 import pytest
 import torch
 from conftest import SMALL_DEMO
+from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -433,6 +434,34 @@ def test_the_command_survives_a_shell(train, tmp_path):
     command = prepare_command(overrides, choices)
     assert shlex.split(command) == ["python", "prepare.py", *overrides, "modality=text", "data.root=FOLDER"]
     assert "'+data.generate={sizes:{train:1,val:1}}'" in command
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        (["world=graded", "seed=2"], ["world=graded"]),
+        (["experiment=known_answer", "data.generate.seed=2"], ["world=beats", "data.generate.seed=2"]),
+        (["world=beats", "data=meld"], ["world=beats", "data=meld"]),
+    ],
+)
+def test_the_command_makes_a_world(overrides, command, home):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = hydra_compose("train", overrides, return_hydra_config=True)
+    root = ["data.root=FOLDER"] if "data=meld" in overrides else []
+    found = shlex.split(prepare_command(overrides, cfg.hydra.runtime.choices))
+    assert found == ["python", "prepare.py", *command, "modality=text_audio_video", *root]
+
+
+def test_a_world_that_is_not_prepared_is_prepared(train, compose, tmp_path, capsys):
+    small = [*SMALL_DEMO, "prepare_workers=0", f"paths.data_dir={tmp_path / 'data'}"]
+    run = train([*FAST, *small, "world=beats", "modality=text_audio", "trainer.max_steps=1", "evaluate=null"])
+    assert "data beats is not prepared yet" in " ".join(capsys.readouterr().out.split())
+    assert {p.name for p in (tmp_path / "data").iterdir() if p.is_dir()} == {
+        "beats-1-1",
+        "beats-1-1-raw",
+        "tiny-llm-beats",
+    }
+    assert read(run.folder / "run.json")["data"] == "beats"
 
 
 def test_a_run_reads_its_data_from_a_url(train, compose, demo_home, tmp_path):

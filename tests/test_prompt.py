@@ -7,8 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from msenc.config import build
-from msenc.prepare.demo import DemoDialogue, transcripts
+from msenc.prepare.demo import transcripts
 from msenc.prepare.tiny_llm import train_tokenizer
+from msenc.prepare.worlds.frame import DrawnDialogue
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Slot, window_histories
 from msenc.types import Dialogue, Mark, MsencError, Reply, Utterance
 
@@ -176,7 +177,7 @@ def test_a_slot_between_signs_that_merge_does_not_change_the_count():
     # With the slots gone, ":" and "(" would be one token: the count must not see where a slot cut.
     turns = tuple(Utterance(str(i), "Ana", "(ok)") for i in range(3))
     demo = transcripts(1, seed=0)[0]
-    said = DemoDialogue(Dialogue("d", "train", turns), demo.turns[:1] * 3)
+    said = DrawnDialogue(Dialogue("d", "train", turns), demo.turns[:1] * 3)
     prompt = prompt_of("upstream", piecewise=False)
     tokenizer = train_tokenizer([said] * 50, prompt_of("default", turn="{speaker}:{text}"), vocab_size=300)
     assert len(tokenizer(":(", add_special_tokens=False).input_ids) == 1

@@ -29,7 +29,7 @@ from msenc.types import MsencError
 MEASURE = "measure"
 """``describe=measure``: voices are measured, for labels to align to; turns and their descriptions stay as they are."""
 
-PREPARE_KEYS = ("data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
+PREPARE_KEYS = ("world", "data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
 
 
 def prepare(cfg: DictConfig) -> DatasetManifest | Audit | None:
@@ -204,7 +204,8 @@ def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -
     except MsencError:
         if config["data"]["generate"] is None or is_url(config["data"]["dir"]):
             raise
-        console.print("The demo is not prepared yet: preparing it (prepare.py data=demo does the same).")
+        name = config["data"]["name"]
+        console.print(f"The data {name} is not prepared yet: preparing it, as prepare.py does.")
         _prepare({**config, **({"describe": MEASURE} if wants_voices(config) else {})}, wait=True)
         datamodule.setup()
         return
@@ -230,11 +231,13 @@ def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> 
     kept = [o for o in overrides if o.lstrip("+").split("=")[0].split("@")[0].startswith(PREPARE_KEYS)]
     given = {o.split("=")[0] for o in kept}
     # An experiment chooses too; what prepare.py would choose by itself is left out.
-    chosen = [f"{group}={choices[group]}" for group in ("data", "streams") if choices[group] != "demo"]
+    world = choices.get("world")
+    chosen = [f"{group}={choices[group]}" for group in ("data", "streams") if choices[group] not in ("demo", world)]
+    chosen = [f"world={world}", *chosen] if world else chosen
     kept = [*(c for c in chosen if c.split("=")[0] not in given), *kept]
     if "modality" not in given:
         kept.append(f"modality={choices['modality']}")
-    if choices["data"] != "demo" and "data.root" not in given:
+    if choices["data"] not in ("demo", world) and "data.root" not in given:
         kept.append("data.root=FOLDER")
     kept = ["data.dir=FOLDER" if o.startswith("data.dir=") and is_url(o) else o for o in kept]
     return shlex.join(["python", "prepare.py", *kept])

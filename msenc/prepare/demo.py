@@ -4,52 +4,35 @@
 states are, and the lowest loss that each modality can reach, is derived in docs/demo-data.md.
 """
 
-import csv
 import math
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from msenc.data.marks import format_marks
-from msenc.prepare.clip_writer import load_av, write_clip
+from msenc.prepare.clip_writer import load_av
 from msenc.prepare.face import Look, draw_face
-from msenc.prepare.workers import watch_parent
-from msenc.prepare.write_once import write_once
+from msenc.prepare.worlds.frame import (
+    DRAW,
+    FPS,
+    SAMPLE_RATE,
+    DrawnDialogue,
+    World,
+    chance,
+    clip_path,
+    draw_split,
+    draw_transcripts,
+    pick,
+    write_folder,
+)
+from msenc.prepare.worlds.ideal import Belief
 from msenc.speech.libespeak import VoiceSettings, load_espeak, speak
-from msenc.types import SPLITS, Dialogue, Mark, MsencError, Utterance
+from msenc.types import SPLITS, Dialogue, Mark, Utterance
 
 VERSION = 1  # of the generator: raised whenever equal settings give other data
-FPS = 12
-SAMPLE_RATE = 16_000
 
-CSV_NAMES = {"train": "train_sent_emo.csv", "val": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
-CLIP_FOLDERS = {"train": "train_splits", "val": "dev_splits_complete", "test": "output_repeated_splits_test"}
-MELD_COLUMNS = (
-    "Sr No.",
-    "Utterance",
-    "Speaker",
-    "Emotion",
-    "Sentiment",
-    "Dialogue_ID",
-    "Utterance_ID",
-    "Season",
-    "Episode",
-    "StartTime",
-    "EndTime",
-)
-DEMO_COLUMNS = ("Description", "Marks", "Pitch", "Range", "Face")
-
-# A seed gives several independent streams of chance. Their place in this list is part of the data: append only.
-_STREAMS = (*SPLITS, "transcripts", "raw")
-_DRAW, _SOUND, _PICTURE = 1, 2, 3
+DEMO_COLUMNS = ("Pitch", "Range", "Face")
 
 INSIDE = ("kitchen", "bedroom", "library", "office")
 OUTSIDE = ("garden", "forest", "park", "desert")
@@ -135,16 +118,13 @@ class DemoTurn:
     is_inside: bool
     question: str | None
 
-
-@dataclass(frozen=True)
-class DemoDialogue:
-    """A dialogue and, for each of its utterances, the hidden states."""
-
-    dialogue: Dialogue
-    turns: tuple[DemoTurn, ...]
+    @property
+    def told(self) -> dict[str, str]:
+        """What a transcript writes in place of a stream."""
+        return state_words(self)
 
 
-def draw_dialogues(split: str, num: int, seed: int) -> list[DemoDialogue]:
+def draw_dialogues(split: str, num: int, seed: int) -> list[DrawnDialogue]:
     """Draw the words and hidden states of a split's first `num` dialogues; no media.
 
     A dialogue depends on seed, split and its number alone, so a smaller split is the beginning of a larger one.
@@ -162,17 +142,15 @@ def draw_dialogues(split: str, num: int, seed: int) -> list[DemoDialogue]:
         >>> first.dialogue.id, len(first.turns) == len(first.dialogue.utterances)
         ('demo/train/dia0', True)
     """
-    if split not in SPLITS:
-        raise MsencError(f"Found the split {split!r}; expected one of {', '.join(SPLITS)}.")
-    return [_draw_dialogue(split, number, seed) for number in range(num)]
+    return draw_split(DEMO, split, num, seed)
 
 
-def transcripts(num: int, seed: int) -> list[DemoDialogue]:
+def transcripts(num: int, seed: int) -> list[DrawnDialogue]:
     """Dialogues from a stream of chance of their own, for pre-training an LLM on text with `state_words`.
 
     They share no dialogue with any split, carry the ids ``demo/transcripts/dia<N>``, and have no clips.
     """
-    return [_draw_dialogue("transcripts", number, seed) for number in range(num)]
+    return draw_transcripts(DEMO, num, seed)
 
 
 def state_words(turn: DemoTurn) -> dict[str, str]:
@@ -188,13 +166,7 @@ def state_words(turn: DemoTurn) -> dict[str, str]:
     }
 
 
-def _chance(seed: int, stream: str, dialogue: int, turn: int, purpose: int) -> np.random.Generator:
-    if seed < 0:
-        raise MsencError(f"Found the seed {seed}; expected a whole number that is not negative.")
-    return np.random.default_rng([seed, _STREAMS.index(stream), dialogue, turn, purpose])
-
-
-def steady_dialogue(number: int, seed: int, turns: tuple[int, int]) -> DemoDialogue:
+def steady_dialogue(number: int, seed: int, turns: tuple[int, int]) -> DrawnDialogue:
     """A dialogue from another stream of chance, whose speakers keep their mood; it has no clips.
 
     Args:
@@ -207,8 +179,8 @@ def steady_dialogue(number: int, seed: int, turns: tuple[int, int]) -> DemoDialo
 
 def _draw_dialogue(
     stream: str, number: int, seed: int, bounds: tuple[int, int] = (3, 7), is_steady: bool = False
-) -> DemoDialogue:
-    rng = _chance(seed, stream, number, 0, _DRAW)
+) -> DrawnDialogue:
+    rng = chance(seed, stream, number, 0, DRAW)
     names = rng.choice(list(SPEAKERS), size=2, replace=False)
     num_turns = int(rng.integers(*bounds))
     utterances: list[Utterance] = []
@@ -219,12 +191,12 @@ def _draw_dialogue(
         if is_steady and index >= 2:
             is_excited, is_happy = turns[index - 2].is_excited, turns[index - 2].is_happy
         question = str(rng.choice(list(_QUESTION_SHARES), p=list(_QUESTION_SHARES.values())))
-        statement = _pick(rng, _STATEMENTS).format(_pick(rng, INSIDE if is_inside else OUTSIDE))
-        asked = _pick(rng, QUESTIONS[question])
+        statement = pick(rng, _STATEMENTS).format(pick(rng, INSIDE if is_inside else OUTSIDE))
+        asked = pick(rng, QUESTIONS[question])
         if index == num_turns - 1:
             question = asked = None
         if index == 0:
-            opening, is_expressive, marks = _pick(rng, _OPENINGS), chance_range, ()
+            opening, is_expressive, marks = pick(rng, _OPENINGS), chance_range, ()
         else:
             opening, is_expressive, marks = _answer(turns[-1], rng, SPEAKERS[speaker].person)
         utterances.append(
@@ -233,13 +205,13 @@ def _draw_dialogue(
                 speaker=speaker,
                 text=" ".join(part for part in (opening, statement, asked) if part),
                 description=_DESCRIPTION.format(SPEAKERS[speaker].person, RANGE_WORDS[is_expressive]),
-                clip=None if stream not in CLIP_FOLDERS else _clip_path(stream, number, index),
+                clip=clip_path(stream, number, index),
                 marks=marks,
             )
         )
         turns.append(DemoTurn(is_excited, is_happy, is_expressive, is_inside, question))
     split = stream if stream in SPLITS else "train"
-    return DemoDialogue(Dialogue(f"demo/{stream}/dia{number}", split, tuple(utterances)), tuple(turns))
+    return DrawnDialogue(Dialogue(f"demo/{stream}/dia{number}", split, tuple(utterances)), tuple(turns))
 
 
 def _answer(asker: DemoTurn, rng: np.random.Generator, person: str) -> tuple[str, bool, tuple[Mark, ...]]:
@@ -253,7 +225,7 @@ def _answer(asker: DemoTurn, rng: np.random.Generator, person: str) -> tuple[str
         "place": ((asker.is_inside, "text"), (asker.is_inside, None)),
     }[asker.question]
     answer = ANSWERS[asker.question]
-    frame = _pick(rng, answer.frames)
+    frame = pick(rng, answer.frames)
     marks = [_mark(said[1], "text", frame.index("{}"), answer.words[said[0]])]
     if heard[1] is not None:
         start = _DESCRIPTION.format(person, "{}").index("{}")
@@ -263,14 +235,6 @@ def _answer(asker: DemoTurn, rng: np.random.Generator, person: str) -> tuple[str
 
 def _mark(kind: str, field: str, start: int, word: str) -> Mark:
     return Mark(kind, field, start, start + len(word))
-
-
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
-def _clip_path(split: str, number: int, turn: int) -> str:
-    return f"{CLIP_FOLDERS[split]}/dia{number}_utt{turn}.mp4"
 
 
 def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -> None:
@@ -287,14 +251,7 @@ def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -
     Raises:
         MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.
     """
-    if set(sizes) != set(SPLITS) or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
-        raise MsencError(
-            f"Found the demo's sizes {dict(sizes)}; expected a whole number above 0 for each of {', '.join(SPLITS)}."
-        )
-    settings = {"version": VERSION, "seed": seed, "sizes": {split: sizes[split] for split in SPLITS}}
-    write_once(
-        root, "demo.json", settings, check_packages, partial(_write_folder, settings=settings, num_workers=num_workers)
-    )
+    write_folder(DEMO, root, "demo.json", {"version": VERSION, "seed": seed}, sizes, num_workers)
 
 
 def check_packages() -> None:
@@ -303,56 +260,12 @@ def check_packages() -> None:
     load_av()
 
 
-def _write_folder(root: Path, settings: dict[str, Any], num_workers: int) -> None:
-    from rich.progress import track
-
-    for folder in CLIP_FOLDERS.values():
-        (root / folder).mkdir(parents=True)
-    seed, sizes = settings["seed"], settings["sizes"]
-    jobs = [(split, number) for split in SPLITS for number in range(sizes[split])]
-    with ExitStack() as stack:
-        rendered = _render_all(root, seed, jobs, num_workers)
-        stack.callback(rendered.close)
-        durations = dict(
-            zip(jobs, track(rendered, "demo: speaking and drawing", total=len(jobs)), strict=True),
-        )
-    for split in SPLITS:
-        demos = draw_dialogues(split, sizes[split], seed)
-        _write_csv(root / CSV_NAMES[split], demos, [durations[split, number] for number in range(sizes[split])])
-
-
-def _render_all(root: Path, seed: int, jobs: list[tuple[str, int]], num_workers: int) -> Iterator[list[int]]:
-    """Number of frames of each clip, per job, in the order of the jobs."""
-    render = partial(_render_dialogue, root, seed)
-    if num_workers <= 0:
-        yield from map(render, jobs)
-        return
-    # spawn: a forked child would inherit the threads' locks of whatever runs in this process.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=watch_parent) as pool:
-        try:
-            yield from pool.map(render, jobs, chunksize=4)
-        except BrokenProcessPool as error:
-            raise MsencError(
-                f"A process that writes the demo ended without a word ({error}). Found num_workers={num_workers}; "
-                "try fewer, or look for a lack of memory."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _render_dialogue(root: Path, seed: int, job: tuple[str, int]) -> list[int]:
-    split, number = job
-    demo = _draw_dialogue(split, number, seed)
-    num_frames = []
-    for index, (utterance, turn) in enumerate(zip(demo.dialogue.utterances, demo.turns, strict=True)):
-        speaker = SPEAKERS[utterance.speaker]
-        samples = _say(utterance.text, speaker, turn, _chance(seed, split, number, index, _SOUND))
-        num_frames.append(len(samples) * FPS // SAMPLE_RATE)
-        rng = _chance(seed, split, number, index, _PICTURE)
-        frames = draw_face(speaker.look, turn.is_happy, num_frames[-1], FPS, rng)
-        write_clip(root / _clip_path(split, number, index), frames, samples, FPS, SAMPLE_RATE)
-    return num_frames
+def _render(
+    utterance: Utterance, turn: DemoTurn, sound: np.random.Generator, picture: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    speaker = SPEAKERS[utterance.speaker]
+    samples = _say(utterance.text, speaker, turn, sound)
+    return draw_face(speaker.look, turn.is_happy, len(samples) * FPS // SAMPLE_RATE, FPS, picture), samples
 
 
 def _say(text: str, speaker: _Speaker, turn: DemoTurn, rng: np.random.Generator) -> np.ndarray:
@@ -386,46 +299,30 @@ def _trim(samples: np.ndarray) -> np.ndarray:
     return samples[loud[0] : loud[-1] + 1]
 
 
-def _write_csv(path: Path, demos: list[DemoDialogue], num_frames: list[list[int]]) -> None:
-    gap_ms = 250
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow((*MELD_COLUMNS, *DEMO_COLUMNS))
-        line = 0
-        for number, (demo, frames) in enumerate(zip(demos, num_frames, strict=True)):
-            start_ms = 0
-            for index, (utterance, turn) in enumerate(zip(demo.dialogue.utterances, demo.turns, strict=True)):
-                end_ms = start_ms + round(frames[index] * 1000 / FPS)
-                line += 1
-                writer.writerow(
-                    (
-                        line,
-                        utterance.text,
-                        utterance.speaker,
-                        "joy" if turn.is_happy else "sadness",
-                        "positive" if turn.is_happy else "negative",
-                        number,
-                        index,
-                        1 + SPLITS.index(demo.dialogue.split),
-                        number + 1,
-                        _clock(start_ms),
-                        _clock(end_ms),
-                        utterance.description,
-                        format_marks(utterance.marks),
-                        ANSWERS["voice"].words[turn.is_excited],
-                        RANGE_WORDS[turn.is_expressive],
-                        ANSWERS["face"].words[turn.is_happy],
-                    )
-                )
-                start_ms = end_ms + gap_ms
+def _annotate(turn: DemoTurn) -> tuple[str, str]:
+    return ("joy", "positive") if turn.is_happy else ("sadness", "negative")
 
 
-def _clock(milliseconds: int) -> str:
-    """MELD's way of writing a time.
+def _hidden(turn: DemoTurn) -> tuple[str, str, str]:
+    return (
+        ANSWERS["voice"].words[turn.is_excited],
+        RANGE_WORDS[turn.is_expressive],
+        ANSWERS["face"].words[turn.is_happy],
+    )
 
-    Example:
-        >>> _clock(976_059)
-        '00:16:16,059'
-    """
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02},{rest:03}"
+
+def _read_bits(row: Mapping[str, str]) -> tuple[bool, bool]:
+    return row["Pitch"] == ANSWERS["voice"].words[1], row["Face"] == ANSWERS["face"].words[1]
+
+
+DEMO = World(
+    name="demo",
+    columns=DEMO_COLUMNS,
+    draw=_draw_dialogue,
+    render=_render,
+    annotate=_annotate,
+    hidden=_hidden,
+    read_bits=_read_bits,
+    belief=Belief(prior=((0.25, 0.25), (0.25, 0.25)), both=((1, 0), (0, 1))),  # they agree, or differ
+    check=check_packages,
+)

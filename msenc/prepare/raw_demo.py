@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from msenc.prepare.clip_writer import write_clip
-from msenc.prepare.demo import FPS, SAMPLE_RATE, SPEAKERS, DemoDialogue, check_packages, steady_dialogue
+from msenc.prepare.demo import SPEAKERS, check_packages, steady_dialogue
 from msenc.prepare.face import SIZE, draw_face
 from msenc.prepare.timestamps import FILE_NAME
 from msenc.prepare.workers import progress_bar
+from msenc.prepare.worlds.frame import FPS, SAMPLE_RATE, DrawnDialogue
 from msenc.prepare.write_once import write_once
 from msenc.speech.libespeak import VoiceSettings, speak
 from msenc.types import MsencError
@@ -124,7 +125,7 @@ def _write_videos(num_videos: int, dialogues_per_video: int, seed: int, root: Pa
     (root / TRUTH_FILE).write_text(json.dumps([asdict(d) for d in truth], indent=1) + "\n", encoding="utf-8")
 
 
-def _two_voiced(seed: int) -> Iterator[tuple[int, DemoDialogue]]:
+def _two_voiced(seed: int) -> Iterator[tuple[int, DrawnDialogue]]:
     """Dialogues of a woman and a man, with their numbers."""
     number = 0
     while True:
@@ -147,7 +148,7 @@ class _Piece:
         return len(self.frames) / FPS
 
 
-def _render_dialogue(number: int, demo: DemoDialogue, seed: int) -> Iterator[_Piece]:
+def _render_dialogue(number: int, demo: DrawnDialogue, seed: int) -> Iterator[_Piece]:
     """An empty piece, then one piece per turn, each with half of the pause before and half of the pause behind it."""
     rng = np.random.default_rng([seed, number])
     yield _empty(rng)

@@ -1,4 +1,4 @@
-"""Pre-train the demo's LLM: a small Llama that has read how moods and voices, written out in words, shape replies.
+"""Pre-train a world's LLM: of the demo, a small Llama that has read how moods, written out in words, shape replies.
 
     transcripts in words -> tokenizer and Llama -> a transformers folder
 
@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 
 from msenc.data.collate import collate, dialogue_rows
 from msenc.models.attention import make_layout, register
-from msenc.prepare.demo import DemoDialogue, DemoTurn, state_words, transcripts
+from msenc.prepare.worlds.frame import DrawnDialogue, draw_transcripts
+from msenc.prepare.worlds.table import find_world
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
 from msenc.types import Batch
 
@@ -74,6 +75,7 @@ def pretrain(
     silence: float = 0.25,
     seed: int = 1,
     attempts: int = 4,
+    world: str = "demo",
 ) -> None:
     """Make the folder of a tiny LLM, unless it is there; it appears whole or not at all.
 
@@ -94,24 +96,29 @@ def pretrain(
         seed: of transcripts, weights and silences.
         attempts: how often to begin anew, from other weights, where unseen transcripts show that a planted word was
             not learned; the best is kept.
+        world: whose transcripts are read. Where a world writes no cue out, all its moods are silent: the LLM learns
+            what the text tells, and how often each of the other words comes.
+
+    Raises:
+        MsencError: there is no such world.
     """
-    recipe = {k: v for k, v in locals().items() if k != "folder"} | {"version": VERSION}
+    # The demo's recipes name no world: there was no other when the first of them were written.
+    recipe = {k: v for k, v in locals().items() if k != "folder" and (k, v) != ("world", "demo")} | {"version": VERSION}
     target = Path(folder)
     if target.is_dir():
         _note_other_recipe(target, recipe)
         return
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    dialogues = transcripts(num_dialogues, seed)
+    drawn = draw_transcripts(find_world(world), num_dialogues + UNSEEN, seed)
+    dialogues = drawn[:num_dialogues]
     tokenizer = train_tokenizer(dialogues, PROMPT, vocab_size)
     rng = random.Random(seed)
     first = round(FIRST_LESSONS * num_dialogues)
     tokenize = DialogueTokenizer(PROMPT, tokenizer)
     pairs = pairs_of_turns([tokenize_transcript(d, tokenize, 0.0, rng) for d in dialogues[:first]], rng)
     whole = [tokenize_transcript(d, tokenize, silence, rng) for d in dialogues[first:]]
-    unseen = [
-        tokenize_transcript(d, tokenize, 0.0, rng) for d in transcripts(num_dialogues + UNSEEN, seed)[num_dialogues:]
-    ]
+    unseen = [tokenize_transcript(d, tokenize, 0.0, rng) for d in drawn[num_dialogues:]]
     doubts = [tokenize_transcript(d, tokenize, LAST_SILENCE, rng, weigh_untold=True) for d in dialogues[first:]]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -161,7 +168,7 @@ def _note_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         Console().print(f"{folder} was made with {'; '.join(differ)}. It is used as it is; remove it to make it anew.")
 
 
-def train_tokenizer(dialogues: Sequence[DemoDialogue], prompt: Prompt, vocab_size: int) -> Any:
+def train_tokenizer(dialogues: Sequence[DrawnDialogue], prompt: Prompt, vocab_size: int) -> Any:
     """A byte-level BPE over the transcripts: any text has tokens, and the transcripts' words mostly one each."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -194,18 +201,19 @@ def train_tokenizer(dialogues: Sequence[DemoDialogue], prompt: Prompt, vocab_siz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
-def _slot_words(turn: DemoTurn) -> dict[str, str]:
-    return {stream: f" [{words}]" for stream, words in state_words(turn).items()}
+def _slot_words(turn: Any) -> dict[str, str]:
+    return {stream: f" [{words}]" for stream, words in turn.told.items()}
 
 
 def tokenize_transcript(
-    demo: DemoDialogue, tokenizer: DialogueTokenizer, silence: float, rng: random.Random, weigh_untold: bool = False
+    demo: DrawnDialogue, tokenizer: DialogueTokenizer, silence: float, rng: random.Random, weigh_untold: bool = False
 ) -> TokenizedDialogue:
     """A transcript; in each stream nothing is said with the chance `silence`.
 
-    What a silent stream would tell is not marked as planted, and has no weight, unless `weigh_untold`.
+    What a silent stream would tell is not marked as planted, and has no weight, unless `weigh_untold`. A stream that
+    the world never writes out is silent always.
     """
-    said = [stream for stream in SLOTS if rng.random() >= silence]
+    said = [s for s in SLOTS if rng.random() >= silence and all(s in turn.told for turn in demo.turns)]
     words = [{stream: text for stream, text in _slot_words(turn).items() if stream in said} for turn in demo.turns]
     told = {"text", *said, *(["both"] if len(said) == len(SLOTS) else [])}
     utterances = [

@@ -48,7 +48,7 @@ def write_once(
                 shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise MsencError(
-            f"Could not write the demo to {root}: {error}. Nothing was left there; free space, or choose another root."
+            f"Could not write the data to {root}: {error}. Nothing was left there; free space, or choose another root."
         ) from error
 
 
@@ -59,7 +59,7 @@ def _is_written(root: Path, marker: str, settings: Mapping[str, Any]) -> bool:
     advice = "Remove it, or choose another root."
     path = root / marker
     if not path.is_file():
-        raise MsencError(f"{root} exists and is no demo folder (it has no {marker}). {advice}")
+        raise MsencError(f"{root} exists and holds no generated data (it has no {marker}). {advice}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -70,4 +70,4 @@ def _is_written(root: Path, marker: str, settings: Mapping[str, Any]) -> bool:
     differences = [
         f"{key} {found.get(key)!r} (wanted: {value!r})" for key, value in settings.items() if found.get(key) != value
     ]
-    raise MsencError(f"{root} holds a demo with {'; '.join(differences) or 'unknown settings'}. {advice}")
+    raise MsencError(f"{root} holds generated data with {'; '.join(differences) or 'unknown settings'}. {advice}")

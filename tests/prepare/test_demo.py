@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from msenc.data.marks import parse_marks
 from msenc.prepare import demo
 from msenc.prepare.demo import DemoTurn, draw_dialogues, state_words, transcripts, write_demo
 from msenc.prepare.face import Look, draw_face
+from msenc.prepare.worlds import frame
 from msenc.speech.libespeak import VoiceSettings, speak
 from msenc.types import Dialogue, MsencError
 
@@ -155,6 +157,13 @@ def test_streams_of_chance_are_independent_and_sizes_nest():
     assert transcripts(1, 3)[0].dialogue.utterances[0].clip is None
 
 
+def test_the_words_of_a_seed_are_the_ones_they_have_always_been():
+    drawn = [*draw_dialogues("train", 40, seed=1), *transcripts(40, seed=1)]
+    words = json.dumps([(one.dialogue.to_json(), [vars(turn) for turn in one.turns]) for one in drawn])
+    # Of the generator's version 1; another digest takes another VERSION.
+    assert (demo.VERSION, hashlib.sha256(words.encode()).hexdigest()[:16]) == (1, "1493ae0e2d24bfa4")
+
+
 def test_state_words_name_the_fresh_states():
     turn = DemoTurn(is_excited=False, is_happy=True, is_expressive=True, is_inside=True, question="voice")
     assert state_words(turn) == {"audio": "calm voice", "video": "happy face"}
@@ -200,14 +209,14 @@ def test_length_and_loudness_of_speech_do_not_depend_on_the_states():
         ]
         spoken = [np.flatnonzero(np.abs(sound) > 1e-3)[[0, -1]] for sound in sounds]
         assert len({len(sound) for sound in sounds}) == 1
-        assert np.ptp(spoken, axis=0).max() < 0.02 * demo.SAMPLE_RATE  # begins and ends at the same time
+        assert np.ptp(spoken, axis=0).max() < 0.02 * frame.SAMPLE_RATE  # begins and ends at the same time
         assert np.ptp([10 * np.log10(np.mean(sound**2)) for sound in sounds]) < 0.01  # dB
         assert not np.allclose(sounds[0], sounds[1], atol=0.01)
 
 
 def test_a_face_shows_the_expression_and_sound_does_not_know_it():
     look = Look((236, 196, 170), (60, 40, 30), long_hair=True, width=19)
-    happy, sad = (draw_face(look, is_happy, 24, demo.FPS, np.random.default_rng(4)) for is_happy in (True, False))
+    happy, sad = (draw_face(look, is_happy, 24, frame.FPS, np.random.default_rng(4)) for is_happy in (True, False))
     assert happy.shape == (24, 64, 64, 3)
     changed = np.abs(happy.astype(int) - sad).max(axis=(0, 3)) > 0
     assert changed.any()
@@ -226,7 +235,7 @@ def test_the_mouth_opens_alike_for_both_faces():
     for seed in range(6):
         dark = []  # pixels of the open mouth, per frame
         for is_happy in (True, False):
-            frames = draw_face(look, is_happy, 24, demo.FPS, np.random.default_rng(seed))
+            frames = draw_face(look, is_happy, 24, frame.FPS, np.random.default_rng(seed))
             dark.append((frames[:, 36:60, 20:44].max(-1) < 100).sum((1, 2)))
         assert dark[0].max() > 40
         # A few pixels by rasterisation, either way.
@@ -245,13 +254,13 @@ def rendered(tmp_path_factory) -> Path:
 
 
 def rows_of(root: Path, split: str) -> list[dict[str, str]]:
-    with (root / demo.CSV_NAMES[split]).open(encoding="utf-8", newline="") as file:
+    with (root / frame.CSV_NAMES[split]).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def decode(root: Path, split: str, row: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Frames (T, 64, 64, 3) in [0, 1] and samples (N,) of a row's clip."""
-    path = root / demo.CLIP_FOLDERS[split] / f"dia{row['Dialogue_ID']}_utt{row['Utterance_ID']}.mp4"
+    path = root / frame.CLIP_FOLDERS[split] / f"dia{row['Dialogue_ID']}_utt{row['Utterance_ID']}.mp4"
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert container.streams.audio[0].codec_context.name == "aac"
@@ -264,8 +273,8 @@ def decode(root: Path, split: str, row: dict[str, str]) -> tuple[np.ndarray, np.
 def test_the_folder_has_melds_shape_and_the_drawn_words(rendered):
     for split in SIZES:
         rows = rows_of(rendered, split)
-        assert tuple(rows[0])[:11] == demo.MELD_COLUMNS
-        assert tuple(rows[0])[11:] == demo.DEMO_COLUMNS
+        assert tuple(rows[0])[:11] == frame.MELD_COLUMNS
+        assert tuple(rows[0])[11:] == (*frame.TARGET_COLUMNS, *demo.DEMO_COLUMNS)
         drawn = [
             (int(one.dialogue.id.rsplit("dia", 1)[1]), utterance, turn)
             for one in draw_dialogues(split, SIZES[split], seed=0)
@@ -280,7 +289,7 @@ def test_the_folder_has_melds_shape_and_the_drawn_words(rendered):
             assert f"{row['Face']} face" == state_words(turn)["video"]
             assert (row["Emotion"] == "joy") == (row["Sentiment"] == "positive") == turn.is_happy
             assert (rendered / utterance.clip).is_file()
-        assert len(list((rendered / demo.CLIP_FOLDERS[split]).iterdir())) == len(rows)
+        assert len(list((rendered / frame.CLIP_FOLDERS[split]).iterdir())) == len(rows)
 
 
 def test_times_are_the_lengths_of_the_clips(rendered):
@@ -292,8 +301,8 @@ def test_times_are_the_lengths_of_the_clips(rendered):
     for row in rows_of(rendered, "test")[:20]:
         frames, samples = decode(rendered, "test", row)
         start, end = seconds(row["StartTime"]), seconds(row["EndTime"])
-        assert end - start == pytest.approx(len(frames) / demo.FPS, abs=0.002)
-        assert len(samples) / demo.SAMPLE_RATE == pytest.approx(end - start, abs=0.08)  # AAC codes blocks of 0.064 s
+        assert end - start == pytest.approx(len(frames) / frame.FPS, abs=0.002)
+        assert len(samples) / frame.SAMPLE_RATE == pytest.approx(end - start, abs=0.08)  # AAC codes blocks of 0.064 s
         assert 1 < end - start < 4
         assert start > last_end.get(row["Dialogue_ID"], -1)
         last_end[row["Dialogue_ID"]] = end
@@ -320,7 +329,7 @@ def test_an_equal_folder_is_left_alone_and_another_is_refused(rendered, tmp_path
         write_demo(rendered, {**SIZES, "val": 2}, seed=0, num_workers=2)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("cat")
-    with pytest.raises(MsencError, match=r"photos exists and is no demo folder"):
+    with pytest.raises(MsencError, match=r"photos exists and holds no generated data"):
         write_demo(tmp_path / "photos", SIZES, seed=0, num_workers=2)
     (tmp_path / "photos" / "demo.json").write_text("{")
     with pytest.raises(MsencError, match="not readable as JSON"):
@@ -334,7 +343,7 @@ def test_wrong_sizes_are_refused(sizes, tmp_path):
 
 
 def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
-    write_clip, written = demo.write_clip, []
+    write_clip, written = frame.write_clip, []
 
     def fill_up(path, *args):
         if len(written) == 4:
@@ -342,8 +351,8 @@ def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
         write_clip(path, *args)
         written.append(path)
 
-    monkeypatch.setattr(demo, "write_clip", fill_up)
-    with pytest.raises(MsencError, match=r"Could not write the demo.*No space left"):
+    monkeypatch.setattr(frame, "write_clip", fill_up)
+    with pytest.raises(MsencError, match=r"Could not write the data.*No space left"):
         write_demo(tmp_path / "demo", {"train": 2, "val": 1, "test": 1}, seed=0, num_workers=0)
     assert len(written) == 4
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -389,7 +398,7 @@ def log_mel(samples: np.ndarray) -> np.ndarray:
     """Mean and deviation over time of 40 log-mel bands, (80,)."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, 512)[::160] * np.hanning(512)
     power = np.abs(np.fft.rfft(windows)) ** 2
-    hertz = np.fft.rfftfreq(512, 1 / demo.SAMPLE_RATE)
+    hertz = np.fft.rfftfreq(512, 1 / frame.SAMPLE_RATE)
     mel = 2595 * np.log10(1 + hertz / 700)
     edges = np.linspace(0, mel[-1], 42)
     bands = np.maximum(0, 1 - np.abs(mel[:, None] - edges[1:-1]) / (edges[1] - edges[0]))

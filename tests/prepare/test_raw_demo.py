@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from msenc.data.media import read_audio, read_frames
-from msenc.prepare.demo import FPS, SAMPLE_RATE, SPEAKERS
+from msenc.prepare.demo import SPEAKERS
 from msenc.prepare.raw_demo import read_truth, write_raw_demo
 from msenc.prepare.timestamps import read_timestamps
+from msenc.prepare.worlds.frame import FPS, SAMPLE_RATE
 from msenc.types import MsencError
 
 
@@ -57,11 +58,11 @@ def test_equal_settings_give_equal_files(raw_demo, tmp_path):
 
 
 def test_other_settings_and_numbers_are_refused(raw_demo, tmp_path):
-    with pytest.raises(MsencError, match="holds a demo with seed 3"):
+    with pytest.raises(MsencError, match="holds generated data with seed 3"):
         write_raw_demo(raw_demo, num_videos=2, dialogues_per_video=2, seed=4)
     with pytest.raises(MsencError, match="expected at least one of each"):
         write_raw_demo(tmp_path / "a", num_videos=0, dialogues_per_video=2, seed=4)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "other.txt").write_text(json.dumps({}))
-    with pytest.raises(MsencError, match="is no demo folder"):
+    with pytest.raises(MsencError, match="holds no generated data"):
         write_raw_demo(tmp_path / "b", num_videos=1, dialogues_per_video=1, seed=4)

@@ -9,6 +9,7 @@ from msenc.models.llm import fingerprint, load_llm, load_tokenizer
 from msenc.prepare.demo import state_words, transcripts
 from msenc.prepare.tiny_llm import PROMPT, pairs_of_turns, pretrain, tokenize_transcript, train_tokenizer
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer
+from msenc.types import MsencError
 
 SMALL = {"num_dialogues": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "attempts": 1}
 
@@ -180,3 +181,31 @@ def test_what_is_not_told_is_the_last_lesson_at_a_low_rate(tmp_path, monkeypatch
 def test_one_transcript_is_enough_to_run(tmp_path):
     pretrain(tmp_path / "llm", **{**SMALL, "num_dialogues": 1})
     assert (tmp_path / "llm").is_dir()
+
+
+def test_of_another_world_it_reads_no_cue_and_is_judged_by_the_text(tmp_path, monkeypatch):
+    given, judged = [], []
+    monkeypatch.setattr("msenc.prepare.tiny_llm._fit", lambda llm, lessons, *_: given.append(lessons))
+    monkeypatch.setattr("msenc.prepare.tiny_llm._planted_loss", lambda llm, unseen, _: judged.append(unseen) or 0.0)
+    pretrain(tmp_path / "llm", **{**SMALL, "num_dialogues": 60}, world="beats")
+    tokenizer = load_tokenizer(str(tmp_path / "llm"))
+    pairs, whole, doubts = given
+    for lesson in given:
+        for dialogue in lesson:
+            text = "".join(tokenizer.decode(list(piece)) for block in dialogue.turns for piece in block)
+            assert "[" not in text
+            assert ": " in text
+
+    def planted(dialogues):
+        return {TOKEN_KINDS[k] for d in dialogues for t in d.targets for k in t.kinds if "planted" in TOKEN_KINDS[k]}
+
+    assert planted(pairs) == planted(whole) == planted(judged[0]) == {"planted_text"}
+    assert planted(doubts) == {"planted_text", "planted_audio", "planted_video", "planted_both"}
+    assert '"world": "beats"' in (tmp_path / "llm" / "recipe.json").read_text()
+
+
+def test_a_recipe_of_the_demo_names_no_world(tmp_path):
+    pretrain(tmp_path / "llm", **SMALL)
+    assert "world" not in (tmp_path / "llm" / "recipe.json").read_text()
+    with pytest.raises(MsencError, match="'beets'; expected one of demo, beats, graded"):
+        pretrain(tmp_path / "other", **SMALL, world="beets")
