@@ -106,6 +106,11 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
     return ConversationModel(llm, connectors)
 
 
+def num_parameters(model: torch.nn.Module) -> int:
+    """All parameters of a model, frozen ones included: what says how many threads it is worth."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def calibrate_connectors(model: ConversationModel, datamodule: DialogueDataModule) -> None:
     """Fit the ends of new connectors to training utterances and to the LLM; the same in every process."""
     dataset = datamodule.dataset("train")

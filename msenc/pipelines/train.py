@@ -35,6 +35,7 @@ from msenc.pipelines.parts import (
     console,
     data_hashes,
     load_checkpoint,
+    num_parameters,
     places_of_runs,
     quieten,
     run_identity,
@@ -53,6 +54,7 @@ from msenc.run import (
 )
 from msenc.signals import STOPPED, Termination
 from msenc.sweep import is_stopping, note_run
+from msenc.threads import settle_threads
 from msenc.types import MsencError
 
 PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
@@ -173,6 +175,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     read_controls(config["controls"], datamodule.streams)
     model = build_model(config)
+    record.add(threads=_settle_threads(model, record))
     calibrate_connectors(model, datamodule)
     counts = model.trainable_parameters()
     record.add(
@@ -185,7 +188,6 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         described_targets=described,
         speakers=datamodule.common_speakers("train"),
         batches=count_batches(datamodule, config["trainer"]),
-        threads=torch.get_num_threads(),
     )
     _print_summary(config, record)
     if sum(counts.values()):
@@ -207,6 +209,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
             split=config["evaluate"],
             device=record.facts.get("device", "auto"),
             controls=config["controls"],
+            threads=record.facts["threads"],
         )
     return loss
 
@@ -220,6 +223,18 @@ def _say_resumed(record: RunRecord) -> None:
     console.print(f"Resuming {shown(record.folder)}", soft_wrap=True)
     if facts["commit_resumed"] != facts["commit"]:
         _warn(f"The code changed: the run began with commit {facts['commit']}, this is {facts['commit_resumed']}.")
+
+
+def _settle_threads(model: ConversationModel, record: RunRecord) -> int:
+    """As many threads as the run had when it began, or as its model is worth; OMP_NUM_THREADS has the last word."""
+    before = record.facts.get("threads")
+    threads = settle_threads(num_parameters(model), before)
+    if before not in (None, threads):
+        _warn(
+            f"OMP_NUM_THREADS={threads}: the run had {before} before. Sums are rounded in another order from here on, "
+            "so it ends near the unbroken run, and not bit by bit as it."
+        )
+    return threads
 
 
 def _fit(
@@ -271,7 +286,11 @@ def _fit(
     if is_first_process():
         write_json(record.folder / "metrics.json", outcome["metrics"])
     best = checkpoints.best_score if checkpoints and checkpoints.monitor == "val/loss" else None
-    record.add(**outcome, best_loss=outcome["metrics"].get("val/loss") if best is None else best)
+    record.add(
+        **outcome,
+        best_loss=outcome["metrics"].get("val/loss") if best is None else best,
+        threads=torch.get_num_threads(),  # Lightning shares the cores out between the processes of a run
+    )
 
 
 def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
@@ -295,5 +314,6 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
     )
     for split, counts in facts["left_out"].items():
         table.add_row(f"left out of {split}", f"{counts['dialogues']:,} dialogues, {counts['utterances']:,} utterances")
+    table.add_row("threads", str(facts["threads"]))
     add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
     console.print(table)
