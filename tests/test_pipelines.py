@@ -567,17 +567,20 @@ SMALLEST_DEMO = ["data.generate.sizes={train:1,val:1,test:1}", *SMALL_DEMO[1:], 
 
 def test_the_llm_is_pretrained_while_the_demo_is_made(demo_home, compose, tmp_path, monkeypatch, capsys):
     def build_and_note(node, **given):
-        made.append((node["_target_"].rpartition(".")[2], given.get("num_workers")))
+        made.append((node["_target_"].rpartition(".")[2], given.get("num_workers"), torch.get_num_threads()))
         return build(node, **given)
 
-    made, build = [], pipelines_prepare.build
+    made, build, threads = [], pipelines_prepare.build, torch.get_num_threads()
     monkeypatch.setattr(pipelines_prepare, "build", build_and_note)
     data = tmp_path / "data"
-    ensure_llm(plain(compose([*SMALLEST_DEMO, f"paths.data_dir={data}"])))
+    torch.set_num_threads(2)
+    try:
+        ensure_llm(plain(compose([*SMALLEST_DEMO, f"paths.data_dir={data}"])))
+    finally:
+        torch.set_num_threads(threads)
     assert (data / "demo" / "dataset.json").is_file()
     # One of two processes draws the clips; the other one made the LLM, which this one finds.
-    assert [name for name, _ in made] == ["write_demo", "pretrain"]
-    assert made[0][1] == 1
+    assert made == [("write_demo", 1, 2), ("pretrain", None, 1)]
     assert "tiny LLM, what is not told" in capsys.readouterr().out
     for file in (demo_home / "data" / "tiny-llm").iterdir():  # made alone, without another process
         assert (data / "tiny-llm" / file.name).read_bytes() == file.read_bytes(), file.name
