@@ -4,6 +4,7 @@ import hydra
 from omegaconf import DictConfig
 
 from msenc.config import readable_errors, register_schemas
+from msenc.threads import wait_passively
 
 register_schemas()
 
@@ -17,5 +18,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     with readable_errors():
         main()

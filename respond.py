@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from msenc.config import readable_errors, register_schemas
 from msenc.run import literal_arguments
+from msenc.threads import wait_passively
 
 register_schemas()
 
@@ -23,6 +24,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     with readable_errors():
         sys.argv[1:] = literal_arguments(sys.argv[1:], LITERAL)
         main()

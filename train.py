@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from msenc.config import readable_errors, register_schemas
 from msenc.run import resumed_arguments, spelt_out
+from msenc.threads import wait_passively
 
 register_schemas()
 
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     with readable_errors():
         sys.argv[1:] = resumed_arguments(spelt_out(sys.argv[1:]))
         main()

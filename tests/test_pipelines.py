@@ -3,6 +3,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import write_stream
 from msenc.metrics.text import DEFAULT_METRICS
 from msenc.models.llm import load_tokenizer
+from msenc.pipelines import prepare as pipelines_prepare
 from msenc.pipelines.evaluate import evaluate
 from msenc.pipelines.prepare import ensure_llm, prepare, prepare_command
 from msenc.pipelines.train import train
@@ -587,6 +589,52 @@ def test_a_part_that_is_null_is_none(train):
     assert not (run.folder / "checkpoints").exists()
     assert not (run.folder / "logs" / "tensorboard").exists()
     assert (run.folder / "logs" / "csv").is_dir()
+
+
+SMALLEST_DEMO = ["data.generate.sizes={train:1,val:1,test:1}", *SMALL_DEMO[1:], "modality=text", "prepare_workers=2"]
+
+
+def test_the_llm_is_pretrained_while_the_demo_is_made(demo_home, compose, tmp_path, monkeypatch, capsys):
+    def build_and_note(node, **given):
+        made.append((node["_target_"].rpartition(".")[2], given.get("num_workers"), torch.get_num_threads()))
+        return build(node, **given)
+
+    made, build, threads = [], pipelines_prepare.build, torch.get_num_threads()
+    monkeypatch.setattr(pipelines_prepare, "build", build_and_note)
+    data = tmp_path / "data"
+    torch.set_num_threads(2)
+    try:
+        ensure_llm(plain(compose([*SMALLEST_DEMO, f"paths.data_dir={data}"])))
+    finally:
+        torch.set_num_threads(threads)
+    assert (data / "demo" / "dataset.json").is_file()
+    # One of two processes draws the clips; the other one made the LLM, which this one finds.
+    assert made == [("write_demo", 1, 2), ("pretrain", None, 1)]
+    assert "tiny LLM, what is not told" in capsys.readouterr().out
+    for file in (demo_home / "data" / "tiny-llm").iterdir():  # made alone, without another process
+        assert (data / "tiny-llm" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def killed_while_it_learns(recipe):
+    def step(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.optim.AdamW.step = step
+    pipelines_prepare._pretrain(recipe)
+
+
+def test_a_pretraining_that_dies_leaves_no_llm_and_the_demo(compose, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    config = compose([*SMALLEST_DEMO, f"paths.data_dir={data}"], "prepare")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines_prepare, "_pretrain", killed_while_it_learns)
+        with pytest.raises(MsencError, match=r"tiny LLM: its process ended without a word \(exit status -9\)"):
+            prepare(config)
+    assert not list(data.glob("tiny-llm*"))
+    assert (data / "demo" / "dataset.json").is_file()
+    config.prepare_workers = 0
+    prepare(config)
+    assert (data / "tiny-llm" / "recipe.json").is_file()
 
 
 def test_an_llm_that_is_there_takes_no_lock(demo_home, compose, monkeypatch):

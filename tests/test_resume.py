@@ -11,6 +11,9 @@ from conftest import run_driver
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from msenc.module import ConversationModule
+from msenc.run import read_json, write_json
+
 FAST = [
     "modality=text_audio",
     "data.batch_size=2",  # 16 dialogues: 8 batches
@@ -262,6 +265,31 @@ def test_an_unreadable_checkpoint_gives_way_to_the_previous_one(begun, call_scri
     capsys.readouterr()
     call_script("train.py", f"resume={begun}")
     assert "Finished already" in capsys.readouterr().out
+
+
+def test_it_goes_on_with_the_threads_it_had(begun, call_script, monkeypatch, capsys):
+    """Two for a model that is worth one: the size alone would say otherwise."""
+    path, before = begun / "run.json", torch.get_num_threads()
+    assert read_json(path)["threads"] == 1
+    write_json(path, {**read_json(path), "threads": 2})
+    (begun / "checkpoints" / "last.ckpt").unlink()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    used = []
+    monkeypatch.setattr(ConversationModule, "on_train_epoch_start", lambda _: used.append(torch.get_num_threads()))
+    monkeypatch.setattr(ConversationModule, "on_validation_epoch_start", lambda _: used.append(torch.get_num_threads()))
+    try:
+        call_script("train.py", f"resume={begun}")
+        assert used
+        assert set(used) == {2}
+        assert read_json(path)["threads"] == 2
+        assert "OMP_NUM_THREADS" not in capsys.readouterr().out
+        write_json(path, {**read_json(path), "status": "running"})
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        call_script("train.py", f"resume={begun}")
+    finally:
+        torch.set_num_threads(before)
+    assert "OMP_NUM_THREADS=1: the run had 2 before" in capsys.readouterr().out
+    assert read_json(path)["threads"] == 1
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_guessed(begun, call_script):

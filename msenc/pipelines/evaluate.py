@@ -30,6 +30,7 @@ from msenc.pipelines.parts import (
     find_checkpoint,
     find_device,
     load_trained,
+    num_parameters,
     open_run,
     quieten,
     shown,
@@ -43,6 +44,7 @@ from msenc.run import digest, is_finished, read_json, read_run
 from msenc.speech.description import VOCABULARY
 from msenc.spoken import check_sound_metrics, listen_to_replies, speak_replies
 from msenc.sweep import read_sweep
+from msenc.threads import settle_threads
 from msenc.types import MsencError
 
 IN_TABLE_OF_RUNS = ("nll", "token_accuracy", "bleu_4", "rouge_l", "description/accuracy")
@@ -144,6 +146,7 @@ def evaluate_run(
     speech_metrics: Sequence[str] = (),
     controls: str | Sequence[str] | None = None,
     control_draws: int = 8,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
 
@@ -168,6 +171,7 @@ def evaluate_run(
         speech_metrics: names of `metrics.sound.SOUND_METRICS`.
         controls: what to take from the input in evaluations beside the plain one; see `data.controls.read_controls`.
         control_draws: how often each control draws.
+        threads: that torch computes with; None: as many as the model's size asks for.
     """
     if controls and control_draws < 1:
         raise MsencError(f"control_draws={control_draws}: expected 1 or more.")
@@ -210,7 +214,9 @@ def evaluate_run(
 
     @cache
     def model() -> ConversationModel:
-        return load_trained(run_dir, checkpoint, record, config).to(find_device(device))
+        loaded = load_trained(run_dir, checkpoint, record, config)
+        settle_threads(num_parameters(loaded), before=threads)
+        return loaded.to(find_device(device))
 
     settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
     if on_data is not None:

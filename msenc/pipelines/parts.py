@@ -132,6 +132,11 @@ def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) 
         )
 
 
+def num_parameters(model: torch.nn.Module) -> int:
+    """All parameters of a model, frozen ones included: what says how many threads it is worth."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def calibrate_connectors(
     model: ConversationModel, datamodule: DialogueDataModule, others: Collection[str] = ()
 ) -> None:

@@ -1,9 +1,10 @@
 """What prepare.py does: raw material -> shards, or what is wrong with it."""
 
 import shlex
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from msenc.data.annotations import Annotations, read_meld, read_table
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.labels import VOICE_TURNS
 from msenc.data.location import Place, is_url, local_folder
-from msenc.data.manifest import DatasetManifest
-from msenc.pipelines.parts import GIVEN, console, shown
+from msenc.data.manifest import MANIFEST, DatasetManifest
+from msenc.pipelines.parts import GIVEN, console, quieten, shown
 from msenc.prepare.audit import Audit, audit_dataset
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import UNITS, VoiceSettings, read_bins
 from msenc.prepare.features import StreamRecipe
 from msenc.prepare.items import Part
 from msenc.prepare.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
+from msenc.prepare.workers import beside
+from msenc.threads import one_thread
 from msenc.types import MsencError
 
 MEASURE = "measure"
@@ -110,15 +113,15 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
         if remaining:
             console.print("The job that does the last of them makes the shards; so does prepare.py without a part.")
             return None
-    with folder_lock(folder, wait=wait or part is not None):
-        _generate(data, root, workers)
+    with folder_lock(folder, wait=wait or part is not None), _pretraining_beside(config) as left:
+        _generate(data, root, left())
         annotations = _annotations(config, root, folder, None)
         if annotations is None:
             return None
         voice = _voice_settings(config.get("describe"), data["voice"], folder)
-        manifest = prepare_dataset(data["name"], annotations, root, folder, streams, workers, voice)
-    if data["generate"] is not None:
-        ensure_llm(config)
+        manifest = prepare_dataset(data["name"], annotations, root, folder, streams, left(), voice)
+    if data["generate"] is not None and (recipe := _llm_recipe(config)):
+        _pretrain(recipe)
     return manifest
 
 
@@ -187,14 +190,49 @@ def _voice_settings(describe: bool | str | None, wanted: Mapping[str, Any], fold
     return VoiceSettings(**wanted, only_measure=only_measure) if describe else None
 
 
-def ensure_llm(config: Mapping[str, Any]) -> None:
-    """Pre-train the LLM if the config says how; one of another name has to exist."""
+@contextmanager
+def _pretraining_beside(config: Mapping[str, Any]) -> Iterator[Callable[[], int]]:
+    """Pre-train a missing LLM in one of the `prepare_workers` processes; gives the number of those left at a moment."""
+    recipe, workers = _llm_recipe(config), config["prepare_workers"]
+    if recipe is None or config["data"]["generate"] is None or workers < 2 or _llm_folder(recipe).is_dir():
+        yield lambda: workers
+        return
+    with beside(partial(_pretrain, recipe), "tiny LLM") as job:
+        yield lambda: workers - job.is_running
+
+
+def _llm_recipe(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the config's LLM is made; None of one that has to exist."""
     recipe = config["model"]["llm_recipe"]
-    if recipe is not None and recipe["folder"] == config["model"]["llm"]["name_or_path"]:
-        folder = local_folder(recipe["folder"], "model.llm_recipe.folder")
-        # It appears whole, so where it is there is nothing to wait for; and read-only data take no lock.
-        with nullcontext() if folder.is_dir() else folder_lock(folder, wait=True):
-            build(recipe)
+    return recipe if recipe and recipe["folder"] == config["model"]["llm"]["name_or_path"] else None
+
+
+def _llm_folder(recipe: Mapping[str, Any]) -> Path:
+    return local_folder(recipe["folder"], "model.llm_recipe.folder")
+
+
+def _pretrain(recipe: Mapping[str, Any]) -> None:
+    """On one thread, whatever the cores: which words it learns hangs on rounding, and two do not pay for this size."""
+    quieten()
+    folder = _llm_folder(recipe)
+    # It appears whole, so where it is there is nothing to wait for; and read-only data take no lock.
+    with nullcontext() if folder.is_dir() else folder_lock(folder, wait=True), one_thread():
+        build(recipe)
+
+
+def ensure_llm(config: Mapping[str, Any]) -> None:
+    """Pre-train the LLM if the config says how; one of another name has to exist.
+
+    Where the demo is missing as well, it is prepared meanwhile.
+    """
+    recipe, data = _llm_recipe(config), config["data"]
+    if recipe is None:
+        return
+    is_missing = not is_url(data["dir"]) and not (Path(data["dir"]) / MANIFEST).is_file()
+    if data["generate"] is not None and is_missing and not _llm_folder(recipe).is_dir():
+        _prepare_generated(config)
+    else:
+        _pretrain(recipe)
 
 
 def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
@@ -204,15 +242,18 @@ def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -
     except MsencError:
         if config["data"]["generate"] is None or is_url(config["data"]["dir"]):
             raise
-        name = config["data"]["name"]
-        console.print(f"The data {name} is not prepared yet: preparing it, as prepare.py does.")
-        _prepare({**config, **({"describe": MEASURE} if wants_voices(config) else {})}, wait=True)
+        _prepare_generated(config)
         datamodule.setup()
         return
     if config["data"]["generate"] is not None and wants_voices(config) and lacks_voices(datamodule.folder):
         console.print(f"Measuring voices, to align to (prepare.py data={config['data']['name']} describe=measure).")
         _prepare({**config, "describe": MEASURE}, wait=True)
         datamodule.setup()
+
+
+def _prepare_generated(config: Mapping[str, Any]) -> None:
+    console.print(f"The data {config['data']['name']} is not prepared yet: preparing it, as prepare.py does.")
+    _prepare({**config, **({"describe": MEASURE} if wants_voices(config) else {})}, wait=True)
 
 
 def wants_voices(config: Mapping[str, Any]) -> bool:

@@ -23,11 +23,12 @@ from msenc.config import build, check_targets, plain
 from msenc.data.media import read_audio
 from msenc.models.llm import load_tokenizer
 from msenc.models.recognition import Recogniser
-from msenc.pipelines.parts import GIVEN, console, find_device, load_trained, open_run, quieten, shown
+from msenc.pipelines.parts import GIVEN, console, find_device, load_trained, num_parameters, open_run, quieten, shown
 from msenc.prompt import DialogueTokenizer
 from msenc.run import write_json
 from msenc.speech.wav import write_wav
 from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, known_speakers, read_talk, speak_answer, talk_json
+from msenc.threads import settle_threads
 from msenc.types import UNKNOWN, MsencError
 
 
@@ -127,6 +128,7 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
     record, own = open_run(run_dir, config["data_dir"])
     L.seed_everything(own["seed"], workers=True, verbose=False)
     model = load_trained(run_dir, config["checkpoint"], record, own)
+    settle_threads(num_parameters(model))
     streams, connector = own["model"]["streams"], own["model"]["connector"]
     return Agent(
         model.to(find_device(config["device"])),

@@ -42,6 +42,7 @@ from msenc.pipelines.parts import (
     console,
     data_hashes,
     load_checkpoint,
+    num_parameters,
     places_of_runs,
     quieten,
     run_identity,
@@ -60,6 +61,7 @@ from msenc.run import (
 )
 from msenc.signals import STOPPED, Termination
 from msenc.sweep import is_stopping, note_run
+from msenc.threads import settle_threads
 from msenc.types import MsencError
 
 ALIGN = "align"
@@ -193,6 +195,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     loss_weights = config["loss"]["weights"]
     check_weights(loss_weights, datamodule)
     model = build_model(config)
+    record.add(threads=_settle_threads(model, record))
     aligned = align_connectors(config, model, datamodule, labels)
     ready = [stream for stream, fact in aligned.items() if fact["used"]]
     calibrate_connectors(model, datamodule, model.connectors if "connectors" in starts else ready)
@@ -218,7 +221,6 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         described_targets=described,
         speakers=datamodule.common_speakers("train"),
         batches=count_batches(datamodule, config["trainer"]),
-        threads=torch.get_num_threads(),
     )
     _print_summary(config, record)
     if config["stage"] == ALIGN:
@@ -243,6 +245,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
             split=config["evaluate"],
             device=record.facts.get("device", "auto"),
             controls=config["controls"],
+            threads=record.facts["threads"],
         )
     return loss
 
@@ -298,6 +301,18 @@ def _say_resumed(record: RunRecord) -> None:
         _warn(f"The code changed: the run began with commit {facts['commit']}, this is {facts['commit_resumed']}.")
 
 
+def _settle_threads(model: ConversationModel, record: RunRecord) -> int:
+    """As many threads as the run had when it began, or as its model is worth; OMP_NUM_THREADS has the last word."""
+    before = record.facts.get("threads")
+    threads = settle_threads(num_parameters(model), before)
+    if before not in (None, threads):
+        _warn(
+            f"OMP_NUM_THREADS={threads}: the run had {before} before. Sums are rounded in another order from here on, "
+            "so it ends near the unbroken run, and not bit by bit as it."
+        )
+    return threads
+
+
 def _fit(
     config: Mapping[str, Any],
     model: ConversationModel,
@@ -349,7 +364,11 @@ def _fit(
     if is_first_process():
         write_json(record.folder / "metrics.json", outcome["metrics"])
     best = checkpoints.best_score if checkpoints and checkpoints.monitor == "val/loss" else None
-    record.add(**outcome, best_loss=outcome["metrics"].get("val/loss") if best is None else best)
+    record.add(
+        **outcome,
+        best_loss=outcome["metrics"].get("val/loss") if best is None else best,
+        threads=torch.get_num_threads(),  # Lightning shares the cores out between the processes of a run
+    )
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:
@@ -380,6 +399,7 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
     if facts["loss_weights"]:
         weights = ", ".join(f"{kind} {weight:g}" for kind, weight in facts["loss_weights"].items())
         table.add_row("loss weights", f"{weights}; 1 for other tokens")
+    table.add_row("threads", str(facts["threads"]))
     add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
     console.print(table)
     if facts["parameter_groups"]:

@@ -6,7 +6,6 @@ the rest.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from msenc.data.media import MediaError, read_audio, read_frames
 from msenc.prepare.items import Item, Members, content_key, read_result
+from msenc.threads import one_thread
 from msenc.types import Dialogue, MsencError, Rejection, Utterance
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def extract(dialogues: Sequence[Dialogue], root: Path, encoder: "Encoder", kind:
     empty = np.zeros((0, encoder.dim), np.float16)
     features = [empty] * len(turns)  # each (T, D)
     reasons: dict[int, str] = {}
-    with _one_thread(), ThreadPoolExecutor(1) as pool:
+    with one_thread(), ThreadPoolExecutor(1) as pool:
         for batch in _one_ahead(pool, _decode([u for _, u in turns], root, encoder, kind, reasons)):
             for place, encoded in zip(batch, encoder.encode(list(batch.values())), strict=True):
                 features[place] = _checked(np.asarray(encoded), encoder, turns[place][0])
@@ -219,19 +219,6 @@ def _checked(features: np.ndarray, encoder: "Encoder", where: str) -> np.ndarray
             f"{FLOAT16_MAX:g}, which float16 can hold. Check the encoder's settings, or leave out this clip."
         )
     return features.astype(np.float16)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch sum in one order, whatever the number of workers."""
-    import torch
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _one_ahead(pool: ThreadPoolExecutor, values: Iterator[T]) -> Iterator[T]:

@@ -33,6 +33,7 @@ from msenc.prepare.segment import (
 )
 from msenc.prepare.speakers import SpeakerEncoder, cluster_speakers
 from msenc.prepare.timestamps import FILE_NAME, DialogueSpan, read_timestamps
+from msenc.threads import one_thread
 from msenc.types import UNKNOWN_SPEAKER, MsencError, Rejection
 
 STAGES = ("segment", "transcribe", "speakers")
@@ -220,18 +221,13 @@ class _Work:
         self.root = root
 
     def __call__(self, input: tuple[DialogueSpan, Spans | None]) -> Members:
-        import torch
-
         span, utterances = input
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # sums in one order, whatever the number of workers
         try:
-            sound = read_audio(self.root / span.video, SAMPLE_RATE, (span.start_s, span.end_s))
-            return {"outcome.json": {"found": self.find(span, sound, utterances)}}
+            with one_thread():
+                sound = read_audio(self.root / span.video, SAMPLE_RATE, (span.start_s, span.end_s))
+                return {"outcome.json": {"found": self.find(span, sound, utterances)}}
         except MediaError as error:
             return {"outcome.json": {"rejected": error.reason}}
-        finally:
-            torch.set_num_threads(num_threads)
 
     def find(self, span: DialogueSpan, sound: np.ndarray, utterances: Spans | None) -> list[Any]:
         raise NotImplementedError

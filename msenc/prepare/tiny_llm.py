@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 from msenc.data.collate import collate, dialogue_rows
 from msenc.models.attention import make_layout, register
+from msenc.prepare.workers import lone_bar
 from msenc.prepare.worlds.frame import DrawnDialogue, draw_transcripts
 from msenc.prepare.worlds.table import find_world
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
@@ -233,7 +233,7 @@ def _fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     llm.train()
     llm.set_attn_implementation(register())
-    with Progress() as progress:
+    with lone_bar() as progress:
         task = progress.add_task("pre-training", total=steps)
         for step in range(steps):
             batch, logits = _run(llm, lessons[step * batch_size : (step + 1) * batch_size])
