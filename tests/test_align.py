@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL_DEMO
 
 from msenc.data.labels import LABELS, VOICE_TURNS
 from msenc.pipelines import align as alignment
@@ -91,7 +92,7 @@ def test_a_killed_alignment_goes_on_and_ends_as_the_unbroken_one(fresh, tmp_path
 
 def test_measured_voices_are_labels_and_the_turns_stay_as_they_are(fresh, demo_home):
     before = read_json(demo_home / "data" / "demo" / "dataset.json")["turns_hash"]
-    folder = fresh(["align=words", "align.steps=4", *FAST, "modality=text_audio"]).folder
+    folder = fresh(["align=words", "align.steps=4", *FAST, "modality=text_audio", *SMALL_DEMO]).folder
     record = read_json(folder / "run.json")
     assert record["labels"]["audio"]["source"] == "description"
     assert record["labels"]["audio"]["different"] > 1

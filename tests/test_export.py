@@ -13,7 +13,7 @@ from msenc.pipelines.parts import build_datamodule, build_model, load_checkpoint
 from msenc.run import read_run
 from msenc.types import MsencError
 
-FAST = ["trainer.max_epochs=1", "evaluate=null", "optimizer.lr=0.02", "model.connector.num_layers=1"]
+FAST = ["trainer.max_epochs=1", "evaluate=null", "optimizer.lr=0.02", "model.connector.num_blocks=1"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 WHAT = {
     "adapter": ["modality=text_audio"],

@@ -17,7 +17,7 @@ from msenc.run import read_json, write_json
 FAST = [
     "modality=text_audio",
     "data.batch_size=2",  # 16 dialogues: 8 batches
-    "model.connector.num_layers=1",
+    "model.connector.num_blocks=1",
     "callbacks.checkpoints.every_n_steps=2",
     "trainer.log_every_n_steps=1",
     "trainer.max_epochs=3",

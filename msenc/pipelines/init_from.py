@@ -57,6 +57,11 @@ def read_starts(config: Mapping[str, Any]) -> dict[str, Start]:
     """
     node = config["init_from"]
     named = {part: node[part] for part in PREFIXES if node[part] is not None}
+    if "connectors" in named and not config["model"]["streams"]:
+        raise MsencError(
+            f"init_from.connectors: modality={config['modality']} has no stream, so no connector. Choose a modality "
+            "that has one, or leave init_from out."
+        )
     if node["run"] is not None:
         if named:
             raise MsencError(
@@ -73,11 +78,6 @@ def read_starts(config: Mapping[str, Any]) -> dict[str, Start]:
             if not start.state:
                 has = "connectors alone" if part == "adapter" else "no connector"
                 raise MsencError(f"{start.argument}={start.run}: that run trained {has}. Name another run.")
-    if "connectors" in starts and node["run"] is None and not config["model"]["streams"]:
-        raise MsencError(
-            f"init_from.connectors: modality={config['modality']} has no stream, so no connector. Choose a modality "
-            "that has one, or leave init_from out."
-        )
     if "connectors" in starts and config["align"] is not None and config["model"]["streams"]:
         raise MsencError(
             "init_from and align: both say what the connectors start from. Set align=none, or take the adapter alone "

@@ -60,6 +60,8 @@ class Run:
         folder: the run's folder.
         peak_memory_mib: most memory that its process took.
         facts: what else tells runs apart: data, LLM, commit, epochs.
+        warnings: what the run said at its end, as of a stream that does not reach the LLM.
+        alignments: stream -> hash of what its connector was aligned by, where that was used.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Run:
     folder: Path = Path()
     peak_memory_mib: float = 0.0
     facts: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    alignments: dict[str, str] = field(default_factory=dict)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
@@ -141,6 +145,8 @@ def _read_run(path: Path, folder: Path, overrides: Sequence[str] | None) -> Run:
         peak_memory_mib=value.get("peak_memory_mib") or 0.0,
         facts={name: str(value[name]) for name in FACTS if value.get(name) is not None}
         | ({"loss_weights": _weights(value["loss_weights"])} if value.get("loss_weights") else {}),
+        warnings=tuple(value.get("warnings") or ()),
+        alignments={s: fact["hash"] for s, fact in (value.get("alignments") or {}).items() if fact["used"]},
     )
 
 

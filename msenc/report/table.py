@@ -179,6 +179,18 @@ def _notes(
             notes.append(f"The runs have different {what}: {_grouped((str(r.facts.get(fact)), r) for r in runs)}.")
     if weighted := [(run.facts["loss_weights"], run) for run in runs if "loss_weights" in run.facts]:
         notes.append(f"Trained with weighted losses, by kind of token: {_grouped(weighted)}. Scores have no weights.")
+    notes += [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
+    shared = {
+        stream
+        for c in configurations
+        for stream in {s for run in c.runs for s in run.alignments}
+        if len(c.runs) > 1 and len({run.alignments.get(stream) for run in c.runs}) == 1
+    }
+    if shared:
+        notes.append(
+            f"Runs of all seeds start from one alignment ({', '.join(sorted(shared))}), so the spread between seeds "
+            "holds nothing of its luck. Aligned anew for each: align.seed=${seed}."
+        )
     seeds = {c.name: [run.seed for run in c.runs] for c in configurations}
     if len({tuple(s) for s in seeds.values()}) > 1:
         listed = "; ".join(f"{name}: {', '.join(map(str, s))}" for name, s in seeds.items())

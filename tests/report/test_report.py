@@ -232,6 +232,18 @@ def test_runs_that_were_trained_with_weights_are_named(tmp_path):
     assert "description 0.5, planted_audio 8 (1)" in note
 
 
+def test_what_a_run_warned_of_and_a_shared_alignment_are_named(tmp_path):
+    aligned = {"audio": {"hash": "abc", "used": True}, "video": {"hash": "def", "used": False}}
+    for seed, warnings in ((1, []), (2, ["audio: the connector says the same of every utterance"])):
+        facts = {"seed": seed, "warnings": warnings, "alignments": aligned}
+        write_run(tmp_path / str(seed), [f"seed={seed}"], metrics={"nll": 1.0}, **facts)
+    notes = summarise(collect_runs(tmp_path)).notes
+    assert [note for note in notes if "says the same" in note] == [
+        "2: audio: the connector says the same of every utterance"
+    ]
+    assert any("start from one alignment (audio)," in note for note in notes)
+
+
 def test_no_folder_and_no_run_are_refused(tmp_path):
     with pytest.raises(MsencError, match=r"No folder .*absent"):
         collect_runs(tmp_path / "absent")
