@@ -291,7 +291,8 @@ class PrepareConfig:
         stage: None makes shards, ``audit`` looks the raw material through; ``segment``, ``transcribe`` and ``speakers``
             go no further than that with recordings.
         describe: measure the voices and describe them, as `data.voice` says; ``measure`` leaves the descriptions as
-            they are; None: as the folder was prepared before.
+            they are; None: as the folder was prepared before, or as `align` needs it.
+        align: what connectors are to be aligned to; voices that it asks for are measured.
         prepare_workers: processes that decode clips; 0 works in this one.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
     """
@@ -301,6 +302,7 @@ class PrepareConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: Any = MISSING
+    align: AlignConfig | None = None
     describe: Any = None
     prepare_workers: int = 2
     part: str | None = None

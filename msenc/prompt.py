@@ -9,7 +9,7 @@ depend on its neighbours and every layout of a dialogue uses the same ones.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -314,6 +314,13 @@ class DialogueTokenizer:
     def instruction(self) -> tuple[int, ...]:
         """The tokens that open every sample."""
         return self._instruction
+
+    def tokens_per_word(self, dialogues: Iterable[Dialogue]) -> float:
+        """How many tokens a word of these dialogues takes: well above 2 where the LLM spells; 0.0 without a word."""
+        texts = [utterance.text for dialogue in dialogues for utterance in dialogue.utterances]
+        words = sum(len(text.split()) for text in texts)
+        tokens = sum(len(self.tokenizer(f" {text}", add_special_tokens=False).input_ids) for text in texts)
+        return tokens / words if words else 0.0
 
     def _chat_frame(self) -> tuple[str, str]:
         """What the chat template writes before the turns, and between the turns and the reply."""

@@ -351,7 +351,7 @@ def test_the_papers_sweep_lists_upstreams_ablations(home):
 
 def test_lora_adapts_all_linear_layers_of_a_real_llm_and_upstreams_two_in_the_paper(home):
     targets = {
-        command: compose_with_hydra("train", command.split()).model.llm.lora.get("target_modules")
+        command: (compose_with_hydra("train", command.split()).model.llm.lora or {}).get("target_modules")
         for command in (
             "model/llm=smollm2",
             "model/llm=mistral_7b",

@@ -19,6 +19,8 @@ from msenc.types import SPLITS, MsencError
 
 RATE = 16_000
 TURNS = 6
+TINY = ["model/llm=tiny", "prompt=default", "align=none"]
+"""In place of what own recordings train on by default, which a test cannot fetch."""
 
 
 @pytest.fixture
@@ -92,6 +94,7 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
     run = train(
         [
             "data=folder",
+            *TINY,
             *places(tmp_path)[:2],
             "modality=text_audio",
             "prompt.target=text",

@@ -21,7 +21,7 @@ from msenc.data.manifest import MANIFEST, DatasetManifest
 from msenc.pipelines.parts import GIVEN, console, quieten, shown
 from msenc.prepare.audit import Audit, audit_dataset
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
-from msenc.prepare.describe import UNITS, VoiceSettings, read_bins
+from msenc.prepare.describe import UNITS, NoVoiceError, VoiceSettings, read_bins
 from msenc.prepare.features import StreamRecipe
 from msenc.prepare.items import Part
 from msenc.prepare.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
@@ -32,7 +32,17 @@ from msenc.types import MsencError
 MEASURE = "measure"
 """``describe=measure``: voices are measured, for labels to align to; turns and their descriptions stay as they are."""
 
-PREPARE_KEYS = ("world", "data", "streams", "modality", "model/audio", "model/video", "model.streams", "paths.data_dir")
+PREPARE_KEYS = (
+    "world",
+    "data",
+    "align",
+    "streams",
+    "modality",
+    "model/audio",
+    "model/video",
+    "model.streams",
+    "paths.data_dir",
+)
 
 
 def prepare(cfg: DictConfig) -> DatasetManifest | Audit | None:
@@ -86,6 +96,9 @@ def _audit(config: Mapping[str, Any]) -> Audit:
 
 
 def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest | None:
+    describe = config.get("describe")
+    if describe is None and wants_voices(config):
+        describe = MEASURE
     data, workers = config["data"], config["prepare_workers"]
     root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
     streams = [
@@ -105,7 +118,7 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
             annotations = _annotations(config, root, folder, part)
             remaining = []
             if annotations is not None:
-                voice = _voice_settings(config["describe"], data["voice"], folder)
+                voice = _voice_settings(describe, data["voice"], folder)
                 remaining = prepare_part(annotations, root, folder, streams, workers, voice, part)
         if annotations is None:
             return None
@@ -118,8 +131,14 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
         annotations = _annotations(config, root, folder, None)
         if annotations is None:
             return None
-        voice = _voice_settings(config.get("describe"), data["voice"], folder)
-        manifest = prepare_dataset(data["name"], annotations, root, folder, streams, left(), voice)
+        voice = _voice_settings(describe, data["voice"], folder)
+        try:
+            manifest = prepare_dataset(data["name"], annotations, root, folder, streams, left(), voice)
+        except NoVoiceError:
+            if config.get("describe") is not None:
+                raise
+            console.print("No clip has a voice to measure, so there is none to align to: train with align=none.")
+            manifest = prepare_dataset(data["name"], annotations, root, folder, streams, left(), None)
     if data["generate"] is not None and (recipe := _llm_recipe(config)):
         _pretrain(recipe)
     return manifest
@@ -247,13 +266,13 @@ def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -
         return
     if config["data"]["generate"] is not None and wants_voices(config) and lacks_voices(datamodule.folder):
         console.print(f"Measuring voices, to align to (prepare.py data={config['data']['name']} describe=measure).")
-        _prepare({**config, "describe": MEASURE}, wait=True)
+        _prepare(config, wait=True)
         datamodule.setup()
 
 
 def _prepare_generated(config: Mapping[str, Any]) -> None:
     console.print(f"The data {config['data']['name']} is not prepared yet: preparing it, as prepare.py does.")
-    _prepare({**config, **({"describe": MEASURE} if wants_voices(config) else {})}, wait=True)
+    _prepare(config, wait=True)
 
 
 def wants_voices(config: Mapping[str, Any]) -> bool:
@@ -274,6 +293,8 @@ def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> 
     # An experiment chooses too; what prepare.py would choose by itself is left out.
     world = choices.get("world")
     chosen = [f"{group}={choices[group]}" for group in ("data", "streams") if choices[group] not in ("demo", world)]
+    if choices.get("align") not in (None, "none"):
+        chosen.append(f"align={choices['align']}")
     chosen = [f"world={world}", *chosen] if world else chosen
     kept = [*(c for c in chosen if c.split("=")[0] not in given), *kept]
     if "modality" not in given:

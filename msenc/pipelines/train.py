@@ -6,6 +6,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ from msenc.types import MsencError
 
 ALIGN = "align"
 """``stage=align``: the run ends when its connectors are aligned."""
+
+SPELT_DIALOGUES = 200
+"""Training dialogues on which tokens per word are counted."""
+SPELLING = 1.8
+"""Tokens per word from which an LLM spells: the tiny LLMs take 1.2 for their own worlds and 3 for others."""
 
 PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
 """Loggers that drop, when a run is resumed, what was logged after its checkpoint."""
@@ -223,6 +229,9 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         batches=count_batches(datamodule, config["trainer"]),
     )
     _print_summary(config, record)
+    spelling = _spelling(config, datamodule)
+    for text in spelling:
+        _warn(text)
     if config["stage"] == ALIGN:
         return _end_with_alignment(config, model, record)
     if sum(counts.values()):
@@ -233,7 +242,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
-    _print_streams(record)
+    _print_streams(record, spelling)
     loss = record.facts.get("best_loss")
     del model, datamodule
     if not is_first_process():
@@ -250,9 +259,26 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     return loss
 
 
-def _print_streams(record: RunRecord) -> None:
+def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list[str]:
+    """What to say of an LLM that was made for other data, and has to spell the words of these."""
+    if config["model"]["llm_recipe"] is None:
+        return []
+    tokens = datamodule.tokenizer.tokens_per_word(islice(datamodule.dialogues("train"), SPELT_DIALOGUES))
+    if tokens < SPELLING:
+        return []
+    return [
+        f"The tiny LLM ({config['model']['llm']['name_or_path']}) has read a generated world alone. It spells the "
+        f"words of {config['data']['name']}, {tokens:.1f} tokens per word, and knows nothing of what they mean: its "
+        "losses and replies will say little of your data. Take a real one: model/llm=smollm2 prompt=chat, by its id or "
+        "model.llm.name_or_path=FOLDER."
+    ]
+
+
+def _print_streams(record: RunRecord, said_before: list[str]) -> None:
     """What the last validation saw of the streams, and what is wrong with them."""
     found = findings(record.facts.get("metrics", {}))
+    said = warnings(record.facts.get("metrics", {}))
+    record.add(warnings=[*said_before, *said])
     if not found:
         return
     table = Table(title="streams, at the last validation")
@@ -261,8 +287,6 @@ def _print_streams(record: RunRecord) -> None:
     for stream, values in found.items():
         table.add_row(stream, f"{100 * values['spread']:.2f} %", f"{values['used_nats']:.4f}")
     console.print(table)
-    said = warnings(record.facts["metrics"])
-    record.add(warnings=said)
     for text in said:
         _warn(text)
 

@@ -55,6 +55,10 @@ MIN_GENDER_ST = 0.3
 """Weighted semitones from there, below which a voice may be either."""
 
 
+class NoVoiceError(MsencError):
+    """No clip of the train split has a voice that could be measured."""
+
+
 @dataclass(frozen=True)
 class VoiceSettings:
     """How turns are described.
@@ -230,7 +234,7 @@ def fit_bins(turns: Iterable[_Turn], settings: VoiceSettings) -> dict[str, Bin]:
             if value is not None and group in pooled:
                 pooled[group].append(value)
     if num_voices == 0:
-        raise MsencError(
+        raise NoVoiceError(
             "No clip of the train split has a voice that could be measured, so there is nothing to fit the words of "
             "voice descriptions on. Check that data.root holds the clips with their sound, or prepare without "
             "describe=true."
