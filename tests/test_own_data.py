@@ -88,6 +88,7 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
     assert audit.flagged_by_split()["leakage"] == {"val": 1, "test": 1}  # the same recording, seconds apart
     capsys.readouterr()
     manifest = prepare(root)
+    assert "No clip has a voice to measure" in capsys.readouterr().out  # it is noise, and nobody asked for voices
     assert manifest.audit_hash == audit.hash
     assert manifest.rejected == {"audio: no sound": 1, "video: no picture": 3 * TURNS}
     assert manifest.streams["audio-logmel"].utterances == {"train": TURNS, "val": TURNS, "test": TURNS - 1}
@@ -102,7 +103,10 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
             "evaluate=null",
         ]
     )
-    assert read_json(run.folder / "run.json")["status"] == "finished"
+    record = read_json(run.folder / "run.json")
+    assert record["status"] == "finished"
+    assert "spells the words of mine" in record["warnings"][0]
+    assert "model/llm=smollm2" in record["warnings"][0]
 
 
 def test_a_table_elsewhere_is_taken_by_its_name(prepare, tmp_path):
