@@ -8,7 +8,7 @@ With ``normalize=True``, a connector meets both of its neighbours on their own s
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ TEXT_PATH = re.compile(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of a checkpoint's weights; several files have an index, ``<name>.index.json``."""
+
+
+WHITENED = 0.1
+"""Of the mean power of a direction: what is added to each before it is divided out. 0.01 did not do better, and 0 would
+make noise as loud as everything else."""
 
 
 class QFormer(nn.Module):
@@ -96,6 +101,11 @@ class QFormer(nn.Module):
         )
         self.out_proj = nn.Linear(hidden_dim, out_dim, bias=False)
         self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
+
+    @property
+    def first(self) -> nn.Linear:
+        """The map that meets the features."""
+        return self.in_proj
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Connect each utterance. A row without a real frame gives the same finite vectors whatever its padding.
@@ -213,6 +223,11 @@ class Mlp(nn.Module):
         self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
         self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
 
+    @property
+    def first(self) -> nn.Linear:
+        """The map that meets the features."""
+        return self.layers[0]
+
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Connect each utterance; a row without a real frame counts as one frame of zeros.
 
@@ -305,6 +320,11 @@ class ConvConnector(nn.Module):
         self.out_proj = nn.Linear(hidden_dim, out_dim, bias=False)
         self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
 
+    @property
+    def first(self) -> nn.Linear:
+        """The map that meets the features."""
+        return self.in_proj
+
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Connect each utterance; a row without a real frame gives the same finite vectors whatever its padding.
 
@@ -391,9 +411,11 @@ def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Te
     """Set the ends of a connector that was made with ``normalize=True``, once, before it trains; leave others alone.
 
     What all utterances share is by far the larger part of most features. It drives the whole connector to one common
-    output, a prompt, before what tells utterances apart has been noticed: standardized features lack that part. And
-    an LLM reads its inputs relative to the vectors that it adds to them, so a connector's output has the root mean
-    square of a token embedding, and keeps it: it cannot grow without bound in one direction.
+    output, a prompt, before what tells utterances apart has been noticed: standardized features lack that part. Of
+    what is left, a few directions (who speaks, how bright a picture is) have most of the power, and what a cue changes
+    has little: the first linear map is made to see all directions alike (`whiten`). And an LLM reads its inputs
+    relative to the vectors that it adds to them, so a connector's output has the root mean square of a token
+    embedding, and keeps it: it cannot grow without bound in one direction.
 
     Args:
         connector: changed in place.
@@ -401,9 +423,37 @@ def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Te
         embeddings: (V, H) of the LLM's tokens.
     """
     if isinstance(connector.in_norm, Standardize):
-        connector.in_norm.fit(utterances)
+        known = list(utterances)
+        connector.in_norm.fit(known)
         with torch.no_grad():
+            whiten(connector.first, [connector.in_norm(frames.float()) for frames in known])
             connector.out_norm.gain.fill_(embeddings.float().square().mean().sqrt())
+
+
+@torch.no_grad()
+def whiten(linear: nn.Linear, utterances: Sequence[Tensor]) -> None:
+    """Let a linear map see all directions of its input with about the same power; that of its output stays.
+
+    Its weight W becomes W (C + s I)^(-1/2), with the covariance C of the frames and s a share of its mean eigenvalue:
+    directions of less power than that are noise, and are not raised further. It is a start, and trains on.
+
+    Args:
+        linear: changed in place; its bias stays.
+        utterances: its inputs (T, D), of mean 0.
+    """
+    count = sum(len(frames) for frames in utterances)
+    if not count:
+        return
+    covariance = sum(frames.T @ frames for frames in utterances) / count  # (D, D)
+    power, directions = torch.linalg.eigh(covariance.double())
+    power = power.clamp_min(0)
+    if power.mean() == 0:
+        return
+    raised = (directions * (power + WHITENED * power.mean()).rsqrt()) @ directions.T
+    weight = linear.weight.double()
+    white = weight @ raised.to(weight.device)
+    before, after = ((w @ covariance.to(w)) * w for w in (weight, white))  # each sums to the output's power
+    linear.weight.copy_(white * (before.sum() / after.sum()).sqrt())
 
 
 def span_weights(mask: Tensor, num_spans: int) -> Tensor:
