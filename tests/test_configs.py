@@ -78,6 +78,7 @@ TRAINED = {
     "align/contrastive": "align.steps=1",
     "align/none": "",
     "align/transcript": "align.steps=1",
+    "align/voice": "align.steps=1 " + SMALL,
     "align/words": "align.steps=1 " + SMALL,
     "callbacks/default": "",
     "data/beats": WORLD,

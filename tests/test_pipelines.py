@@ -301,7 +301,15 @@ def test_where_nothing_trains_the_llm_is_evaluated_as_it_is(train, compose):
 
 
 def test_tied_connectors_train_and_are_found_again(train, compose):
-    run = train([*FAST, "modality=text_audio_video", "model.tie_connectors=true", "model.llm.freeze=true"])
+    run = train(
+        [
+            *FAST,
+            "modality=text_audio_video",
+            "model/connector=qformer",
+            "model.tie_connectors=true",
+            "model.llm.freeze=true",
+        ]
+    )
     counts = read(run.folder / "run.json")["trainable_parameters"]
     assert counts["connector.video"] < counts["connector.audio"]
     ((_, (metrics, _)),) = evaluations(run.folder).items()
@@ -393,8 +401,8 @@ def test_a_checkpoint_of_other_base_weights_is_refused(spoilt, compose):
 def test_a_checkpoint_of_another_connector_is_refused(spoilt, compose):
     path = spoilt / "run" / ".hydra" / "config.yaml"
     text = path.read_text(encoding="utf-8")
-    assert "encoder_dim: 128" in text
-    path.write_text(text.replace("encoder_dim: 128", "encoder_dim: 64"), encoding="utf-8")
+    assert "hidden_dim: 128" in text
+    path.write_text(text.replace("hidden_dim: 128", "hidden_dim: 64"), encoding="utf-8")
     with pytest.raises(MsencError, match=r"the checkpoint does not fit the model: .*of another shape"):
         measure(compose, spoilt / "run", "overwrite=true")
 

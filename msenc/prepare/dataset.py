@@ -76,7 +76,6 @@ def prepare_dataset(
         dialogues = dialogues if voice.only_measure else described
         settings["voice"] = describe_settings(voice)
     turns = _write_turns(folder, dialogues)
-    write_labels(folder, annotations.labels)
     infos = {"turns": _info("text", None, None, turns, dialogues)}
     # Streams of other encoders stay usable as long as they were made from these turns.
     for stream, info in _kept_streams(folder, turns["hash"], {recipe.stream for recipe in streams}).items():
@@ -98,6 +97,7 @@ def prepare_dataset(
         turns_hash=turns["hash"],
         audit_hash=find_audit(folder, turns["settings"]["content"]),
     )
+    write_labels(folder, annotations.labels)
     write_rejections(folder / "rejected.csv", rejections)
     manifest.write(folder)
     return manifest
