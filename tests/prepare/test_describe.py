@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from msenc.data.labels import VOICE_TURNS
 from msenc.data.annotations import MELD_FILES, read_meld
+from msenc.data.labels import VOICE_TURNS
 from msenc.data.manifest import DatasetManifest
 from msenc.data.shards import ShardReader
 from msenc.prepare import describe as stage
