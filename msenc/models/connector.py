@@ -29,9 +29,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of a checkpoint's weights; several files have an index, ``<name>.index.json``."""
 
 
-WHITENED = 0.1
-"""Of the mean power of a direction: what is added to each before it is divided out. 0.01 did not do better, and 0 would
-make noise as loud as everything else."""
+WHITENED = 1.0
+"""Of the mean power of a direction: what is added to each before it is divided out. With 0.1, what is faint in a
+log-mel spectrogram became so loud that connectors lost in the first epoch what tells utterances apart (docs/log.md)."""
 
 
 class QFormer(nn.Module):
@@ -413,9 +413,9 @@ def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Te
     What all utterances share is by far the larger part of most features. It drives the whole connector to one common
     output, a prompt, before what tells utterances apart has been noticed: standardized features lack that part. Of
     what is left, a few directions (who speaks, how bright a picture is) have most of the power, and what a cue changes
-    has little: the first linear map is made to see all directions alike (`whiten`). And an LLM reads its inputs
-    relative to the vectors that it adds to them, so a connector's output has the root mean square of a token
-    embedding, and keeps it: it cannot grow without bound in one direction.
+    has little: the first linear map is made to see strong directions alike, and faint ones better (`whiten`). And an
+    LLM reads its inputs relative to the vectors that it adds to them, so a connector's output has the root mean square
+    of a token embedding, and keeps it: it cannot grow without bound in one direction.
 
     Args:
         connector: changed in place.
@@ -432,10 +432,11 @@ def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Te
 
 @torch.no_grad()
 def whiten(linear: nn.Linear, utterances: Sequence[Tensor]) -> None:
-    """Let a linear map see all directions of its input with about the same power; that of its output stays.
+    """Let a linear map see its input's directions with more equal power; that of its output stays.
 
-    Its weight W becomes W (C + s I)^(-1/2), with the covariance C of the frames and s a share of its mean eigenvalue:
-    directions of less power than that are noise, and are not raised further. It is a start, and trains on.
+    Its weight W becomes W (C + s I)^(-1/2), with the covariance C of the frames and s its mean eigenvalue times
+    `WHITENED`: directions of much more power are divided down to one, those of less keep their order. It is a start,
+    and trains on.
 
     Args:
         linear: changed in place; its bias stays.
