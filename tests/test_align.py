@@ -176,12 +176,12 @@ def trained(demo_home, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
-        overrides = ["model/connector=mlp", "model.llm.lora={r:4}", *FAST, f"hydra.run.dir={folder}"]
+        overrides = ["model/connector=mlp", "model.llm.lora.r=4", *FAST, f"hydra.run.dir={folder}"]
         GlobalHydra.instance().hydra.run("train", run, overrides, with_log_configuration=False)
     return folder
 
 
-SAME = ["model/connector=mlp", "model.llm.lora={r:4}", *FAST, "optimizer.lr=0"]
+SAME = ["model/connector=mlp", "model.llm.lora.r=4", *FAST, "optimizer.lr=0"]
 """Nothing moves, so that a run ends where it starts."""
 
 
@@ -228,7 +228,7 @@ def test_a_text_run_takes_the_adapter_alone(train, trained):
 @pytest.mark.parametrize(
     ("overrides", "argument", "said"),
     [
-        (["model.llm.lora={r:8}"], "run", r"model\.llm\.lora\): r=4 there, 8 here"),
+        (["model.llm.lora.r=8"], "run", r"model\.llm\.lora\): r=4 there, 8 here"),
         (["model/connector=conv"], "connectors", r"connectors are built otherwise: _target_="),
         (["model.connector.hidden_dim=64"], "connectors", r"hidden_dim=128 there, 64 here"),
         (["model.llm.freeze=true"], "adapter", r"nothing of the LLM trains"),

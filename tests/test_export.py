@@ -16,8 +16,8 @@ from msenc.types import MsencError
 FAST = ["trainer.max_epochs=1", "evaluate=null", "optimizer.lr=0.02", "model.connector.num_blocks=1"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 WHAT = {
-    "adapter": ["modality=text_audio", "model.llm.lora={r:8}"],
-    "llm": ["modality=text_audio"],
+    "adapter": ["modality=text_audio"],
+    "llm": ["modality=text_audio", "model.llm.lora=null"],
     "frozen": [
         "modality=text_audio_video",
         "model.llm.freeze=true",
@@ -59,7 +59,7 @@ def test_the_adapter_of_a_bfloat16_llm_is_float32_and_plain_peft_loads_it(train,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    settings = ["modality=text", "model.llm.dtype=bfloat16", "model.llm.lora={r:8,target_modules:all-linear}"]
+    settings = ["modality=text", "model.llm.dtype=bfloat16", "+model.llm.lora.target_modules=all-linear"]
     run = train([*FAST[:3], *settings]).folder
     tensors = load_file(run / "export" / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}

@@ -270,7 +270,7 @@ def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list
         f"The tiny LLM ({config['model']['llm']['name_or_path']}) has read a generated world alone. It spells the "
         f"words of {config['data']['name']}, {tokens:.1f} tokens per word, and knows nothing of what they mean: its "
         "losses and replies will say little of your data. Take a real one: model/llm=smollm2 prompt=chat, by its id or "
-        "model.llm.name_or_path=FOLDER."
+        "model.llm.name_or_path=FOLDER; or train all of this one (model.llm.lora=null), which learns to write them."
     ]
 
 
