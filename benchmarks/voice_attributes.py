@@ -20,9 +20,9 @@ import numpy as np
 from measure import parser, print_table, write_json
 
 from msenc.data.annotations import MELD_FILES, read_meld
+from msenc.data.labels import VOICE_TURNS
 from msenc.prepare.demo import ANSWERS, SPEAKERS
 from msenc.prepare.describe import (
-    TURNS,
     VoiceSettings,
     describe_dialogues,
     estimate_gender,
@@ -61,7 +61,7 @@ def measure_demo(root: Path, num_workers: int, limit: int | None = None) -> tupl
     rejections: list[Rejection] = []
     with tempfile.TemporaryDirectory() as folder:
         describe_dialogues(dialogues, root, Path(folder), VoiceSettings(levels=2), num_workers, rejections)
-        lines = (Path(folder) / TURNS).read_text(encoding="utf-8").splitlines()
+        lines = (Path(folder) / VOICE_TURNS).read_text(encoding="utf-8").splitlines()
     return dialogues, {line["id"]: line for line in map(json.loads, lines)}
 
 

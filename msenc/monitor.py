@@ -119,7 +119,7 @@ def warnings(metrics: Mapping[str, Any]) -> list[str]:
     Example:
         >>> warnings({"connector/audio/spread": 0.4, "stream/audio/used_nats": 0.1})
         []
-        >>> print(warnings({"connector/audio/spread": 0.0004, "stream/audio/used_nats": 0.0})[0][:60])
+        >>> print(warnings({"connector/audio/spread": 0.0004, "stream/audio/used_nats": 0.0})[0][:59])
         audio: the connector says the same of every utterance (0.04
     """
     said = []

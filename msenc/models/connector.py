@@ -348,7 +348,10 @@ class ConvConnector(nn.Module):
     def _weights(self, frames: Tensor, mask: Tensor) -> Tensor:
         """(N, Q, T): how much each query takes of each frame."""
         place = (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True).clamp_min(1)  # (N, T), 0 to 1
-        waves = torch.cos(torch.pi * place[..., None] * torch.arange(self.PLACES, device=mask.device))  # (N, T, P)
+        # From 1 on: a wave of no frequency would raise all frames' scores alike, which a softmax does not see.
+        waves = torch.cos(
+            torch.pi * place[..., None] * torch.arange(1, self.PLACES + 1, device=mask.device)
+        )  # (N, T, P)
         scores = self.content(_unit(frames)) + waves.to(frames.dtype) @ self.place.T  # (N, T, Q)
         return scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min).softmax(1).transpose(1, 2)
 
