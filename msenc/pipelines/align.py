@@ -265,17 +265,16 @@ def _make(
 ) -> None:
     device = next(model.parameters()).device
     embeddings = model.llm.get_input_embeddings().weight
-    tokenizer = datamodule.tokenizer
     with own_random_numbers(settings.seed):
         node = config["model"]["connector"]
         connector = build(node, in_dim=config["model"]["streams"][stream]["dim"], out_dim=embeddings.shape[1])
         connector.to(device)
-        train = _Utterances(datamodule, labels, stream, "train", tokenizer)
+        train = _Utterances(datamodule, labels, stream, "train")
         calibrate(connector, train.frames(CALIBRATION_UTTERANCES), embeddings)
         targets = EmbeddingTargets(embeddings, connector.num_queries)
         loss_of = make_loss(settings, targets)
         if settings.objective == "llm":
-            loss_of = _llm_loss(model, tokenizer, stream)
+            loss_of = _llm_loss(model, datamodule.tokenizer, stream)
         state = _read_state(folder / PARTIAL)
         start = time.monotonic()
         with Progress(console=console) as progress:
@@ -287,7 +286,7 @@ def _make(
                     write_checkpoint({"state_dict": {}, "alignment": asdict(take())}, folder / PARTIAL)
 
             fit(connector, settings, lambda step: train.batch(step, settings), loss_of, state, on_step)
-        held_out = _Utterances(datamodule, labels, stream, "val", tokenizer).first(SCORED)
+        held_out = _Utterances(datamodule, labels, stream, "val").first(SCORED)
         scores = score(connector, held_out, targets, settings.objective) if held_out else {}
     write_checkpoint({"state_dict": {k: v.cpu() for k, v in connector.state_dict().items()}}, folder / FILE)
     record = {
@@ -303,15 +302,13 @@ def _make(
 class _Utterances:
     """The utterances of a split that have a stream and words, read dialogue by dialogue as they are needed."""
 
-    def __init__(
-        self, datamodule: DialogueDataModule, labels: Labels, stream: str, split: str, tokenizer: DialogueTokenizer
-    ) -> None:
+    def __init__(self, datamodule: DialogueDataModule, labels: Labels, stream: str, split: str) -> None:
         self.dataset = datamodule.dataset(split)
         self.words = labels.words(stream, split)
         self.stream = stream
         is_label = labels.sources[stream].source != "transcript"
         self.template = labels.template if is_label else "{words}"
-        self.tokenizer = tokenizer.tokenizer
+        self.tokenizer = datamodule.tokenizer.tokenizer
         self._ids: dict[str, tuple[int, ...]] = {}
 
     def ids(self, words: str) -> tuple[int, ...]:
