@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
 from msenc.groups import CONNECTOR, CONNECTORS, LLM, OWN_KEYS, flatten_groups
-from msenc.prompt import TOKEN_KINDS
+from msenc.prompt import SLOTS, TOKEN_KINDS
 from msenc.types import MsencError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -494,8 +494,8 @@ def _check_groups(config: Mapping[str, Any]) -> None:
     groups = flatten_groups(optimizer.get("groups"))
     if not groups:
         return
-    streams = list(config["model"]["streams"])
-    parts = [LLM, *([CONNECTORS] if streams else []), *(f"{CONNECTOR}.{stream}" for stream in streams)]
+    # Parts that this run lacks are no mistake: a sweep's rows share their groups.
+    parts = [LLM, CONNECTORS, *(f"{CONNECTOR}.{stream}" for stream in SLOTS)]
     taken = inspect.signature(_locate(optimizer["_target_"], "optimizer")).parameters
     valid = {*taken, *OWN_KEYS} - {"params"}
     scheduler = config.get("scheduler")
@@ -506,7 +506,7 @@ def _check_groups(config: Mapping[str, Any]) -> None:
             raise MsencError(f"{path}: found {settings!r}, expected settings, such as {path}.lr=3e-4")
         is_pattern = name not in parts and "pattern" in settings
         if not is_pattern and name not in parts:
-            raise MsencError(_no_such_group(name, parts, streams, config.get("modality")))
+            raise MsencError(_no_such_group(name, parts))
         if name in parts and "pattern" in settings:
             raise MsencError(f"{path}.pattern: {name} is a part of the model. Give the group another name.")
         for key, value in settings.items():
@@ -524,14 +524,10 @@ def _check_groups(config: Mapping[str, Any]) -> None:
             )
 
 
-def _no_such_group(name: str, parts: list[str], streams: list[str], modality: Any) -> str:
-    start = f"optimizer.groups.{name}: "
-    if name.partition(".")[0] in (CONNECTOR, CONNECTORS):
-        having = f"has {', '.join(streams)}" if streams else "has no stream, and so no connector"
-        return f"{start}modality={modality} {having}.{nearest(name, parts)}"
+def _no_such_group(name: str, parts: list[str]) -> str:
     return (
-        f"{start}no such part of the model.{nearest(name, parts)} A group of another name needs a pattern of parameter "
-        f"names: optimizer.groups.{name}.pattern='*.bias'"
+        f"optimizer.groups.{name}: no such part of the model.{nearest(name, parts)} A group of another name needs a "
+        f"pattern of parameter names: optimizer.groups.{name}.pattern='*.bias'"
     )
 
 

@@ -88,8 +88,12 @@ def partition(parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mappi
         parameters: what trains, by its name in `ConversationModel`; one that several parts share has one name.
         groups: from `flatten_groups`.
 
+    Returns:
+        What no group names, and the groups that hold something. A part may be absent, so that one set of groups serves
+        a whole sweep: connectors where a row has text alone, the LLM where a row freezes it.
+
     Raises:
-        MsencError: a group in which nothing is, or a parameter that two groups claim.
+        MsencError: a pattern that matches nothing, or a parameter that two groups claim.
     """
     claims = {name: [g for g, settings in groups.items() if _is_in(name, g, settings)] for name in parameters}
     twice = {name: found for name, found in claims.items() if len(found) > 1}
@@ -100,9 +104,9 @@ def partition(parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mappi
             f"{' and '.join(found)}. Each may be in one: narrow a pattern, or leave a group out."
         )
     for group, settings in groups.items():
-        if [group] not in claims.values():
+        if "pattern" in settings and [group] not in claims.values():
             raise MsencError(
-                f"optimizer.groups.{group}: {_none_match(parameters, settings)} "
+                f"optimizer.groups.{group}: {_none_match(parameters, settings['pattern'])} "
                 f"Leave the group out, or let something of it train."
             )
     whole = [(REST, [], {}), *((name, [name], settings) for name, settings in groups.items())]
@@ -120,15 +124,11 @@ def _is_in(parameter: str, group: str, settings: Mapping[str, Any]) -> bool:
     return part == group or (group == CONNECTORS and part != LLM)
 
 
-def _none_match(parameters: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    if "pattern" in settings:
-        some = [names[0] for part in _parts(parameters) if (names := [n for n in parameters if part_of(n) == part])]
-        return f"no parameter that trains matches {settings['pattern']!r}. Names here are such as {', '.join(some)}."
-    return f"nothing of it trains here; what trains: {', '.join(_parts(parameters)) or 'nothing'}."
-
-
-def _parts(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(map(part_of, names)))
+def _none_match(parameters: Iterable[str], pattern: str) -> str:
+    of_each_part: dict[str, str] = {}
+    for name in parameters:
+        of_each_part.setdefault(part_of(name), name)
+    return f"no parameter that trains matches {pattern!r}. Names here are such as {', '.join(of_each_part.values())}."
 
 
 def describe_groups(
