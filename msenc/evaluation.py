@@ -29,7 +29,7 @@ from msenc.replies import decoding_for, write_replies
 from msenc.run import write_json, write_text
 from msenc.speech.description import parse
 from msenc.statistics import paired_effect, verdict
-from msenc.types import UNKNOWN, Reply, VoiceAttributes
+from msenc.types import UNKNOWN, Reply, Utterance, VoiceAttributes
 
 LN2 = math.log(2)
 
@@ -183,6 +183,7 @@ def _score(
         starts = histories(tokens.turn_tokens, datamodule.max_history_tokens, tokens.windows)
         for turn, utterance in enumerate(dialogue.utterances[1:], start=1):
             nll, kinds, correct = losses[(dialogue.id, turn)]
+            target = tokens.targets[turn - 1]
             predictions.append(
                 {
                     "dialogue": dialogue.id,
@@ -194,17 +195,30 @@ def _score(
                     "nll": [round(v, 6) for v in nll],
                     "kinds": [TOKEN_KINDS[k] for k in kinds],
                     "correct": [int(c) for c in correct],
-                    "bits": dict(tokens.targets[turn - 1].bits),
+                    "words": target.words,
+                    "bits": dict(target.bits),
+                    "bits_in_words": _bits_in_words(utterance),
                 }
             )
     return predictions
+
+
+def _bits_in_words(utterance: Utterance) -> dict[str, float]:
+    """Planted bits by kind, of those in the reply's words."""
+    bits: dict[str, float] = defaultdict(float)
+    for mark in utterance.marks:
+        if mark.field == "text":
+            bits[f"planted_{mark.kind}"] += mark.bits
+    return dict(bits)
 
 
 def loss_metrics(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     """Loss per token, over all target tokens and by kind, and what was recovered of planted bits.
 
     ``planted/<kind>/recovered`` is 1 - (sum of the losses of the planted tokens, in bits) / (planted bits): 1 where
-    the model knows them, 0 where it guesses at even odds, below 0 where it is surely wrong.
+    the model knows them, 0 where it guesses at even odds, below 0 where it is surely wrong. Where a kind is planted
+    both in words and in descriptions, ``planted/<kind>/in_words`` and ``planted/<kind>/in_descriptions`` are the
+    shares of each: a total of half may be all of one and nothing of the other.
 
     Example:
         >>> one = {"nll": [0.0, 2.0], "kinds": ["reply", "end"], "correct": [1, 0], "bits": {}}
@@ -213,14 +227,20 @@ def loss_metrics(predictions: list[dict[str, Any]]) -> dict[str, Any]:
         (1.0, 2.0, 0.5)
     """
     by_kind: dict[str, list[float]] = defaultdict(list)
+    nll_in_words: dict[str, float] = defaultdict(float)
     bits: dict[str, float] = defaultdict(float)
+    bits_in_words: dict[str, float] = defaultdict(float)
     correct = 0
     for prediction in predictions:
-        for kind, nll in zip(prediction["kinds"], prediction["nll"], strict=True):
+        words = prediction.get("words", 0)
+        for place, (kind, nll) in enumerate(zip(prediction["kinds"], prediction["nll"], strict=True)):
             by_kind[kind].append(nll)
+            nll_in_words[kind] += nll if place < words else 0.0
         correct += sum(prediction["correct"])
         for kind, n in prediction["bits"].items():
             bits[kind] += n
+        for kind, n in prediction.get("bits_in_words", {}).items():
+            bits_in_words[kind] += n
     tokens = sum(map(len, by_kind.values()))
     nll = sum(map(sum, by_kind.values())) / tokens
     metrics: dict[str, Any] = {
@@ -237,6 +257,10 @@ def loss_metrics(predictions: list[dict[str, Any]]) -> dict[str, Any]:
         if bits.get(kind):
             name = kind.removeprefix("planted_")
             metrics[f"planted/{name}/recovered"] = 1 - sum(by_kind[kind]) / (bits[kind] * LN2)
+            if 0 < bits_in_words[kind] < bits[kind]:
+                said, described = nll_in_words[kind], sum(by_kind[kind]) - nll_in_words[kind]
+                metrics[f"planted/{name}/in_words"] = 1 - said / (bits_in_words[kind] * LN2)
+                metrics[f"planted/{name}/in_descriptions"] = 1 - described / ((bits[kind] - bits_in_words[kind]) * LN2)
     return metrics
 
 

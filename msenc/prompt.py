@@ -48,11 +48,13 @@ class Target:
         ids: token ids, the end token last.
         kinds: index into `TOKEN_KINDS` of each token.
         bits: planted bits by kind (`planted_audio`: 1.0); empty where nothing is planted.
+        words: tokens before the description part.
     """
 
     ids: tuple[int, ...]
     kinds: tuple[int, ...]
     bits: Mapping[str, float] = field(default_factory=dict)
+    words: int = 0
 
 
 class History(NamedTuple):
@@ -430,4 +432,5 @@ class DialogueTokenizer:
             ids=(*ids, self.tokenizer.eos_token_id),
             kinds=tuple(TOKEN_KINDS.index(k) for k in (*kinds, "end")),
             bits=bits,
+            words=sum(end <= split for _, end in encoded.offset_mapping[: len(ids)]),
         )

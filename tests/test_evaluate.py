@@ -168,10 +168,11 @@ def test_what_is_printed_fits_80_columns_with_a_line_per_control_and_loses_nothi
         assert re.search(rf"{control}( +-?\d+\.\d)+ *\n", shown)  # the planted bits
     named = {k for k, v in metrics.items() if isinstance(v, float) and v == v}
     for name in named:
-        inner = name.removeprefix("nll/").removeprefix("description/").removesuffix("/recovered")
+        inner = name.removeprefix("nll/").removeprefix("description/")
+        inner = re.sub("/(recovered|in_words|in_descriptions)$", "", inner)
         row = words.get(name) or words.get(inner) or words.get(inner.replace("planted/", "planted_"))
         is_of_voices = name.startswith("description/") and ("accuracy" in name or "macro_f1" in name)
-        value = f"{100 * metrics[name]:z.1f}" if is_of_voices or "recovered" in name else f"{metrics[name]:z.4f}"
+        value = f"{100 * metrics[name]:z.1f}" if is_of_voices or "planted/" in name else f"{metrics[name]:z.4f}"
         if is_of_voices:
             row = words[inner.split("/")[0] if "/" in inner else "mean"]
         assert value in row, name

@@ -11,7 +11,7 @@ from msenc.data.controls import Control
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
 from msenc.data.manifest import DatasetManifest, StreamInfo
 from msenc.data.shards import write_stream
-from msenc.evaluation import evaluate_control, evaluate_split
+from msenc.evaluation import evaluate_control, evaluate_split, loss_metrics
 from msenc.models.conversation import TokenScores
 from msenc.models.llm import load_tokenizer
 from msenc.prepare.demo import draw_dialogues
@@ -105,6 +105,24 @@ def test_shuffled_audio_costs_the_bits_that_a_listener_takes_from_it(build, mood
     assert controlled["control/verdict"] == "used"
     assert controlled["planted/audio/recovered"] == pytest.approx(0, abs=0.1)
     assert controlled["nll/reply"] == plain["nll/reply"] == pytest.approx(0.5)
+
+
+def test_what_is_recovered_in_words_is_told_apart_from_descriptions(build, moods):
+    plain, predictions = evaluate_split(Listener(moods, 3), build(), "train", None, seed=1)
+    heard = 1 - math.log1p(math.exp(-3)) / math.log(2)
+    assert plain["planted/audio/in_words"] == pytest.approx(heard, abs=1e-5)
+    assert plain["planted/audio/in_descriptions"] == pytest.approx(heard, abs=1e-5)
+    assert "planted/both/recovered" in plain and "planted/both/in_words" not in plain  # all of it is in words
+    for prediction in predictions:
+        for place in range(prediction["words"], len(prediction["nll"])):
+            if prediction["kinds"][place] == "planted_audio":
+                prediction["nll"][place] = math.log(2)
+    deaf = loss_metrics(predictions)
+    assert deaf["planted/audio/in_words"] == pytest.approx(heard, abs=1e-5)
+    assert deaf["planted/audio/in_descriptions"] == pytest.approx(0, abs=1e-5)
+    for prediction in predictions:  # as earlier versions wrote them
+        del prediction["words"], prediction["bits_in_words"]
+    assert loss_metrics(predictions) == {name: v for name, v in deaf.items() if "/in_" not in name}
 
 
 def test_one_draw_costs_more_than_was_taken(build, moods):

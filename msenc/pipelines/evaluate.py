@@ -348,9 +348,9 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
     kinds = []
     for kind in TOKEN_KINDS:
         if f"nll/{kind}" in rest:
-            is_planted = rest.pop(_recovered(kind), None) is not None
-            share = f"{100 * metrics[_recovered(kind)]:z.1f} %" if is_planted else ""
-            kinds.append([kind, rest.pop(f"nll/{kind}"), share])
+            shares = [f"planted/{_planted(kind)}/{share}" for share in ("recovered", "in_words", "in_descriptions")]
+            cells = [f"{100 * metrics[name]:z.1f} %" if rest.pop(name, None) is not None else "" for name in shares]
+            kinds.append([kind, rest.pop(f"nll/{kind}"), *cells])
     both = [name for name in rest if f"description/{name}" in rest]
     scores = [[name, rest.pop(name), rest.pop(f"description/{name}")] for name in both]
     by_attribute = [name for name in VOCABULARY if f"description/{name}/targets" in metrics]
@@ -360,7 +360,9 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
         )
         rest = {name: value for name, value in rest.items() if not name.startswith(shown_below)}
     _print_grid(title, ["metric", "value"], [list(row) for row in rest.items()])
-    _print_grid("loss by kind of token", ["kind", "nll", "planted bits recovered"], kinds)
+    columns = ["kind", "nll", "planted bits recovered", "in words", "in descriptions"]
+    used = [column for column in range(len(columns)) if column < 3 or any(row[column] for row in kinds)]
+    _print_grid("loss by kind of token", [columns[c] for c in used], [[row[c] for c in used] for row in kinds])
     if scores:
         _print_grid("replies", ["metric", "words", "description/"], scores)
     if by_attribute:
