@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from msenc import checkpoints
 from msenc.config import register_schemas
 from msenc.module import ConversationModule
+from msenc.pipelines import align as alignment
 from msenc.pipelines import evaluate as evaluation
 from msenc.pipelines import train as training
 from msenc.run import resumed_arguments
@@ -86,6 +87,21 @@ def plant(moment: str | None, witness: Path) -> None:
     def no_metrics(path, value):
         return end(kind) if place == "outcome" and path.name == "metrics.json" else write_json(path, value)
 
+    fit = alignment.fit
+
+    def fit_until(*given):
+        *others, on_step = given
+
+        def counted(step, *rest):
+            with witness.with_suffix(".aligned").open("a") as file:
+                file.write(f"{step}\n")
+            on_step(step, *rest)
+            if (place, numbers) == ("align", [step]):
+                end(kind)
+
+        fit(*others, counted)
+
+    alignment.fit, alignment.SAVE_EVERY = fit_until, 10
     checkpoints.torch.save, checkpoints.os.link = half_save, link_only
     evaluation.evaluate_split, training.write_json = no_evaluation, no_metrics
 

@@ -121,6 +121,7 @@ TRAINED = {
     "model/llm/mistral_7b": "model.llm.name_or_path={mistral}",
     "model/llm/smollm2": "model.llm.name_or_path={llama}",
     "model/llm/tiny": "",
+    "model/llm/tiny_lora": "",
     "model/llm/tiny_world": "data=beats " + WORLD,
     "model/video/clip": "modality=text_video " + VIDEO,
     "model/video/demo": "modality=text_video",

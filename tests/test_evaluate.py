@@ -18,7 +18,7 @@ from msenc.pipelines.report import report
 from msenc.run import digest
 from msenc.types import Dialogue, MsencError, Utterance
 
-SHORT = ["trainer.max_steps=1", "evaluate=null", "model.llm.lora.r=2"]
+SHORT = ["trainer.max_steps=1", "evaluate=null", "model/llm=tiny_lora", "model.llm.lora.r=2"]
 
 
 def read(path):

@@ -16,15 +16,15 @@ from msenc.types import MsencError
 FAST = ["trainer.max_epochs=1", "evaluate=null", "optimizer.lr=0.02", "model.connector.num_blocks=1"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 WHAT = {
-    "adapter": ["modality=text_audio"],
-    "llm": ["modality=text_audio", "model.llm.lora=null"],
+    "adapter": ["modality=text_audio", "model/llm=tiny_lora"],
+    "llm": ["modality=text_audio"],
     "frozen": [
         "modality=text_audio_video",
         "model.llm.freeze=true",
         "model.tie_connectors=true",
         "model/connector=qformer",
     ],
-    "text": ["modality=text"],
+    "text": ["modality=text", "model/llm=tiny_lora"],
 }
 
 
@@ -59,7 +59,8 @@ def test_the_adapter_of_a_bfloat16_llm_is_float32_and_plain_peft_loads_it(train,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    settings = ["modality=text", "model.llm.dtype=bfloat16", "+model.llm.lora.target_modules=all-linear"]
+    lora = ["model/llm=tiny_lora", "+model.llm.lora.target_modules=all-linear"]
+    settings = ["modality=text", "model.llm.dtype=bfloat16", *lora]
     run = train([*FAST[:3], *settings]).folder
     tensors = load_file(run / "export" / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
@@ -77,7 +78,8 @@ def test_the_adapter_of_a_bfloat16_llm_is_float32_and_plain_peft_loads_it(train,
 
 def test_other_base_weights_and_versions_are_refused(train, demo_home, tmp_path):
     llm = shutil.copytree(demo_home / "data" / "tiny-llm", tmp_path / "llm")
-    export = train([*FAST, "modality=text_audio", f"model.llm.name_or_path={llm}"]).folder / "export"
+    lora = ["model/llm=tiny_lora", f"model.llm.name_or_path={llm}"]
+    export = train([*FAST, "modality=text_audio", *lora]).folder / "export"
     with safe_open(export / "adapter" / "adapter_model.safetensors", "pt") as tensors:
         assert all("lora_" in name for name in tensors.keys())  # noqa: SIM118
     tensors = load_file(llm / "model.safetensors")

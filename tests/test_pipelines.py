@@ -51,7 +51,8 @@ def finished(demo_home, tmp_path_factory):
     """A finished run of text and audio, with an LLM of its own that tests may spoil in a copy."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(demo_home / "data" / "tiny-llm", folder / "llm")
-    overrides = [*FAST, "modality=text_audio", "optimizer.lr=0.02", f"model.llm.name_or_path={folder / 'llm'}"]
+    overrides = [*FAST, "modality=text_audio", "model/llm=tiny_lora", "optimizer.lr=0.02"]
+    overrides += [f"model.llm.name_or_path={folder / 'llm'}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         job = hydra.run("train", train, [*overrides, f"hydra.run.dir={folder / 'run'}"], False)
@@ -82,7 +83,7 @@ def test_a_finished_run_explains_itself(finished):
     run = read(finished.run / "run.json")
     assert run["status"] == "finished"
     assert run["stop_reason"] == "all epochs done"
-    assert (run["seed"], run["modality"], run["epochs"], run["steps"], run["device"]) == (1, "text_audio", 2, 4, "cpu")
+    assert (run["seed"], run["modality"], run["epochs"], run["steps"], run["device"]) == (1, "text_audio", 2, 8, "cpu")
     assert run["seconds"] > 0
     assert run["trainable_parameters"]["llm"] > 0
     assert run["trainable_parameters"]["connector.audio"] > 0
@@ -94,8 +95,8 @@ def test_a_finished_run_explains_itself(finished):
     assert "modality=text_audio" in run["overrides"]
     assert run["history"]["targets"] == run["described_targets"] == 55
     assert len(set(run["speakers"])) == 2
-    assert run["batches"]["batch_size"] == 8
-    assert run["batches"]["steps"] == 2 * run["batches"]["batches_per_epoch"] == 4
+    assert run["batches"]["batch_size"] == 4
+    assert run["batches"]["steps"] == 2 * run["batches"]["batches_per_epoch"] == 8
     assert (finished.run / "checkpoints" / "best.ckpt").is_file()
     assert (finished.run / "logs" / "csv" / "metrics.csv").is_file()
     assert read(finished.run / "metrics.json")["val/loss"] == pytest.approx(run["metrics"]["val/loss"])
@@ -209,9 +210,10 @@ def test_every_reply_lands_at_its_own_target(finished, compose):
 
 
 def test_a_repeated_run_gives_the_same(finished, train):
-    again = train([*FAST, "modality=text_audio", "optimizer.lr=0.02", "evaluate=null"], "again")
+    same = [*FAST, "modality=text_audio", "model/llm=tiny_lora", "optimizer.lr=0.02", "evaluate=null"]
+    again = train(same, "again")
     assert again.loss == finished.loss
-    other = train([*FAST, "modality=text_audio", "optimizer.lr=0.02", "evaluate=null", "seed=2"], "other")
+    other = train([*same, "seed=2"], "other")
     assert other.loss != finished.loss
     assert not (other.folder / "evaluation").exists()
 

@@ -137,7 +137,8 @@ def test_a_plan_is_printed_and_leaves_no_run(train, capsys, monkeypatch):
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
     monkeypatch.setenv("COLUMNS", "200")
-    run = train(["plan=true", "modality=text_audio", "data.max_history_tokens=30", "trainer.max_epochs=7", *BUDGETS])
+    lora = ["model/llm=tiny_lora", "modality=text_audio"]
+    run = train(["plan=true", *lora, "data.max_history_tokens=30", "trainer.max_epochs=7", *BUDGETS])
     assert run.loss is None
     assert not run.folder.exists()
     found = {}

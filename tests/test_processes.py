@@ -10,6 +10,7 @@ from msenc.run import read_json
 
 COMMON = [
     "modality=text_audio",
+    "model/llm=tiny_lora",
     "model.llm.lora.lora_dropout=0",
     "trainer.max_epochs=100",
     "trainer.max_steps=20",

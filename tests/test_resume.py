@@ -40,7 +40,8 @@ def drive(demo_home, tmp_path_factory):
         for name, overrides, moments, again in runs:
             (home / name).mkdir()
             folder = str(home / name / "run")
-            first = [*FAST, *overrides, f"hydra.run.dir={folder}"]
+            # Folders of their own: an alignment serves all runs of a folder.
+            first = [*FAST, *overrides, f"hydra.run.dir={folder}", f"paths.runs_dir={home / name}"]
             spec.append({"folder": folder, "first": first, "again": again(folder), "moments": moments})
         results = run_driver(Path(__file__).parent / "kill_driver.py", spec, home)
         for starts in results:
@@ -143,9 +144,13 @@ SETTINGS = {
             "trainer.max_epochs=-1",
             "trainer.accumulate_grad_batches=2",
             "+trainer.val_check_interval=0.5",
-            "model.llm.lora=null",
+            "model/llm=tiny_lora",
         ],
         ["kill batch 0 4", "kill best", "kill epoch_start 1", "kill batch 1 5"],
+    ),
+    "aligned_first": (
+        ["align=column", "align.steps=40", "modality=text_video"],
+        ["kill align 25", "kill batch 0 2", "kill batch 1 1"],
     ),
 }
 """Name -> overrides, and where it is killed, start by start."""
@@ -171,11 +176,19 @@ def test_a_killed_run_counts_as_running_and_always_has_a_whole_checkpoint(killed
         _, starts = killed[name]
         for start in starts[:-1]:
             assert start["record"]["status"] == "running"
-            if start["moment"] not in ("kill batch 0 1", "kill batch 0 4"):
+            if start["moment"] not in ("kill align 25", "kill batch 0 1", "kill batch 0 2", "kill batch 0 4"):
                 assert {"last.ckpt", "previous.ckpt"} & set(start["files"])
         last = starts[-1]["record"]
         assert (last["status"], last["resumed"]) == ("finished", len(starts) - 1)
         assert last["seconds"] >= max(s["record"]["seconds"] for s in starts)
+
+
+def test_a_killed_alignment_goes_on_from_where_it_was_saved(killed):
+    folder, _ = killed["aligned_first"]
+    steps = [int(line) for line in folder.with_suffix(".aligned").read_text().split()]
+    assert steps == [*range(1, 26), *range(21, 41)]
+    (alignment,) = read_json(folder / "run.json")["alignments"].values()
+    assert alignment["used"]
 
 
 def test_what_was_evaluated_when_it_was_killed_is_not_trained_again(killed):

@@ -27,10 +27,10 @@ from msenc.prepare.worlds.frame import (
     write_folder,
 )
 from msenc.prepare.worlds.ideal import Belief
-from msenc.speech.libespeak import VoiceSettings, load_espeak, speak
+from msenc.speech.libespeak import VoiceSettings, load_espeak, speak_in_turn
 from msenc.types import SPLITS, Dialogue, Mark, Utterance
 
-VERSION = 1  # of the generator: raised whenever equal settings give other data
+VERSION = 2  # of the generator: raised whenever equal settings give other data
 
 DEMO_COLUMNS = ("Pitch", "Range", "Face")
 
@@ -279,8 +279,10 @@ def _say(text: str, speaker: _Speaker, turn: DemoTurn, rng: np.random.Generator)
     jitter = rng.integers(-4, 5, size=2)
     pitch = (speaker.high if turn.is_excited else speaker.low) + jitter[0]
     pitch_range = (85 if turn.is_expressive else 10) + jitter[1]
-    neutral, rate = speak(text, VoiceSettings(speaker.voice))
-    speech, _ = speak(text, VoiceSettings(speaker.voice, int(np.clip(pitch, 0, 99)), int(pitch_range)))
+    # In this order, so that what the first leaves in eSpeak, and the length, know nothing of the states.
+    neutral_voice = VoiceSettings(speaker.voice)
+    voice = VoiceSettings(speaker.voice, int(np.clip(pitch, 0, 99)), int(pitch_range))
+    (neutral, speech), rate = speak_in_turn(text, [neutral_voice, voice])
     length = round(len(_trim(neutral)) * SAMPLE_RATE / rate)
     speech = _trim(speech)
     speech = soxr.resample(speech, len(speech), length)[:length]

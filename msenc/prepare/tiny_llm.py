@@ -6,6 +6,7 @@ It stands in for what a large LLM brings along: the language of the task, and wh
 met a feature of sound or picture. The connectors have to say with their vectors what the transcripts say in words.
 """
 
+import itertools
 import json
 import math
 import random
@@ -50,6 +51,8 @@ LEARNED = 0.02
 on top of an LLM with 0.01 nats, and do not on top of one with 0.09."""
 FIRST_LESSONS = 0.3
 """Share of the transcripts that are cut into pairs of turns."""
+MISLEADING = 4
+"""How often more than others a pair is read whose turn answers about a place and asks about another."""
 EASY_PAIRS = 0.33
 """Share that is read of the pairs whose reply holds neither the parity nor a place: these two are learned last."""
 
@@ -57,7 +60,7 @@ LAST_SILENCE = 0.5
 """Share of the last lesson's dialogues in which no mood is written out, and of those in which no voice is."""
 LAST_RATE = 0.05
 """Learning rate of the last lesson, as a share of the others'."""
-VERSION = 2
+VERSION = 3
 """Of what stands in this file, and not in a recipe's settings."""
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -287,7 +290,12 @@ def _weighted_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def pairs_of_turns(dialogues: Sequence[TokenizedDialogue], rng: random.Random) -> list[TokenizedDialogue]:
-    """Turns with their replies, each as a dialogue of its own: the parity alone first, then among the others."""
+    """Turns with their replies, each as a dialogue of its own: the parity alone first, then among the others.
+
+    A turn that answers about a place, tells of another and asks about that one is rare, and read several times: its own
+    answer, a word before the place, is the easier one to repeat.
+    """
+    parity, place = TOKEN_KINDS.index("planted_both"), TOKEN_KINDS.index("planted_text")
     pairs = [
         replace(
             dialogue,
@@ -299,7 +307,12 @@ def pairs_of_turns(dialogues: Sequence[TokenizedDialogue], rng: random.Random) -
         for dialogue in dialogues
         for at, (response, target) in enumerate(zip(dialogue.responses, dialogue.targets, strict=True))
     ]
-    parity, place = TOKEN_KINDS.index("planted_both"), TOKEN_KINDS.index("planted_text")
     mixed = [p for p in pairs if {parity, place} & set(p.targets[0].kinds) or rng.random() < EASY_PAIRS]
+    misleading = [
+        pair
+        for before, pair in itertools.pairwise(pairs)
+        if before.id == pair.id and place in before.targets[0].kinds and place in pair.targets[0].kinds
+    ]
+    mixed += misleading * MISLEADING
     rng.shuffle(mixed)
     return [p for p in pairs if parity in p.targets[0].kinds] + mixed

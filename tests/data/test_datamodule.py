@@ -338,9 +338,9 @@ def test_an_unknown_split_is_refused(prepared, tokenizer):
 def test_other_settings_of_the_same_encoder_are_refused(prepared, tokenizer):
     datamodule = module_of(prepared, tokenizer)
     datamodule.streams["audio"] = dataclasses.replace(SPECS["audio"], settings={"hop_s": 0.01, "device": "cuda"})
-    with pytest.raises(MsencError, match=r"audio-logmel were made with hop_s=0.02, the config says 0.01\. Correct"):
+    with pytest.raises(MsencError, match=r"audio-logmel were made with hop_s=0.04, the config says 0.01\. Correct"):
         datamodule.setup()
-    datamodule.streams["audio"] = dataclasses.replace(SPECS["audio"], settings={"hop_s": 0.02, "device": "cuda"})
+    datamodule.streams["audio"] = dataclasses.replace(SPECS["audio"], settings={"hop_s": 0.04, "device": "cuda"})
     datamodule.setup()
 
 

@@ -7,7 +7,14 @@ import torch
 from msenc.config import build, plain
 from msenc.models.llm import fingerprint, load_llm, load_tokenizer
 from msenc.prepare.demo import state_words, transcripts
-from msenc.prepare.tiny_llm import PROMPT, pairs_of_turns, pretrain, tokenize_transcript, train_tokenizer
+from msenc.prepare.tiny_llm import (
+    MISLEADING,
+    PROMPT,
+    pairs_of_turns,
+    pretrain,
+    tokenize_transcript,
+    train_tokenizer,
+)
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer
 from msenc.types import MsencError
 
@@ -120,7 +127,17 @@ def test_pairs_are_a_turn_and_its_reply_with_the_parity_alone_first():
     assert all(parity in k for k in kinds[:num_parity])
     # then all kinds among each other, no pair of the hard ones left out
     assert sum(parity in k for k in kinds[num_parity:]) == num_parity
-    assert sum(place in k for k in kinds) == sum(place in target.kinds for _, target in whole)
+    # and the misleading ones, whose turn answers about another place, several times
+    in_a_row = [
+        (d.turns[at], d.targets[at])
+        for d in dialogues
+        for at in range(1, len(d.targets))
+        if all(place in target.kinds for target in d.targets[at - 1 : at + 1])
+    ]
+    assert in_a_row
+    assert all(sum((p.turns[0], p.targets[0]) == one for p in pairs) == 1 + MISLEADING for one in in_a_row)
+    total = sum(place in target.kinds for _, target in whole) + MISLEADING * len(in_a_row)
+    assert sum(place in k for k in kinds) == total
     assert any(not {parity, place} & k for k in kinds)
 
 
