@@ -220,6 +220,8 @@ def test_length_and_loudness_of_speech_do_not_depend_on_the_states():
         spoken = [np.flatnonzero(np.abs(sound) > 1e-3)[[0, -1]] for sound in sounds]
         assert len({len(sound) for sound in sounds}) == 1
         assert np.ptp(spoken, axis=0).max() < 0.02 * frame.SAMPLE_RATE  # begins and ends at the same time
+        ends = [np.flatnonzero(sound)[-1] for sound in sounds]
+        assert np.ptp(ends) == 0  # to the sample: what eSpeak keeps of the voice before would tell of it
         assert np.ptp([10 * np.log10(np.mean(sound**2)) for sound in sounds]) < 0.01  # dB
         assert not np.allclose(sounds[0], sounds[1], atol=0.01)
 
