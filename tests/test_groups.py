@@ -242,6 +242,14 @@ def test_a_warm_up_of_a_groups_own(warmup, total):
             scheduler.step()
 
 
+def test_a_run_says_which_groups_it_has_nothing_of(train, capsys):
+    groups = ["optimizer.groups.connectors.lr=0.003", "optimizer.groups.llm.lr=0.01"]
+    train([*FAST, "modality=text", *groups])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "optimizer.groups.connectors: nothing of it trains in this run; it is left out." in said
+    assert "optimizer.groups.llm: nothing" not in said
+
+
 def test_a_run_prints_and_records_its_groups(train, capsys):
     run = train(
         [

@@ -214,7 +214,8 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     # command, are the same.
     L.seed_everything(config["seed"], workers=True, verbose=False)
     counts = model.trainable_parameters()
-    groups = partition(model.trainable(), flatten_groups(config["optimizer"].get("groups")))
+    named = flatten_groups(config["optimizer"].get("groups"))
+    groups = partition(model.trainable(), named)
     record.add(
         llm=config["model"]["llm"]["name_or_path"],
         base_fingerprint=model.base_fingerprint,
@@ -229,6 +230,9 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
         batches=count_batches(datamodule, config["trainer"]),
     )
     _print_summary(config, record)
+    for name in named:
+        if name not in {group.name for group in groups}:
+            console.print(f"optimizer.groups.{name}: nothing of it trains in this run; it is left out.")
     spelling = _spelling(config, datamodule)
     for text in spelling:
         _warn(text)
