@@ -713,7 +713,9 @@ def _unknown_key(error: Any) -> str:
     if key in taken:
         return f"{error.full_key}: not in the YAML, though {node['_target_']} takes it. Add it: +{error.full_key}=..."
     valid = {name for name in names | set(taken) if not name.startswith("_")}
-    return f"{error.full_key}: no such key.{nearest(key, valid) or ' Nothing is there to set.'}"
+    whole = str(error.full_key).rpartition(".")[0]
+    nothing = f" Nothing is there to set: {whole} is null or empty. Choose a config that fills it, or give all of it."
+    return f"{error.full_key}: no such key.{nearest(key, valid) or nothing}"
 
 
 def _absent_part(group: str) -> str:

@@ -396,6 +396,11 @@ def test_a_world_brings_its_data_and_an_llm_that_has_read_it(home):
         ("train", "modality=text model/audio=logmel", "modality=text_audio|text_audio_video"),
         ("train", "modality=text model/connector=mlp", "model/connector: the chosen modality has no such part"),
         ("train", "modality=text model.streams.audio.dim=3", "model.streams.audio: no such key. Nothing is there"),
+        (
+            "train",
+            "model.llm.lora.r=16",
+            "model.llm.lora.r: no such key. Nothing is there to set: model.llm.lora is null or empty. Choose a config",
+        ),
         ("train", "modality=text_adio", "modality=text_adio: no such choice. Did you mean 'text_audio'?"),
         ("train", "-m modality=text,text_adio", "modality=text_adio: no such choice. Did you mean 'text_audio'?"),
         ("train", "model/lm=tiny", "model/lm: no such group. Did you mean 'model/llm'?"),
