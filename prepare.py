@@ -6,8 +6,9 @@ With stage=audit: what is wrong with them.
 import hydra
 from omegaconf import DictConfig
 
-from msenc.config import readable_errors, register_schemas
-from msenc.threads import wait_passively
+from msenc.config.messages import readable_errors
+from msenc.config.schema import register_schemas
+from msenc.work.threads import wait_passively
 
 register_schemas()
 

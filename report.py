@@ -3,7 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from msenc.config import readable_errors, register_schemas
+from msenc.config.messages import readable_errors
+from msenc.config.schema import register_schemas
 
 register_schemas()
 

@@ -5,9 +5,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from msenc.config import readable_errors, register_schemas
-from msenc.run import literal_arguments
-from msenc.threads import wait_passively
+from msenc.config.messages import readable_errors
+from msenc.config.schema import register_schemas
+from msenc.runs.overrides import literal_arguments
+from msenc.work.threads import wait_passively
 
 register_schemas()
 

@@ -5,9 +5,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from msenc.config import readable_errors, register_schemas
-from msenc.run import resumed_arguments, spelt_out
-from msenc.threads import wait_passively
+from msenc.config.messages import readable_errors
+from msenc.config.schema import register_schemas
+from msenc.runs.overrides import resumed_arguments, spelt_out
+from msenc.work.threads import wait_passively
 
 register_schemas()
 

@@ -23,7 +23,7 @@ import numpy as np
 from measure import parser, print_table, write_json
 from scipy import stats
 
-from msenc.statistics import Effect, holm, paired_effect, unpaired_effect
+from msenc.evaluation.statistics import Effect, holm, paired_effect, unpaired_effect
 
 CONFIGURATIONS = 4
 DIALOGUES = 40

@@ -15,11 +15,11 @@ import torch
 from measure import interleave, parser, print_table, summarise, write_json
 from torch import Tensor
 
-from msenc.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint, write_checkpoint
 from msenc.data.datamodule import EpochLoader
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_llm
-from msenc.module import ConversationModule
+from msenc.training.checkpoints import CheckpointFiles, Checkpoints, read_checkpoint, write_checkpoint
+from msenc.training.module import ConversationModule
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 SMOLLM2 = {

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from measure import interleave, parser, print_table, summarise, time_rows, write_json
 
-from msenc.data.media import read_frames
 from msenc.models.encoders import ClipVision, WhisperEncoder
 from msenc.prepare.features import extract
+from msenc.raw.media import read_frames
 from msenc.types import Dialogue, Utterance
 
 PROCESSES = 2

@@ -22,12 +22,14 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from measure import parser, print_table, write_json
 
-from msenc.config import CONFIGS, build, plain, register_schemas
-from msenc.data.annotations import read_meld
+from msenc.config.build import build
+from msenc.config.messages import CONFIGS
+from msenc.config.schema import plain, register_schemas
 from msenc.pipelines.respond import load_agent
-from msenc.run import quoted_value
+from msenc.raw.annotations import read_meld
+from msenc.runs.overrides import quoted_value
 from msenc.speech.wav import to_wav
-from msenc.talk import Agent, Turn
+from msenc.talk.agent import Agent, Turn
 
 STEPS = ("recognition", "features", "reply", "first sound", "in all", "whole reply")
 

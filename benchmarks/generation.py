@@ -23,11 +23,11 @@ from meld import DIMS, meld_dialogues, random_tokens
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from msenc.data.collate import collate, dialogue_rows
+from msenc.evaluation.replies import write_replies
 from msenc.models.attention import register
 from msenc.models.connector import QFormer
 from msenc.models.conversation import ConversationModel
 from msenc.models.generation import read_decoding
-from msenc.replies import write_replies
 from msenc.types import Batch
 
 BUDGET = 1024

@@ -25,11 +25,11 @@ from typing import Any
 from measure import parser, print_table, write_json
 from omegaconf import OmegaConf
 
-from msenc.evaluation import read_predictions
-from msenc.prepare.worlds.frame import CSV_NAMES, World
-from msenc.prepare.worlds.ideal import Cue, expected_share, ideal_loss
-from msenc.prepare.worlds.script import read_cues
-from msenc.prepare.worlds.table import find_world
+from msenc.demo.frame import CSV_NAMES, World
+from msenc.demo.ideal import Cue, expected_share, ideal_loss
+from msenc.demo.script import read_cues
+from msenc.demo.table import find_world
+from msenc.evaluation.losses import read_predictions
 from msenc.report.collect import Run, collect_runs
 from msenc.types import MsencError
 

@@ -32,10 +32,12 @@ from lightning.fabric.utilities import move_data_to_device
 from measure import interleave, parser, print_table, summarise, write_json
 from meld import RATES, meld_dialogues, num_frames
 
-from msenc.config import CONFIGS, build, plain, register_schemas
-from msenc.data.manifest import DatasetManifest, StreamInfo, count_splits
-from msenc.data.shards import write_stream
-from msenc.pipelines.parts import build_datamodule, build_model
+from msenc.config.build import build
+from msenc.config.messages import CONFIGS
+from msenc.config.schema import plain, register_schemas
+from msenc.store.manifest import DatasetManifest, StreamInfo, count_splits
+from msenc.store.shards import write_stream
+from msenc.training.assembly import build_datamodule, build_model
 from msenc.types import Dialogue
 
 UPSTREAM_RATES = {"audio": 50, "video": 30}

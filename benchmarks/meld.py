@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from msenc.data.annotations import read_meld
 from msenc.data.collate import Features
 from msenc.prompt import TOKEN_KINDS, Slot, Target, TokenizedDialogue
+from msenc.raw.annotations import read_meld
 from msenc.types import Dialogue, Utterance
 
 RATES = {"audio": 50, "video": 3}

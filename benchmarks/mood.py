@@ -14,10 +14,10 @@ from typing import Any
 
 from measure import parser, print_table, write_json
 
-from msenc.data.annotations import read_meld
+from msenc.evaluation.spoken import listen_to_replies
 from msenc.prepare.describe import Bin, VoiceSettings, describe_dialogues
+from msenc.raw.annotations import read_meld
 from msenc.speech.description import parse
-from msenc.spoken import listen_to_replies
 from msenc.types import MsencError
 
 

@@ -16,11 +16,12 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from scipy.optimize import linear_sum_assignment
 
-from msenc.config import CONFIGS, register_schemas
+from msenc.config.messages import CONFIGS
+from msenc.config.schema import register_schemas
+from msenc.demo.raw_demo import TrueDialogue, read_truth
 from msenc.pipelines.prepare import prepare
-from msenc.prepare.raw_demo import TrueDialogue, read_truth
-from msenc.prepare.recordings import UTTERANCES
-from msenc.run import quoted_value
+from msenc.raw.recordings import UTTERANCES
+from msenc.runs.overrides import quoted_value
 
 TOLERANCE_S = 0.25
 _CONTRACTIONS = (

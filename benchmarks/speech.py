@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from measure import parser, print_table, write_json
 from rich.progress import track
 
-from msenc.config import build
+from msenc.config.build import build
 from msenc.prepare.describe import VoiceSettings, attributes_of, fit_bins, measured_values
 from msenc.speech.description import VOCABULARY
 from msenc.speech.libespeak import to_phonemes

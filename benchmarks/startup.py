@@ -34,8 +34,8 @@ main()
 
 COMPOSE_AND_CHECK = """
 from hydra import compose, initialize_config_dir
-from msenc.config import CONFIGS, check_targets, plain, register_schemas
-from msenc.pipelines.parts import GIVEN
+from msenc.config.schema import CONFIGS, check_targets, plain, register_schemas
+from msenc.training.assembly import GIVEN
 register_schemas()
 with initialize_config_dir(str(CONFIGS), version_base="1.3"):
     check_targets(plain(compose("train", ["paths.output_dir=none"])), GIVEN)

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 from measure import parser, print_table, write_json
 
-from msenc.data.annotations import MELD_FILES, read_meld
-from msenc.data.labels import VOICE_TURNS
-from msenc.prepare.demo import ANSWERS, SPEAKERS
+from msenc.demo.world import ANSWERS, SPEAKERS
 from msenc.prepare.describe import (
     VoiceSettings,
     describe_dialogues,
     estimate_gender,
     measured_values,
 )
+from msenc.raw.annotations import MELD_FILES, read_meld
 from msenc.speech.libespeak import to_phonemes
 from msenc.speech.voice import VoiceMeasures, count_syllables, measure
+from msenc.store.labels import VOICE_TURNS
 from msenc.types import UNKNOWN, Dialogue, Rejection
 
 PITCH_WORDS = dict(zip(ANSWERS["voice"].words, ("low", "high"), strict=True))

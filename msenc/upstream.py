@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msenc.config import CONFIGS, nearest, readable_errors, register_schemas
+from msenc.config.hints import nearest
+from msenc.config.messages import CONFIGS, readable_errors
+from msenc.config.schema import register_schemas
 from msenc.types import MsencError
 
 if TYPE_CHECKING:  # --help must not wait for torch
@@ -55,11 +57,14 @@ def import_run(checkpoint: Path, llm: str, out: Path, overrides: list[str]) -> N
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf, open_dict
 
-    from msenc.config import check_targets, plain
-    from msenc.module import ConversationModule
-    from msenc.pipelines.parts import GIVEN, build_model, quieten
+    from msenc.config.checks import check_targets
+    from msenc.config.schema import plain
+    from msenc.files import write_text
     from msenc.pipelines.prepare import prepare_command
-    from msenc.run import RunRecord, write_text
+    from msenc.runs.record import RunRecord
+    from msenc.training.assembly import GIVEN, build_model
+    from msenc.training.module import ConversationModule
+    from msenc.work.console import quieten
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MsencError(f"out={out}: there is something already. Give a folder that does not exist, or is empty.")

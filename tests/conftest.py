@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from tiny_models import save_causal_lm, save_clip, save_speech_encoder, save_whisper
 
-from msenc.config import register_schemas
+from msenc.config.schema import register_schemas
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -18,13 +18,13 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from msenc import checkpoints
-from msenc.config import register_schemas
-from msenc.module import ConversationModule
-from msenc.pipelines import align as alignment
+from msenc.config.schema import register_schemas
 from msenc.pipelines import evaluate as evaluation
 from msenc.pipelines import train as training
-from msenc.run import resumed_arguments
+from msenc.runs.overrides import resumed_arguments
+from msenc.training import align as alignment
+from msenc.training import checkpoints
+from msenc.training.module import ConversationModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import SMALL_DEMO
 
-from msenc.data.labels import LABELS, VOICE_TURNS
-from msenc.pipelines import align as alignment
-from msenc.run import read_json
+from msenc.files import read_json
+from msenc.store.labels import LABELS, VOICE_TURNS
+from msenc.training import align as alignment
 from msenc.types import MsencError
 
 COLUMN = ["align=column", "align.steps=60", "model/connector=mlp"]

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from clips import write_media
 
-from msenc.data.annotations import MELD_FILES, read_meld, read_table
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
-from msenc.data.manifest import DatasetManifest, read_rejections
-from msenc.data.media import MediaError, read_audio, read_frames, read_properties
 from msenc.models.encoders import LogMel
-from msenc.prepare.audit import audit_dataset
 from msenc.prepare.dataset import prepare_dataset
 from msenc.prepare.features import StreamRecipe
-from msenc.prepare.probe import probe_clip, probe_clips
-from msenc.prepare.timestamps import read_timestamps
+from msenc.raw.annotations import MELD_FILES, read_meld, read_table
+from msenc.raw.audit import audit_dataset
+from msenc.raw.media import MediaError, read_audio, read_frames, read_properties
+from msenc.raw.probe import probe_clip, probe_clips
+from msenc.raw.timestamps import read_timestamps
+from msenc.store.manifest import DatasetManifest, read_rejections
 from msenc.types import MsencError
 
 NUM_CSV, NUM_OWN, NUM_JSON, NUM_TIMES, NUM_MEDIA = 250, 150, 200, 50, 150

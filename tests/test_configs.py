@@ -13,8 +13,10 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from tiny_models import save_blip2
 
-from msenc.config import TRUSTED_PACKAGES, check_targets, plain
-from msenc.run import read_json
+from msenc.config.build import TRUSTED_PACKAGES
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
+from msenc.files import read_json
 from msenc.types import MsencError
 
 SCRIPTS = {
@@ -182,7 +184,7 @@ def compose_with_hydra(script: str, overrides: list[str]):
 
 def bind(cfg, tmp_path) -> int:
     """Check the composed config as the scripts do; returns the number of nodes that were bound."""
-    from msenc.pipelines.parts import GIVEN
+    from msenc.training.assembly import GIVEN
 
     callbacks = plain(cfg.hydra.callbacks)
     if "paths" in cfg:

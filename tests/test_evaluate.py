@@ -11,11 +11,11 @@ from conftest import CONFIGS
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from msenc.data.manifest import DatasetManifest, SplitCounts
-from msenc.data.shards import read_index, write_stream
+from msenc.files import digest
 from msenc.pipelines.evaluate import evaluate, find_runs
 from msenc.pipelines.report import report
-from msenc.run import digest
+from msenc.store.manifest import DatasetManifest, SplitCounts
+from msenc.store.shards import read_index, write_stream
 from msenc.types import Dialogue, MsencError, Utterance
 
 SHORT = ["trainer.max_steps=1", "evaluate=null", "model/llm=tiny_lora", "model.llm.lora.r=2"]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import raw
 
-from msenc.data.shards import ShardReader
-from msenc.prepare.raw_demo import read_truth, write_raw_demo
-from msenc.run import read_json
+from msenc.demo.raw_demo import read_truth, write_raw_demo
+from msenc.files import read_json
 from msenc.speech.wav import write_wav
+from msenc.store.shards import ShardReader
 from msenc.types import SPLITS, MsencError
 
 RATE = 16_000
@@ -155,7 +155,7 @@ def listening(monkeypatch):
     for package in ("sklearn", "silero_vad", "scenedetect"):
         pytest.importorskip(package)
     monkeypatch.setattr("msenc.models.recognition.Recogniser", Words)
-    monkeypatch.setattr("msenc.prepare.speakers.Resemblyzer", Pitch)
+    monkeypatch.setattr("msenc.raw.speakers.Resemblyzer", Pitch)
 
 
 SPLIT = "data.recordings.split.fractions={train:0.34,val:0.33,test:0.33}"

@@ -17,16 +17,16 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from msenc.config import plain
-from msenc.data.manifest import DatasetManifest
-from msenc.data.shards import write_stream
-from msenc.metrics.text import DEFAULT_METRICS
+from msenc.config.schema import plain
+from msenc.evaluation.metrics.text import DEFAULT_METRICS
 from msenc.models.llm import load_tokenizer
 from msenc.pipelines import prepare as pipelines_prepare
 from msenc.pipelines.evaluate import evaluate
 from msenc.pipelines.prepare import ensure_llm, prepare, prepare_command
 from msenc.pipelines.train import train
 from msenc.prompt import TOKEN_KINDS
+from msenc.store.manifest import DatasetManifest
+from msenc.store.shards import write_stream
 from msenc.types import Dialogue, MsencError, Utterance
 
 CONFIGS = Path(__file__).parents[1] / "configs"

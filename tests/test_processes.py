@@ -5,8 +5,8 @@ import csv
 import pytest
 import torch
 
-from msenc.pipelines.parts import build_datamodule
-from msenc.run import read_json
+from msenc.files import read_json
+from msenc.training.assembly import build_datamodule
 
 COMMON = [
     "modality=text_audio",

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from msenc.config import build
-from msenc.prepare.demo import transcripts
-from msenc.prepare.tiny_llm import train_tokenizer
-from msenc.prepare.worlds.frame import DrawnDialogue
+from msenc.config.build import build
+from msenc.demo.frame import DrawnDialogue
+from msenc.demo.tiny_llm import train_tokenizer
+from msenc.demo.world import transcripts
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Slot, window_histories
 from msenc.types import Dialogue, Mark, MsencError, Reply, Utterance
 

@@ -11,8 +11,8 @@ from conftest import run_driver
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from msenc.module import ConversationModule
-from msenc.run import read_json, write_json
+from msenc.files import read_json, write_json
+from msenc.training.module import ConversationModule
 
 FAST = [
     "modality=text_audio",

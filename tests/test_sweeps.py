@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, SMALL_DEMO, run_driver
 from filelock import FileLock
 
-from msenc.run import read_json
-from msenc.sweep import note_run, read_sweep, sweep_name, write_sweep
+from msenc.files import read_json
+from msenc.runs.sweep import note_run, read_sweep, sweep_name, write_sweep
 
 FAST = ["data.batch_size=4", "trainer.max_epochs=1", "decoding.max_new_tokens=1", "evaluate=val"]
 """Four steps."""

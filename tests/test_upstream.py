@@ -17,14 +17,17 @@ from conftest import ROOT
 from tiny_models import save_clip, save_speech_encoder
 from torch.nn.functional import cross_entropy
 
-from msenc.config import check_targets, plain
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
 from msenc.data.collate import collate, dialogue_rows
-from msenc.module import ConversationModule
+from msenc.files import read_json
 from msenc.pipelines.evaluate import evaluate
-from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, load_checkpoint
 from msenc.pipelines.respond import respond
 from msenc.prompt import TOKEN_KINDS
-from msenc.run import read_json, read_run
+from msenc.runs.record import read_run
+from msenc.training.assembly import GIVEN, build_datamodule, build_model
+from msenc.training.module import ConversationModule
+from msenc.training.restore import load_checkpoint
 from msenc.types import Dialogue, MsencError, Utterance
 from msenc.upstream import import_run, main
 

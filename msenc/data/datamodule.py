@@ -27,14 +27,14 @@ from msenc.data.batches import (
 )
 from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, histories
 from msenc.data.controls import Control, ControlledDialogues, Moments, moments, read_controls
-from msenc.data.flags import FilteredReader, left_out
 from msenc.data.lengths import DialogueLengths, split_lengths
-from msenc.data.location import Place, RemotePath
-from msenc.data.manifest import DatasetManifest
-from msenc.data.shards import ShardReader, read_index
 from msenc.prompt import DialogueTokenizer, TokenizedDialogue
-from msenc.signals import ignore_termination
+from msenc.store.flags import FilteredReader, left_out
+from msenc.store.location import Place, RemotePath
+from msenc.store.manifest import DatasetManifest
+from msenc.store.shards import ShardReader, read_index
 from msenc.types import SPLITS, Batch, Dialogue, MsencError
+from msenc.work.signals import ignore_termination
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DialogueDataset(Dataset):
         tokenizer: makes tokens of turns; every dialogue is tokenized once per process.
         verify: hash the shards first.
         hint: what to do where something is missing, for messages.
-        left_out: ids that a filter leaves out; see `msenc.data.flags.left_out`.
+        left_out: ids that a filter leaves out; see `msenc.store.flags.left_out`.
     """
 
     def __init__(

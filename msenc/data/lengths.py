@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from msenc.data.collate import Layout, group_targets, histories
-from msenc.data.location import Place, RemotePath
-from msenc.data.shards import ShardReader
 from msenc.prompt import DialogueTokenizer, Slot, TokenizedDialogue
+from msenc.store.location import Place, RemotePath
+from msenc.store.shards import ShardReader
 from msenc.types import Dialogue
 
 SCHEMA_VERSION = 2

@@ -14,14 +14,20 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from msenc.config import check_targets, plain
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
 from msenc.data.datamodule import DialogueDataModule
-from msenc.pipelines.parts import GIVEN, build_datamodule, console, data_hashes, places_of_runs, quieten, run_identity
+from msenc.files import digest, read_json
 from msenc.pipelines.plan import memory_of
 from msenc.pipelines.prepare import prepare_command
-from msenc.plan import count_batches
-from msenc.run import digest, find_run, is_finished, key_of, machine, read_json, read_run, run_records, run_settings
+from msenc.runs.find import find_run, run_records
+from msenc.runs.identity import data_hashes, places_of_runs, run_identity, run_settings
+from msenc.runs.overrides import key_of
+from msenc.runs.record import is_finished, machine, read_run
+from msenc.training.assembly import GIVEN, build_datamodule
+from msenc.training.plan import count_batches
 from msenc.types import MsencError
+from msenc.work.console import console, quieten
 
 
 @dataclass

@@ -15,37 +15,28 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from msenc.config import build, check_targets, plain
+from msenc.config.build import build
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
-from msenc.evaluation import evaluate_control, evaluate_split, read_predictions, write_evaluation
-from msenc.metrics.sound import SOUND_METRICS
-from msenc.metrics.text import DEFAULT_METRICS, build_text_metrics
+from msenc.evaluation.losses import evaluate_control, evaluate_split, read_predictions, write_evaluation
+from msenc.evaluation.metrics.sound import SOUND_METRICS
+from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics
+from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
+from msenc.files import digest, read_json
 from msenc.models.conversation import ConversationModel
-from msenc.pipelines.parts import (
-    GIVEN,
-    build_datamodule,
-    check_same_data,
-    console,
-    find_checkpoint,
-    find_device,
-    load_trained,
-    num_parameters,
-    open_run,
-    quieten,
-    shown,
-    stream_hashes,
-    task_hash,
-    trains,
-)
 from msenc.prepare.describe import BINS, read_bins
 from msenc.prompt import TOKEN_KINDS
-from msenc.run import digest, is_finished, read_json, read_run
+from msenc.runs.identity import check_same_data, stream_hashes, task_hash
+from msenc.runs.record import is_finished, read_run
+from msenc.runs.sweep import read_sweep
 from msenc.speech.description import VOCABULARY
-from msenc.spoken import check_sound_metrics, listen_to_replies, speak_replies
-from msenc.sweep import read_sweep
-from msenc.threads import settle_threads
+from msenc.training.assembly import GIVEN, build_datamodule, num_parameters
+from msenc.training.restore import find_checkpoint, find_device, load_trained, open_run, trains
 from msenc.types import MsencError
+from msenc.work.console import console, quieten, shown
+from msenc.work.threads import settle_threads
 
 IN_TABLE_OF_RUNS = ("nll", "token_accuracy", "bleu_4", "rouge_l", "description/accuracy")
 """Metrics that the table of several runs shows."""

@@ -10,11 +10,13 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
-from msenc.config import check_targets, plain
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
 from msenc.data.datamodule import DialogueDataModule
-from msenc.pipelines.parts import GIVEN, build_datamodule, build_model, build_optimizer, console, quieten
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared
-from msenc.plan import count_batches, largest_batch, predict_memory
+from msenc.training.assembly import GIVEN, build_datamodule, build_model, build_optimizer
+from msenc.training.plan import count_batches, largest_batch, predict_memory
+from msenc.work.console import console, quieten
 
 
 def plan_run(cfg: DictConfig, prepare_command: str) -> None:

@@ -12,22 +12,25 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from msenc.config import build, check_targets, plain
-from msenc.data.annotations import Annotations, read_meld, read_table
+from msenc.config.build import build
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
 from msenc.data.datamodule import DialogueDataModule
-from msenc.data.labels import VOICE_TURNS
-from msenc.data.location import Place, is_url, local_folder
-from msenc.data.manifest import MANIFEST, DatasetManifest
-from msenc.pipelines.parts import GIVEN, console, quieten, shown
-from msenc.prepare.audit import Audit, audit_dataset
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import UNITS, NoVoiceError, VoiceSettings, read_bins
 from msenc.prepare.features import StreamRecipe
-from msenc.prepare.items import Part
-from msenc.prepare.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
-from msenc.prepare.workers import beside
-from msenc.threads import one_thread
+from msenc.raw.annotations import Annotations, read_meld, read_table
+from msenc.raw.audit import Audit, audit_dataset
+from msenc.raw.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
+from msenc.store.labels import VOICE_TURNS
+from msenc.store.location import Place, is_url, local_folder
+from msenc.store.manifest import MANIFEST, DatasetManifest
+from msenc.training.assembly import GIVEN
 from msenc.types import MsencError
+from msenc.work.console import console, quieten, shown
+from msenc.work.items import Part
+from msenc.work.pool import beside
+from msenc.work.threads import one_thread
 
 MEASURE = "measure"
 """``describe=measure``: voices are measured, for labels to align to; turns and their descriptions stay as they are."""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from msenc.config import plain
-from msenc.pipelines.parts import console
-from msenc.run import write_text
+from msenc.config.schema import plain
+from msenc.files import write_text
 from msenc.types import MsencError
+from msenc.work.console import console
 
 
 def report(cfg: DictConfig) -> None:

@@ -19,17 +19,31 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from msenc.config import build, check_targets, plain
-from msenc.data.media import read_audio
+from msenc.config.build import build
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
+from msenc.files import write_json
 from msenc.models.llm import load_tokenizer
 from msenc.models.recognition import Recogniser
-from msenc.pipelines.parts import GIVEN, console, find_device, load_trained, num_parameters, open_run, quieten, shown
 from msenc.prompt import DialogueTokenizer
-from msenc.run import write_json
+from msenc.raw.media import read_audio
 from msenc.speech.wav import write_wav
-from msenc.talk import Agent, Heard, Spoken, Turn, choose_speakers, known_speakers, read_talk, speak_answer, talk_json
-from msenc.threads import settle_threads
+from msenc.talk.agent import (
+    Agent,
+    Heard,
+    Spoken,
+    Turn,
+    choose_speakers,
+    known_speakers,
+    read_talk,
+    speak_answer,
+    talk_json,
+)
+from msenc.training.assembly import GIVEN, num_parameters
+from msenc.training.restore import find_device, load_trained, open_run
 from msenc.types import UNKNOWN, MsencError
+from msenc.work.console import console, quieten, shown
+from msenc.work.threads import settle_threads
 
 
 def respond(cfg: DictConfig) -> Path | None:
@@ -105,7 +119,7 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
         raise MsencError(f"host={host} port={port}: cannot be served ({error.strerror}). Give another.") from error
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     try:
-        from msenc.talk_page import Host, build_page, launch_page
+        from msenc.talk.page import Host, build_page, launch_page
     except ModuleNotFoundError as error:
         raise MsencError(
             f"page=true: a package is missing ({error}). It comes with an extra: pip install -e '.[talk]'"

@@ -14,14 +14,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
-from msenc.config import ReportConfig
+from msenc.config.schema import ReportConfig
+from msenc.files import read_json
 from msenc.pipelines.dry_run import list_jobs
-from msenc.pipelines.parts import console, shown
 from msenc.pipelines.report import report
-from msenc.run import is_finished, key_of, quoted_value, read_json
-from msenc.signals import STOPPED
-from msenc.sweep import is_stopping, read_sweep, stop_jobs, sweep_name, write_sweep
+from msenc.runs.overrides import key_of, quoted_value
+from msenc.runs.record import is_finished
+from msenc.runs.sweep import is_stopping, read_sweep, stop_jobs, sweep_name, write_sweep
 from msenc.types import MsencError
+from msenc.work.console import console, shown
+from msenc.work.signals import STOPPED
 
 _held: list[FileLock] = []
 """Of the sweep that this process runs; a hook of Hydra's could not keep it, as it is sent to other processes."""

@@ -19,51 +19,51 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from msenc.checkpoints import BEST, LAST, PREVIOUS, CheckpointFiles, Checkpoints, training_outcome, write_checkpoint
-from msenc.config import build, check_targets, plain
+from msenc.config.build import build
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
-from msenc.data.flags import count_left_out
-from msenc.export import write_export
-from msenc.groups import describe_groups, flatten_groups, partition
+from msenc.files import write_json
 from msenc.models.conversation import ConversationModel
-from msenc.module import ConversationModule
-from msenc.monitor import findings, warnings
-from msenc.pipelines.align import Labels, align_connectors, sources_of
+from msenc.models.groups import describe_groups, flatten_groups, partition
 from msenc.pipelines.evaluate import evaluate_run
-from msenc.pipelines.init_from import read_starts, start_from
-from msenc.pipelines.parts import (
+from msenc.pipelines.plan import add_batches, discard_run_folder, plan_run
+from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
+from msenc.runs.find import find_run
+from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, places_of_runs, run_identity
+from msenc.runs.record import RunRecord, is_finished, is_first_process
+from msenc.runs.sweep import is_stopping, note_run
+from msenc.store.flags import count_left_out
+from msenc.training.align import Labels, align_connectors, sources_of
+from msenc.training.assembly import (
     GIVEN,
     build_datamodule,
     build_model,
     build_optimizer,
     calibrate_connectors,
-    check_same_data,
     check_weights,
-    console,
-    data_hashes,
-    load_checkpoint,
     num_parameters,
-    places_of_runs,
-    quieten,
-    run_identity,
-    shown,
 )
-from msenc.pipelines.plan import add_batches, discard_run_folder, plan_run
-from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
-from msenc.plan import count_batches
-from msenc.run import (
-    RunRecord,
-    check_same_settings,
-    find_run,
-    is_finished,
-    is_first_process,
-    write_json,
+from msenc.training.checkpoints import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    CheckpointFiles,
+    Checkpoints,
+    training_outcome,
+    write_checkpoint,
 )
-from msenc.signals import STOPPED, Termination
-from msenc.sweep import is_stopping, note_run
-from msenc.threads import settle_threads
+from msenc.training.export import write_export
+from msenc.training.init_from import read_starts, start_from
+from msenc.training.module import ConversationModule
+from msenc.training.monitor import findings, warnings
+from msenc.training.plan import count_batches
+from msenc.training.restore import load_checkpoint
 from msenc.types import MsencError
+from msenc.work.console import console, quieten, shown
+from msenc.work.signals import STOPPED, Termination
+from msenc.work.threads import settle_threads
 
 ALIGN = "align"
 """``stage=align``: the run ends when its connectors are aligned."""
@@ -73,7 +73,7 @@ SPELT_DIALOGUES = 200
 SPELLING = 1.8
 """Tokens per word from which an LLM spells: the tiny LLMs take 1.2 for their own worlds and 3 for others."""
 
-PURGING = ("msenc.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
+PURGING = ("msenc.training.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
 """Loggers that drop, when a run is resumed, what was logged after its checkpoint."""
 
 RUN_FOLDER = "MSENC_RUN_FOLDER"

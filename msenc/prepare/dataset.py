@@ -5,8 +5,6 @@ long is cut into items that stay when the rest is killed, and can be spread over
 without it the folder is no data set.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,18 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from msenc.data.annotations import Annotations
-from msenc.data.flags import find_audit
-from msenc.data.labels import write_labels
-from msenc.data.manifest import (
-    DatasetManifest,
-    StreamInfo,
-    count_rejections,
-    count_splits,
-    read_rejections,
-    write_rejections,
-)
-from msenc.data.shards import clear_leftovers, read_index, write_stream
+from msenc.files import content_hash
 from msenc.prepare.describe import (
     VoiceSettings,
     describe_dialogues,
@@ -36,9 +23,21 @@ from msenc.prepare.describe import (
     run_measures,
 )
 from msenc.prepare.features import StreamRecipe, feature_items, make_extract, read_features
-from msenc.prepare.hashes import hash_clips
-from msenc.prepare.items import Item, Part, run_items, say_missing
+from msenc.raw.annotations import Annotations, content_digest
+from msenc.raw.hashes import hash_clips
+from msenc.store.flags import find_audit
+from msenc.store.labels import write_labels
+from msenc.store.manifest import (
+    DatasetManifest,
+    StreamInfo,
+    count_rejections,
+    count_splits,
+    read_rejections,
+    write_rejections,
+)
+from msenc.store.shards import clear_leftovers, read_index, write_stream
 from msenc.types import Dialogue, MsencError, Rejection
+from msenc.work.items import Item, Part, run_items, say_missing
 
 
 def prepare_dataset(
@@ -176,11 +175,6 @@ def folder_lock(folder: Path, wait: bool = False, part: Part | None = None) -> I
             raise MsencError(f"{folder}: another process is preparing {what}. Wait for it, then repeat.") from e
 
 
-def content_digest(dialogues: Iterable[Dialogue]) -> str:
-    """A hash of all that the annotations say; turns and audit carry it."""
-    return _digest(d.to_json() for d in dialogues)
-
-
 def _write_turns(folder: Path, dialogues: list[Dialogue]) -> dict[str, Any]:
     samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in dialogues]
     settings = {"content": content_digest(dialogues)}
@@ -227,7 +221,7 @@ def _stream_settings(
     recipe: StreamRecipe, dialogues: Iterable[Dialogue], hashes: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """What a stream is made of, but for the turns."""
-    clips = _digest((u.clip, hashes.get(u.clip)) for d in dialogues for u in d.utterances)
+    clips = content_hash((u.clip, hashes.get(u.clip)) for d in dialogues for u in d.utterances)
     return {**recipe.settings, "dim": recipe.dim, "clips": clips}
 
 
@@ -281,10 +275,3 @@ def _info(
         split = split_of[sample["id"]]
         utterances[split] = utterances.get(split, 0) + sum(length > 0 for length in sample["lengths"])
     return StreamInfo(kind, encoder, dim, index["settings"], index["hash"], utterances)
-
-
-def _digest(values: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(json.dumps(value, sort_keys=True).encode())
-    return digest.hexdigest()

@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from msenc.data.labels import VOICE_TURNS
-from msenc.data.manifest import write_text
-from msenc.data.media import MediaError, read_audio
-from msenc.prepare.hashes import hash_clips
-from msenc.prepare.items import Item, Members, Part, content_key, read_result, run_items
+from msenc.files import digest
+from msenc.raw.hashes import hash_clips
+from msenc.raw.media import MediaError, read_audio
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, count_syllables, guess_syllables, measure
+from msenc.store.labels import VOICE_TURNS
+from msenc.store.manifest import write_text
 from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
+from msenc.work.items import Item, Members, Part, read_result, run_items
 
 CACHE = "voice-cache.jsonl"
 BINS = "voice-bins.json"
@@ -353,7 +354,7 @@ def measure_items(hashes: Mapping[str, str | None], root: Path, folder: Path) ->
     return [
         Item(
             id=f"{group[0][1]} .. {group[-1][1]}",
-            key=content_key(VERSION, [digest for digest, _ in group]),
+            key=digest([VERSION, [sha256 for sha256, _ in group]], length=64),
             input=[(digest, root / clip) for digest, clip in group],
             size=len(group),
         )

@@ -1,6 +1,6 @@
-"""Dialogues with clips -> features of one encoder, ready for `msenc.data.shards.write_stream`.
+"""Dialogues with clips -> features of one encoder, ready for `msenc.store.shards.write_stream`.
 
-The work is cut into items of some dialogues each (`msenc.prepare.items`): what is encoded stays, whatever happens to
+The work is cut into items of some dialogues each (`msenc.work.items`): what is encoded stays, whatever happens to
 the rest.
 """
 
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from msenc.data.media import MediaError, read_audio, read_frames
-from msenc.prepare.items import Item, Members, content_key, read_result
-from msenc.threads import one_thread
+from msenc.files import digest
+from msenc.raw.media import MediaError, read_audio, read_frames
 from msenc.types import Dialogue, MsencError, Rejection, Utterance
+from msenc.work.items import Item, Members, read_result
+from msenc.work.threads import one_thread
 
 if TYPE_CHECKING:
     from msenc.models.encoders import Encoder
@@ -76,10 +77,13 @@ def feature_items(dialogues: Sequence[Dialogue], recipe: StreamRecipe, hashes: M
     return [
         Item(
             id=group[0].id if len(group) == 1 else f"{group[0].id} .. {group[-1].id}",
-            key=content_key(
-                VERSION,
-                [recipe.kind, recipe.dim, dict(recipe.settings)],
-                [[d.id, [[u.id, u.clip, hashes.get(u.clip)] for u in d.utterances]] for d in group],
+            key=digest(
+                [
+                    VERSION,
+                    [recipe.kind, recipe.dim, dict(recipe.settings)],
+                    [[d.id, [[u.id, u.clip, hashes.get(u.clip)] for u in d.utterances]] for d in group],
+                ],
+                length=64,
             ),
             input=tuple(group),
             size=sum(len(d.utterances) for d in group),

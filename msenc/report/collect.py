@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msenc.sweep import read_sweep
+from msenc.runs.sweep import read_sweep
 from msenc.types import MsencError
 
 FACTS = ("data", "turns_hash", "llm", "base_fingerprint", "commit", "device", "machine", "epochs", "history")

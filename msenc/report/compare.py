@@ -10,9 +10,9 @@ from itertools import permutations
 
 import numpy as np
 
+from msenc.evaluation.statistics import Effect, holm, paired_effect, unpaired_effect, verdict
 from msenc.report.collect import Evaluation, Run
 from msenc.report.items import Items, read_items
-from msenc.statistics import Effect, holm, paired_effect, unpaired_effect, verdict
 from msenc.types import MsencError
 
 MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")

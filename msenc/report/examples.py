@@ -10,13 +10,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from msenc.data.location import is_url
-from msenc.data.media import MediaError, read_audio
-from msenc.data.shards import ShardReader
-from msenc.page_style import data_uri
-from msenc.prepare.audit_page import thumbnail
+from msenc.pages.style import data_uri
+from msenc.raw.audit_page import thumbnail
+from msenc.raw.media import MediaError, read_audio
 from msenc.report.compare import Configuration
 from msenc.speech.wav import to_wav
+from msenc.store.location import is_url
+from msenc.store.shards import ShardReader
 from msenc.types import Dialogue, MsencError, Utterance
 
 NUM_EXAMPLES = 4

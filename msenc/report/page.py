@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from msenc.page_style import STYLE, data_uri
+from msenc.files import read_json
+from msenc.pages.style import STYLE, data_uri
 from msenc.report.compare import Comparison, Configuration
 from msenc.report.examples import find_examples
 from msenc.report.plots import forest, learning_curves
@@ -21,7 +22,6 @@ from msenc.report.table import (
     heading,
     verdict_grid,
 )
-from msenc.run import read_json
 
 BASELINES = ("majority", "previous", "speaker")
 PLOTTED = ("nll", "planted/", "rouge_l", "description/accuracy")

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from msenc.evaluation.statistics import Effect
+from msenc.files import write_text
 from msenc.report.collect import Evaluation, Run
 from msenc.report.compare import (
     DEFAULT,
@@ -28,8 +30,6 @@ from msenc.report.compare import (
     metric_order,
     table_metrics,
 )
-from msenc.run import write_text
-from msenc.statistics import Effect
 from msenc.types import MsencError
 
 COSTS = ("trainable parameters", "seconds", "peak memory MiB")

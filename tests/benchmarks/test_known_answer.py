@@ -7,10 +7,10 @@ import known_answer
 import numpy as np
 import pytest
 
-from msenc.evaluation import write_evaluation
-from msenc.prepare.worlds.frame import CSV_NAMES, draw_split, write_table
-from msenc.prepare.worlds.ideal import ideal_loss
-from msenc.prepare.worlds.table import find_world
+from msenc.demo.frame import CSV_NAMES, draw_split, write_table
+from msenc.demo.ideal import ideal_loss
+from msenc.demo.table import find_world
+from msenc.evaluation.losses import write_evaluation
 from msenc.report.collect import collect_runs
 from msenc.types import MsencError
 

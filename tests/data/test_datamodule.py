@@ -13,11 +13,11 @@ import torch
 from file_server import serve
 
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
-from msenc.data.location import locate
-from msenc.data.manifest import DatasetManifest
-from msenc.data.shards import write_stream
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer, Prompt, Slot
+from msenc.store.location import locate
+from msenc.store.manifest import DatasetManifest
+from msenc.store.shards import write_stream
 from msenc.types import Dialogue, MsencError, Utterance
 
 SPECS = {"audio": StreamSpec("logmel", 80, 2), "video": StreamSpec("pixels", 256, 3)}

@@ -7,10 +7,10 @@ import pytest
 
 from msenc.data.collate import dialogue_rows
 from msenc.data.lengths import row_tokens, split_lengths
-from msenc.data.location import locate
-from msenc.data.shards import ShardReader, stream_hash
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer, Prompt, Slot
+from msenc.store.location import locate
+from msenc.store.shards import ShardReader, stream_hash
 from msenc.types import Dialogue
 
 PROMPT = {"instruction": "A conversation.\n", "turn": "{speaker}:{audio} {text}\n", "response": "{speaker}:"}

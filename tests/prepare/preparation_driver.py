@@ -21,7 +21,7 @@ import webdataset  # noqa: F401
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from msenc.config import register_schemas
+from msenc.config.schema import register_schemas
 from msenc.models.encoders import LogMel, Pixels
 from msenc.pipelines.prepare import prepare
 from msenc.prepare import describe, features

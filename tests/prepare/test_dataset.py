@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msenc.data.annotations import MELD_FILES, read_meld
 from msenc.data.datamodule import DialogueDataModule, StreamSpec
-from msenc.data.manifest import DatasetManifest, read_rejections
-from msenc.data.shards import ShardReader
 from msenc.models.connector import Mlp
 from msenc.models.conversation import ConversationModel
 from msenc.models.encoders import LogMel, Pixels
@@ -23,9 +20,12 @@ from msenc.prepare import features
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import VoiceSettings
 from msenc.prepare.features import StreamRecipe
-from msenc.prepare.items import Part
 from msenc.prompt import DialogueTokenizer, Prompt
+from msenc.raw.annotations import MELD_FILES, read_meld
+from msenc.store.manifest import DatasetManifest, read_rejections
+from msenc.store.shards import ShardReader
 from msenc.types import MsencError
+from msenc.work.items import Part
 
 KEEP = {"train": 2, "val": 1, "test": 1}
 

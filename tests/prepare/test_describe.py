@@ -7,13 +7,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from msenc.data.annotations import MELD_FILES, read_meld
-from msenc.data.labels import VOICE_TURNS
-from msenc.data.manifest import DatasetManifest
-from msenc.data.shards import ShardReader
+from msenc.demo.world import SPEAKERS
 from msenc.prepare import describe as stage
 from msenc.prepare.dataset import prepare_dataset
-from msenc.prepare.demo import SPEAKERS
 from msenc.prepare.describe import (
     VoiceSettings,
     attributes_of,
@@ -22,8 +18,12 @@ from msenc.prepare.describe import (
     measured_values,
     read_bins,
 )
+from msenc.raw.annotations import MELD_FILES, read_meld
 from msenc.speech.description import parse
 from msenc.speech.voice import VoiceMeasures
+from msenc.store.labels import VOICE_TURNS
+from msenc.store.manifest import DatasetManifest
+from msenc.store.shards import ShardReader
 from msenc.types import UNKNOWN, Dialogue, MsencError, Utterance, VoiceAttributes
 
 

@@ -13,12 +13,12 @@ import av
 import numpy as np
 import pytest
 
-from msenc.data.shards import ShardReader, write_stream
 from msenc.prepare import features as stage
 from msenc.prepare.features import StreamRecipe, feature_items, make_extract, read_features
-from msenc.prepare.hashes import hash_clips
-from msenc.prepare.items import read_result, run_items
+from msenc.raw.hashes import hash_clips
+from msenc.store.shards import ShardReader, write_stream
 from msenc.types import Dialogue, MsencError, Rejection, Utterance
+from msenc.work.items import read_result, run_items
 
 RATE = 8000
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import run_driver
 
-from msenc.data.annotations import MELD_FILES
+from msenc.raw.annotations import MELD_FILES
 
 KEEP = {"train": 5, "val": 1, "test": 1}
 MAX_ITEM = {"audio": 8, "video": 8, "voice": 3}  # turns: an item of less than 3, and then a dialogue of 6

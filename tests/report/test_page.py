@@ -6,11 +6,11 @@ from clips import write_media
 from omegaconf import OmegaConf
 from sweeps import write_run, write_sweep
 
-from msenc.data.shards import write_stream
 from msenc.pipelines.report import report
 from msenc.report.collect import collect_runs
 from msenc.report.page import render_page
 from msenc.report.table import summarise
+from msenc.store.shards import write_stream
 from msenc.types import Dialogue, MsencError, Utterance
 
 HOSTILE = "<script>alert(1)</script>"

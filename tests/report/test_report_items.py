@@ -5,10 +5,10 @@ import pytest
 from sweeps import write_run
 from torchmetrics.functional.text import bleu_score
 
-from msenc.evaluation import read_predictions, write_evaluation
-from msenc.metrics.ngrams import bleu
+from msenc.evaluation.losses import read_predictions, write_evaluation
+from msenc.evaluation.metrics.ngrams import bleu
+from msenc.evaluation.statistics import paired_effect
 from msenc.report.items import read_items
-from msenc.statistics import paired_effect
 from msenc.types import MsencError
 
 

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from msenc.prepare.demo import draw_dialogues
+from msenc.demo.world import draw_dialogues
 from msenc.speech.description import PHRASES, TEMPLATES, VOCABULARY, describe, parse
 from msenc.types import UNKNOWN, Dialogue, MsencError, Utterance, VoiceAttributes
 

@@ -26,7 +26,7 @@ def test_order_counts_the_pairs_that_rise(voice_attributes):
 
 def test_speaker_tables_tell_a_leak(voice_attributes):
     """A word that follows the speaker is foretold by the name alone; one that does not is not."""
-    from msenc.prepare.demo import draw_dialogues
+    from msenc.demo.world import draw_dialogues
 
     dialogues = [d.dialogue for split in ("train", "test") for d in draw_dialogues(split, 60, seed=1)]
     truth, turns = {}, {}

@@ -1,0 +1,165 @@
+"""What can be refused of a config before anything is loaded: arguments, groups, weights, keys that nothing reads."""
+
+import inspect
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from msenc.config.build import TRUSTED_PACKAGES, locate_target
+from msenc.config.hints import nearest
+from msenc.models.groups import CONNECTOR, CONNECTORS, LLM, OWN_KEYS, flatten_groups
+from msenc.prompt import SLOTS, TOKEN_KINDS
+from msenc.types import MsencError
+
+NEEDS_TARGET = re.compile(
+    r"model\.(llm|llm_recipe|connector|streams\.\w+\.encoder)|data\.generate|data\.recordings\.(segment|recogniser|speaker_encoder)|prompt|speech|optimizer|scheduler|trainer"
+    r"|(callbacks|logger)\.\w+"
+)
+"""Paths of the nodes that are built; one of another name is misspelt, or has lost its ``_target_``."""
+
+
+TAKEN_OUT = {"optimizer": {"groups"}}
+"""Path of a node -> keys that the pipelines take out before they build it (`build_optimizer`)."""
+
+
+def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: str = "") -> int:
+    """Bind every ``_target_`` node below `node` to its signature, without building anything.
+
+    Args:
+        node: plain containers (``OmegaConf.to_container``).
+        given: dotted path of a node -> arguments that the pipeline adds when it builds that node.
+        path: the dotted path of `node` itself.
+
+    Returns:
+        The number of nodes that were bound.
+
+    Raises:
+        MsencError: a target that is not trusted, does not exist, or does not take the node's keys (it names the
+            nearest argument), or a word where it takes a number; groups of parameters or weights of the loss that
+            cannot be meant.
+    """
+    if isinstance(node, list):
+        return sum(check_targets(v, given, f"{path}[{i}]") for i, v in enumerate(node))
+    if not isinstance(node, dict):
+        return 0
+    count = sum(check_targets(v, given, f"{path}.{k}".lstrip(".")) for k, v in node.items())
+    if not path:
+        _check_groups(node)
+        _check_loss(node)
+    target = node.get("_target_")
+    if target is None:
+        _check_without_target(node, path)
+        return count
+    if not target.startswith(TRUSTED_PACKAGES):
+        raise MsencError(f"{path}._target_: found {target!r}, expected a name in one of {TRUSTED_PACKAGES}.")
+    keys = {k for k in node if not k.startswith("_")} - TAKEN_OUT.get(path, set())
+    added = (given or {}).get(path, set())
+    missing = [k for k in keys if node[k] == "???"]
+    if missing:
+        raise MsencError(f"{path}.{missing[0]}: no value. Give it: {path}.{missing[0]}=...")
+    signature = inspect.signature(locate_target(target, path))
+    parameters = signature.parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in sorted(keys - set(parameters)):
+        if not takes_any:
+            raise MsencError(f"{path}.{key}: {target} takes no such argument.{nearest(key, parameters)}")
+    for key in sorted(keys & set(parameters)):
+        if isinstance(node[key], str) and _is_number(parameters[key]):
+            raise MsencError(f"{path}.{key}: found {node[key]!r}, expected a number.")
+    if not node.get("_partial_"):
+        try:
+            signature.bind(**dict.fromkeys(keys | added))
+        except TypeError as e:
+            raise MsencError(f"{path}: {target}: {e}.") from e
+    return count + 1
+
+
+def _check_groups(config: Mapping[str, Any]) -> None:
+    """Names and settings of `optimizer.groups`; what they match is known when the model is there."""
+    optimizer = config.get("optimizer") or {}
+    groups = flatten_groups(optimizer.get("groups"))
+    if not groups:
+        return
+    # Parts that this run lacks are no mistake: a sweep's rows share their groups.
+    parts = [LLM, CONNECTORS, *(f"{CONNECTOR}.{stream}" for stream in SLOTS)]
+    taken = inspect.signature(locate_target(optimizer["_target_"], "optimizer")).parameters
+    valid = {*taken, *OWN_KEYS} - {"params"}
+    scheduler = config.get("scheduler")
+    has_warmup = (
+        scheduler and "warmup" in inspect.signature(locate_target(scheduler["_target_"], "scheduler")).parameters
+    )
+    for name, settings in groups.items():
+        path = f"optimizer.groups.{name}"
+        if not isinstance(settings, Mapping):
+            raise MsencError(f"{path}: found {settings!r}, expected settings, such as {path}.lr=3e-4")
+        is_pattern = name not in parts and "pattern" in settings
+        if not is_pattern and name not in parts:
+            raise MsencError(_no_such_group(name, parts))
+        if name in parts and "pattern" in settings:
+            raise MsencError(f"{path}.pattern: {name} is a part of the model. Give the group another name.")
+        for key, value in settings.items():
+            if key not in valid:
+                raise MsencError(f"{path}.{key}: no such setting.{nearest(str(key), valid)}")
+            if key == "pattern":
+                if not isinstance(value, str):
+                    raise MsencError(f"{path}.pattern: found {value!r}, expected a pattern of names, such as '*.bias'.")
+            elif key == "warmup" or _is_number(taken[key]):
+                _check_amount(f"{path}.{key}", value, most=1 if key == "warmup" else math.inf)
+        if "warmup" in settings and not has_warmup:
+            chosen = scheduler["_target_"] if scheduler else "none"
+            raise MsencError(
+                f"{path}.warmup: the scheduler ({chosen}) has no warm-up. Choose one that has: scheduler=warmup_cosine"
+            )
+
+
+def _no_such_group(name: str, parts: list[str]) -> str:
+    return (
+        f"optimizer.groups.{name}: no such part of the model.{nearest(name, parts)} A group of another name needs a "
+        f"pattern of parameter names: optimizer.groups.{name}.pattern='*.bias'"
+    )
+
+
+def _check_loss(config: Mapping[str, Any]) -> None:
+    weights = (config.get("loss") or {}).get("weights") or {}
+    for kind, weight in weights.items():
+        if kind not in TOKEN_KINDS:
+            raise MsencError(f"loss.weights.{kind}: no such kind of token.{nearest(kind, TOKEN_KINDS)}")
+        _check_amount(f"loss.weights.{kind}", weight)
+    if not any(weights.get(kind, 1) for kind in TOKEN_KINDS):
+        raise MsencError("loss.weights: every kind of token weighs 0, so nothing would be learned. Raise one of them.")
+
+
+def _check_amount(path: str, value: Any, most: float = math.inf) -> None:
+    """A number that is 0 or more; infinity is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MsencError(f"{path}: found {value!r}, expected a number.")
+    if not (0 <= value <= most and math.isfinite(value)):
+        bounds = "0 or more" if most == math.inf else f"from 0 to {most}"
+        raise MsencError(f"{path}={value}: expected a number that is {bounds}.")
+
+
+def _is_number(parameter: inspect.Parameter) -> bool:
+    """Whether an argument takes numbers alone, by what its signature says, or by its default where that is wider."""
+    default = parameter.default
+    return parameter.annotation in (int, float) or (isinstance(default, int | float) and not isinstance(default, bool))
+
+
+def _check_without_target(node: Mapping[str, Any], path: str) -> None:
+    """Keys of the nodes that are handed on as a whole, to classes that would ignore a misspelt one or say little."""
+    if NEEDS_TARGET.fullmatch(path):
+        raise MsencError(f"{path}: no _target_ tells what to build; found the keys {', '.join(sorted(node))}.")
+    if path == "decoding":
+        from msenc.models.generation import DECODING_KEYS, read_decoding
+
+        valid = set(DECODING_KEYS)
+    elif path == "model.llm.lora":
+        from peft import LoraConfig
+
+        valid = set(inspect.signature(LoraConfig).parameters)
+    else:
+        return
+    for key in sorted(node.keys() - valid):
+        raise MsencError(f"{path}.{key}: no such setting.{nearest(key, valid)}")
+    if path == "decoding":
+        read_decoding(node, end_id=0, pad_id=0, seed=0)

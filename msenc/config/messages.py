@@ -1,0 +1,98 @@
+"""Refusals as one sentence on the terminal: what was found, and the nearest valid name."""
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
+
+from msenc.config.build import locate_target
+from msenc.config.hints import nearest
+from msenc.types import MsencError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Show a refusal as a message and exit with status 1, without a traceback; a bug keeps its traceback.
+
+    Hydra reports composition errors itself, without the nearest valid name; so it is asked to raise them
+    (``HYDRA_FULL_ERROR``), unless the user has set that variable to see everything.
+    """
+    shown_in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except Exception as e:
+        if shown_in_full or (text := refusal(e)) is None:
+            raise
+        sys.exit(text)
+    finally:
+        if not shown_in_full:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def refusal(error: Exception) -> str | None:
+    """What to say of an error that the user can mend; None of a bug."""
+    if isinstance(error, MsencError):
+        return f"error: {error}"
+    return f"config error: {_config_message(error)}" if _is_config_error(error) else None
+
+
+def _is_config_error(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("omegaconf", "hydra", "yaml")
+
+
+def _config_message(error: BaseException) -> str:
+    """What Hydra or OmegaConf refuses, in one sentence, with the nearest valid name."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
+    file = re.match(r"In '([\w/]+/[\w/]+)': ", str(error))
+    where = f"{file.group(1)}.yaml: " if file else ""
+    for e in chain:
+        if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
+            return where + _unknown_key(e)
+        if isinstance(e, ValidationError) and e.full_key:
+            return f"{where}{e.full_key}: {str(e).splitlines()[0]}"
+        if isinstance(e, MissingMandatoryValue):
+            return f"{e.full_key}: no value. Give it: {e.full_key}=..."
+        if isinstance(e, MissingConfigException) and e.missing_cfg_file and e.options is not None:
+            group, _, choice = e.missing_cfg_file.rpartition("/")
+            return f"{group}={choice}: no such choice.{nearest(choice, e.options)}"
+    texts = [str(e).strip() for e in (error, error.__cause__) if e is not None]
+    absent = re.match(r"Could not override '([\w/]+)'. No match in the defaults list", texts[0])
+    return _absent_part(absent.group(1)) if absent else "\n".join(dict.fromkeys(texts))
+
+
+def _unknown_key(error: Any) -> str:
+    node, key = error.parent_node, str(error.key)
+    if "/" in key:
+        groups = sorted(str(f.parent.relative_to(CONFIGS)) for f in CONFIGS.rglob("*/*.yaml"))
+        return f"{key}: no such group.{nearest(key, set(groups))}"
+    names = set(node) if isinstance(node, Mapping) else set()
+    taken: Any = {}
+    if "_target_" in names:
+        with suppress(MsencError):
+            taken = inspect.signature(locate_target(node["_target_"], "config")).parameters
+    if key in taken:
+        return f"{error.full_key}: not in the YAML, though {node['_target_']} takes it. Add it: +{error.full_key}=..."
+    valid = {name for name in names | set(taken) if not name.startswith("_")}
+    whole = str(error.full_key).rpartition(".")[0]
+    nothing = f" Nothing is there to set: {whole} is null or empty. Choose a config that fills it, or give all of it."
+    return f"{error.full_key}: no such key.{nearest(key, valid) or nothing}"
+
+
+def _absent_part(group: str) -> str:
+    """A group that exists and that nothing chose: the modality brings the streams and their connector."""
+    bringing = [f.stem for f in sorted(CONFIGS.glob("modality/*.yaml")) if f"/{group}:" in f.read_text("utf-8")]
+    if not bringing:
+        return f"{group}: nothing in this command has such a part."
+    return f"{group}: the chosen modality has no such part. Choose one that has: modality={'|'.join(bringing)}"

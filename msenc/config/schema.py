@@ -1,0 +1,433 @@
+"""What a config may hold.
+
+Hydra composes YAML onto the dataclasses below, so a misspelt key or a wrong type is an error wherever it stands; then
+`check_targets` (checks.py) binds every ``_target_`` node to its constructor's signature. The configs are the only place
+where omegaconf and hydra meet msenc: `pipelines` hands plain values on.
+"""
+
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from msenc.config.hints import nearest
+from msenc.types import MsencError
+
+OPEN = ("optimizer.groups", "loss.weights")
+"""Places of `TrainConfig` whose keys are names that no schema lists: an override adds one without a ``+``."""
+
+
+@dataclass
+class StreamConfig:
+    """One stream: what encodes it, and how it looks in the shards.
+
+    Args:
+        name: names the features (``audio-<name>/``); the datamodule compares it with what was prepared.
+        dim: width D of the features.
+        encoder: the ``_target_`` node that `prepare.py` builds.
+    """
+
+    name: str = MISSING
+    dim: int = MISSING
+    encoder: Any = MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The composed model.
+
+    Args:
+        llm: ``_target_`` node of the LLM.
+        llm_recipe: how `prepare.py` makes the LLM's folder when it is missing; None for models that exist.
+        streams: what the modality brings.
+        connector: ``_target_`` node, built once per stream with its ``in_dim``; None without streams.
+        tie_connectors: let all streams share one connector core (upstream does, unsaid).
+        layout: ``dialogue`` (one row trains all targets that share a history) or ``sample`` (one row per target).
+    """
+
+    llm: Any = MISSING
+    llm_recipe: Any = None
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    connector: Any = None
+    tie_connectors: bool = False
+    layout: str = "dialogue"
+
+
+@dataclass
+class VoiceConfig:
+    """How `prepare.py describe=true` describes voices; the keys of `msenc.prepare.describe.VoiceSettings`."""
+
+    levels: int = 3
+    genders: dict[str, str] = field(default_factory=dict)
+    edges: dict[str, list[float]] = field(default_factory=dict)
+    overwrite: bool = False
+    seed: int = 1
+
+
+@dataclass
+class SplitConfig:
+    """How dialogues that say no split get one; `msenc.raw.splits.split_dialogues`."""
+
+    rule: str = "random"
+    fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
+    seed: int = 1
+
+
+@dataclass
+class RecordingsConfig:
+    """How recordings become utterances (docs/own-data.md).
+
+    Args:
+        segment: ``_target_`` node: when an utterance ends.
+        recogniser: ``_target_`` node: sound -> words.
+        speaker_encoder: ``_target_`` node: sound -> a vector that tells the voice.
+        split: of the dialogues.
+    """
+
+    segment: Any = MISSING
+    recogniser: Any = MISSING
+    speaker_encoder: Any = MISSING
+    split: SplitConfig = field(default_factory=SplitConfig)
+
+
+@dataclass
+class DataConfig:
+    """A data set: where it lies, and how it is read.
+
+    Args:
+        name: begins every dialogue's id.
+        dir: the prepared data (shards, dataset.json); `prepare.py` writes it. A path, or where it is only read a URL.
+        root: the raw material; only `prepare.py` reads it.
+        generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
+        table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
+        recordings: how recordings become utterances; None: `root` is in MELD's layout.
+        labels: columns of the table that `prepare.py` keeps for connectors to be aligned to; None keeps all that are
+            read as nothing else.
+        voice: how `prepare.py` describes voices.
+        batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
+        max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
+        num_workers: processes that prepare data, or load it while training.
+        max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
+        verify: hash every shard of a split before its first use.
+        filter: ``no_<flag>``, or a list of them: what carries such a flag of the audit is left out of what is read.
+        control: ``noise_audio`` and the like: what stands in a stream's place, in training too (docs/controls.md).
+    """
+
+    name: str = MISSING
+    dir: str = MISSING
+    root: str = MISSING
+    generate: Any = None
+    table: str | None = None
+    recordings: RecordingsConfig | None = None
+    labels: list[str] | None = None
+    voice: VoiceConfig = field(default_factory=VoiceConfig)
+    batch_size: int | None = None
+    max_tokens_per_batch: int | None = None
+    num_workers: int = 0
+    max_history_tokens: int = 1024
+    verify: bool = True
+    filter: Any = field(default_factory=list)
+    control: str | None = None
+
+
+@dataclass
+class LabelsConfig:
+    """What a stream's utterances are known by; the keys of `msenc.training.align.Source`."""
+
+    source: str = MISSING
+    column: str | None = None
+    attributes: list[str] = field(default_factory=lambda: ["pitch", "range"])
+
+
+@dataclass
+class AlignConfig:
+    """How connectors are aligned before dialogues (docs/training.md).
+
+    Args:
+        labels: stream -> what its utterances are known by; a stream that is not named here is not aligned.
+        template: how a label is written, around ``{words}``; transcripts stand as they are.
+        objective: ``embeddings``, ``contrastive`` or ``llm``; the rest are `msenc.models.alignment.AlignmentSettings`.
+    """
+
+    labels: dict[str, LabelsConfig] = field(default_factory=dict)
+    template: str = "[{words}]"
+    objective: str = "embeddings"
+    steps: int = 150
+    batch_size: int = 64
+    lr: float = 3e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    temperature: float = 0.07
+    seed: int = 1
+
+
+@dataclass
+class InitFromConfig:
+    """What a run starts from; ``init_from=RUN`` is ``init_from.run=RUN``.
+
+    Args:
+        run: folder of the run whose connectors and adapter are taken, what of them this run has.
+        connectors: folder of the run whose connectors are taken.
+        adapter: folder of the run whose adapter (or LLM, where all of it was trained) is taken.
+        checkpoint: ``best`` or ``last``.
+    """
+
+    run: str | None = None
+    connectors: str | None = None
+    adapter: str | None = None
+    checkpoint: str = "best"
+
+
+@dataclass
+class LossConfig:
+    """What training minimises: the cross entropy of the target tokens.
+
+    Args:
+        weights: kind of token (`prompt.TOKEN_KINDS`) -> its weight in the training loss, 1 for kinds that are not
+            named; what is evaluated has no weights.
+    """
+
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class PathsConfig:
+    """Where things lie; relative paths are relative to the folder of the command.
+
+    Args:
+        data_dir: prepared data, raw material of the demo, and its LLM.
+        cache_dir: local copies of prepared data that lies behind a URL; may be deleted at any time between runs.
+        runs_dir: runs, one folder each.
+        output_dir: the folder of this run.
+    """
+
+    data_dir: str = MISSING
+    cache_dir: str = MISSING
+    runs_dir: str = MISSING
+    output_dir: str = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """Schema of ``train.yaml``.
+
+    Args:
+        plan: what the run would take is printed, and nothing trains.
+        dry_run: the jobs of the sweep are listed with what they would take, and none starts.
+        align: how connectors are aligned first; None does not.
+        init_from: what another run has trained, to start from.
+        stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
+        evaluate: the split that is evaluated when training ends; None for none.
+        controls: of that evaluation, as ``control`` of evaluate.py.
+        optimizer: ``_target_`` node: parameters -> optimizer; of it, ``groups`` says which parameters train with other
+            settings (docs/training.md).
+        resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
+            began and did not finish, or skip what it has finished.
+    """
+
+    plan: bool = False
+    dry_run: bool = False
+    seed: int = 1
+    modality: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: Any = MISSING
+    align: AlignConfig | None = None
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    stage: str | None = None
+    optimizer: Any = field(default_factory=lambda: DictConfig({"groups": {}}))
+    scheduler: Any = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    trainer: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    decoding: Any = MISSING
+    evaluate: str | None = "test"
+    controls: Any = None
+    prepare_workers: int = 2
+    resume: str | None = None
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class PrepareConfig:
+    """Schema of ``prepare.yaml``.
+
+    Args:
+        stage: None makes shards, ``audit`` looks the raw material through; ``segment``, ``transcribe`` and ``speakers``
+            go no further than that with recordings.
+        describe: measure the voices and describe them, as `data.voice` says; ``measure`` leaves the descriptions as
+            they are; None: as the folder was prepared before, or as `align` needs it.
+        align: what connectors are to be aligned to; voices that it asks for are measured.
+        prepare_workers: processes that decode clips; 0 works in this one.
+        part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
+    """
+
+    stage: str | None = None
+    modality: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: Any = MISSING
+    align: AlignConfig | None = None
+    describe: Any = None
+    prepare_workers: int = 2
+    part: str | None = None
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Schema of ``evaluate.yaml``.
+
+    Args:
+        run_dir: a run, a sweep's folder or another above several runs, or a list of these; each run's model and data
+            are rebuilt from its own config.
+        split: ``train``, ``val`` or ``test``.
+        checkpoint: ``best``, ``last``, or a file.
+        decoding: settings of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
+        generate: False measures losses alone.
+        metrics: of replies (docs/metrics.md); the cheap ones by default.
+        metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``.
+        speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
+        speech_workers: processes that speak; 0 works in this one.
+        speech_recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
+        speech_metrics: of the sound: ``mos``, ``speaker_similarity``.
+        control: what is taken from the input in evaluations beside the plain one (docs/controls.md): a name, a list,
+            or ``shuffle`` for the words of the history and for every stream of the run.
+        control_draws: how often each control draws what stands in a stream's place.
+        limit: first dialogues of the split; None for all.
+        device: torch's name of the device; ``auto`` takes a GPU if there is one.
+        data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
+        on_data: folder or URL of other prepared data to evaluate on; a run's own data.filter is left out there.
+        overwrite: measure again what was measured before with the same settings.
+    """
+
+    run_dir: Any = MISSING
+    split: str = "test"
+    checkpoint: str = "best"
+    decoding: Any = MISSING
+    generate: bool = True
+    metrics: list[str] = field(default_factory=list)
+    metric_settings: dict[str, Any] = field(default_factory=dict)
+    speech: Any = None
+    speech_workers: int = 2
+    speech_recogniser: str | None = None
+    speech_metrics: list[str] = field(default_factory=list)
+    control: Any = None
+    control_draws: int = 8
+    limit: int | None = None
+    device: str = "auto"
+    data_dir: str | None = None
+    on_data: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class ReportConfig:
+    """Schema of ``report.yaml``.
+
+    Args:
+        sweep_dir: a sweep's folder, a run's, one above several, or a list of these; the report goes into the first.
+        split: whose evaluations are compared.
+        settings: settings of the evaluations (or their hash), where there are several of the split.
+    """
+
+    sweep_dir: Any = MISSING
+    split: str = "test"
+    settings: str | None = None
+
+
+@dataclass
+class RespondConfig:
+    """Schema of ``respond.yaml``.
+
+    Args:
+        run_dir: the run that replies; the page may do without, and then begins with the newest.
+        text: what the user says; None where it is to be recognised from the sound, or the history is answered.
+        audio: sound of the user's turn; that of `video` if None.
+        video: picture of the user's turn.
+        history: JSON file with the turns before: ``{"turns": [{"speaker": ..., "text": ..., "audio": ...}, ...]}``.
+        speaker: the user's name; by default one that the run knows.
+        reply_as: the agent's name.
+        num_replies: alternatives; more than one needs ``decoding=sample``.
+        seed: of what is drawn.
+        out: folder for reply.json and reply.wav; by default a new one in the run's ``replies/``.
+        speech: the synthesizer's node, or None for no sound.
+        asr: Whisper (id or folder) that recognises words where none are given.
+        max_clip_s: longest clip that is taken, in seconds.
+        page: serve a page to talk to a run, instead of answering one turn.
+        runs_dir: the runs that the page offers, beside `run_dir`.
+        host: address that the page is served at.
+        port: of the page; None takes the first free one from 7860 on.
+        max_upload_mb: largest file that a visitor of the page may upload.
+    """
+
+    run_dir: str | None = None
+    checkpoint: str = MISSING
+    device: str = "auto"
+    data_dir: str | None = None
+    text: str | None = None
+    audio: str | None = None
+    video: str | None = None
+    history: str | None = None
+    speaker: str | None = None
+    reply_as: str | None = None
+    num_replies: int = 1
+    seed: int = 1
+    out: str | None = None
+    decoding: Any = MISSING
+    speech: Any = None
+    asr: str = MISSING
+    max_clip_s: float = 60.0
+    page: bool = False
+    runs_dir: str = MISSING
+    host: str = "127.0.0.1"
+    port: int | None = None
+    max_upload_mb: int = 50
+
+
+def register_schemas() -> None:
+    """Put the schemas where the YAML files' defaults lists find them (``train_schema`` ...)."""
+    store = ConfigStore.instance()
+    train_schema = OmegaConf.structured(TrainConfig)
+    for path in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(train_schema, path), False)
+    for name, schema in {
+        "train_schema": train_schema,
+        "prepare_schema": PrepareConfig,
+        "evaluate_schema": EvaluateConfig,
+        "report_schema": ReportConfig,
+        "respond_schema": RespondConfig,
+    }.items():
+        store.store(name=name, node=schema)
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain containers, interpolations resolved.
+
+    Raises:
+        MsencError: an interpolation that leads nowhere, or a key that no schema has: ``+key=value`` adds any.
+    """
+    if not OmegaConf.is_config(node):
+        return node
+    _check_schema(node)
+    try:
+        return OmegaConf.to_container(node, resolve=True)
+    except Exception as e:
+        if type(e).__module__.startswith("omegaconf"):
+            raise MsencError(f"config: {e}") from e
+        raise
+
+
+def _check_schema(node: Any, path: str = "") -> None:
+    if not OmegaConf.is_dict(node):
+        return
+    schema = OmegaConf.get_type(node)
+    valid = schema.__dataclass_fields__ if is_dataclass(schema) else list(node)
+    for key in node:
+        name = f"{path}.{key}".lstrip(".")
+        if key not in valid:
+            raise MsencError(f"{name}: no such key.{nearest(str(key), valid)}")
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            _check_schema(node[key], name)

@@ -1,0 +1,331 @@
+"""A model and a split -> metrics and predictions. Sits beside the module: it trains nothing.
+
+Every target is scored under teacher forcing (its own token losses) and, if wanted, generated freely.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from rich.progress import Progress, TaskID, track
+from torch.utils.data import Subset
+
+from msenc.data.collate import Batch, histories
+from msenc.data.controls import Control
+from msenc.data.datamodule import DialogueDataModule
+from msenc.evaluation.metrics.description import DescribedTarget, score_descriptions, voice_of
+from msenc.evaluation.metrics.scores import Scorer
+from msenc.evaluation.metrics.text import score_replies
+from msenc.evaluation.replies import decoding_for, write_replies
+from msenc.evaluation.statistics import paired_effect, verdict
+from msenc.files import write_json, write_text
+from msenc.models.conversation import ConversationModel
+from msenc.prompt import TOKEN_KINDS
+from msenc.speech.description import parse
+from msenc.types import UNKNOWN, Reply, Utterance, VoiceAttributes
+
+LN2 = math.log(2)
+
+
+def evaluate_split(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    decoding: Mapping[str, Any] | None,
+    seed: int,
+    limit: int | None = None,
+    metrics: Mapping[str, Scorer] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score a split.
+
+    Args:
+        model: in eval mode, on its device.
+        datamodule: of the run.
+        split: ``train``, ``val`` or ``test``.
+        decoding: see `models.generation.read_decoding`; None generates nothing.
+        seed: of what is drawn while decoding.
+        limit: first dialogues of the split.
+        metrics: of replies, from `metrics.text.build_text_metrics`.
+
+    Returns:
+        Flat metrics, and one prediction per target: ids, history, reference, token losses with their kinds, reply and
+        its scores.
+    """
+    batches = track(datamodule.eval_dataloader(split, limit), description=f"scoring {split}")
+    predictions = _score(model, datamodule, split, limit, batches)
+    found: dict[str, Any] = loss_metrics(predictions)
+    if decoding is not None:
+        _generate(model, datamodule, split, decoding, seed, predictions)
+        replies = [Reply(p["reply"]["text"], p["reply"]["description"]) for p in predictions]
+        is_described = datamodule.tokenizer.prompt.target == "text_description"
+        references = [
+            Reply(p["reference"]["text"], p["reference"]["description"] if is_described else None) for p in predictions
+        ]
+        corpus, items = score_replies(replies, references, metrics or {})
+        found |= corpus
+        for prediction, scores in zip(predictions, items, strict=True):
+            prediction["scores"] = scores
+        if is_described:
+            found |= _score_attributes(datamodule, split, predictions)
+    return found, predictions
+
+
+def evaluate_control(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    control: Control,
+    plain: Sequence[Mapping[str, Any]],
+    draws: int,
+    limit: int | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a control costs: losses of the same targets, and how much they rise.
+
+    A model that uses a stream believes another dialogue's too: one draw makes it confidently wrong, and its loss rises
+    without bound. So the loss is that of the mean probability over several draws, which is what the model would say if
+    it knew the stream's distribution alone. Its rise estimates the information that the model takes from the stream.
+
+    Args:
+        model: in eval mode, on its device.
+        datamodule: of the run.
+        split: ``train``, ``val`` or ``test``.
+        control: what is done to which stream.
+        plain: predictions of the same targets without the control.
+        draws: of what the control draws, 1 or more.
+        limit: first dialogues of the split.
+
+    Returns:
+        Flat metrics, with ``control/delta`` (nats per token, with its interval) and ``control/verdict``; predictions
+        whose token losses are those under the control.
+    """
+    draws = draws if control.is_drawn else 1
+    loaders = [datamodule.eval_dataloader(split, limit, control, draw) for draw in range(draws)]
+    with Progress() as progress:  # one bar over all draws
+        bar = progress.add_task(f"{control} on {split}", total=sum(map(len, loaders)))
+        found = [_score(model, datamodule, split, limit, _advance(loader, progress, bar)) for loader in loaders]
+    predictions = []
+    for items in zip(*found, strict=True):
+        nll = mean_probability_loss([item["nll"] for item in items])
+        correct = np.mean([item["correct"] for item in items], axis=0)
+        predictions.append(
+            {**items[0], "nll": [round(v, 6) for v in nll], "correct": [round(v, 4) for v in correct.tolist()]}
+        )
+    metrics = loss_metrics(predictions)
+    effect = paired_effect(
+        [np.mean(c["nll"]) - np.mean(p["nll"]) for c, p in zip(predictions, plain, strict=True)],
+        clusters=[p["dialogue"] for p in plain],
+        weights=[len(p["nll"]) for p in plain],
+    )
+    metrics |= {
+        "control": str(control),
+        "control/delta": effect.mean,
+        "control/low": effect.low,
+        "control/high": effect.high,
+        "control/p_value": effect.p_value,
+        "control/verdict": verdict(effect),
+    }
+    return metrics, predictions
+
+
+def _advance(batches: Iterable[Batch], progress: Progress, bar: TaskID) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        progress.advance(bar)
+
+
+def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
+    """Losses of N tokens in K draws -> loss of each token's mean probability over all draws there could be.
+
+    The loss of the mean over K draws is too high by Var(p) / (2 K mean(p)^2), to the second order; this is taken off.
+
+    Example:
+        >>> mean_probability_loss([[0.5, 1.0]])
+        [0.5, 1.0]
+        >>> right, wrong = 0.02, 4.0
+        >>> round(mean_probability_loss([[right], [wrong]] * 8)[0], 2)
+        0.66
+    """
+    p = np.exp(-np.asarray(losses, dtype=float))  # (K, N)
+    mean = p.mean(axis=0)
+    if len(p) == 1:
+        return (-np.log(mean)).tolist()
+    return (-np.log(mean) - p.var(axis=0, ddof=1) / (2 * len(p) * mean**2)).tolist()
+
+
+@torch.inference_mode()
+def _score(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    limit: int | None,
+    batches: Iterable[Batch],
+) -> list[dict[str, Any]]:
+    """Token losses of every target, in the order of the split; `batches` hold them all."""
+    device = next(model.parameters()).device
+    dataset = datamodule.dataset(split)
+    losses: dict[tuple[str, int], tuple[list, list, list]] = defaultdict(lambda: ([], [], []))
+    for batch in batches:
+        scores = model(move_data_to_device(batch, device))
+        rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
+        for target, nll, kind, correct in rows:
+            for values, value in zip(losses[batch.target_ids[target]], (nll, kind, correct), strict=True):
+                values.append(value)
+    predictions = []
+    for index in range(min(len(dataset), limit or len(dataset))):
+        dialogue, (tokens, _) = dataset.dialogue(index), dataset[index]
+        starts = histories(tokens.turn_tokens, datamodule.max_history_tokens, tokens.windows)
+        for turn, utterance in enumerate(dialogue.utterances[1:], start=1):
+            nll, kinds, correct = losses[(dialogue.id, turn)]
+            target = tokens.targets[turn - 1]
+            predictions.append(
+                {
+                    "dialogue": dialogue.id,
+                    "turn": turn,
+                    "utterance": utterance.id,
+                    "speaker": utterance.speaker,
+                    "history": [starts[turn - 1].start, turn],
+                    "reference": {"text": utterance.text, "description": utterance.description},
+                    "nll": [round(v, 6) for v in nll],
+                    "kinds": [TOKEN_KINDS[k] for k in kinds],
+                    "correct": [int(c) for c in correct],
+                    "words": target.words,
+                    "bits": dict(target.bits),
+                    "bits_in_words": _bits_in_words(utterance),
+                }
+            )
+    return predictions
+
+
+def _bits_in_words(utterance: Utterance) -> dict[str, float]:
+    """Planted bits by kind, of those in the reply's words."""
+    bits: dict[str, float] = defaultdict(float)
+    for mark in utterance.marks:
+        if mark.field == "text":
+            bits[f"planted_{mark.kind}"] += mark.bits
+    return dict(bits)
+
+
+def loss_metrics(predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss per token, over all target tokens and by kind, and what was recovered of planted bits.
+
+    ``planted/<kind>/recovered`` is 1 - (sum of the losses of the planted tokens, in bits) / (planted bits): 1 where
+    the model knows them, 0 where it guesses at even odds, below 0 where it is surely wrong. Where a kind is planted
+    both in words and in descriptions, ``planted/<kind>/in_words`` and ``planted/<kind>/in_descriptions`` are the
+    shares of each: a total of half may be all of one and nothing of the other.
+
+    Example:
+        >>> one = {"nll": [0.0, 2.0], "kinds": ["reply", "end"], "correct": [1, 0], "bits": {}}
+        >>> metrics = loss_metrics([one])
+        >>> metrics["nll"], metrics["nll/end"], metrics["token_accuracy"]
+        (1.0, 2.0, 0.5)
+    """
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    nll_in_words: dict[str, float] = defaultdict(float)
+    bits: dict[str, float] = defaultdict(float)
+    bits_in_words: dict[str, float] = defaultdict(float)
+    correct = 0
+    for prediction in predictions:
+        words = prediction.get("words", 0)
+        for place, (kind, nll) in enumerate(zip(prediction["kinds"], prediction["nll"], strict=True)):
+            by_kind[kind].append(nll)
+            nll_in_words[kind] += nll if place < words else 0.0
+        correct += sum(prediction["correct"])
+        for kind, n in prediction["bits"].items():
+            bits[kind] += n
+        for kind, n in prediction.get("bits_in_words", {}).items():
+            bits_in_words[kind] += n
+    tokens = sum(map(len, by_kind.values()))
+    nll = sum(map(sum, by_kind.values())) / tokens
+    metrics: dict[str, Any] = {
+        "targets": len(predictions),
+        "tokens": tokens,
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "token_accuracy": correct / tokens,
+    }
+    for kind in TOKEN_KINDS:
+        if kind in by_kind:
+            metrics[f"nll/{kind}"] = sum(by_kind[kind]) / len(by_kind[kind])
+    for kind in TOKEN_KINDS:
+        if bits.get(kind):
+            name = kind.removeprefix("planted_")
+            metrics[f"planted/{name}/recovered"] = 1 - sum(by_kind[kind]) / (bits[kind] * LN2)
+            if 0 < bits_in_words[kind] < bits[kind]:
+                said, described = nll_in_words[kind], sum(by_kind[kind]) - nll_in_words[kind]
+                metrics[f"planted/{name}/in_words"] = 1 - said / (bits_in_words[kind] * LN2)
+                metrics[f"planted/{name}/in_descriptions"] = 1 - described / ((bits[kind] - bits_in_words[kind]) * LN2)
+    return metrics
+
+
+def _generate(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    decoding: Mapping[str, Any],
+    seed: int,
+    predictions: list[dict[str, Any]],
+) -> None:
+    """Write each target's reply into its prediction."""
+    dataset, tokenizer = datamodule.dataset(split), datamodule.tokenizer
+    num_dialogues = len({prediction["dialogue"] for prediction in predictions})
+    written = write_replies(
+        model,
+        Subset(dataset, range(num_dialogues)),
+        decoding_for(decoding, tokenizer.tokenizer, seed),
+        budget=datamodule.max_history_tokens,
+        num_queries=datamodule.num_queries,
+        layout=datamodule.layout,
+        progress=f"writing replies of {split}",
+    )
+    for prediction, (*_, ids) in zip(predictions, written, strict=True):
+        reply = tokenizer.prompt.parse(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+        prediction["reply"] = {"text": reply.text, "description": reply.description}
+
+
+def _score_attributes(
+    datamodule: DialogueDataModule, split: str, predictions: list[dict[str, Any]]
+) -> dict[str, float]:
+    """What the replies' descriptions say against how the targets are spoken; noted in the predictions too."""
+    dataset = datamodule.dataset(split)
+    wanted = {p["dialogue"] for p in predictions}
+    voices = {
+        (dialogue.id, turn): voice_of(utterance)
+        for dialogue in map(dataset.dialogue, range(len(wanted)))
+        for turn, utterance in enumerate(dialogue.utterances)
+    }
+    targets, places = [], []
+    for prediction in predictions:
+        dialogue, turn = prediction["dialogue"], prediction["turn"]
+        voice, written = voices[dialogue, turn], parse(prediction["reply"]["description"] or "")
+        if voice != VoiceAttributes():
+            targets.append(DescribedTarget(voice, written, voices[dialogue, turn - 1], prediction["speaker"]))
+            places.append(prediction)
+            prediction["attributes"] = {k: v for k, v in asdict(voice).items() if v != UNKNOWN}
+            prediction["reply_attributes"] = {k: v for k, v in asdict(written).items() if v != UNKNOWN}
+    if not targets:
+        return {}
+    scores = score_descriptions(targets, (u for d in datamodule.dialogues("train") for u in d.utterances))
+    for name, values in scores.items.items():
+        for prediction, value in zip(places, values, strict=True):
+            prediction["scores"][name] = value
+    return scores.corpus
+
+
+def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:
+    """Leave ``metrics.json`` and ``predictions.jsonl`` in a folder."""
+    write_text(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    write_json(folder / "metrics.json", dict(metrics))
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The predictions that `write_evaluation` left."""
+    # not splitlines(): words may hold other ends of lines, as U+2028
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

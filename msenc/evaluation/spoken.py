@@ -1,0 +1,235 @@
+"""The replies of a split -> their sound, one WAV per reply that differs, and what is heard in it.
+
+A file is named after all that makes its sound, so what was spoken before is found again.
+"""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from msenc.config.build import build
+from msenc.evaluation.metrics.scores import needing
+from msenc.evaluation.metrics.sound import PredictedMos, speaker_similarity
+from msenc.evaluation.metrics.speech import heard_voice, score_voices, score_words
+from msenc.files import digest
+from msenc.models.recognition import Recogniser
+from msenc.prepare.describe import Bin, syllables_of
+from msenc.raw.speakers import Resemblyzer
+from msenc.speech.description import parse
+from msenc.speech.synthesis import Synthesizer, settle_gender
+from msenc.speech.voice import VoiceMeasures, measure
+from msenc.speech.wav import from_wav, write_wav
+from msenc.types import UNKNOWN, MsencError, VoiceAttributes
+from msenc.work.pool import progress_bar, watch_parent
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Line(NamedTuple):
+    """One thing to say."""
+
+    file: Path
+    text: str
+    voice: VoiceAttributes
+    speaker: str
+
+
+def speak_replies(
+    predictions: Sequence[dict[str, Any]], synthesizer: Mapping[str, Any], folder: Path, num_workers: int
+) -> int:
+    """Speak the reply of every prediction, and note its file there (``speech``; None where a reply has no words).
+
+    Args:
+        predictions: of an evaluation, with replies.
+        synthesizer: ``_target_`` node; every process builds its own.
+        folder: of the evaluation; the sound goes to ``speech/`` in it.
+        num_workers: processes; 0 works in this one. The sound does not depend on it.
+
+    Returns:
+        The number of files that were written now.
+
+    Raises:
+        MsencError: the synthesizer cannot speak, a worker died, or the disk refuses. What was spoken is kept.
+    """
+    voices = settle_gender(
+        {
+            index: (f"{p['dialogue']}/{p['speaker']}", parse(p["reply"]["description"] or ""))
+            for index, p in enumerate(predictions)
+        }
+    )
+    lines = []
+    for index, prediction in enumerate(predictions):
+        text, voice, speaker = prediction["reply"]["text"], voices[index], prediction["speaker"]
+        prediction["speech"] = None
+        if any(character.isalnum() for character in text):
+            key = digest({"by": synthesizer, "text": text, "voice": asdict(voice), "speaker": speaker})
+            prediction["speech"] = f"speech/{key}.wav"
+            lines.append(_Line(folder / prediction["speech"], text, voice, speaker))
+    new = [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()]
+    if new:
+        (folder / "speech").mkdir(parents=True, exist_ok=True)
+        for _ in _map(partial(_Speaker, synthesizer), new, num_workers, "speaking"):
+            pass
+    return len(new)
+
+
+def listen_to_replies(
+    predictions: Sequence[dict[str, Any]],
+    folder: Path,
+    bins: Mapping[str, Bin] | None,
+    recogniser: str | None,
+    num_workers: int,
+    sound_metrics: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure what `speak_replies` left, and note it in the predictions.
+
+    Args:
+        predictions: with replies and their ``speech``; each gets ``spoken_attributes``, and its word and character
+            error rate among its ``scores``.
+        folder: of the evaluation.
+        bins: where the words of a voice change, see `prepare.describe.read_bins`; None leaves the voices out.
+        recogniser: a Whisper by id or folder; None leaves the words out.
+        num_workers: processes that measure; 0 works in this one.
+        sound_metrics: of `metrics.sound.SOUND_METRICS`.
+
+    Returns:
+        ``speech/spoken`` (replies with sound), ``speech/wer``, ``speech/cer``, per attribute the share that is heard
+        ``as_written`` in the reply's description, and ``as_reference`` asks, and what the sound metrics say.
+    """
+    texts = [p["reply"]["text"] for p in predictions]
+    files = sorted({folder / p["speech"] for p in predictions if p["speech"]})
+    found: dict[str, Any] = {"speech/spoken": sum(p["speech"] is not None for p in predictions)}
+    if recogniser is not None:
+        listen = Recogniser(recogniser)
+        words = _hear_all(files, listen.text, listen.sample_rate, "words")
+        scores = score_words([words[folder / p["speech"]] if p["speech"] else "" for p in predictions], texts)
+        found |= scores.corpus
+        for name, values in scores.items.items():
+            _note_scores(predictions, name, values)
+    if "mos" in sound_metrics:
+        predict = PredictedMos()
+        quality = _hear_all(files, predict, predict.sample_rate, "MOS")
+        for name in ("overall", "sig", "bak"):
+            scores = [quality[folder / p["speech"]][name] if p["speech"] else math.nan for p in predictions]
+            found[f"speech/mos/{name}"] = float(np.nanmean(scores)) if files else math.nan
+            _note_scores(predictions, f"speech/mos/{name}", scores)
+    if "speaker_similarity" in sound_metrics:
+        embed = Resemblyzer()
+        voices = _hear_all(files, embed, embed.sample_rate, "speakers")
+        # one sound that is said twice would be like itself
+        once = {(p["dialogue"], p["speech"]): p for p in predictions if p["speech"]}.values()
+        found |= speaker_similarity(
+            [voices[folder / p["speech"]] for p in once], [p["dialogue"] for p in once], [p["speaker"] for p in once]
+        )
+    if bins is not None:
+        measures = dict(zip(files, _map(_make_measurer, files, num_workers, "voices"), strict=True))
+        heard = [
+            heard_voice(measures[folder / p["speech"]] if p["speech"] else VoiceMeasures(), num_syllables, bins)
+            for p, num_syllables in zip(predictions, syllables_of(texts), strict=True)
+        ]
+        for prediction, voice in zip(predictions, heard, strict=True):
+            prediction["spoken_attributes"] = {k: v for k, v in asdict(voice).items() if v != UNKNOWN}
+        for side, name in {"reply": "as_written", "reference": "as_reference"}.items():
+            asked = [parse(p[side]["description"] or "") for p in predictions]
+            found |= score_voices(heard, asked, name)
+    return found
+
+
+def check_sound_metrics(names: Sequence[str]) -> None:
+    """Refuse metrics whose packages are missing, before anything is spoken.
+
+    Raises:
+        MsencError: names what is missing.
+    """
+    if "mos" in names:
+        PredictedMos()
+    if "speaker_similarity" in names:
+        Resemblyzer()
+
+
+def _note_scores(predictions: Sequence[dict[str, Any]], name: str, values: Sequence[float]) -> None:
+    for prediction, value in zip(predictions, values, strict=True):
+        if not math.isnan(value):
+            prediction.setdefault("scores", {})[name] = value
+
+
+def _hear_all(
+    files: Sequence[Path], hear: Callable[[np.ndarray], R], sample_rate: int, description: str
+) -> dict[Path, R]:
+    with needing("speech", "demo"):
+        import soxr
+    heard = {}
+    with progress_bar("replies") as progress:
+        for file in progress.track(files, description=description):
+            samples, own_rate = from_wav(file.read_bytes())
+            heard[file] = hear(soxr.resample(samples, own_rate, sample_rate))
+    return heard
+
+
+def _read_measure(file: Path) -> VoiceMeasures:
+    return measure(*from_wav(file.read_bytes()))
+
+
+def _make_measurer() -> Callable[[Path], VoiceMeasures]:
+    return _read_measure
+
+
+class _Speaker:
+    """Writes the sound of a line.
+
+    Args:
+        node: ``_target_`` node of a synthesizer.
+    """
+
+    def __init__(self, node: Mapping[str, Any]) -> None:
+        self.speak: Synthesizer = build(node)
+
+    def __call__(self, line: _Line) -> None:
+        write_wav(line.file, *self.speak(line.text, line.voice, line.speaker))
+
+
+def _map(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
+    """Results in order, under a progress bar; each process makes its own work once."""
+    with progress_bar("replies") as progress:
+        yield from progress.track(_work(make_work, values, num_workers, doing), len(values), description=doing)
+
+
+def _work(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
+    if num_workers == 0:
+        yield from map(make_work(), values)
+        return
+    # spawn: a forked child would inherit the threads' locks of whatever runs in this process
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_work,))
+    try:
+        yield from pool.map(_work_in_worker, values)
+    except BrokenProcessPool as error:
+        raise MsencError(
+            f"{doing}: a process ended without a word ({error}). Found {num_workers} of them; try fewer "
+            "(speech_workers=1), or look for a lack of memory. What was spoken is kept."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}  # of a process: how its work is made, and the work once it is
+
+
+def _start_worker(make_work: Callable[[], Callable[[Any], Any]]) -> None:
+    watch_parent()
+    _worker["make_work"] = make_work
+
+
+def _work_in_worker(value: Any) -> Any:
+    if "work" not in _worker:  # here and not at the start, where a refusal would break the pool
+        _worker["work"] = _worker["make_work"]()
+    return _worker["work"](value)

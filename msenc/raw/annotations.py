@@ -1,0 +1,393 @@
+"""First step of the flow: a dataset's tables -> `Dialogue` objects, with what was dropped and why.
+
+MELD's three CSV files, every folder of that shape (the demo), and a table of utterances are read here.
+"""
+
+import difflib
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+from msenc.files import content_hash
+from msenc.raw.marks import parse_marks
+from msenc.raw.media import part_of, split_part
+from msenc.raw.splits import split_dialogues
+from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance
+
+# split -> (annotation file, folder of its clips), as MELD's release names them
+MELD_FILES = {
+    "train": ("train_sent_emo.csv", "train_splits"),
+    "val": ("dev_sent_emo.csv", "dev_splits_complete"),
+    "test": ("test_sent_emo.csv", "output_repeated_splits_test"),
+}
+MELD_COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID", "StartTime", "EndTime")
+TABLE_COLUMNS = ("clip", "dialogue", "text")
+TABLE_OPTIONS = ("speaker", "start", "end", "split", "description")
+
+NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
+"""Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
+
+_TIME = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
+# UTF-8 that was read as cp1252 (or Latin-1) and saved again: curly quotes and dashes start with "â€", Latin letters
+# with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
+_DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
+_C1 = re.compile("[\x80-\x9f]")
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a dataset's tables hold.
+
+    Args:
+        dialogues: in the order of the files, train before val before test.
+        rejections: one per row that was dropped.
+        repaired: ids of the utterances whose text or speaker needed a repair of its encoding, dropped ones included.
+        recordings: dialogue id -> the recording that its times count in, where the tables name one.
+        labels: utterance id (``meld/train/dia3/utt5``) -> column -> value, of columns that are read as nothing else.
+    """
+
+    dialogues: list[Dialogue]
+    rejections: list[Rejection]
+    repaired: list[str]
+    recordings: dict[str, str]
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def num_repaired(self) -> int:
+        """Rows whose encoding was repaired."""
+        return len(self.repaired)
+
+
+def read_meld(root: Path, dataset: str = "meld", labels: Sequence[str] | None = None) -> Annotations:
+    """Read a folder with MELD's CSV files; its clips need not be there.
+
+    The turns of a dialogue keep the order of their rows. `Utterance.clip` follows from the naming rule
+    (``train_splits/dia3_utt5.mp4``), whether that file exists or not. The columns ``Description`` and ``Marks`` are
+    read where they exist, and so are ``Season`` and ``Episode``, which name the recording. A row without text and a
+    repeated utterance id are rejected and listed; a time that cannot be read is None.
+
+    Args:
+        root: the folder that holds the three files.
+        dataset: first part of the dialogue ids.
+        labels: columns to keep as labels; None keeps all that are read as nothing else.
+
+    Raises:
+        MsencError: if a file is missing or not such a table, lacks a column, has no usable row, or holds an id that
+            is no whole number.
+    """
+    dialogues: list[Dialogue] = []
+    kept: dict[str, dict[str, str]] = {}
+    rejections: list[Rejection] = []
+    repaired: list[str] = []
+    recordings: dict[str, str] = {}
+    for split, (name, clip_folder) in MELD_FILES.items():
+        path = Path(root) / name
+        turns: dict[int, dict[int, Utterance]] = {}
+        for row, values, is_repaired in _read_rows(path, MELD_COLUMNS, ("Utterance", "Speaker")):
+            dia, utt = (_whole_number(values[c], c, path, row) for c in ("Dialogue_ID", "Utterance_ID"))
+            utterance_id = f"{dataset}/{split}/dia{dia}/utt{utt}"
+            if is_repaired:
+                repaired.append(utterance_id)
+            if values.get("Season") and values.get("Episode"):
+                recordings.setdefault(
+                    f"{dataset}/{split}/dia{dia}", f"season {values['Season']}, episode {values['Episode']}"
+                )
+            if not values["Utterance"]:
+                rejections.append(Rejection(utterance_id, "row", "empty text", name, row))
+            elif utt in turns.setdefault(dia, {}):
+                found = values["Utterance"]
+                rejections.append(Rejection(utterance_id, "row", "duplicate utterance id", name, row, found))
+            else:
+                clip = f"{clip_folder}/dia{dia}_utt{utt}.mp4"
+                turns[dia][utt] = _utterance(values, str(utt), clip, path, row)
+                kept[utterance_id] = _labels(values, (*MELD_COLUMNS, *NO_LABELS), labels, path)
+        found = [
+            Dialogue(f"{dataset}/{split}/dia{dia}", split, tuple(by_id.values()))
+            for dia, by_id in turns.items()
+            if by_id
+        ]
+        if not found:
+            raise MsencError(
+                f"{path}: found no row with text; expected the utterances of the split {split!r}. "
+                "Put the complete file there."
+            )
+        dialogues += found
+    return Annotations(dialogues, rejections, repaired, recordings, kept)
+
+
+def read_table(path: Path, dataset: str, split: Mapping[str, Any], labels: Sequence[str] | None = None) -> Annotations:
+    """Read a table with a row per utterance; its clips need not be there.
+
+    Columns: ``clip`` (a file below the dataset's root, may be empty), ``dialogue`` and ``text``; and, where they exist,
+    ``speaker``, ``start`` and ``end`` (seconds of the file: the clip is this part of it), ``split`` and
+    ``description``. The turns of a dialogue keep the order of their rows. A row without text is rejected and listed;
+    one whose times are none keeps its words and loses its clip, and is listed.
+
+    Args:
+        path: the CSV file.
+        dataset: first part of the dialogue ids.
+        split: `split_dialogues`'s rule, fractions and seed, where the table has no column ``split``.
+        labels: columns to keep as labels; None keeps all that are read as nothing else.
+
+    Raises:
+        MsencError: if the file is missing or not such a table, has no usable row, names another split, or puts a
+            dialogue into two.
+    """
+    path = Path(path)
+    rejections: list[Rejection] = []
+    repaired: list[str] = []
+    turns: dict[str, list[tuple[int, dict[str, str], bool]]] = {}
+    for row, values, is_repaired in _read_rows(path, TABLE_COLUMNS, ("text", "speaker"), TABLE_OPTIONS):
+        if not re.fullmatch(r"[\w-]+", values["dialogue"]):
+            raise MsencError(
+                f"{path}, row {row}: dialogue is {values['dialogue']!r}; expected a name that all its turns share, of "
+                "letters, digits, - and _."
+            )
+        if ("(" in (description := values.get("description", ""))) or ")" in description:
+            raise MsencError(_bracketed(path, row, description))
+        turns.setdefault(values["dialogue"], []).append((row, values, is_repaired))
+    splits = _splits_of(path, turns, split)
+    dialogues: list[Dialogue] = []
+    recordings: dict[str, str] = {}
+    kept: dict[str, dict[str, str]] = {}
+    for name, rows in turns.items():
+        id = f"{dataset}/{splits[name]}/{name}"
+        utterances: list[Utterance] = []
+        for number, (row, values, is_repaired) in enumerate(rows):
+            utterance_id = f"{id}/utt{number}"
+            repaired += [utterance_id] * is_repaired
+            if values["text"]:
+                utterances.append(_row_utterance(values, utterance_id, path, row, rejections))
+                kept[utterance_id] = _labels(values, (*TABLE_COLUMNS, *TABLE_OPTIONS), labels, path)
+            else:
+                rejections.append(Rejection(utterance_id, "row", "empty text", path.name, row))
+        files = {split_part(u.clip)[0] for u in utterances if u.clip and u.start_s is not None}
+        if len(files) == 1:
+            recordings[id] = files.pop()
+        if utterances:
+            dialogues.append(Dialogue(id, splits[name], tuple(utterances)))
+    if not dialogues:
+        raise MsencError(f"{path}: found no row with text; expected an utterance per row. Put the complete file there.")
+    dialogues.sort(key=lambda d: SPLITS.index(d.split))
+    return Annotations(dialogues, rejections, repaired, recordings, kept)
+
+
+def _labels(
+    values: Mapping[str, str], taken: Sequence[str], wanted: Sequence[str] | None, path: Path
+) -> dict[str, str]:
+    """The row's labels: the columns that are wanted, or all that are not taken; empty ones say nothing."""
+    for column in wanted or ():
+        if column not in values:
+            others = ", ".join(c for c in values if c not in taken)
+            raise MsencError(
+                f"{path}: data.labels names the column {column!r}, which is not there; found "
+                f"{others or 'no column beside those that are read anyway'}. Correct data.labels, or leave it out."
+            )
+    names = wanted if wanted is not None else [c for c in values if c not in taken]
+    return {column: values[column] for column in names if values[column]}
+
+
+def _splits_of(
+    path: Path, turns: Mapping[str, Sequence[tuple[int, dict[str, str], bool]]], split: Mapping[str, Any]
+) -> dict[str, str]:
+    """Dialogue -> split."""
+    first_rows = [rows[0][1] for rows in turns.values()]
+    if "split" not in first_rows[0]:
+        files = [split_part(values["clip"])[0] for values in first_rows]
+        return dict(zip(turns, split_dialogues(videos=files, **split), strict=True))
+    for name, rows in turns.items():
+        for row, values, _ in rows:
+            if values["split"] not in SPLITS:
+                raise MsencError(
+                    f"{path}, row {row}: split is {values['split']!r}; expected {', '.join(SPLITS)}. Correct the row, "
+                    "or leave the column out to have the dialogues split."
+                )
+            if values["split"] != rows[0][1]["split"]:
+                raise MsencError(
+                    f"{path}: dialogue {name} is in {rows[0][1]['split']} (row {rows[0][0]}) and in {values['split']} "
+                    f"(row {row}). Expected all its rows in one split."
+                )
+    return {name: rows[0][1]["split"] for name, rows in turns.items()}
+
+
+def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rejections: list[Rejection]) -> Utterance:
+    clip = values["clip"] or None
+    if clip is not None and (PurePosixPath(clip).is_absolute() or ".." in PurePosixPath(clip).parts):
+        raise MsencError(
+            f"{path}, row {row}: clip is {clip!r}; expected a path below the folder of the recordings (data.root)."
+        )
+    times = [values.get("start", ""), values.get("end", "")]
+    span = [_table_seconds(t) for t in times] if clip is None or split_part(clip)[1] is None else split_part(clip)[1]
+    start_s, end_s = span
+    if any(times) and (start_s is None or end_s is None or not start_s < end_s):
+        rejections.append(Rejection(id, "clip", "no span of time", path.name, row, f"{times[0]!r} to {times[1]!r}"))
+        clip = start_s = end_s = None
+    elif any(times) and clip is not None:
+        clip = part_of(split_part(clip)[0], start_s, end_s)
+    return Utterance(
+        id=id.rpartition("/utt")[2],
+        speaker=values.get("speaker") or UNKNOWN_SPEAKER,
+        text=values["text"],
+        description=values.get("description") or None,
+        start_s=start_s,
+        end_s=end_s,
+        clip=clip,
+    )
+
+
+def _table_seconds(time: str) -> float | None:
+    """``12.5``, or ``0:00:12.5``."""
+    if (seconds := _seconds(time)) is not None:
+        return seconds
+    try:
+        seconds = float(time.replace(",", "."))
+    except ValueError:
+        return None
+    return round(seconds, 6) if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def repair_encoding(text: str) -> str:
+    r"""Undo double encoding, map C1 control characters through cp1252, make no-break spaces plain.
+
+    Example:
+        >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85")
+        'a café—at noon…'
+    """
+    text = _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)
+    text = _C1.sub(lambda match: match[0].encode("latin-1").decode("cp1252", errors="ignore"), text)
+    return text.replace("\u00a0", " ")
+
+
+def _decode_again(text: str) -> str:
+    try:
+        return b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in text).decode("utf-8")
+    except UnicodeError:
+        return text  # looked like it, and was not
+
+
+def _read_rows(
+    path: Path, columns: Sequence[str], texts: Sequence[str], options: Sequence[str] = ()
+) -> list[tuple[int, dict[str, str], bool]]:
+    """Line number, repaired values by column, and whether a repair was needed, for every row that is not blank."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        expected = "a table of utterances; set data.table to one"
+        if path.name in (names := [name for name, _ in MELD_FILES.values()]):
+            expected = f"a folder with {', '.join(names)}; set data.root to it"
+        raise MsencError(f"{path}: no such file. Expected {expected}, or copy the file there.") from error
+    except OSError as error:
+        raise MsencError(f"{path}: cannot be read ({error.strerror}). Expected a readable CSV file.") from error
+    try:
+        text, is_utf8 = data.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        text, is_utf8 = data.decode("latin-1"), False  # cp1252's own characters arrive as C1 controls, repaired below
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
+            table = pd.read_csv(
+                io.StringIO(text, newline=""),
+                dtype=str,
+                keep_default_na=False,
+                skip_blank_lines=False,
+                index_col=False,
+            ).fillna("")
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        reason = str(error).splitlines()[0]
+        raise MsencError(
+            f"{path}: not a CSV table ({reason}). Expected {_header(columns)}. Get the file again."
+        ) from error
+    table.columns = table.columns.str.strip()
+    _check_columns(path, [str(c) for c in table.columns], columns, options)
+
+    rows, line = [], 2  # the header is line 1
+    for raw in table.to_dict("records"):
+        values = {str(c): repair_encoding(v).strip() for c, v in raw.items()}
+        # in a file that is not UTF-8, every character beyond ASCII was repaired
+        is_repaired = any(
+            repair_encoding(raw[c]) != raw[c] or not (is_utf8 or raw[c].isascii()) for c in texts if c in values
+        )
+        if any(values.values()):
+            rows.append((line, values, is_repaired))
+        line += 1 + sum(len(re.findall(r"\r\n|\r|\n", v)) for v in raw.values())  # quoted fields may span lines
+    if not rows:
+        raise MsencError(
+            f"{path}: found a header and no row. Expected one row per utterance. Put the complete file there."
+        )
+    return rows
+
+
+def _check_columns(path: Path, found: list[str], columns: Sequence[str], options: Sequence[str]) -> None:
+    """Refuse a table that lacks a column, or has one that looks like a misspelt one that it may have."""
+    missing = [c for c in columns if c not in found]
+    others = {c.lower(): c for c in found if c not in (*columns, *options)}
+    nearest = {
+        c: others[n]
+        for c in (*missing, *(c for c in options if c not in found))
+        for n in difflib.get_close_matches(c.lower(), others, n=1, cutoff=0.6 if c in missing else 0.8)
+    }
+    if not missing and not nearest:
+        return
+    hint = f" (nearest: {', '.join(nearest.values())})" if nearest else ""
+    also = f", and as you like {', '.join(options)}" if options else ""
+    raise MsencError(
+        f"{path}, row 1: no column {', '.join(missing or nearest)}{hint}; found {', '.join(found)}. Expected "
+        f"{_header(columns)}{also}. Rename or add the column."
+    )
+
+
+def _header(columns: Sequence[str]) -> str:
+    return f"a header with {', '.join(columns)}"
+
+
+def _bracketed(path: Path, row: int, description: str) -> str:
+    return (
+        f"{path}, row {row}: brackets in the voice description {description!r}. A target ends in its description "
+        "in brackets, so it must hold none. Write it without."
+    )
+
+
+def _whole_number(value: str, column: str, path: Path, row: int) -> int:
+    if not (value.isascii() and value.isdigit()):
+        raise MsencError(f"{path}, row {row}: {column} is {value!r}; expected a whole number. Correct the row.")
+    return int(value)
+
+
+def _utterance(values: dict[str, str], id: str, clip: str, path: Path, row: int) -> Utterance:
+    try:
+        marks = parse_marks(values.get("Marks", ""))
+    except MsencError as error:
+        raise MsencError(f"{path}, row {row}: {error}") from error
+    description = values.get("Description") or None
+    if description is not None and ("(" in description or ")" in description):
+        raise MsencError(_bracketed(path, row, description))
+    return Utterance(
+        id=id,
+        speaker=values["Speaker"],
+        text=values["Utterance"],
+        description=description,
+        start_s=_seconds(values["StartTime"]),
+        end_s=_seconds(values["EndTime"]),
+        clip=clip,
+        marks=marks,
+    )
+
+
+def _seconds(time: str) -> float | None:
+    match = _TIME.fullmatch(time)
+    if match is None:
+        return None
+    hours, minutes, seconds = int(match[1]), int(match[2]), float(match[3].replace(",", "."))
+    return round(3600 * hours + 60 * minutes + seconds, 6)
+
+
+def content_digest(dialogues: Iterable[Dialogue]) -> str:
+    """A hash of all that the annotations say; turns and audit carry it."""
+    return content_hash(d.to_json() for d in dialogues)

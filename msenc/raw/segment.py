@@ -1,0 +1,213 @@
+"""A dialogue's sound and pictures -> its utterances: stretches of speech between pauses and cuts.
+
+An utterance ends at a long pause, at a shorter one in which the picture cuts or the speaker changes, and, where it
+would grow too long for the recogniser, at its longest pause. So no cut falls into a word that is surrounded by pauses.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from msenc.raw.media import MediaError, Span, iterate_frames
+from msenc.types import MsencError
+
+VERSION = 1  # raised whenever equal input and settings give other utterances
+SAMPLE_RATE = 16_000
+
+Spans = list[tuple[float, float]]
+
+_SCENE_WIDTH = 256  # pixels; PySceneDetect makes pictures so small, too
+_MIN_SCENE_S = 0.5
+_CUT_TOLERANCE_S = 0.1  # sound and picture are seldom cut at the very same moment
+_SIDE_S = 2.0  # speech on each side of a pause, of which the voices are compared
+_MIN_SIDE_S = 0.6
+_QUIET_S = 0.03
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """When an utterance ends.
+
+    Args:
+        scene_threshold: change of content, 0 to 255, from which on PySceneDetect calls it a cut.
+        speech_threshold: probability from which on Silero VAD calls it speech.
+        min_pause_s: a pause of this length always ends an utterance.
+        max_utterance_s: a longer one is divided; Whisper listens to 30 s at once.
+        same_speaker: cosine similarity of the voices on both sides of a short pause, below which they are two speakers.
+    """
+
+    scene_threshold: float = 27.0
+    speech_threshold: float = 0.5
+    min_pause_s: float = 0.5
+    max_utterance_s: float = 25.0
+    same_speaker: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.max_utterance_s <= 30:
+            raise MsencError(
+                f"max_utterance_s={self.max_utterance_s}: expected 0.5 to 30 s, which Whisper hears at once."
+            )
+
+
+def load_speech_detector() -> Callable[[np.ndarray, float], Spans]:
+    """Silero VAD, whose weights come with its package.
+
+    Returns:
+        A function of sound, float32 (S,) at 16 kHz, and the threshold, that gives the stretches of speech in seconds.
+
+    Raises:
+        MsencError: if the package is missing.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        import silero_vad
+    except ImportError as error:
+        raise missing_extra("Finding speech", "silero-vad", error) from error
+    torch.set_num_threads(threads)  # its import sets one thread for the whole process
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=DeprecationWarning)
+        model = silero_vad.load_silero_vad()
+
+    def detect(sound: np.ndarray, threshold: float) -> Spans:
+        with torch.inference_mode():
+            found = silero_vad.get_speech_timestamps(torch.from_numpy(sound), model, threshold=threshold)
+        return [(s["start"] / SAMPLE_RATE, s["end"] / SAMPLE_RATE) for s in found]
+
+    return detect
+
+
+def find_cuts(path: Path, span: Span, threshold: float) -> list[float]:
+    """Hard cuts of the picture, by PySceneDetect's content detector.
+
+    Returns:
+        Seconds from the span's start; empty where there is no picture.
+
+    Raises:
+        MsencError: if the package is missing.
+        MediaError: if the file cannot be decoded.
+    """
+    try:
+        from scenedetect import ContentDetector, FrameTimecode
+        from scenedetect.common import Timecode
+    except ImportError as error:
+        raise missing_extra("Finding scenes", "scenedetect-headless", error) from error
+    clock = Fraction(1, 1_000_000)
+    detector = ContentDetector(threshold=threshold, min_scene_len=_MIN_SCENE_S)
+    cuts: list[FrameTimecode] = []
+    try:
+        for seconds, picture in iterate_frames(path, span, _SCENE_WIDTH):
+            # the rate says nothing of these times, which are exact; the detector wants one
+            time = FrameTimecode(Timecode(round(seconds / clock), clock), fps=25.0)
+            cuts += detector.process_frame(time, picture)
+    except MediaError as error:
+        if error.reason != "no picture":
+            raise
+    return sorted(cut.seconds for cut in cuts)
+
+
+def cut_utterances(
+    speech: Spans,
+    cuts: Sequence[float],
+    settings: SegmentSettings,
+    is_new_speaker: Callable[[tuple[float, float], tuple[float, float]], bool],
+    quietest: Callable[[float, float], float],
+) -> Spans:
+    """Stretches of speech -> utterances.
+
+    Args:
+        speech: in seconds, in order, apart from each other.
+        cuts: of the picture, in seconds.
+        settings: when an utterance ends.
+        is_new_speaker: whether somebody else speaks in the second of two spans of speech.
+        quietest: the moment between two times that is the best to cut at where there is no pause.
+
+    Returns:
+        Start and end of each utterance, in seconds, in order.
+
+    Example:
+        >>> never = lambda before, behind: False
+        >>> cut_utterances([(0, 1), (1.2, 2), (3, 4)], [], SegmentSettings(), never, max)
+        [(0, 2), (3, 4)]
+        >>> cut_utterances([(0, 1), (1.2, 2), (3, 4)], [1.1], SegmentSettings(), never, max)
+        [(0, 1), (1.2, 2), (3, 4)]
+    """
+    groups: list[Spans] = []
+    for stretch in speech:
+        if groups and not _is_boundary(groups[-1], stretch, speech, cuts, settings, is_new_speaker):
+            groups[-1].append(stretch)
+        else:
+            groups.append([stretch])
+    return [u for group in groups for u in _divide(group, settings.max_utterance_s, quietest)]
+
+
+def quietest_moment(sound: np.ndarray) -> Callable[[float, float], float]:
+    """Of a sound, float32 (S,) at 16 kHz: where it is quietest between two times, in seconds."""
+    step = round(_QUIET_S * SAMPLE_RATE)
+
+    def find(start_s: float, end_s: float) -> float:
+        first, last = round(start_s * SAMPLE_RATE), round(end_s * SAMPLE_RATE)
+        frames = sound[first:last]
+        frames = frames[: len(frames) // step * step].reshape(-1, step)
+        if len(frames) == 0:
+            return (start_s + end_s) / 2
+        return start_s + (int(np.argmin((frames**2).sum(axis=1))) + 0.5) * _QUIET_S
+
+    return find
+
+
+def missing_extra(what: str, package: str, error: ImportError) -> MsencError:
+    """The refusal where a package of the extra `raw` is missing."""
+    return MsencError(
+        f"{what} in recordings needs {package}, which cannot be imported ({error}). "
+        f"Install it: pip install 'msenc[raw]'"
+    )
+
+
+def _is_boundary(
+    group: Spans,
+    stretch: tuple[float, float],
+    speech: Spans,
+    cuts: Sequence[float],
+    settings: SegmentSettings,
+    is_new_speaker: Callable[[tuple[float, float], tuple[float, float]], bool],
+) -> bool:
+    start_s, end_s = group[-1][1], stretch[0]
+    if end_s - start_s >= settings.min_pause_s:
+        return True
+    if any(start_s - _CUT_TOLERANCE_S <= cut <= end_s + _CUT_TOLERANCE_S for cut in cuts):
+        return True
+    before = max(group[0][0], start_s - _SIDE_S), start_s
+    # what follows, up to where the utterance must end anyway
+    following = [s for s in speech if end_s <= s[0] < end_s + _SIDE_S]
+    until_s = stretch[1]
+    for last, following_one in pairwise(following):
+        if following_one[0] - last[1] >= settings.min_pause_s:
+            break
+        until_s = following_one[1]
+    behind = end_s, min(until_s, end_s + _SIDE_S)
+    if min(before[1] - before[0], behind[1] - behind[0]) < _MIN_SIDE_S:
+        return False
+    return is_new_speaker(before, behind)
+
+
+def _divide(group: Spans, max_s: float, quietest: Callable[[float, float], float]) -> Spans:
+    """One utterance, or several of at most `max_s`, parted at the longest pauses."""
+    start_s, end_s = group[0][0], group[-1][1]
+    if end_s - start_s <= max_s:
+        return [(start_s, end_s)]
+    if len(group) == 1:
+        num = math.ceil((end_s - start_s) / (0.8 * max_s))
+        length_s = (end_s - start_s) / num
+        edges = [quietest(*(start_s + (k + d) * length_s for d in (-0.1, 0.1))) for k in range(1, num)]
+        edges = [start_s, *edges, end_s]
+        return list(pairwise(edges))
+    longest = max(range(1, len(group)), key=lambda k: group[k][0] - group[k - 1][1])
+    return [*_divide(group[:longest], max_s, quietest), *_divide(group[longest:], max_s, quietest)]

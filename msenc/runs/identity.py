@@ -1,0 +1,126 @@
+"""What tells one run from another: its settings, and the hashes of its data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from msenc.config.build import with_first_targets
+from msenc.data.datamodule import DialogueDataModule
+from msenc.files import digest
+from msenc.runs.record import read_run
+from msenc.types import MsencError
+
+ANOTHER_PLACE = {
+    "": ("paths", "logger", "resume", "plan", "dry_run", "prepare_workers", "init_from"),
+    "data": ("dir", "root", "table", "recordings", "labels", "num_workers", "verify"),
+}
+"""Keys that do not tell one run from another: where things lie, who watches, and how many help.
+
+What a run starts from is told by its tensors' hashes, not by their folder.
+"""
+
+
+def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
+    """What two runs must share to be compared: turns and splits, the targets' form, and the history rule."""
+    task = {
+        "turns": datamodule.manifest.turns_hash,
+        "target": config["prompt"]["target"],
+        "max_history_tokens": config["data"]["max_history_tokens"],
+    }
+    if datamodule.left_out:
+        task["left_out"] = sorted(datamodule.left_out)
+    if windows := config["prompt"].get("windows"):
+        task["windows"] = windows
+    return digest(task)
+
+
+def stream_hashes(datamodule: DialogueDataModule) -> dict[str, str]:
+    """Stream -> hash of its features, or of what stands in their place."""
+    hashes = {s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()}
+    for control in datamodule.controls:
+        if control.stream in hashes:
+            hashes[control.stream] = digest([hashes[control.stream], str(control)])
+    return hashes
+
+
+def data_hashes(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict[str, Any]:
+    """What a run reads, by its hashes."""
+    return {
+        "turns_hash": datamodule.manifest.turns_hash,
+        "streams": stream_hashes(datamodule),
+        "task_hash": task_hash(config, datamodule),
+    }
+
+
+def run_identity(cfg: DictConfig, data: Mapping[str, Any]) -> str:
+    """The hash by which a repeated command finds its run: all settings that matter, and the data."""
+    return digest({**run_settings(cfg), **data})
+
+
+def places_of_runs(cfg: DictConfig, hydra: DictConfig) -> list[Path]:
+    """Where a repeated command looks for its run: all runs, and the sweep's folder, which may lie elsewhere."""
+    places = [Path(cfg.paths.runs_dir)]
+    return [*places, Path(hydra.sweep.dir)] if hydra.mode is RunMode.MULTIRUN else places
+
+
+def check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
+    """Refuse data that was prepared anew, with other content, since the run; imported weights know no data."""
+    now = {"task_hash": task_hash(config, datamodule), "streams": stream_hashes(datamodule)}
+    for what, found in now.items():
+        if record[what] not in (found, None):
+            raise MsencError(
+                f"{datamodule.folder}: not the data that the run was trained on ({what} was {record[what]}, is "
+                f"{found}). Prepare it as it was, or train again."
+            )
+
+
+def run_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What tells a run from others, of its config: all that changes what is trained or measured.
+
+    Places do not: they are replaced by their names before anything refers to them.
+    """
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    cfg.paths = {name: name for name in cfg.paths}
+    for path, keys in ANOTHER_PLACE.items():
+        node = OmegaConf.select(cfg, path) if path else cfg
+        for key in keys:
+            if key in node and key != "paths":
+                del node[key]
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    del settings["paths"]
+    # What is empty changes nothing, and is absent in runs from before there was such a key.
+    if not settings.get("optimizer", {}).get("groups", True):
+        del settings["optimizer"]["groups"]
+    if not settings.get("loss", {}).get("weights", True):
+        del settings["loss"]
+    return with_first_targets(settings)
+
+
+def check_same_settings(folder: Path, cfg: DictConfig) -> None:
+    """Refuse to continue a run with other settings than its own.
+
+    Raises:
+        MsencError: it names up to three that differ.
+    """
+    _, own = read_run(folder)
+    before, now = _flat(run_settings(own)), _flat(run_settings(cfg))
+    differ = [
+        f"{key}={before.get(key, '(none)')} there, {now.get(key, '(none)')} now"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise MsencError(
+            f"{folder}: the run cannot be continued with other settings than its own: {'; '.join(differ[:3])}{more}. "
+            "Leave them out (or restore configs/ as it was), or start another run, without resume."
+        )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}".lstrip(".")).items()}

@@ -1,0 +1,83 @@
+"""Command lines: overrides as they are typed, and the short forms that Hydra does not know."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from msenc.runs.record import read_run
+from msenc.types import MsencError
+
+
+def resumed_arguments(arguments: list[str]) -> list[str]:
+    """A command line with ``resume=RUN`` -> the one that composes that run's config, and works in its folder.
+
+    Args:
+        arguments: of `train.py`; returned as they are where they name no run's folder.
+
+    Raises:
+        MsencError: the folder is no run, or the command is a multirun.
+    """
+    named = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
+    if not named or named[-1] in ("auto", "null", ""):
+        return arguments
+    if {"-m", "--multirun"} & set(arguments) or any(a.startswith("sweep=") for a in arguments):
+        raise MsencError(
+            f"resume={named[-1]}: a multirun makes many runs, this is one. Leave out -m, or use resume=auto."
+        )
+    folder = Path(named[-1])
+    read_run(folder, "resume")
+    file = folder / ".hydra" / "overrides.yaml"
+    given = [a for a in arguments if not a.startswith("resume=")]
+    keys = {key_of(a) for a in given}
+    own = [o for o in OmegaConf.load(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
+    quoted = quoted_value(str(folder.resolve()))
+    # A job's own overrides name its sweep, which would begin anew; and Hydra would write the run's .hydra/ anew.
+    hydra = [f"hydra.run.dir={quoted}", "hydra.mode=RUN", "hydra.output_subdir=null"]
+    return [*own, *given, f"resume={quoted}", *hydra]
+
+
+def spelt_out(arguments: Sequence[str]) -> list[str]:
+    """``init_from=RUN`` -> ``init_from.run=RUN``: a run to take everything from is the short form.
+
+    Example:
+        >>> spelt_out(["init_from=runs/single/A", "seed=2"])
+        ['init_from.run=runs/single/A', 'seed=2']
+    """
+    return [a.replace("init_from=", "init_from.run=", 1) if a.startswith("init_from=") else a for a in arguments]
+
+
+def key_of(override: str) -> str:
+    """What an override sets, as ``modality`` in ``modality=text``."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def literal_arguments(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
+    """Command-line arguments with some values taken as they are typed: Hydra reads commas and quotes as its own.
+
+    Args:
+        arguments: of a script.
+        keys: whose values are literal, but for ``null``.
+
+    Example:
+        >>> literal_arguments(["text=Well, yes!", "seed=2"], ["text"])
+        ["text='Well, yes!'", 'seed=2']
+    """
+    parts = [argument.partition("=") for argument in arguments]
+    return [
+        f"{key}={quoted_value(value)}" if key in keys and value not in ("", "null") else argument
+        for argument, (key, _, value) in zip(arguments, parts, strict=True)
+    ]
+
+
+def quoted_value(text: str) -> str:
+    r"""A text as an override's value, whatever signs are in it.
+
+    Example:
+        >>> print(quoted_value(r"it's in C:\a"))
+        'it\'s in C:\a'
+    """
+    # In quotes Hydra reads a backslash as itself, but for those that stand before a quote.
+    doubled = re.sub(r"(\\+)(?='|\Z)", r"\1\1", text)
+    return "'{}'".format(doubled.replace("'", "\\'"))

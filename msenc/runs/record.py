@@ -1,0 +1,208 @@
+"""A run's folder: what is written there, and how it is read again.
+
+- ``run.json``: what ran, on what, and how it ended
+- ``metrics.json``: validation metrics at the end of training
+- ``.hydra/``: the config, as it was composed (written by Hydra)
+- ``checkpoints/``: best.ckpt, last.ckpt and previous.ckpt, what trained
+- ``export/``: what trained, for use elsewhere
+- ``evaluation/``: one folder per data set, split and settings
+"""
+
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from msenc.config.build import with_current_targets
+from msenc.files import read_json, write_json
+from msenc.types import MsencError
+
+SCHEMA_VERSION = 1
+PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
+
+
+class RunRecord:
+    """``run.json``, kept up to date: written when the run starts, and again whenever something is known.
+
+    It holds the run's folder for this process alone, until `close`; the hold goes when the process ends, however it
+    ends. Of several processes that train together, the first one keeps the record.
+
+    Args:
+        folder: the run's folder; it is made.
+        **facts: what is known at the start.
+
+    Raises:
+        MsencError: the folder holds a run, or another process works in it.
+    """
+
+    def __init__(self, folder: Path, **facts: Any) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        if is_first_process() and (self.folder / "run.json").is_file():
+            self.close()
+            raise MsencError(
+                f"{self.folder}: holds a run already. Continue it (python train.py resume={self.folder}), or give "
+                "another folder."
+            )
+        self._begin(0.0, 0)
+        self.facts = {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "commit": _commit(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": machine(),
+            "resumed": 0,
+            **facts,
+        }
+        self.add()
+
+    @classmethod
+    def reopen(cls, folder: Path) -> "RunRecord":
+        """Open an earlier run's record to continue the run.
+
+        Raises:
+            MsencError: another process works in the folder, or the record cannot be read.
+        """
+        record = cls.__new__(cls)
+        record.folder = Path(folder)
+        record._hold()
+        record._continue()
+        return record
+
+    def move(self, folder: Path) -> None:
+        """Continue an earlier run in its folder instead, and remove this one, in which nothing has happened yet."""
+        empty, hold = self.folder, self._lock
+        if Path(folder).resolve() == empty.resolve():
+            raise ValueError(f"{folder}: the run is here already")
+        self.folder = Path(folder)
+        try:
+            self._hold()
+        except MsencError:  # whoever works there keeps its record; this one says so in its own
+            self.folder, self._lock = empty, hold
+            raise
+        if hold is not None:
+            hold.release()
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == empty:
+                handler.close()
+                handler.baseFilename = str(self.folder / Path(handler.baseFilename).name)
+        shutil.rmtree(empty, ignore_errors=True)
+        self._continue()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def add(self, **facts: Any) -> None:
+        """Note facts, with the seconds of all starts together and the peak memory so far."""
+        self.facts.update(facts)
+        self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._start, 2)
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        self.facts["peak_memory_mib"] = max(self._memory_before, memory)
+        if is_first_process():
+            write_json(self.folder / "run.json", self.facts)
+
+    def _hold(self) -> None:
+        self._lock = None
+        if is_first_process():
+            lock = FileLock(self.folder / ".lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout as e:
+                raise MsencError(
+                    f"{self.folder}: another process works in this run's folder. Wait for it, or end it, then repeat."
+                ) from e
+            self._lock = lock
+
+    def _begin(self, seconds_before: float, memory_before: int) -> None:
+        with suppress(OSError):  # Linux: the peak of what this process did before, such as another job, is forgotten
+            Path("/proc/self/clear_refs").write_text("5")
+        self._start = time.monotonic()
+        self._seconds_before = seconds_before
+        self._memory_before = memory_before
+
+    def _continue(self) -> None:
+        self.facts = read_json(self.folder / "run.json")
+        self._begin(self.facts["seconds"], self.facts["peak_memory_mib"])
+        if not is_finished(self.facts):
+            self.facts.pop("error", None)
+            self.add(status="running", resumed=self.facts.get("resumed", 0) + 1, commit_resumed=_commit())
+
+
+def machine() -> str:
+    """What kind of machine this is."""
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, of those that train one run together."""
+    from lightning.pytorch.utilities import rank_zero_only  # late: train.py's --help must not wait for it
+
+    return rank_zero_only.rank == 0
+
+
+def is_finished(facts: Mapping[str, Any]) -> bool:
+    """Whether a record is of a run that is done; one that was killed still says that it is running."""
+    return facts["status"] == "finished"
+
+
+# ---------------------------------------------------------------------------------------------------- which run
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def read_run(run_dir: str | Path, argument: str = "run_dir") -> tuple[dict[str, Any], DictConfig]:
+    """Open a run: its record and its config.
+
+    Args:
+        run_dir: its folder.
+        argument: what named it, for messages.
+
+    Raises:
+        MsencError: the folder is no run, or one that never got as far as a config.
+    """
+    folder = Path(run_dir)
+    for file in (folder / "run.json", folder / ".hydra" / "config.yaml"):
+        if not file.is_file():
+            runs = sorted(str(f.parent.relative_to(folder)) for f in folder.glob("*/run.json"))[:3]
+            inside = f" It holds runs, though: {', '.join(runs)}." if runs else ""
+            what = "is not a run's folder" if folder.is_dir() else "does not exist"
+            raise MsencError(
+                f"{argument}={run_dir}: {what} (no {file.relative_to(folder)}).{inside} Expected a folder that "
+                "train.py wrote, such as runs/single/TIME."
+            )
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(config, DictConfig)
+    config = OmegaConf.create(with_current_targets(OmegaConf.to_container(config)))
+    return read_json(folder / "run.json"), config
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a mark where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

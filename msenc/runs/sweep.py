@@ -1,0 +1,125 @@
+"""A sweep's folder: which jobs it has, and which run each of them is.
+
+- ``sweep.json``: the command and its jobs, written when the sweep starts
+- ``jobs/<number>.json``: where the run of a job lies, written by the job; it may lie in another sweep's folder
+- ``<time of a start>/<number>/``: runs that began here
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msenc.files import digest, read_json, write_json
+from msenc.runs.identity import ANOTHER_PLACE
+from msenc.runs.overrides import key_of
+
+SCHEMA_VERSION = 1
+STOPPING = "stopping"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Args:
+        number: its place in the sweep, from 0.
+        overrides: what composes its config.
+        run_dir: the folder of its run; None where it has not started.
+    """
+
+    number: int
+    overrides: tuple[str, ...]
+    run_dir: Path | None
+
+
+def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str]) -> str:
+    """The name of a sweep's folder; the same for a command with more, or fewer, values on the same axes.
+
+    Args:
+        chosen: the file of the group ``sweep``, if there is one.
+        overrides: of the command.
+        axes: keys that are varied; the seed always counts as one.
+
+    Example:
+        >>> one = sweep_name(None, ["modality=text", "seed=1,2", "optimizer.lr=0.1"], ["seed"])
+        >>> one == sweep_name(None, ["optimizer.lr=0.1", "paths.runs_dir=x", "modality=text"], ["seed"])
+        True
+        >>> one == sweep_name(None, ["modality=text", "optimizer.lr=0.2"], ["seed"])
+        False
+    """
+    varied = {*axes, "seed"}
+    fixed = {key_of(o): o for o in overrides if key_of(o) not in varied and not _is_a_place(key_of(o))}
+    return f"{chosen or 'multirun'}-{digest([sorted(fixed.values()), sorted(varied)])}"
+
+
+def _is_a_place(key: str) -> bool:
+    """Whether a key tells no run from another."""
+    group, _, name = key.partition(".")
+    return group in ANOTHER_PLACE[""] or (group in ANOTHER_PLACE and name in ANOTHER_PLACE[group])
+
+
+def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[str]] | None) -> None:
+    """Note the jobs of a sweep that starts; what earlier starts of it noted is forgotten, their runs stay.
+
+    Args:
+        folder: of the sweep.
+        command: its overrides.
+        jobs: overrides of each; None where a sweeper chooses them as it goes.
+    """
+    shutil.rmtree(folder / "jobs", ignore_errors=True)
+    write_json(
+        folder / "sweep.json",
+        {"schema_version": SCHEMA_VERSION, "command": list(command), "jobs": jobs and [*map(list, jobs)]},
+    )
+
+
+def note_run(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
+    """Note which run a job is."""
+    place = os.path.relpath(Path(run_dir).resolve(), Path(folder).resolve())
+    facts = {"run_dir": place, "overrides": list(overrides), "process": os.getpid()}
+    write_json(folder / "jobs" / f"{number}.json", facts)
+
+
+def stop_jobs(folder: Path) -> bool:
+    """Let the jobs that run in processes of this one stop as they do on a SIGTERM, and let no other one start.
+
+    Returns:
+        Whether there is such a process.
+    """
+    processes = {read_json(path)["process"] for path in folder.glob("jobs/*.json")}
+    children = [process for process in processes if _is_child(process)]
+    if children:
+        (folder / "jobs" / STOPPING).touch()
+    for process in children:
+        os.kill(process, signal.SIGTERM)
+    return bool(children)
+
+
+def is_stopping(folder: Path) -> bool:
+    """Whether `stop_jobs` was called since the sweep's start."""
+    return (folder / "jobs" / STOPPING).exists()
+
+
+def _is_child(process: int) -> bool:
+    """Whether it is a process that this one has started, and lives; those of other machines have numbers too."""
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
+def read_sweep(folder: Path) -> list[Job] | None:
+    """The jobs of a sweep in order; None where the folder is no sweep's."""
+    if not (folder / "sweep.json").is_file():
+        return None
+    wanted: list[list[str]] = read_json(folder / "sweep.json")["jobs"] or []
+    noted: Mapping[int, dict] = {int(p.stem): read_json(p) for p in folder.glob("jobs/*.json")}
+    jobs = []
+    for number in sorted({*range(len(wanted)), *noted}):
+        run = noted.get(number)
+        overrides = wanted[number] if number < len(wanted) else run["overrides"]
+        jobs.append(Job(number, tuple(overrides), Path(os.path.normpath(folder / run["run_dir"])) if run else None))
+    return jobs

@@ -1,0 +1,217 @@
+"""What an audit found, beside the streams in ``audit/``, and the filter that leaves out what carries a flag.
+
+``audit/audit.csv``: one line per flag; ``audit/audit.json``: its hash, which ``dataset.json`` and runs record.
+`left_out` -> ids -> `FilteredReader`, which reads shards as if those ids had never been in them.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msenc.store.location import Place
+from msenc.store.manifest import DatasetManifest
+from msenc.store.shards import ShardReader
+from msenc.types import MsencError
+
+SCHEMA_VERSION = 1
+AUDIT = "audit"
+
+FLAGS = {
+    "clip_missing": "no such clip",
+    "clip_corrupt": "the clip does not decode, or ends long before its header says",
+    "decoder_died": "the process that decoded the clip was killed",
+    "sound_missing": "the clip has no sound",
+    "silent": "nothing to hear in the clip's sound",
+    "picture_missing": "the clip has no picture",
+    "surround_sound": "more than two channels; mixed down to one",
+    "low_sample_rate": "sound below 16 kHz: half of what speech encoders expect is missing",
+    "rotated": "the picture is stored on its side; turned when it is read",
+    "variable_frame_rate": "pictures at uneven times; sampled by their times",
+    "wrong_extension": "the file is of another format than its name says",
+    "duplicate_clip": "the same bytes as an earlier clip",
+    "clip_without_row": "a file beside the clips that no utterance names",
+    "length_deviation": "the clip is longer or shorter than its row says",
+    "fast_text": "more characters per second than anybody speaks",
+    "no_length": "the row's times span no time, or end before they start",
+    "short": "the row's times span less than 0.3 s",
+    "long": "the row's times span more than 60 s",
+    "unreadable_time": "a time in the row cannot be read",
+    "repaired_text": "characters of the text or speaker had a wrong encoding and were repaired",
+    "row_overlap": "starts before the row above it ends",
+    "backward_time": "starts before the row above it starts",
+    "long_gap": "starts more than 60 s after the row above it ends",
+    "missing_ids": "numbers are missing between the utterance ids of the dialogue",
+    "single_turn": "a dialogue of one utterance: no target",
+    "duplicate_dialogue": "the same words as an earlier dialogue of two utterances or more",
+    "leakage": "a val or test dialogue within 30 s of a train dialogue in the same recording, or overlapping it",
+    "text_in_train": "an utterance of val or test that occurs word for word in train",
+}
+"""Flag -> what it means. The filter ``no_<flag>`` leaves out what carries it."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One finding about something that is usable all the same, or usable in part.
+
+    Args:
+        id: the dialogue or utterance; empty for a file that belongs to none.
+        split: of the dialogue, or of the folder that the file lies in.
+        flag: one of `FLAGS`.
+        file: the clip it concerns, if any.
+        found: what was found there.
+    """
+
+    id: str
+    split: str
+    flag: str
+    file: str = ""
+    found: str = ""
+
+
+def flags_csv(flags: Iterable[Flag]) -> str:
+    """The text of ``audit.csv``."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([f.name for f in fields(Flag)])
+    writer.writerows(astuple(flag) for flag in flags)
+    return buffer.getvalue()
+
+
+def find_audit(folder: Path, content: str) -> str:
+    """The hash of the audit in `folder`, if there is one of annotations with this digest, else empty."""
+    try:
+        record = _read_record(folder, "")
+    except MsencError:
+        return ""
+    return record["hash"] if record["content"] == content else ""
+
+
+def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, hint: str = "") -> frozenset[str]:
+    """Ids of the dialogues and utterances that filters leave out.
+
+    Args:
+        folder: prepared data that were audited.
+        filters: ``no_<flag>`` each.
+        manifest: of the data; the audit must be the one it records.
+        hint: added to error messages: the command that prepares the data.
+
+    Raises:
+        MsencError: a filter that does not exist, no audit of these data, or another one than the manifest records.
+    """
+    for name in filters:
+        if name.removeprefix("no_") not in FLAGS or not name.startswith("no_"):
+            raise MsencError(f"data.filter: no filter {name!r}. Expected of: {', '.join(f'no_{f}' for f in FLAGS)}.")
+    wanted = f"data.filter={','.join(filters)}"
+    if not manifest.audit_hash:
+        raise MsencError(
+            f"{folder}: {wanted} needs an audit, and these data have none. Run: python prepare.py stage=audit, with "
+            "the same data.* settings."
+        )
+    record = _read_record(folder, hint)
+    path = folder / AUDIT / "audit.csv"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise MsencError(f"{path}: cannot be read ({error}). Audit again: python prepare.py stage=audit") from error
+    if record["hash"] != manifest.audit_hash or hashlib.sha256(text.encode()).hexdigest() != record["flags"]:
+        raise MsencError(
+            f"{path}: not the audit that dataset.json records. {wanted} would leave out other things than it says. "
+            "Audit again: python prepare.py stage=audit"
+        )
+    flags = {name.removeprefix("no_") for name in filters}
+    return frozenset(row["id"] for row in csv.DictReader(io.StringIO(text)) if row["flag"] in flags and row["id"])
+
+
+def count_left_out(ids: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Split -> how many dialogues, and how many utterances of other dialogues, `left_out` leaves out.
+
+    Example:
+        >>> count_left_out({"meld/test/dia3", "meld/test/dia3/utt1", "meld/test/dia4/utt0"})
+        {'test': {'dialogues': 1, 'utterances': 1}}
+    """
+    counts: dict[str, dict[str, int]] = {}
+    ids = set(ids)
+    for id in sorted(ids):
+        _, split, _, *utterance = id.split("/")
+        of_split = counts.setdefault(split, {"dialogues": 0, "utterances": 0})
+        if not utterance:
+            of_split["dialogues"] += 1
+        elif id.removesuffix(f"/{utterance[0]}") not in ids:
+            of_split["utterances"] += 1
+    return counts
+
+
+def _read_record(folder: Place, hint: str) -> dict[str, Any]:
+    path = folder / AUDIT / "audit.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MsencError(f"{path}: cannot be read ({error}). Audit again: python prepare.py stage=audit") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION or not all(isinstance(record.get(key), str) for key in ("hash", "content", "flags")):
+        raise MsencError(
+            f"{path}: found schema version {version}, expected a complete audit of version {SCHEMA_VERSION}. "
+            f"Audit again: python prepare.py stage=audit {hint}".rstrip()
+        )
+    return record
+
+
+class FilteredReader:
+    """A `ShardReader` without some dialogues and utterances.
+
+    Args:
+        reader: of turns, or of one stream's features.
+        turns: of the same split, which name the utterances; `reader` itself where that reads turns.
+        ids: what to leave out: dialogue ids, and ``<dialogue id>/utt<utterance id>``.
+    """
+
+    def __init__(self, reader: ShardReader, turns: ShardReader, ids: frozenset[str]) -> None:
+        self.reader = reader
+        self.split = reader.split
+        self.hash = hashlib.sha256(json.dumps([reader.hash, sorted(ids)]).encode()).hexdigest()
+        touched = {id.rpartition("/")[0] for id in ids}
+        self._kept: dict[str, list[int]] = {}
+        self.ids, self.lengths = [], []
+        for id, lengths in zip(reader.ids, reader.lengths, strict=True):
+            if id in ids:
+                continue
+            kept = list(range(len(lengths)))
+            if id in touched:
+                utterances = turns.read(id)["turns.json"]["utterances"]
+                kept = [k for k, u in enumerate(utterances) if f"{id}/utt{u['id']}" not in ids]
+                self._kept[id] = kept
+            self.ids.append(id)
+            self.lengths.append([lengths[k] for k in kept])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, id: str) -> dict[str, Any]:
+        """As `ShardReader.read`, without what is left out."""
+        members = self.reader.read(id)
+        if id not in self._kept:
+            return members
+        kept = self._kept[id]
+        if "turns.json" in members:
+            turns = members["turns.json"]
+            return {"turns.json": {**turns, "utterances": [turns["utterances"][k] for k in kept]}}
+        spans = list(pairwise(members["offsets.npy"]))
+        frames = [members["features.npy"][slice(*spans[k])] for k in kept]
+        offsets = np.cumsum([0, *(len(f) for f in frames)], dtype=np.int64)
+        return {"features.npy": np.concatenate([members["features.npy"][:0], *frames]), "offsets.npy": offsets}
+
+    def check(self) -> None:
+        """As `ShardReader.check`."""
+        self.reader.check()
+
+    def close(self) -> None:
+        """As `ShardReader.close`."""
+        self.reader.close()

@@ -1,0 +1,67 @@
+"""``labels.jsonl`` beside the streams: columns of the data's table that no prompt reads, by utterance.
+
+They are what an utterance is known by (`Emotion` in MELD), for connectors to be aligned to. Turns and their hash know
+nothing of them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msenc.store.location import Place
+from msenc.store.manifest import write_text
+from msenc.types import MsencError
+
+LABELS = "labels.jsonl"
+VOICE_TURNS = "voice-turns.jsonl"
+"""Measured attributes by utterance, which `prepare.describe` writes."""
+
+Labels = Mapping[str, Mapping[str, Any]]
+"""Utterance id (``meld/train/dia3/utt5``) -> column -> value."""
+
+
+def write_labels(folder: Path, labels: Labels) -> None:
+    """Write ``labels.jsonl``, whole or not at all; without a label, take an earlier one away."""
+    if labels:
+        lines = (json.dumps({"id": id, **columns}, ensure_ascii=False) + "\n" for id, columns in labels.items())
+        write_text(folder / LABELS, "".join(lines))
+    else:
+        (folder / LABELS).unlink(missing_ok=True)
+
+
+def read_labels(folder: Place, file: str, hint: str) -> dict[str, dict[str, Any]]:
+    """Read a file of labels: ``labels.jsonl``, or ``voice-turns.jsonl`` with what was measured.
+
+    Args:
+        folder: the prepared data.
+        file: `LABELS` or `VOICE_TURNS`.
+        hint: what makes it, for messages.
+
+    Raises:
+        MsencError: it is missing, or a line is none of labels.
+    """
+    path = folder / file
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise MsencError(f"{path}: missing. {hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MsencError(f"{path}: cannot be read ({error}). {hint}") from error
+    labels = {}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            labels[row.pop("id")] = row
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise MsencError(
+                f"{path}, line {number}: found {line[:60]!r}, expected an object with an id. {hint}"
+            ) from error
+    return labels
+
+
+def columns_of(labels: Labels) -> Sequence[str]:
+    """The columns that any utterance has, in order."""
+    return list(dict.fromkeys(column for row in labels.values() for column in row))

@@ -1,0 +1,413 @@
+"""Dialogues -> WebDataset shards with an index, and back by random access.
+
+One stream (turns, or the features of one encoder) is one folder: tar files per split, and ``index.json``, which says
+where in them each dialogue lies. Any webdataset reader opens the tar files without it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from msenc.store.location import Place, RemotePath, hash_file
+from msenc.types import MsencError
+
+SCHEMA_VERSION = 1
+INDEX = "index.json"
+
+# webdataset ends a sample's key at the first dot of the last part of its path.
+_DIALOGUE_ID = re.compile(r"(?:[^/\s]+/)*[^./\s]+")
+
+
+def write_stream(
+    folder: Path,
+    samples: Iterable[tuple[str, str, dict[str, Any]]],
+    settings: dict[str, Any],
+    max_shard_bytes: int = 128 * 2**20,
+) -> dict[str, Any]:
+    """Write one stream; `folder` changes only when all is written, so that no half-written one looks whole.
+
+    The same samples and settings give the same bytes and the same hash. One writer per folder at a time.
+
+    Args:
+        folder: becomes the stream; an earlier one there is replaced at the end.
+        samples: (dialogue id, split, members); a member is ``name.json`` with plain values, or ``name.npy`` with an
+            array. ``offsets.npy`` (U+1,) beside ``features.npy`` (sum of T, D) says where each utterance begins.
+        settings: what made the stream, plain values; part of its hash.
+        max_shard_bytes: a shard that would grow beyond is closed; one dialogue always stays in one shard.
+
+    Returns:
+        The index: schema_version, stream, settings, hash, shards, samples.
+
+    Raises:
+        MsencError: if nothing is to be written, an id is unfit or used twice, or the disk refuses.
+    """
+    folder = Path(folder)
+    temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder.parent, folder.name)
+        temporary.mkdir()
+    writers: dict[str, _SplitWriter] = {}
+    try:
+        seen: set[str] = set()
+        for id, split, members in samples:
+            if id in seen or not _DIALOGUE_ID.fullmatch(id):
+                found = "twice" if id in seen else "with a space, or with a dot in its last part"
+                raise MsencError(
+                    f"{folder}: dialogue id {id!r} found {found}. Expected ids that are unique and fit a file name."
+                )
+            seen.add(id)
+            with disk_errors(folder):
+                writer = writers.setdefault(split, _SplitWriter(temporary, split, max_shard_bytes))
+                writer.write(id, members)
+        if not seen:
+            raise MsencError(f"{folder}: no dialogue to write; expected at least one. Check the dataset's annotations.")
+        with disk_errors(folder):
+            for writer in writers.values():
+                writer.close()
+            index = _index(temporary, folder.name, settings, list(writers.values()))
+            (temporary / INDEX).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+            _replace(folder, temporary)
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(samples, Generator):
+            samples.close()  # its workers end before the error is shown
+        raise
+    return index
+
+
+def read_index(folder: Place, hint: str = "") -> dict[str, Any]:
+    """The index of a stream.
+
+    Args:
+        folder: what `write_stream` wrote.
+        hint: added to error messages: the command that makes the stream.
+
+    Raises:
+        MsencError: if the folder or its index is missing, cannot be read, or is of another schema.
+    """
+    path = folder / INDEX
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise MsencError(_with_hint(f"{folder}: no such folder of shards. Expected one written by prepare.py.", hint))
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MsencError(_with_hint(f"{path}: missing. Expected it beside the shards; prepare again.", hint)) from error
+    except (OSError, ValueError) as error:
+        raise MsencError(_with_hint(f"{path}: cannot be read ({error}). Prepare again.", hint)) from error
+    version = index.get("schema_version") if isinstance(index, dict) else None
+    if version != SCHEMA_VERSION:
+        raise MsencError(
+            _with_hint(f"{path}: found schema version {version}, expected {SCHEMA_VERSION}. Prepare again.", hint)
+        )
+    missing = [key for key in ("stream", "settings", "hash", "shards", "samples") if key not in index]
+    if missing:
+        raise MsencError(_with_hint(f"{path}: no {', '.join(missing)} in it. Prepare again.", hint))
+    if not _is_sound(index):
+        raise MsencError(_with_hint(f"{path}: damaged; it does not hold what its hash says. Prepare again.", hint))
+    return index
+
+
+def _is_sound(index: dict[str, Any]) -> bool:
+    """Whether all is of the type and range that a reader relies on, and the hash is that of settings and shards."""
+    shard, sample = {"file": str, "sha256": str, "bytes": int}, {"id": str, "split": str, "shard": int}
+    try:
+        return (
+            all(isinstance(s[key], kind) for s in index["shards"] for key, kind in shard.items())
+            and all(isinstance(s[key], kind) for s in index["samples"] for key, kind in sample.items())
+            and all(0 <= s["shard"] < len(index["shards"]) for s in index["samples"])
+            and all(int(length) >= 0 for s in index["samples"] for length in s["lengths"])
+            and all(min(int(a), int(b)) >= 0 for s in index["samples"] for a, b in s["members"].values())
+            and len({s["id"] for s in index["samples"]}) == len(index["samples"])
+            and isinstance(index["settings"], dict)
+            and stream_hash(index["settings"], index["shards"]) == index["hash"]
+        )
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False
+
+
+def stream_hash(settings: dict[str, Any], shards: list[dict[str, Any]]) -> str:
+    """The hash of a stream: what made it, and the content of its shards."""
+    identity = {"settings": settings, "shards": [{key: s[key] for key in ("file", "sha256")} for s in shards]}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class ShardReader:
+    """Dialogue id, or its place in the split -> members, reading only that dialogue's bytes.
+
+    Shards are opened, and behind a URL fetched, at the first read from them, and none of another split. A reader can
+    be pickled, and used after a fork: reads name their offset, so processes do not disturb each other.
+
+    Args:
+        folder: what `write_stream` wrote, or a copy of it behind a URL.
+        split: which split's dialogues to offer.
+        verify: compare a shard's sha256 with the index before its first read.
+        hint: added to error messages: the command that makes the stream.
+
+    Raises:
+        MsencError: if folder, index or a shard of the split is missing, of wrong size, or of wrong content.
+    """
+
+    def __init__(self, folder: Place, split: str, verify: bool = True, hint: str = ""):
+        self.folder, self.split, self.verify, self.hint = folder, split, verify, hint
+        index = read_index(self.folder, hint)
+        self.stream: str = index["stream"]
+        self.settings: dict[str, Any] = index["settings"]
+        self.hash: str = index["hash"]
+        entries = [sample for sample in index["samples"] if sample["split"] == split]
+        if not entries:
+            present = ", ".join(sorted({sample["split"] for sample in index["samples"]}))
+            self._refuse(self.folder / INDEX, f"no dialogue of the split {split!r}; found {present}")
+        self.ids: list[str] = [entry["id"] for entry in entries]
+        self.lengths: list[list[int]] = [entry["lengths"] for entry in entries]
+        self._entries = dict(zip(self.ids, entries, strict=True))
+        self._shards = {number: index["shards"][number] for number in sorted({entry["shard"] for entry in entries})}
+        self._descriptors: dict[int, int] = {}
+        self._verified: set[int] = set()
+        for shard in self._shards.values():
+            path = self.folder / shard["file"]
+            if isinstance(path, RemotePath):
+                continue  # looked at when it is fetched
+            if not path.is_file():
+                self._refuse(path, "missing; the index names it")
+            if path.stat().st_size != shard["bytes"]:
+                self._refuse(path, f"{path.stat().st_size} bytes, expected {shard['bytes']}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.read(self.ids[i])
+
+    def read(self, id: str) -> dict[str, Any]:
+        """The members of one dialogue by name: plain values, or arrays that may be written to.
+
+        Raises:
+            KeyError: if the split has no such dialogue.
+            MsencError: if its shard is not what the index says.
+        """
+        if id not in self._entries:
+            raise KeyError(f"no dialogue {id!r} in {self.folder} (split {self.split})")
+        entry = self._entries[id]
+        descriptor = self._open(entry["shard"])
+        try:
+            return {
+                name: decode_member(name, self._read(descriptor, *place)) for name, place in entry["members"].items()
+            }
+        except ValueError as error:  # the index names bytes that are no such member
+            self._refuse(self.folder, f"no {' or '.join(entry['members'])} where the index says ({error})")
+
+    def check(self) -> None:
+        """Verify every shard of the split now; copies of this reader made afterwards do not verify again."""
+        for number in self._shards:
+            self._open(number)
+
+    def close(self) -> None:
+        """Close what was opened; a later read opens it again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self):
+        if "_descriptors" in self.__dict__:
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": {}}  # a descriptor means nothing in another process
+
+    def _open(self, number: int) -> int:
+        if number not in self._descriptors:
+            shard = self._shards[number]
+            path = self.folder / shard["file"]
+            verify = self.verify and number not in self._verified
+            if isinstance(path, RemotePath):
+                path = path.fetch(shard["sha256"], shard["bytes"], verify)
+            elif verify and hash_file(path) != shard["sha256"]:
+                self._refuse(path, "content that differs from its sha256 in the index")
+            self._verified.add(number)
+            self._descriptors[number] = os.open(path, os.O_RDONLY)
+        return self._descriptors[number]
+
+    def _read(self, descriptor: int, offset: int, size: int) -> np.ndarray:
+        data = np.empty(size, np.uint8)  # a bytearray would be filled with zeros first
+        if os.preadv(descriptor, [data], offset) != size:
+            self._refuse(self.folder, "a shard that ends before its index says")
+        return data
+
+    def _refuse(self, path: Place, found: str) -> NoReturn:
+        raise MsencError(_with_hint(f"{path}: found {found}. Prepare the data again.", self.hint))
+
+
+class _SplitWriter:
+    """Members of one split's dialogues -> its shards, one open at a time."""
+
+    def __init__(self, folder: Path, split: str, max_shard_bytes: int):
+        self.folder, self.split, self.max_shard_bytes = folder, split, max_shard_bytes
+        self.files: list[str] = []
+        self.samples: list[dict[str, Any]] = []  # shard numbers count from this split's first
+        self._file = self._tar = None
+        self._bytes = 0
+
+    def write(self, id: str, members: dict[str, Any]) -> None:
+        import webdataset
+
+        encoded = {name: encode_member(name, value) for name, value in members.items()}
+        size = sum(len(data) for data in encoded.values())
+        if self._tar is not None and self._bytes + size > self.max_shard_bytes:
+            self.close()
+        if self._tar is None:
+            self.files.append(f"{self.split}-{len(self.files):06d}.tar")
+            self._file = (self.folder / self.files[-1]).open("wb")
+            # fixed owner, mode and time: the same data are the same bytes
+            self._tar = webdataset.TarWriter(
+                self._file, user="msenc", group="msenc", mode=0o644, mtime=0, encoder=False, format="PAX_FORMAT"
+            )
+            self._bytes = 0
+        self._tar.write({"__key__": id, **encoded})
+        self._bytes += size
+        self.samples.append(
+            {"id": id, "split": self.split, "shard": len(self.files) - 1, "members": {}, "lengths": _lengths(members)}
+        )
+
+    def close(self) -> None:
+        """Finish the open shard."""
+        if self._tar is not None:
+            self._tar.close()
+            self._file.close()
+            self._tar = None
+
+    def abandon(self) -> None:
+        """Let go of the open shard, finished or not."""
+        for part in (self._tar, self._file):
+            if part is not None:
+                with suppress(OSError, ValueError):  # a full disk refuses the last bytes again
+                    part.close()
+        self._tar = None
+
+
+def _index(folder: Path, stream: str, settings: dict[str, Any], writers: list[_SplitWriter]) -> dict[str, Any]:
+    import tarfile
+
+    shards, samples = [], []
+    for writer in writers:
+        first = len(shards)
+        places: dict[str, list[int]] = {}
+        for name in writer.files:
+            path = folder / name
+            shards.append({"file": name, "sha256": hash_file(path), "bytes": path.stat().st_size})
+            with tarfile.open(path) as tar:
+                places |= {member.name: [member.offset_data, member.size] for member in tar}
+        members: dict[str, dict[str, list[int]]] = {}
+        for name, place in places.items():
+            id, member = _split_key(name)
+            members.setdefault(id, {})[member] = place
+        samples += [
+            {**sample, "shard": first + sample["shard"], "members": members[sample["id"]]} for sample in writer.samples
+        ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "stream": stream,
+        "settings": settings,
+        "hash": stream_hash(settings, shards),
+        "shards": shards,
+        "samples": samples,
+    }
+
+
+def _split_key(name: str) -> tuple[str, str]:
+    """Member's path in the tar -> (dialogue id, member's name), by webdataset's rule."""
+    folder, slash, base = name.rpartition("/")
+    key, _, member = base.partition(".")
+    return folder + slash + key, member
+
+
+def _lengths(members: dict[str, Any]) -> list[int]:
+    """Raw length of each utterance: frames of its features, or characters of its text."""
+    if "offsets.npy" in members:
+        return np.diff(members["offsets.npy"]).tolist()
+    for value in members.values():
+        if isinstance(value, dict) and "utterances" in value:
+            return [len(utterance["text"]) for utterance in value["utterances"]]
+    return []
+
+
+def encode_member(name: str, value: Any) -> bytes:
+    """The bytes of a member; its name ends in ``.json`` (plain values) or ``.npy`` (an array)."""
+    if name.endswith(".json"):
+        return json.dumps(value, ensure_ascii=False).encode()
+    if name.endswith(".npy"):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ascontiguousarray(value), allow_pickle=False)
+        return buffer.getvalue()
+    raise ValueError(f"member {name!r}: expected a name that ends in .json or .npy")
+
+
+def decode_member(name: str, data: np.ndarray) -> Any:
+    """What `encode_member` made bytes (uint8) of; an array shares their memory."""
+    if name.endswith(".json"):
+        return json.loads(data.tobytes())
+    header = io.BytesIO(memoryview(data)[:4096])
+    if np.lib.format.read_magic(header) == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
+        if not is_fortran and not dtype.hasobject:
+            return np.frombuffer(data, dtype, offset=header.tell()).reshape(shape)  # no copy
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers left in a folder; an old version goes back where its successor did not arrive.
+
+    Args:
+        folder: in which nobody writes at the time.
+        name: of the one stream in it that is meant; else all files and streams.
+    """
+    for kept in folder.glob(f".{name}.replaced-*"):
+        target = folder / kept.name[1:].rpartition(".replaced-")[0]
+        if target.exists():
+            shutil.rmtree(kept, ignore_errors=True)
+        else:
+            kept.rename(target)
+    for leftover in (*folder.glob(f".{name}.writing-*"), *folder.glob(f"{name}/.*.writing-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    old = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    if folder.exists():
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise MsencError(
+            f"{folder}: cannot be written ({error.strerror or error}). What was there before is untouched. "
+            "Free space or permissions there, or set another folder, and prepare again."
+        ) from error
+
+
+def _with_hint(message: str, hint: str) -> str:
+    return f"{message} {hint}".strip()

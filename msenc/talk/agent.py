@@ -1,0 +1,345 @@
+"""A trained run in conversation: turns so far -> the next one. Sits above the module; respond.py uses it.
+
+Turn (words, sound, picture) -> features by the run's own encoders -> prompt -> LLM -> Answer (words, voice description)
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msenc.data.collate import Layout, histories
+from msenc.evaluation.replies import decoding_for, write_replies
+from msenc.models.conversation import ConversationModel
+from msenc.models.encoders import Encoder
+from msenc.prepare.features import encode_clip
+from msenc.prompt import DialogueTokenizer
+from msenc.raw.media import MediaError, read_properties
+from msenc.speech.description import parse
+from msenc.speech.synthesis import Synthesizer
+from msenc.types import Dialogue, MsencError, Utterance, VoiceAttributes
+
+DEFAULT_SPEAKERS = ("User", "Agent")
+
+NO_CLIP = {
+    "clip missing": "there is no such file",
+    "clip corrupt": "it cannot be decoded as sound or video",
+    "no sound": "it has no sound",
+    "silent": "its sound is silent",
+    "no picture": "it has no moving picture",
+    "clip too short": "it is too short for the encoder",
+}
+"""Why a clip is of no use, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a talk, as it is given.
+
+    Args:
+        speaker: who speaks.
+        text: what is said; empty where it is to be recognised from the sound.
+        audio: a sound file, or None; the sound of `video` is taken then.
+        video: a video file, or None.
+        description: how it was spoken, where that is known (a reply of the agent).
+    """
+
+    speaker: str
+    text: str = ""
+    audio: Path | None = None
+    video: Path | None = None
+    description: str | None = None
+
+    @property
+    def sound(self) -> Path | None:
+        """The file that holds this turn's sound."""
+        return self.audio or self.video
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A turn that has passed the encoders, with words.
+
+    Args:
+        turn: with its text.
+        features: stream -> (T, D) float16; streams that the turn lacks, or the model does not read, are left out.
+        notices: what a person should know: streams that are missing, or that nothing reads.
+        seconds: of what was done (``features``, ``recognition``).
+    """
+
+    turn: Turn
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply.
+
+    Args:
+        text: what is said.
+        description: how, as the model wrote it; None where it wrote none.
+        attributes: what the description says, in the words of `msenc.speech.description`.
+    """
+
+    text: str
+    description: str | None
+    attributes: VoiceAttributes
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A reply with its sound.
+
+    Args:
+        answer: words and voice description.
+        sound: float32 (S,), or None where no synthesizer is chosen, or the model wrote no words.
+        sample_rate: of the sound, in Hz.
+        seconds: that speaking took.
+    """
+
+    answer: Answer
+    sound: np.ndarray | None = None
+    sample_rate: int = 0
+    seconds: float = 0.0
+
+
+class Agent:
+    """A run's model, loaded once: hears turns and answers them.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: of the run's prompt and LLM.
+        encoders: stream -> the encoder that made the run's features.
+        num_queries: tokens that each stream's slot takes.
+        budget: see `collate.history_starts`.
+        layout: the run's.
+        recognise: sound file -> words.
+        max_clip_s: longest clip that is taken, in seconds.
+        speakers: see `known_speakers`.
+    """
+
+    def __init__(
+        self,
+        model: ConversationModel,
+        tokenizer: DialogueTokenizer,
+        encoders: Mapping[str, Encoder],
+        num_queries: Mapping[str, int],
+        budget: int,
+        layout: Layout,
+        recognise: Callable[[Path], str],
+        max_clip_s: float,
+        speakers: tuple[str, str],
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoders = dict(encoders)
+        self.num_queries = dict(num_queries)
+        self.budget = budget
+        self.layout: Layout = layout
+        self.recognise = recognise
+        self.max_clip_s = max_clip_s
+        self.speakers = speakers
+
+    def hear(self, turn: Turn) -> Heard:
+        """Encode a turn's clips as `prepare.py` does, and recognise its words where it has none.
+
+        Raises:
+            MsencError: a clip that cannot be used, or a turn in which nothing is said.
+        """
+        for name in ("audio", "video"):
+            if (path := getattr(turn, name)) is not None:
+                self._check_clip(name, path)
+        files = {"audio": turn.sound, "video": turn.video}
+        features, notices = {}, []
+        began = time.perf_counter()
+        for stream, encoder in self.encoders.items():
+            path = files[stream]
+            if path is None:
+                notices.append(f"The run was trained with {stream}, this turn has none: it is answered without.")
+                continue
+            try:
+                features[stream] = encode_clip(path, encoder, stream)
+            except MediaError as error:
+                if path == turn.video and stream == "audio":
+                    notices.append(f"{path}: {NO_CLIP[error.reason]}; the turn is answered without audio.")
+                else:
+                    raise _refusal(stream, path, error.reason) from error
+        notices += [
+            f"The run was trained without {stream}: {getattr(turn, stream)} is not used"
+            + (", but for its words." if stream == "audio" and not turn.text else ".")
+            for stream in ("audio", "video")
+            if stream not in self.encoders and getattr(turn, stream) is not None
+        ]
+        seconds = {"features": time.perf_counter() - began}
+        text = " ".join(turn.text.split())
+        if not text:
+            if turn.sound is None:
+                raise MsencError("Nothing is said: give text=..., or sound in which something is said.")
+            began = time.perf_counter()
+            text = " ".join(self.recognise(turn.sound).split())
+            seconds["recognition"] = time.perf_counter() - began
+            if not text:
+                raise MsencError(f"{turn.sound}: no words were recognised in it. Give them: text=...")
+            notices.append(f"Recognised: {text}")
+        return Heard(replace(turn, text=text), features, tuple(notices), seconds)
+
+    def answer(
+        self,
+        turns: Sequence[Heard],
+        speaker: str,
+        decoding: Mapping[str, Any],
+        seed: int = 1,
+        num_replies: int = 1,
+    ) -> tuple[list[Answer], list[str]]:
+        """Write the turn that follows.
+
+        Args:
+            turns: so far, at least one.
+            speaker: who is to speak next.
+            decoding: see ``configs/decoding``.
+            seed: of what is drawn.
+            num_replies: alternatives.
+
+        Returns:
+            The replies, and notices.
+
+        Raises:
+            MsencError: no turn, or settings that do not go together.
+        """
+        if not turns:
+            raise MsencError("There is no turn to answer: give text=..., audio=..., video=... or history=...")
+        notices = []
+        utterances = [Utterance(str(n), h.turn.speaker, h.turn.text) for n, h in enumerate(turns)]
+        # The tokenizer takes the reply's own words too; they do not enter the history.
+        dialogue = Dialogue("talk", "test", (*utterances, Utterance(str(len(turns)), speaker, "?")))
+        tokens = self.tokenizer(dialogue, [*({s: len(f) for s, f in h.features.items()} for h in turns), {}])
+        (*_, history) = histories(tokens.turn_tokens, self.budget, tokens.windows)
+        if history.start:
+            notices.append(f"The history is too long: its first {history.start} of {len(turns)} turns are not read.")
+        features = {s: [*(h.features.get(s) for h in turns), None] for s in self.encoders}
+        written = write_replies(
+            self.model,
+            [(tokens, features)],
+            decoding_for(decoding, self.tokenizer.tokenizer, seed),
+            budget=self.budget,
+            num_queries=self.num_queries,
+            layout=self.layout,
+            turns=[[len(turns)]],
+            num_replies=num_replies,
+        )
+        answers = []
+        for one in written:
+            reply = self.tokenizer.prompt.parse(self.tokenizer.tokenizer.decode(one.ids, skip_special_tokens=True))
+            attributes = parse(reply.description) if reply.description else VoiceAttributes()
+            answers.append(Answer(reply.text, reply.description, attributes))
+        return answers, notices
+
+    def _check_clip(self, name: str, path: Path) -> None:
+        try:
+            length_s = read_properties(path).duration_s
+        except MediaError as error:
+            raise _refusal(name, path, error.reason) from error
+        if length_s is not None and length_s > self.max_clip_s:
+            raise MsencError(
+                f"{name}={path}: lasts {length_s:.0f} s; a turn may last {self.max_clip_s:g} s. Cut it, or raise "
+                "max_clip_s."
+            )
+
+
+def _refusal(name: str, path: Path, reason: str) -> MsencError:
+    return MsencError(f"{name}={path}: {NO_CLIP[reason]} ({reason}). Give a sound or video file that plays.")
+
+
+def known_speakers(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Two names that a run knows, for a user and an agent without: a model that never read a name replies worse to it.
+
+    Args:
+        record: of the run.
+
+    Example:
+        >>> known_speakers({"speakers": ["Anna", "Ben"]}), known_speakers({})
+        (('Anna', 'Ben'), ('User', 'Agent'))
+    """
+    first, second, *_ = [*record.get("speakers", ()), *DEFAULT_SPEAKERS]
+    return first, second
+
+
+def choose_speakers(
+    before: Sequence[Turn],
+    has_turn: bool,
+    speaker: str | None,
+    reply_as: str | None,
+    known: tuple[str, str] = DEFAULT_SPEAKERS,
+) -> tuple[str, str]:
+    """Who the user is, and who the agent: as given, else the last two of the history, else names that the run knows.
+
+    Args:
+        before: the history.
+        has_turn: whether the user takes a turn now; else the history's last turn is the user's.
+        speaker: the user, if given.
+        reply_as: the agent, if given.
+        known: user and agent.
+    """
+    last, other, *_ = [*dict.fromkeys(turn.speaker for turn in reversed(before)), *known]
+    user, agent = known if not before else (other, last) if has_turn else (last, other)
+    names = (agent, user, *known, *DEFAULT_SPEAKERS)
+    reply_as = reply_as or next(n for n in names if n != speaker)
+    return speaker or next(n for n in (user, *names) if n != reply_as), reply_as
+
+
+def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) -> Spoken:
+    """The reply's sound, in the voice that its description asks for."""
+    if synthesizer is None or not any(character.isalnum() for character in answer.text):
+        return Spoken(answer)
+    began = time.perf_counter()
+    sound, sample_rate = synthesizer(answer.text, answer.attributes, speaker)
+    return Spoken(answer, sound, sample_rate, time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------------------------------------------- histories
+
+
+def read_talk(path: Path) -> list[Turn]:
+    """The turns of a history file: ``{"turns": [{"speaker": ..., "text": ..., "audio": ..., "video": ...}, ...]}``.
+
+    Files are relative to the history file. `talk_json` writes such a file.
+
+    Raises:
+        MsencError: it is missing, no JSON, or a turn is not as described; it names the turn.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MsencError(f"history={path}: cannot be read as JSON ({error}).") from error
+    turns = value.get("turns") if isinstance(value, dict) else None
+    if not isinstance(turns, list):
+        raise MsencError(f'history={path}: expected {{"turns": [...]}}, a list of turns with speaker and text.')
+    return [_read_turn(path, number, turn) for number, turn in enumerate(turns, start=1)]
+
+
+def _read_turn(path: Path, number: int, turn: Any) -> Turn:
+    known = Turn.__dataclass_fields__
+    if not isinstance(turn, dict) or not turn.get("speaker"):
+        raise MsencError(f"history={path}, turn {number}: expected an object with a speaker, found {turn!r}.")
+    for key, found in turn.items():
+        if key not in known:
+            raise MsencError(f"history={path}, turn {number}: no such key {key!r}. Known: {', '.join(known)}.")
+        if found is not None and not isinstance(found, str):
+            raise MsencError(f"history={path}, turn {number}, {key}: found {found!r}, expected a text or null.")
+    files = {k: path.parent / turn[k] if turn.get(k) else None for k in ("audio", "video")}
+    return Turn(turn["speaker"], turn.get("text") or "", **files, description=turn.get("description"))
+
+
+def talk_json(turns: Sequence[Turn]) -> dict[str, Any]:
+    """Turns as the value of a history file; files by their absolute paths."""
+    rows = []
+    for turn in turns:
+        row = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(turn).items()}
+        rows.append({k: v for k, v in row.items() if v is not None})
+    return {"turns": rows}

@@ -1,0 +1,433 @@
+"""The alignment stage of train.py: labels of the train split -> aligned connectors, once for all runs that share them.
+
+An alignment is kept in ``alignments/<stream>-<hash>`` of the runs' folder, named by all that it follows from, and is
+continued where it was killed.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from msenc.config.build import build
+from msenc.config.hints import nearest
+from msenc.data.collate import collate, dialogue_rows
+from msenc.data.datamodule import DialogueDataModule
+from msenc.files import content_hash, digest, read_json, write_json
+from msenc.models.alignment import (
+    AlignmentSettings,
+    AlignmentState,
+    EmbeddingTargets,
+    Known,
+    fit,
+    make_loss,
+    own_random_numbers,
+    score,
+)
+from msenc.models.connector import calibrate
+from msenc.models.conversation import ConversationModel
+from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Slot, Target, TokenizedDialogue
+from msenc.runs.identity import stream_hashes
+from msenc.store.labels import LABELS, VOICE_TURNS, columns_of, read_labels
+from msenc.training.assembly import CALIBRATION_UTTERANCES
+from msenc.training.checkpoints import read_checkpoint, write_checkpoint
+from msenc.types import UNKNOWN, Dialogue, MsencError, VoiceAttributes
+from msenc.work.console import console, shown
+
+VERSION = 1
+"""Of what an alignment is, where equal settings would give another one."""
+SOURCES = ("description", "column", "transcript")
+FILE, RECORD, PARTIAL = "connector.ckpt", "alignment.json", "partial.ckpt"
+SAVE_EVERY = 50
+"""Optimizer steps between two states that a killed alignment goes on from."""
+SCORED = 512
+"""Most utterances of the validation split that an alignment is scored on."""
+WEAK = 0.1
+"""An alignment has told nothing that is less than this share of the way from chance to always right."""
+ATTRIBUTES = tuple(field.name for field in fields(VoiceAttributes))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the utterances of a stream are known by.
+
+    Args:
+        source: ``description`` (measured attributes of the voice), ``column`` (of the data's table), ``transcript``
+            (the utterance's own words).
+        column: the column's name.
+        attributes: of the voice, in order; those that do not vary have no word.
+    """
+
+    source: str
+    column: str | None = None
+    attributes: Sequence[str] = ("pitch", "range")
+
+    def check(self, stream: str) -> None:
+        """Refuse what does not exist."""
+        if self.source not in SOURCES:
+            raise MsencError(f"align.labels.{stream}.source: {self.source!r}.{nearest(self.source, SOURCES)}")
+        if self.source == "column" and not self.column:
+            raise MsencError(f"align.labels.{stream}.column: no value. Name a column: align.labels.{stream}.column=...")
+        for name in self.attributes:
+            if name not in ATTRIBUTES:
+                raise MsencError(f"align.labels.{stream}.attributes: no attribute {name!r}.{nearest(name, ATTRIBUTES)}")
+
+
+def sources_of(config: Mapping[str, Any]) -> dict[str, Source]:
+    """The run's streams that are aligned -> what their utterances are known by; checked."""
+    node = config["align"]
+    if node is None:
+        return {}
+    if config["model"]["tie_connectors"]:
+        raise MsencError("align: connectors that are tied cannot be aligned, each to its own words. Set align=none.")
+    found = {
+        stream: Source(**node["labels"][stream]) for stream in config["model"]["streams"] if stream in node["labels"]
+    }
+    for stream, source in found.items():
+        source.check(stream)
+    return found
+
+
+class Labels:
+    """Stream -> what each utterance of the data is known by, read once.
+
+    Args:
+        config: the run's.
+        datamodule: set up.
+        prepare_command: what makes labels that are missing, for messages.
+    """
+
+    def __init__(self, config: Mapping[str, Any], datamodule: DialogueDataModule, prepare_command: str) -> None:
+        self.sources = sources_of(config)
+        self.template: str = config["align"]["template"] if config["align"] else ""
+        self.datamodule = datamodule
+        self.command = prepare_command
+        self._files: dict[str, dict[str, dict[str, Any]]] = {}
+        self._words: dict[tuple[str, str], list[list[str | None]]] = {}
+
+    @cached_property
+    def hashes(self) -> dict[str, dict[str, Any]]:
+        """Stream -> source, hash of the train split's labels, how many utterances have one, different ones.
+
+        Raises:
+            MsencError: labels are missing, of other data, or tell nothing.
+        """
+        return {stream: self._facts(stream) for stream in self.sources}
+
+    def words(self, stream: str, split: str) -> list[list[str | None]]:
+        """Per dialogue of the split, and turn, the words that the utterance is known by; None where there are none."""
+        if (stream, split) not in self._words:
+            dataset = self.datamodule.dataset(split)
+            self._words[stream, split] = [
+                self._words_of(stream, dataset.dialogue(index)) for index in range(len(dataset))
+            ]
+        return self._words[stream, split]
+
+    def _words_of(self, stream: str, dialogue: Dialogue) -> list[str | None]:
+        source = self.sources[stream]
+        found = []
+        for utterance in dialogue.utterances:
+            id = f"{dialogue.id}/utt{utterance.id}"
+            if source.source == "transcript":
+                words = utterance.text
+            elif source.source == "column":
+                words = str(self._file(LABELS).get(id, {}).get(source.column, "")).strip().lower()
+            else:
+                measured = self._file(VOICE_TURNS).get(id, {}).get("measured", {})
+                words = " ".join(w for name in source.attributes if (w := measured.get(name, UNKNOWN)) != UNKNOWN)
+            found.append(words or None)
+        return found
+
+    def _file(self, name: str) -> dict[str, dict[str, Any]]:
+        if name not in self._files:
+            how = f"{self.command} describe=measure" if name == VOICE_TURNS else self.command
+            self._files[name] = read_labels(
+                self.datamodule.folder, name, f"Labels to align to come from: {how}. Or align=none."
+            )
+        return self._files[name]
+
+    def _facts(self, stream: str) -> dict[str, Any]:
+        source = self.sources[stream]
+        if source.source == "column":
+            columns = columns_of(self._file(LABELS))
+            if source.column not in columns:
+                raise MsencError(
+                    f"align.labels.{stream}.column={source.column}: no such column in "
+                    f"{self.datamodule.folder / LABELS}.{nearest(str(source.column), columns)}"
+                )
+        words = self.words(stream, "train")
+        dataset = self.datamodule.dataset("train")
+        pairs = [(f"{dataset.ids[i]}/{turn}", w) for i, row in enumerate(words) for turn, w in enumerate(row)]
+        known = [w for _, w in pairs if w is not None]
+        where = source.column or source.source
+        if not known:
+            file = self.datamodule.folder / (LABELS if source.source == "column" else VOICE_TURNS)
+            some = next(iter(self._file(file.name)), "nothing")
+            raise MsencError(
+                f"align.labels.{stream}: no utterance of the train split has a label ({where}). {file} holds labels of "
+                f"{some} and others, the data has {pairs[0][0].rpartition('/')[0]}. Are they of other data? Prepare "
+                f"again ({self.command}), choose another source, or align=none."
+            )
+        different = len(set(known))
+        if different == 1:
+            raise MsencError(
+                f"align.labels.{stream}: all {len(known):,} labelled utterances have the one label {known[0]!r} "
+                f"({where}), which tells nothing apart. Choose another source or other attributes, or align=none."
+            )
+        return {
+            "source": where,
+            "hash": content_hash(pairs)[:12],
+            "utterances": len(known),
+            "without": len(pairs) - len(known),
+            "different": different,
+        }
+
+
+def align_connectors(
+    config: Mapping[str, Any],
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    labels: Labels,
+) -> dict[str, Any]:
+    """Align the model's connectors in place, or take them from an earlier alignment; returns what run.json notes.
+
+    A connector that has learned from its labels what all utterances share, and nothing of what tells them apart, is
+    worse than a new one: it is constant. It is left out, and the stream starts as without alignment.
+    """
+    facts = {}
+    for stream in labels.sources:
+        connector, facts[stream] = _align(config, model, datamodule, labels, stream)
+        if facts[stream]["used"]:
+            model.connectors[stream].load_state_dict(connector)
+    if facts:
+        _print(facts)
+    return facts
+
+
+def _align(
+    config: Mapping[str, Any],
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    labels: Labels,
+    stream: str,
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    node = {k: v for k, v in config["align"].items() if k not in ("labels", "template")}
+    settings = AlignmentSettings(**node)
+    identity = {
+        "version": VERSION,
+        "stream": stream,
+        "encoder": config["model"]["streams"][stream],
+        "features": stream_hashes(datamodule)[stream],
+        "turns": datamodule.manifest.turns_hash,
+        "left_out": sorted(datamodule.left_out),
+        "labels": labels.hashes[stream],
+        "template": labels.template,
+        "settings": asdict(settings),
+        "connector": config["model"]["connector"],
+        "base_fingerprint": model.base_fingerprint,
+        "dtype": str(next(model.llm.parameters()).dtype),
+    }
+    folder = Path(config["paths"]["runs_dir"]) / "alignments" / f"{stream}-{digest(identity)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # jobs beside each other that want the same one: the first makes it
+        is_there = (folder / RECORD).is_file()
+        if not is_there:
+            _make(folder, identity, settings, config, model, datamodule, labels, stream)
+        record = read_json(folder / RECORD)
+        connector = read_checkpoint(folder / FILE)["state_dict"]
+    return connector, {
+        **{k: record[k] for k in ("labels", "scores", "seconds")},
+        "folder": str(folder),
+        "hash": folder.name.rpartition("-")[2],
+        "weights": hash_of_tensors(connector),
+        "reused": is_there,
+        "used": not _is_weak(record["scores"]),
+    }
+
+
+def _make(
+    folder: Path,
+    identity: Mapping[str, Any],
+    settings: AlignmentSettings,
+    config: Mapping[str, Any],
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    labels: Labels,
+    stream: str,
+) -> None:
+    device = next(model.parameters()).device
+    embeddings = model.llm.get_input_embeddings().weight
+    with own_random_numbers(settings.seed):
+        node = config["model"]["connector"]
+        connector = build(node, in_dim=config["model"]["streams"][stream]["dim"], out_dim=embeddings.shape[1])
+        connector.to(device)
+        train = _Utterances(datamodule, labels, stream, "train")
+        calibrate(connector, train.frames(CALIBRATION_UTTERANCES), embeddings)
+        targets = EmbeddingTargets(embeddings, connector.num_queries)
+        loss_of = make_loss(settings, targets)
+        if settings.objective == "llm":
+            loss_of = _llm_loss(model, datamodule.tokenizer, stream)
+        state = _read_state(folder / PARTIAL)
+        start = time.monotonic()
+        with Progress(console=console) as progress:
+            bar = progress.add_task(f"aligning {stream}", total=settings.steps, completed=state.step if state else 0)
+
+            def on_step(done: int, loss: float, take: Callable[[], AlignmentState]) -> None:
+                progress.update(bar, completed=done, description=f"aligning {stream}: loss {loss:.3f}")
+                if done % SAVE_EVERY == 0 and done < settings.steps:
+                    write_checkpoint({"state_dict": {}, "alignment": asdict(take())}, folder / PARTIAL)
+
+            fit(connector, settings, lambda step: train.batch(step, settings), loss_of, state, on_step)
+        held_out = _Utterances(datamodule, labels, stream, "val").first(SCORED)
+        scores = score(connector, held_out, targets, settings.objective) if held_out else {}
+    write_checkpoint({"state_dict": {k: v.cpu() for k, v in connector.state_dict().items()}}, folder / FILE)
+    record = {
+        "identity": dict(identity),
+        "labels": labels.hashes[stream],
+        "scores": scores,
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    write_json(folder / RECORD, record)
+    (folder / PARTIAL).unlink(missing_ok=True)
+
+
+class _Utterances:
+    """The utterances of a split that have a stream and words, read dialogue by dialogue as they are needed."""
+
+    def __init__(self, datamodule: DialogueDataModule, labels: Labels, stream: str, split: str) -> None:
+        self.dataset = datamodule.dataset(split)
+        self.words = labels.words(stream, split)
+        self.stream = stream
+        is_label = labels.sources[stream].source != "transcript"
+        self.template = labels.template if is_label else "{words}"
+        self.tokenizer = datamodule.tokenizer.tokenizer
+        self._ids: dict[str, tuple[int, ...]] = {}
+
+    def ids(self, words: str) -> tuple[int, ...]:
+        if words not in self._ids:
+            text = " " + self.template.replace("{words}", words).lstrip()
+            self._ids[words] = tuple(
+                self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            )
+        return self._ids[words]
+
+    def of(self, index: int) -> Iterator[Known]:
+        """The utterances of a dialogue."""
+        if not any(self.words[index]):
+            return
+        for frames, words in zip(self.dataset[index][1][self.stream], self.words[index], strict=True):
+            if frames is not None and words is not None:
+                yield Known(frames, self.ids(words))
+
+    def frames(self, most: int) -> Iterator[Tensor]:
+        """Frames of some utterances, drawn from everywhere: a corpus may be sorted."""
+        given = 0
+        for index in np.random.default_rng(0).permutation(len(self.dataset)).tolist():
+            for frames in self.dataset[index][1][self.stream]:
+                if frames is not None and given < most:
+                    given += 1
+                    yield torch.from_numpy(frames)
+
+    def batch(self, step: int, settings: AlignmentSettings) -> list[Known]:
+        """The utterances of whole dialogues, about as many as asked for; by seed and step alone."""
+        order = np.random.default_rng([settings.seed, step]).permutation(len(self.dataset)).tolist()
+        found: list[Known] = []
+        while order and len(found) < settings.batch_size:
+            found += self.of(order.pop())
+        return found[: settings.batch_size]
+
+    def first(self, most: int) -> list[Known]:
+        found: list[Known] = []
+        for index in range(len(self.dataset)):
+            found += self.of(index)
+            if len(found) >= most:
+                break
+        return found[:most]
+
+
+def _llm_loss(
+    model: ConversationModel, tokenizer: DialogueTokenizer, stream: str
+) -> Callable[[nn.Module, Sequence[Known]], Tensor]:
+    """The frozen LLM's loss of the words, written from the clip alone: a dialogue of one turn that is only a slot."""
+    speaker = tokenizer.tokenizer(" user:", add_special_tokens=False).input_ids
+    end = tokenizer.tokenizer.eos_token_id
+    reply = TOKEN_KINDS.index("reply")
+
+    def loss_of(connector: nn.Module, known: Sequence[Known]) -> Tensor:
+        dialogues = [
+            TokenizedDialogue(
+                id=str(n),
+                instruction=tokenizer.instruction,
+                turns=((tuple(speaker), Slot(stream)), ()),
+                responses=(tuple(speaker),),
+                targets=(Target((*k.ids, end), (reply,) * (len(k.ids) + 1)),),
+                turn_tokens=(len(speaker), 0),
+            )
+            for n, k in enumerate(known)
+        ]
+        queries = {stream: connector.num_queries}
+        rows = [dialogue_rows(d, budget=10**9, num_queries=queries) for d in dialogues]
+        features = [{stream: [k.frames, None]} for k in known]
+        batch = collate(dialogues, features, rows, queries, pack=True)
+        own = model.connectors[stream]
+        model.connectors[stream] = connector
+        try:
+            return model(batch).nll.mean()
+        finally:
+            model.connectors[stream] = own
+
+    return loss_of
+
+
+def _read_state(path: Path) -> AlignmentState | None:
+    return AlignmentState(**read_checkpoint(path)["alignment"]) if path.is_file() else None
+
+
+def hash_of_tensors(state: Mapping[str, Tensor]) -> str:
+    """A hash of every value of some weights, independent of their order and place."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _is_weak(scores: Mapping[str, float]) -> bool:
+    return bool(scores) and scores["accuracy"] - scores["chance"] < WEAK * (1 - scores["chance"])
+
+
+def _print(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(title="connectors aligned to words")
+    for column in ("stream", "words", "different", "utterances", "named right (val)", "commonest", "spread"):
+        table.add_column(column, justify="left" if column in ("stream", "words") else "right")
+    for stream, fact in facts.items():
+        own, scores = fact["labels"], fact["scores"]
+        shares = [f"{100 * scores[k]:.1f} %" if k in scores else "" for k in ("accuracy", "chance", "spread")]
+        table.add_row(stream, own["source"], f"{own['different']:,}", f"{own['utterances']:,}", *shares)
+    console.print(table)
+    for stream, fact in facts.items():
+        if fact["reused"]:
+            console.print(f"{stream}: aligned before, taken from {shown(Path(fact['folder']))}", soft_wrap=True)
+        if fact["labels"]["without"]:
+            console.print(f"{stream}: {fact['labels']['without']:,} training utterances have no label", soft_wrap=True)
+        if not fact["used"]:
+            scores = fact["scores"]
+            console.print(
+                f"[yellow]{escape(stream)}: the alignment hardly tells utterances apart: it names "
+                f"{100 * scores['accuracy']:.1f} % of the validation utterances right, the commonest words alone "
+                f"{100 * scores['chance']:.1f} %. It is not used: the stream starts unaligned. The clips may not show "
+                "what the labels say: try another source, encoder or connector.[/yellow]",
+                soft_wrap=True,
+            )

@@ -1,0 +1,129 @@
+"""The parts of a run, built from its config; what all scripts share."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from msenc.config.build import build
+from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.models.connector import calibrate, tie
+from msenc.models.conversation import ConversationModel
+from msenc.models.llm import load_tokenizer
+from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Prompt
+from msenc.store.location import locate
+from msenc.types import MsencError
+
+GIVEN = {
+    "model.connector": {"in_dim", "out_dim"},
+    "data.generate": {"root", "num_workers"},
+}
+"""Arguments that the pipelines add to a node when they build it."""
+
+CALIBRATION_UTTERANCES = 1000
+"""Training utterances that a new connector is calibrated on: tens of thousands of frames for each mean."""
+
+
+def _prompt(config: Mapping[str, Any]) -> Prompt:
+    return build(config["prompt"])
+
+
+def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> DialogueDataModule:
+    """The data module of a run's config; checks nothing yet."""
+    data, model = config["data"], config["model"]
+    return DialogueDataModule(
+        folder=locate(data["dir"], config["paths"]["cache_dir"]),
+        streams={
+            name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])
+            for name, stream in model["streams"].items()
+        },
+        tokenizer=DialogueTokenizer(_prompt(config), load_tokenizer(model["llm"]["name_or_path"])),
+        layout=model["layout"],
+        batch_size=data["batch_size"],
+        max_tokens_per_batch=data["max_tokens_per_batch"],
+        num_workers=data["num_workers"],
+        max_history_tokens=data["max_history_tokens"],
+        seed=config["seed"],
+        verify=data["verify"],
+        filters=[data["filter"]] if isinstance(data["filter"], str) else data["filter"],
+        control=data.get("control"),
+        prepare_command=prepare_command,
+    )
+
+
+def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationModel:
+    """The composed model of a run's config, base weights loaded, connectors as they start.
+
+    Args:
+        config: of the run.
+        empty: shapes alone, on the meta device; no weight is read.
+    """
+    model = config["model"]
+    llm = build({**model["llm"], "empty": empty})
+    width = llm.get_input_embeddings().embedding_dim
+    connector = model["connector"]
+    if empty and connector and "init" in connector:
+        connector = {**connector, "init": None}
+    with torch.device("meta") if empty else nullcontext():
+        connectors = {
+            name: build(connector, in_dim=stream["dim"], out_dim=width) for name, stream in model["streams"].items()
+        }
+    if model["tie_connectors"]:
+        tie(connectors)
+    return ConversationModel(llm, connectors)
+
+
+def build_optimizer(config: Mapping[str, Any]) -> Callable[..., Optimizer]:
+    """What makes the optimizer of a run's config, from parameters or from groups of them."""
+    return build({key: value for key, value in config["optimizer"].items() if key != "groups"})
+
+
+def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) -> None:
+    """Refuse weights of the loss under which no token of the training data counts.
+
+    Raises:
+        MsencError: it names the kinds that the data has.
+    """
+    silent = {TOKEN_KINDS.index(kind) for kind, weight in weights.items() if weight == 0}
+    dataset, found = datamodule.dataset("train"), set()
+    for index in range(len(dataset)) if silent else ():
+        found.update(kind for target in dataset[index][0].targets for kind in target.kinds)
+        if found - silent:
+            return
+    if found:
+        kinds = ", ".join(TOKEN_KINDS[kind] for kind in sorted(found))
+        raise MsencError(
+            f"loss.weights: the training data has tokens of the kinds {kinds}, and each of these weighs 0. Let one of "
+            "them weigh more."
+        )
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """All parameters of a model, frozen ones included: what says how many threads it is worth."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def calibrate_connectors(
+    model: ConversationModel, datamodule: DialogueDataModule, others: Collection[str] = ()
+) -> None:
+    """Fit the ends of new connectors to training utterances and to the LLM; the same in every process.
+
+    Args:
+        model: changed in place.
+        datamodule: of the run.
+        others: streams whose connectors come from elsewhere, calibrated.
+    """
+    dataset = datamodule.dataset("train")
+    embeddings = model.llm.get_input_embeddings().weight
+    # Drawn from everywhere: a corpus may be sorted. Independent of the seed, as what runs share.
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    for name, connector in model.connectors.items():
+        if name in others:
+            continue
+        present = (frames for index in order for frames in dataset[index][1][name] if frames is not None)
+        utterances = (torch.from_numpy(frames) for frames in islice(present, CALIBRATION_UTTERANCES))
+        calibrate(connector, utterances, embeddings)

@@ -1,0 +1,128 @@
+"""What a run has trained, for use without the run: adapter and connectors as safetensors, and a JSON on the rest.
+
+ConversationModel, config -> export/{export.json, adapter/, llm/, connectors.safetensors} -> `load_export`
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from msenc.config.build import build, with_current_targets
+from msenc.files import read_json, write_json
+from msenc.models.connector import tie
+from msenc.models.conversation import ConversationModel
+from msenc.models.llm import compute_lora_in_base_type, load_llm, load_tokenizer
+from msenc.prompt import DialogueTokenizer
+from msenc.types import MsencError
+
+FORMAT_VERSION = 1
+
+
+def write_export(
+    folder: Path, model: ConversationModel, config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write ``export.json``; the LLM's PEFT adapter to ``adapter/``, or all of an LLM that was trained whole to
+    ``llm/``; and the connectors to ``connectors.safetensors``. A frozen LLM leaves nothing.
+
+    Args:
+        folder: replaced, if it is there.
+        model: with the weights to export.
+        config: the run's, as plain containers.
+        facts: what else to say of where the weights come from; plain values.
+
+    Returns:
+        What ``export.json`` holds.
+    """  # noqa: D205
+    from peft import PeftModel
+    from safetensors.torch import save_model
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    llm = config["model"]["llm"]
+    if isinstance(model.llm, PeftModel):
+        trained = "adapter"
+        model.llm.save_pretrained(partial / trained, save_embedding_layers=False)
+        (partial / trained / "README.md").unlink(missing_ok=True)  # a model card that nobody has filled in
+    elif any(p.requires_grad for p in model.llm.parameters()):
+        trained = "llm"
+        model.llm.save_pretrained(partial / trained)
+        load_tokenizer(model.base_name).save_pretrained(partial / trained)
+    else:
+        trained = None
+    if model.connectors:
+        save_model(model.connectors, str(partial / "connectors.safetensors"))
+    content = {
+        "format_version": FORMAT_VERSION,
+        "base_llm": {"name": model.base_name, "fingerprint": model.base_fingerprint},
+        "llm": {"trained": trained, **{k: llm[k] for k in ("dtype", "attn_implementation") if k in llm}},
+        "streams": {
+            name: {
+                "encoder_name": stream["name"],
+                "dim": stream["dim"],
+                "num_queries": config["model"]["connector"]["num_queries"],
+                "encoder": stream["encoder"],
+            }
+            for name, stream in config["model"]["streams"].items()
+        },
+        "connector": config["model"]["connector"] if model.connectors else None,
+        "tie_connectors": config["model"]["tie_connectors"],
+        "prompt": config["prompt"],
+        "max_history_tokens": config["data"]["max_history_tokens"],
+        "decoding": config["decoding"],
+        **facts,
+    }
+    write_json(partial / "export.json", content)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return content
+
+
+def load_export(folder: str | Path, base: str | None = None) -> tuple[ConversationModel, DialogueTokenizer]:
+    """Load what `write_export` wrote: the model, frozen and in eval mode, and the tokenizer of its prompt.
+
+    Args:
+        folder: ``export/`` of a run.
+        base: hub id or folder of the base LLM, if it is elsewhere now than when the run was trained.
+
+    Raises:
+        MsencError: no export, one of another version, or other base weights than it was trained on.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_model
+
+    folder = Path(folder)
+    content = with_current_targets(read_json(folder / "export.json"))
+    if content.get("format_version") != FORMAT_VERSION:
+        raise MsencError(
+            f"{folder / 'export.json'}: format_version {content.get('format_version')}, this msenc reads "
+            f"{FORMAT_VERSION}. Load it with the msenc that wrote it."
+        )
+    trained = content["llm"]["trained"]
+    options = {k: v for k, v in content["llm"].items() if k != "trained"}
+    name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
+    llm = load_llm(name, freeze=True, **options)
+    expected = content["base_llm"]["fingerprint"]
+    if trained != "llm" and llm.base_fingerprint != expected:
+        raise MsencError(
+            f"{folder}: trained on the base weights {content['base_llm']['name']} with fingerprint {expected}, {name} "
+            f"has {llm.base_fingerprint}. Give the folder of the right ones: load_export(folder, base=...)."
+        )
+    if trained == "adapter":
+        base_name, base_fingerprint = llm.base_name, llm.base_fingerprint
+        llm = PeftModel.from_pretrained(llm, folder / "adapter")
+        compute_lora_in_base_type(llm)  # as it was trained
+        llm.base_name, llm.base_fingerprint = base_name, base_fingerprint
+    width = llm.get_input_embeddings().embedding_dim
+    connectors = {}
+    for stream, facts in content["streams"].items():
+        node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}
+        connectors[stream] = build(node, in_dim=facts["dim"], out_dim=width)
+    if content["tie_connectors"]:
+        tie(connectors)
+    model = ConversationModel(llm, connectors)
+    if connectors:
+        load_model(model.connectors, str(folder / "connectors.safetensors"))
+    model.requires_grad_(False)
+    return model.eval(), DialogueTokenizer(build(content["prompt"]), load_tokenizer(name))

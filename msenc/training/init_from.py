@@ -1,0 +1,210 @@
+"""`init_from` of train.py: connectors, adapter or both, as another run has trained them, to start from.
+
+RUN/checkpoints -> tensors that are checked against this run's encoders, connector and base weights -> the model
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from msenc.config.schema import plain
+from msenc.data.datamodule import RUN_ONLY
+from msenc.models.conversation import ConversationModel
+from msenc.models.pretrained import name_some
+from msenc.runs.record import read_run
+from msenc.training.align import hash_of_tensors
+from msenc.training.checkpoints import read_checkpoint
+from msenc.training.module import ConversationModule
+from msenc.training.restore import find_checkpoint
+from msenc.types import MsencError
+from msenc.work.console import console, shown
+
+PREFIXES = {"connectors": "model.connectors.", "adapter": "model.llm."}
+"""What can be taken -> how its tensors are named in a checkpoint."""
+
+ANOTHER_TRAINING = ("init", "freeze_core", "dropout")
+"""Settings of a connector that may differ from the one it starts from."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One part that another run has trained.
+
+    Args:
+        argument: what named the run, for messages.
+        run: its folder.
+        state: name -> tensor, as in its checkpoint.
+        config: of the run.
+        base: name and fingerprint of the base weights that it was trained on.
+        facts: what run.json notes.
+    """
+
+    argument: str
+    run: Path
+    state: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    base: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+
+def read_starts(config: Mapping[str, Any]) -> dict[str, Start]:
+    """Part (`PREFIXES`) -> what it starts from; empty without `init_from`.
+
+    Raises:
+        MsencError: no such run or checkpoint, a part named twice, or one that the run has not trained.
+    """
+    node = config["init_from"]
+    named = {part: node[part] for part in PREFIXES if node[part] is not None}
+    if "connectors" in named and not config["model"]["streams"]:
+        raise MsencError(
+            f"init_from.connectors: modality={config['modality']} has no stream, so no connector. Choose a modality "
+            "that has one, or leave init_from out."
+        )
+    if node["run"] is not None:
+        if named:
+            raise MsencError(
+                f"init_from: found run={node['run']} and {next(iter(named))}={next(iter(named.values()))}. Expected "
+                "a run to take everything from, or one for each part."
+            )
+        found = {part: _read(node["run"], "init_from", part, node["checkpoint"]) for part in PREFIXES}
+        starts = {part: start for part, start in found.items() if start.state}
+        if not starts:
+            raise MsencError(f"init_from={node['run']}: nothing was trained in that run, so there is nothing to take.")
+    else:
+        starts = {part: _read(run, f"init_from.{part}", part, node["checkpoint"]) for part, run in named.items()}
+        for part, start in starts.items():
+            if not start.state:
+                has = "connectors alone" if part == "adapter" else "no connector"
+                raise MsencError(f"{start.argument}={start.run}: that run trained {has}. Name another run.")
+    if "connectors" in starts and config["align"] is not None and config["model"]["streams"]:
+        raise MsencError(
+            "init_from and align: both say what the connectors start from. Set align=none, or take the adapter alone "
+            "(init_from.adapter=RUN)."
+        )
+    return starts
+
+
+def _read(run: str, argument: str, part: str, checkpoint: str) -> Start:
+    record, config = read_run(run, argument)
+    path = find_checkpoint(Path(run), checkpoint)
+    saved = read_checkpoint(path)
+    state = {name: tensor for name, tensor in saved["state_dict"].items() if name.startswith(PREFIXES[part])}
+    facts = {
+        "run": str(run),
+        "checkpoint": path.name,
+        "identity": record.get("identity"),
+        "hash": hash_of_tensors(state) if state else None,
+    }
+    return Start(argument, Path(run), state, plain(config), saved.get("msenc", {}), facts)
+
+
+def start_from(
+    starts: Mapping[str, Start], config: Mapping[str, Any], model: ConversationModel
+) -> dict[str, dict[str, Any]]:
+    """Put the parts into the model; returns what run.json notes.
+
+    Raises:
+        MsencError: other base weights, encoders or connectors, streams that the run had not, or tensors that do not
+            fit; all are named.
+    """
+    if not starts:
+        return {}
+    module = ConversationModule(model)
+    own, trainable = module.state_dict(), module.trainable_names()
+    facts = {}
+    for part, start in starts.items():
+        wanted = {name for name in trainable if name.startswith(PREFIXES[part])}
+        if not wanted:
+            if start.argument == f"init_from.{part}":
+                raise MsencError(f"{start.argument}: nothing of the LLM trains in this run (model.llm.freeze=true).")
+            continue  # a run to take everything from, of which this one has no use for this part
+        _check_base(start, model)
+        state = dict(start.state)
+        if part == "connectors":
+            _check_streams(start, config)
+            others = {name for name in start.config["model"]["streams"] if name not in config["model"]["streams"]}
+            state = {n: t for n, t in state.items() if n.removeprefix(PREFIXES[part]).split(".")[0] not in others}
+        else:
+            _check_adapter(start, config)
+        wrong = {
+            "missing there": sorted(wanted - state.keys()),
+            "unknown here": sorted(state.keys() - wanted),
+            "of another shape": sorted(
+                f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}"
+                for n in wanted & state.keys()
+                if state[n].shape != own[n].shape
+            ),
+        }
+        if any(wrong.values()):
+            found = "; ".join(
+                f"{len(names)} tensors {what}: {name_some(names)}" for what, names in wrong.items() if names
+            )
+            raise MsencError(f"{start.argument}={start.run}: its {part} do not fit this run's: {found}.")
+        module.load_state_dict(state, strict=False)
+        facts[part] = dict(start.facts)
+        console.print(f"The {part} start from {shown(start.run)} ({start.facts['checkpoint']}).", soft_wrap=True)
+    return facts
+
+
+def _check_base(start: Start, model: ConversationModel) -> None:
+    if start.base.get("base_fingerprint") != model.base_fingerprint:
+        raise MsencError(
+            f"{start.argument}={start.run}: trained on the base weights {start.base.get('base_name')} (fingerprint "
+            f"{start.base.get('base_fingerprint')}), this run has {model.base_name} ({model.base_fingerprint}). What "
+            "speaks to one LLM says nothing to another: choose the same model/llm=, unchanged."
+        )
+
+
+def _check_streams(start: Start, config: Mapping[str, Any]) -> None:
+    own, other = config["model"], start.config["model"]
+    missing = [name for name in own["streams"] if name not in other["streams"]]
+    if missing:
+        raise MsencError(
+            f"{start.argument}={start.run}: that run has no connector for {', '.join(missing)}, this one has "
+            f"{', '.join(own['streams'])}. Found there: {', '.join(other['streams']) or 'none'}. Start from a run of "
+            f"modality={config['modality']}."
+        )
+    for name, stream in own["streams"].items():
+        before, now = _encoder(other["streams"][name]), _encoder(stream)
+        differ = [
+            f"{k}={before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)
+        ]
+        if differ:
+            raise MsencError(
+                f"{start.argument}={start.run}: its {name} connector reads another encoder's features: "
+                f"{'; '.join(differ[:3])}. Choose the same model/{name}=."
+            )
+    before, now = (
+        {
+            **{k: v for k, v in m["connector"].items() if k not in ANOTHER_TRAINING},
+            "tie_connectors": m["tie_connectors"],
+        }
+        for m in (other, own)
+    )
+    differ = [f"{k}={before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)]
+    if differ:
+        raise MsencError(
+            f"{start.argument}={start.run}: its connectors are built otherwise: {'; '.join(differ[:3])}. Choose the "
+            "same model/connector=."
+        )
+
+
+def _encoder(stream: Mapping[str, Any]) -> dict[str, Any]:
+    encoder = {f"encoder.{k}": v for k, v in stream["encoder"].items() if k not in RUN_ONLY}
+    return {"name": stream["name"], "dim": stream["dim"], **encoder}
+
+
+def _check_adapter(start: Start, config: Mapping[str, Any]) -> None:
+    before, now = (
+        {} if m["llm"]["lora"] is None else {k: v for k, v in m["llm"]["lora"].items() if k != "lora_dropout"}
+        for m in (start.config["model"], config["model"])
+    )
+    differ = [f"{k}={before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)]
+    if differ:
+        raise MsencError(
+            f"{start.argument}={start.run}: its LLM was trained otherwise (model.llm.lora): {'; '.join(differ[:3])}. "
+            "Choose the same, or take the connectors alone: init_from.connectors=RUN."
+        )

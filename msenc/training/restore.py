@@ -1,0 +1,102 @@
+"""A run that was trained -> its record, its config, and its model with what was learned."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msenc.config.checks import check_targets
+from msenc.config.schema import plain
+from msenc.models.conversation import ConversationModel
+from msenc.runs.record import read_run
+from msenc.training.assembly import GIVEN, build_model
+from msenc.training.checkpoints import read_checkpoint
+from msenc.training.module import ConversationModule
+from msenc.types import MsencError
+from msenc.work.console import console
+
+
+def open_run(run_dir: Path, data_dir: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's record and its config, checked, with the places where things lie now.
+
+    Args:
+        run_dir: the run.
+        data_dir: where data and tiny LLM lie, if they have moved since; None: where the run found them.
+    """
+    record, config = read_run(run_dir)
+    if "trainable_parameters" not in record or "task_hash" not in record:
+        raise MsencError(
+            f"{run_dir}: the run ended ({record.get('status')}) before it had a model, so there is nothing to measure "
+            "or to talk to. Repeat its command."
+        )
+    config.paths.output_dir = str(run_dir)
+    if data_dir is not None:
+        config.paths.data_dir = data_dir
+    own = plain(config)
+    check_targets(own, GIVEN)
+    return record, own
+
+
+def trains(record: Mapping[str, Any]) -> bool:
+    """Whether anything of a run trains; if not, it has no checkpoint."""
+    return sum(record["trainable_parameters"].values()) > 0
+
+
+def load_trained(
+    run_dir: Path, checkpoint: str, record: Mapping[str, Any], config: Mapping[str, Any]
+) -> ConversationModel:
+    """The model of a run as it was trained, or as it started where nothing trains; in eval mode.
+
+    Args:
+        run_dir: the run.
+        checkpoint: ``best``, ``last`` or a file.
+        record: from `open_run`.
+        config: from `open_run`.
+    """
+    model = build_model(config)
+    if trains(record):
+        load_checkpoint(ConversationModule(model), run_dir, checkpoint)
+    return model.eval()
+
+
+def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
+    """The file of a run's checkpoint: ``best`` (the last one where there is no best), ``last``, or a file.
+
+    Raises:
+        MsencError: there is none.
+    """
+    path = Path(checkpoint)
+    if checkpoint in ("best", "last"):
+        path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
+        last = path.with_name("last.ckpt")
+        if not path.is_file() and last.is_file():
+            console.print(
+                "There is no best checkpoint here (no validation ran, or it was removed): the last one is taken."
+            )
+            path = last
+    if not path.is_file():
+        found = sorted(f.name for f in (run_dir / "checkpoints").glob("*.ckpt"))
+        raise MsencError(f"{path}: no such checkpoint. Found: {', '.join(found) or 'none'}. Did the run finish?")
+    return path
+
+
+def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) -> None:
+    """Fill a module with a run's trained tensors.
+
+    Raises:
+        MsencError: the file is missing or unreadable, or does not belong to these base weights.
+    """
+    saved = read_checkpoint(find_checkpoint(run_dir, checkpoint))
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"], strict=False)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` takes the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise MsencError(f"device={name}: not usable here ({str(e).splitlines()[0]}). Try device=cpu.") from e

@@ -1,0 +1,33 @@
+"""What the terminal shows: one console, paths as a user would type them, no chatter of libraries."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import transformers
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+console = Console(quiet=rank_zero_only.rank != 0)  # of several processes, the first one speaks
+
+
+def quieten() -> None:
+    """Hold back what libraries say of each other, and of choices that a config makes on purpose."""
+    # Lightning lists devices it does not use and advertises; what matters is printed by msenc.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    # Between libraries: PEFT asks transformers by an old name, Lightning torch by an old call.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # Choices of the config, made on purpose: small data loads in the process itself, frozen parts are in eval mode.
+    warnings.filterwarnings("ignore", message=r".*Found \d+ module\(s\) in eval mode.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
+    )
+
+
+def shown(path: Path) -> Path:
+    """A path as a user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

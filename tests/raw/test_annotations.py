@@ -1,0 +1,244 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from msenc.raw.annotations import MELD_FILES, read_meld, read_table, repair_encoding
+from msenc.types import Mark, MsencError
+
+HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
+
+
+def line(text="Hello!", dia="0", utt="0", speaker="Ana", start='"00:01:02,500"', end='"0:01:04,000"'):
+    return f"1,{text},{speaker},joy,positive,{dia},{utt},1,1,{start},{end}"
+
+
+def write(root: Path, train: list[str] | bytes | None = None, header: str = HEADER) -> Path:
+    """A whole folder; only its train file is of interest."""
+    for name, _ in MELD_FILES.values():
+        (root / name).write_text("\r\n".join([HEADER, line(), ""]), encoding="utf-8", newline="")
+    if isinstance(train, bytes):
+        (root / "train_sent_emo.csv").write_bytes(train)
+    elif train is not None:
+        (root / "train_sent_emo.csv").write_text("\r\n".join([header, *train, ""]), encoding="utf-8", newline="")
+    return root
+
+
+def test_rows_become_dialogues_in_row_order(tmp_path):
+    rows = [line("Hi, you", dia="7", utt="3").replace("Hi, you", '"Hi, you"'), line("B", dia="2"), line("C", dia="7")]
+    result = read_meld(write(tmp_path, rows))
+    assert [d.id for d in result.dialogues] == [
+        "meld/train/dia7",
+        "meld/train/dia2",
+        "meld/val/dia0",
+        "meld/test/dia0",
+    ]
+    first = result.dialogues[0]
+    assert [(u.id, u.text, u.clip) for u in first.utterances] == [
+        ("3", "Hi, you", "train_splits/dia7_utt3.mp4"),
+        ("0", "C", "train_splits/dia7_utt0.mp4"),
+    ]
+    assert (first.utterances[0].start_s, first.utterances[0].end_s) == (62.5, 64.0)
+    clips = [d.utterances[0].clip for d in result.dialogues[2:]]
+    assert clips == ["dev_splits_complete/dia0_utt0.mp4", "output_repeated_splits_test/dia0_utt0.mp4"]
+    assert result.rejections == []
+    assert result.num_repaired == 0
+
+
+def test_words_that_look_like_missing_values_stay(tmp_path):
+    result = read_meld(write(tmp_path, [line("None", speaker="NA")]))
+    assert (result.dialogues[0].utterances[0].text, result.dialogues[0].utterances[0].speaker) == ("None", "NA")
+
+
+def test_description_and_marks_are_read_where_they_exist(tmp_path):
+    rows = [line("It is red") + ",a calm voice,audio:text:6-9", line("Yes", utt="1") + ",,"]
+    result = read_meld(write(tmp_path, rows, HEADER + ",Description,Marks"), dataset="demo")
+    first, second = result.dialogues[0].utterances
+    assert result.dialogues[0].id == "demo/train/dia0"
+    assert (first.description, first.marks) == ("a calm voice", (Mark("audio", "text", 6, 9),))
+    assert (second.description, second.marks) == (None, ())
+
+
+def test_a_bad_mark_names_file_and_row(tmp_path):
+    with pytest.raises(MsencError, match=r"train_sent_emo.csv, row 2: Found the mark 'loud'"):
+        read_meld(write(tmp_path, [line() + ",loud"], HEADER + ",Marks"))
+
+
+@pytest.mark.parametrize(
+    ("mangled", "text"),
+    [
+        ("It\x92s \x93so\x94\x85", "It\u2019s \u201cso\u201d\u2026"),
+        ("heâ€™s â€œhereâ€\x9d", "he\u2019s \u201chere\u201d"),
+        ("heâ\x80\x99s", "he\u2019s"),
+        ("a\xa0b", "a b"),
+        ("CAFÉ\u201d â, Ã, €5", "CAFÉ\u201d â, Ã, €5"),
+    ],
+)
+def test_encoding_is_repaired(tmp_path, mangled, text):
+    result = read_meld(write(tmp_path, [line(f'"{mangled}"'), line("plain é", utt="1")]))
+    assert [u.text for u in result.dialogues[0].utterances] == [text, "plain é"]
+    assert result.num_repaired == (mangled != text)
+    assert repair_encoding(text) == text
+
+
+def test_a_file_that_is_not_utf8_is_read_as_cp1252(tmp_path):
+    rows = "\r\n".join([HEADER, line("It\u2019s café"), line("plain", utt="1")])
+    result = read_meld(write(tmp_path, rows.encode("cp1252")))
+    assert result.dialogues[0].utterances[0].text == "It\u2019s café"
+    assert result.num_repaired == 1
+
+
+def test_empty_text_and_repeated_ids_are_rejected_and_listed(tmp_path):
+    rows = [line('"two\r\nlines"'), line(" "), line("again"), line("", dia="5"), "", line("kept", utt="4")]
+    result = read_meld(write(tmp_path, rows))
+    assert [(r.id, r.what, r.reason, r.file, r.row) for r in result.rejections] == [
+        ("meld/train/dia0/utt0", "row", "empty text", "train_sent_emo.csv", 4),
+        ("meld/train/dia0/utt0", "row", "duplicate utterance id", "train_sent_emo.csv", 5),
+        ("meld/train/dia5/utt0", "row", "empty text", "train_sent_emo.csv", 6),
+    ]
+    train = [d for d in result.dialogues if d.split == "train"]
+    assert [d.id for d in train] == ["meld/train/dia0"]
+    assert [u.text for u in train[0].utterances] == ["two\r\nlines", "kept"]
+
+
+def test_a_time_that_cannot_be_read_is_none(tmp_path):
+    utterance = read_meld(write(tmp_path, [line(start="soon", end='"00:00:03,5"')])).dialogues[0].utterances[0]
+    assert (utterance.start_s, utterance.end_s) == (None, 3.5)
+
+
+@pytest.mark.parametrize(
+    ("train", "header", "message"),
+    [
+        (b"", HEADER, r"train_sent_emo.csv: not a CSV table \(No columns"),
+        ([], HEADER, r"train_sent_emo.csv: found a header and no row"),
+        ([line("")], HEADER, r"train_sent_emo.csv: found no row with text; .*'train'"),
+        ([line(), line(dia="x")], HEADER, r"train_sent_emo.csv, row 3: Dialogue_ID is 'x'; expected a whole number"),
+        ([line(utt="1.0")], HEADER, r"row 2: Utterance_ID is '1.0'"),
+        ([line()], HEADER.replace("Utterance,", "utterence,"), r"row 1: no column Utterance \(nearest: utterence\)"),
+        ([line() + ",more,cells"], HEADER, r"train_sent_emo.csv: not a CSV table"),
+        ([line(), "2,cut off"], HEADER, r"row 3: Dialogue_ID is ''"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, train, header, message):
+    with pytest.raises(MsencError, match=message):
+        read_meld(write(tmp_path, train, header))
+
+
+def test_a_missing_or_unreadable_file_is_refused(tmp_path):
+    write(tmp_path)
+    (tmp_path / "dev_sent_emo.csv").unlink()
+    with pytest.raises(MsencError, match=r"dev_sent_emo.csv: no such file.*train_sent_emo.csv.*data.root"):
+        read_meld(tmp_path)
+    (tmp_path / "dev_sent_emo.csv").mkdir()
+    with pytest.raises(MsencError, match=r"dev_sent_emo.csv: cannot be read"):
+        read_meld(tmp_path)
+
+
+def test_real_meld_has_its_published_counts():
+    if "MSENC_SHARED" not in os.environ:
+        pytest.skip("MSENC_SHARED names no folder with MELD's annotations")
+    result = read_meld(Path(os.environ["MSENC_SHARED"]) / "data" / "meld")
+    counts = {}
+    for split in MELD_FILES:
+        dialogues = [d for d in result.dialogues if d.split == split]
+        utterances = sum(len(d.utterances) for d in dialogues)
+        counts[split] = (len(dialogues), utterances, sum(d.num_samples for d in dialogues))
+    assert counts == {"train": (1038, 9989, 8951), "val": (114, 1109, 995), "test": (280, 2610, 2330)}
+    assert result.rejections == []
+    assert result.num_repaired == 0
+    assert all(u.start_s is not None and u.end_s is not None for d in result.dialogues for u in d.utterances)
+
+
+# ------------------------------------------------------------------------------------------------ a table
+
+SPLIT = {"rule": "random", "fractions": {"train": 0.5, "test": 0.5}, "seed": 1}
+
+
+def table(folder: Path, text: str | bytes) -> Path:
+    path = folder / "utterances.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_table_names_clips_and_parts_of_recordings(tmp_path):
+    path = table(
+        tmp_path,
+        "clip,dialogue,speaker,text,start,end,split,description,note\n"
+        "a.mp4,two,Anna,Hello!,1.5,3,test,,x\n"
+        "a.mp4,one,Ben,Yes.,0:01:02,62.25,train,A man speaks.,\n"
+        "b.wav,two,,Bye.,,,test,,\n"
+        ",one,Ben,No clip.,,,train,,\n",
+    )
+    found = read_table(path, "own", SPLIT)
+    assert [d.id for d in found.dialogues] == ["own/train/one", "own/test/two"]
+    one, two = (d.utterances for d in found.dialogues)
+    assert [(u.id, u.speaker, u.text, u.clip, u.start_s, u.end_s) for u in (*two, *one)] == [
+        ("0", "Anna", "Hello!", "a.mp4#t=1.500,3.000", 1.5, 3.0),
+        ("1", "-1", "Bye.", "b.wav", None, None),
+        ("0", "Ben", "Yes.", "a.mp4#t=62.000,62.250", 62.0, 62.25),
+        ("1", "Ben", "No clip.", None, None, None),
+    ]
+    assert [u.description for u in one] == ["A man speaks.", None]
+    assert found.rejections == []
+    assert found.recordings == {"own/train/one": "a.mp4", "own/test/two": "a.mp4"}
+
+
+def test_rows_of_a_table_that_cannot_be_used_are_listed(tmp_path):
+    rows = ["a.mp4,d,x,1,2", "a.mp4,d,,2,3", "a.mp4,d,y,5,4", "a.mp4,d,z,soon,4", "a.mp4,d,w,nan,4", "a.mp4,d,v,,4"]
+    found = read_table(table(tmp_path, "\n".join(["clip,dialogue,text,start,end", *rows])), "own", SPLIT | ONE)
+    assert [(r.id, r.what, r.reason, r.row) for r in found.rejections] == [
+        ("own/train/d/utt1", "row", "empty text", 3),
+        *((f"own/train/d/utt{n}", "clip", "no span of time", n + 2) for n in (2, 3, 4, 5)),
+    ]
+    assert found.rejections[1].found == "'5' to '4'"
+    assert [(u.id, u.clip) for u in found.dialogues[0].utterances] == [
+        ("0", "a.mp4#t=1.000,2.000"),
+        *((str(n), None) for n in (2, 3, 4, 5)),
+    ]
+
+
+ONE = {"fractions": {"train": 1.0}}
+
+
+def test_a_table_without_splits_is_split_by_the_config(tmp_path):
+    path = table(tmp_path, "\n".join(["clip,dialogue,text", *(f"{i}.wav,d{i},Hi" for i in range(10))]))
+    splits = {d.id.split("/")[2]: d.split for d in read_table(path, "own", SPLIT).dialogues}
+    assert sorted(splits.values()) == ["test"] * 5 + ["train"] * 5
+    path.write_text(path.read_text() + "\nx.wav,d0,More")
+    assert {d.id.split("/")[2]: d.split for d in read_table(path, "own", SPLIT).dialogues} == splits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip;dialogue;text\na;b;c", r"row 1: no column clip, dialogue, text.*found clip;dialogue;text.*Rename"),
+        ("clip,dialog,text\na,b,c", r"no column dialogue \(nearest: dialog\)"),
+        ("clip,dialogue,text,speakers\na,b,c,d", r"no column speaker \(nearest: speakers\)"),
+        ("clip,dialogue,text\na,b c,hi", r"row 2: dialogue is 'b c'; expected a name"),
+        ("clip,dialogue,text\na,,hi", r"row 2: dialogue is ''"),
+        ("clip,dialogue,text\n/etc/a.wav,d,hi", r"row 2: clip is '/etc/a\.wav'; expected a path below"),
+        ("clip,dialogue,text\n../a.wav,d,hi", r"row 2: clip is '\.\./a\.wav'"),
+        ("clip,dialogue,text,split\na,d,hi,dev", r"row 2: split is 'dev'; expected train, val, test"),
+        ("clip,dialogue,text,split\na,d,hi,val\na,d,yes,test", r"d is in val \(row 2\) and in test \(row 3\)"),
+        ("clip,dialogue,text,description\na,d,hi,(loud)", r"row 2: brackets in the voice description"),
+        ("clip,dialogue,text\na,d,\n", r"found no row with text"),
+        ("clip,dialogue,text\n", r"found a header and no row"),
+        (b"", r"not a CSV table"),
+    ],
+)
+def test_a_bad_table_is_refused(tmp_path, text, message):
+    with pytest.raises(MsencError, match=message):
+        read_table(table(tmp_path, text), "own", SPLIT | ONE)
+
+
+def test_a_missing_table_is_refused(tmp_path):
+    with pytest.raises(MsencError, match=r"none\.csv: no such file.*data\.table"):
+        read_table(tmp_path / "none.csv", "own", SPLIT)
+
+
+def test_a_tables_encoding_is_repaired(tmp_path):
+    path = table(tmp_path, "clip,dialogue,speaker,text\na,d,Zoé,It\x92s a café".encode("latin-1"))
+    found = read_table(path, "own", SPLIT | ONE)
+    (utterance,) = found.dialogues[0].utterances
+    assert (utterance.speaker, utterance.text) == ("Zoé", "It\u2019s a café")
+    assert found.repaired == ["own/train/d/utt0"]

@@ -1,0 +1,142 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from clips import write_media
+
+from msenc.demo.raw_demo import read_truth, write_raw_demo
+from msenc.raw.recordings import Recipe, transcribe_recordings
+from msenc.raw.segment import SegmentSettings
+from msenc.types import MsencError
+from msenc.work.items import Part
+
+for package in ("sklearn", "silero_vad", "scenedetect"):
+    pytest.importorskip(package)
+
+SPLIT = {"rule": "random", "fractions": {"train": 0.5, "test": 0.5}, "seed": 1}
+
+
+class LengthRecogniser:
+    """Says how long it hears each sound."""
+
+    calls = 0
+
+    def texts(self, sounds):
+        type(self).calls += 1
+        return [f"{len(sound) / 16000:.1f} seconds" for sound in sounds]
+
+
+def pitch_encoder():
+    """Tells the demo's women from its men by where their sound's energy lies."""
+
+    def encode(sound):
+        power = np.abs(np.fft.rfft(sound, 16000))[60:400] ** 2
+        is_high = (power * np.arange(60, 400)).sum() / power.sum() > 165
+        return np.eye(2, dtype=np.float32)[int(is_high)]
+
+    return encode
+
+
+def _recipe(**changes):
+    parts = {
+        "segment": SegmentSettings(),
+        "make_recogniser": LengthRecogniser,
+        "make_encoder": pitch_encoder,
+        "settings": {"recogniser": "length", "speaker_encoder": "pitch"},
+        "split": SPLIT,
+    }
+    return Recipe(**{**parts, **changes})
+
+
+def _rows(transcript):
+    with transcript.file.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def raw_demo(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recordings") / "demo"
+    write_raw_demo(root, num_videos=1, dialogues_per_video=2, seed=3)
+    return root
+
+
+def test_every_utterance_stands_in_the_table_once(raw_demo, tmp_path):
+    transcript = transcribe_recordings("own", raw_demo, tmp_path / "data", _recipe(), 0)
+    truth = read_truth(raw_demo)
+    rows = _rows(transcript)
+    assert [row["dialogue"] for row in rows] == [f"dia{n}" for n, d in enumerate(truth) for _ in d.utterances]
+    for row, said in zip(rows, (u for d in truth for u in d.utterances), strict=True):
+        assert float(row["start"]) == pytest.approx(said.start_s, abs=0.25)
+        assert float(row["end"]) == pytest.approx(said.end_s, abs=0.25)
+        assert row["clip"] == "video0.mp4"
+    assert {row["split"] for row in rows} == {"train", "test"}
+    assert transcript.rejections == []
+
+
+def test_what_is_done_is_not_done_again(raw_demo, tmp_path):
+    first = transcribe_recordings("own", raw_demo, tmp_path / "data", _recipe(), 0).file.read_bytes()
+    before = LengthRecogniser.calls
+    assert transcribe_recordings("own", raw_demo, tmp_path / "data", _recipe(), 0).file.read_bytes() == first
+    assert LengthRecogniser.calls == before
+    other = _recipe(settings={"recogniser": "another", "speaker_encoder": "pitch"})
+    transcribe_recordings("own", raw_demo, tmp_path / "data", other, 0)
+    assert LengthRecogniser.calls == before + 2
+
+
+def test_parts_leave_what_is_not_theirs(raw_demo, tmp_path):
+    remaining = transcribe_recordings("own", raw_demo, tmp_path / "data", _recipe(), 0, part=Part(1, 2))
+    assert remaining == ["segment: 1 of 2 items remain, of the parts 2/2"]
+    assert not (tmp_path / "data" / "utterances.csv").exists()
+
+
+def test_bad_recordings_are_listed_and_the_others_used(raw_demo, tmp_path):
+    root = tmp_path / "raw"
+    root.mkdir()
+    shutil.copy(raw_demo / "video0.mp4", root / "good.mp4")
+    write_media(root / "no_sound.mp4", with_sound=False)
+    write_media(root / "no_speech.mp4", rate=8000, channels="5.1", rotation=90, ticks=(0, 1, 5))
+    (root / "text.mp4").write_text("no video")
+    (root / "empty.mp4").touch()
+    end = read_truth(raw_demo)[-1].end_s + 1
+    names = {"good.mp4": [[0, end], [900, 901], [2, 1]], "gone.mp4": [[0, 1]]}
+    names |= {f"{name}.mp4": [[0, 0.5]] for name in ("no_sound", "no_speech", "text", "empty")}
+    (root / "timestamp.json").write_text(json.dumps(names))
+    transcript = transcribe_recordings("own", root, tmp_path / "data", _recipe(), 0)
+    assert {row["dialogue"] for row in _rows(transcript)} == {"dia0"}
+    assert sorted((r.file, r.reason) for r in transcript.rejections) == [
+        ("empty.mp4", "clip corrupt"),
+        ("gone.mp4", "recording missing"),
+        ("good.mp4", "no sound"),  # behind its end
+        ("no_sound.mp4", "no sound"),
+        ("no_speech.mp4", "no speech"),
+        ("text.mp4", "clip corrupt"),
+        ("timestamp.json", "span inverted"),
+    ]
+    assert (tmp_path / "data" / "utterances-rejected.csv").is_file()
+
+
+def test_without_timestamps_each_recording_is_a_dialogue(raw_demo, tmp_path):
+    root = tmp_path / "raw"
+    (root / "more").mkdir(parents=True)
+    shutil.copy(raw_demo / "video0.mp4", root / "more" / "b.MP4")
+    shutil.copy(raw_demo / "video0.mp4", root / "a.mp4")
+    (root / "notes.txt").touch()
+    transcript = transcribe_recordings("own", root, tmp_path / "data", _recipe(), 0)
+    assert dict.fromkeys((row["clip"], row["dialogue"]) for row in _rows(transcript)) == {
+        ("a.mp4", "dia0"): None,
+        ("more/b.MP4", "dia1"): None,
+    }
+    assert "each of the 2 recordings is one dialogue" in transcript.notes[0]
+    assert "1 files" in transcript.notes[1]
+
+
+@pytest.mark.parametrize("files", [[], ["notes.txt"]])
+def test_a_folder_without_recordings_is_refused(tmp_path, files):
+    root = tmp_path / "raw"
+    root.mkdir()
+    for name in files:
+        (root / name).touch()
+    with pytest.raises(MsencError, match="found no recording"):
+        transcribe_recordings("own", root, tmp_path / "data", _recipe(), 0)

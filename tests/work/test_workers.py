@@ -1,0 +1,110 @@
+import multiprocessing
+import os
+import re
+import signal
+import time
+from functools import partial
+
+import pytest
+
+from msenc.types import MsencError
+from msenc.work.pool import beside, lone_bar
+
+
+def learn(file):
+    with lone_bar() as progress:
+        for lesson in ("first", "second"):
+            bar = progress.add_task(lesson, total=3)
+            for _ in range(3):
+                progress.update(bar, advance=1, description=f"{lesson} lesson")
+    print("[learned]")
+    file.write_text(f"{os.getpid()}")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse():
+    raise MsencError("no such thing")
+
+
+def divide():
+    return 1 / 0
+
+
+def note_and_sleep(file):
+    file.write_text(f"{os.getpid()}")
+    time.sleep(600)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(file):
+    end = time.monotonic() + 60
+    while not (file.is_file() and file.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return int(file.read_text())
+
+
+def interrupt_when(file):
+    assert is_alive(wait_for(file))
+    raise KeyboardInterrupt
+
+
+def test_a_job_beside_tells_what_it_does(tmp_path, capsys):
+    with beside(partial(learn, tmp_path / "pid"), "learning") as job:
+        assert job.is_running
+    assert not job.is_running
+    assert wait_for(tmp_path / "pid") != os.getpid()
+    said = capsys.readouterr().out
+    assert "[learned]" in said  # as it was printed, whatever a bar takes brackets for
+    assert re.search(r"second lesson .* 100%", said)
+    assert multiprocessing.active_children() == []
+
+
+def test_its_end_is_an_error_and_says_how_it_came():
+    for work, error, message in (
+        (die, MsencError, r"tiny: its process ended without a word \(exit status -9\).*prepare_workers=0"),
+        (refuse, MsencError, "^no such thing$"),
+        (divide, RuntimeError, r"ZeroDivisionError[\s\S]*in divide"),
+    ):
+        seen = []
+        with pytest.raises(error, match=message), beside(work, "tiny"):
+            seen.append("body")
+        assert seen == ["body"]
+
+
+def test_an_end_of_the_body_ends_the_job(tmp_path):
+    """As Ctrl-C does; a launcher's jobs ignore SIGTERM, and so do the processes that they start."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), beside(partial(note_and_sleep, tmp_path / "pid"), "tiny"):
+            interrupt_when(tmp_path / "pid")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not is_alive(wait_for(tmp_path / "pid"))
+
+
+def parent(file):
+    with beside(partial(note_and_sleep, file), "tiny"):
+        time.sleep(600)
+
+
+def test_the_job_ends_with_a_parent_that_was_killed(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=parent, args=(tmp_path / "pid",))
+    process.start()
+    pid = wait_for(tmp_path / "pid")
+    process.kill()
+    process.join()
+    end = time.monotonic() + 60
+    while is_alive(pid):
+        assert time.monotonic() < end
+        time.sleep(0.05)
