@@ -97,9 +97,11 @@ def measure(name: str, size: Size, repetitions: int) -> dict[str, Any]:
     decoding = read_decoding({**lengths, "batch_size": size.batch_size}, END, 0, seed=1)
 
     def write(layout: str) -> list[list[int]]:
-        return [
-            w.ids for w in write_replies(model, samples, decoding, budget=BUDGET, num_queries=QUERIES, layout=layout)
-        ]
+        tokens = [tokens for tokens, _ in samples]
+        written = write_replies(
+            model, tokens, lambda i: samples[i][1], decoding, budget=BUDGET, num_queries=QUERIES, layout=layout
+        )
+        return [w.ids for w in written]
 
     plain = GenerationConfig(**lengths, eos_token_id=END, pad_token_id=0)
     variants: dict[str, Callable[[], list[list[int]]]] = {

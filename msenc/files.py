@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,22 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file, whole or not at all; numbers that JSON does not know, such as NaN, become null."""
+    write_text(path, json.dumps(known_to_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def known_to_json(value: Any) -> Any:
+    """Plain values with null for NaN and infinity, which JSON does not know.
+
+    Example:
+        >>> known_to_json({"loss": [0.5, math.nan], "steps": 3})
+        {'loss': [0.5, None], 'steps': 3}
+    """
+    if isinstance(value, Mapping):
+        return {key: known_to_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [known_to_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

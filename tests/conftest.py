@@ -100,7 +100,7 @@ def train(demo_home, tmp_path) -> Callable[..., SimpleNamespace]:
         run_dir = tmp_path / folder
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             job = GlobalHydra.instance().hydra.run(
-                "train", train, [*overrides, f"hydra.run.dir={run_dir}"], with_log_configuration=False
+                "train", train, [*overrides, f"paths.output_dir={run_dir}"], with_log_configuration=False
             )
         return SimpleNamespace(folder=run_dir, loss=job.return_value)
 
@@ -113,7 +113,7 @@ def short_run(demo_home, tmp_path_factory) -> Path:
     from msenc.pipelines.train import train
 
     folder = tmp_path_factory.mktemp("short") / "run"
-    overrides = ["trainer.max_epochs=1", "evaluate=null", f"hydra.run.dir={folder}"]
+    overrides = ["trainer.max_epochs=1", "evaluate=null", f"paths.output_dir={folder}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         GlobalHydra.instance().hydra.run("train", train, overrides, with_log_configuration=False)
     return folder

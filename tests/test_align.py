@@ -160,7 +160,7 @@ def trained(demo_home, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     with initialize_config_dir(str(Path(__file__).parents[1] / "configs"), version_base="1.3"):
-        overrides = [*SMALL, *FAST, f"hydra.run.dir={folder}"]
+        overrides = [*SMALL, *FAST, f"paths.output_dir={folder}"]
         GlobalHydra.instance().hydra.run("train", run, overrides, with_log_configuration=False)
     return folder
 

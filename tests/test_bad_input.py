@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from clips import write_media
 
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import StreamSpec
 from msenc.models.encoders import LogMel
 from msenc.prepare.dataset import prepare_dataset
 from msenc.prepare.features import StreamRecipe

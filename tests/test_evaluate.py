@@ -38,7 +38,7 @@ def sweep(demo_home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     for job, modality in (("2", "text"), ("10", "text_audio")):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            overrides = [*SHORT, f"modality={modality}", f"hydra.run.dir={folder / job}"]
+            overrides = [*SHORT, f"modality={modality}", f"paths.output_dir={folder / job}"]
             GlobalHydra.instance().hydra.run("train", train, overrides, False)
     write(folder / "0" / "run.json", {"status": "failed", "error": "MsencError: too hot"})
     write(folder / "1" / "run.json", {"status": "running"})

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import sys
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,14 @@ from msenc.config.schema import plain
 from msenc.evaluation.metrics.text import DEFAULT_METRICS
 from msenc.models.llm import load_tokenizer
 from msenc.pipelines import prepare as pipelines_prepare
+from msenc.pipelines import train as pipelines_train
 from msenc.pipelines.evaluate import evaluate
 from msenc.pipelines.prepare import ensure_llm, prepare, prepare_command
 from msenc.pipelines.train import train
 from msenc.prompt import TOKEN_KINDS
 from msenc.store.manifest import DatasetManifest
 from msenc.store.shards import write_stream
+from msenc.training import assembly
 from msenc.types import Dialogue, MsencError, Utterance
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -55,7 +58,7 @@ def finished(demo_home, tmp_path_factory):
     overrides += [f"model.llm.name_or_path={folder / 'llm'}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
-        job = hydra.run("train", train, [*overrides, f"hydra.run.dir={folder / 'run'}"], False)
+        job = hydra.run("train", train, [*overrides, f"paths.output_dir={folder / 'run'}"], False)
     return SimpleNamespace(folder=folder, run=folder / "run", loss=job.return_value)
 
 
@@ -335,6 +338,37 @@ def test_a_run_that_ends_before_its_first_validation_is_evaluated_as_trained(tra
     untrained = train([*FAST, "modality=text", "model.llm.freeze=true"], "untrained")
     ((_, (before, _)),) = evaluations(untrained.folder).items()
     assert abs(metrics["nll"] - before["nll"]) > 1e-3
+
+
+def test_what_was_trained_is_gone_before_it_is_evaluated(train, monkeypatch):
+    alive, held = [], []
+    fit = pipelines_train._fit
+
+    def noting(config, model, *rest):
+        held.extend([weakref.ref(model), weakref.ref(model.llm.get_input_embeddings().weight)])
+        return fit(config, model, *rest)
+
+    monkeypatch.setattr(pipelines_train, "_fit", noting)
+    monkeypatch.setattr(
+        pipelines_train, "evaluate_run", lambda *a, **k: alive.extend(ref() is not None for ref in held)
+    )
+    train([*FAST, "modality=text_audio"])
+    assert alive == [False, False]
+
+
+def test_a_run_that_goes_on_is_not_calibrated_anew(train, monkeypatch):
+    calibrated, calibrate = [], assembly.calibrate
+    monkeypatch.setattr(assembly, "calibrate", lambda *a: calibrated.append(a) or calibrate(*a))
+    monkeypatch.setattr(pipelines_train, "evaluate_run", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train([*FAST, "modality=text_audio_video"])
+    assert len(calibrated) == 2
+    monkeypatch.undo()
+    calibrated.clear()
+    monkeypatch.setattr(assembly, "calibrate", lambda *a: calibrated.append(a))
+    run = train([*FAST, "modality=text_audio_video", "resume=auto"])
+    assert read(run.folder / "run.json")["status"] == "finished"
+    assert calibrated == []
 
 
 _opened: list[str] | None = None

@@ -1,9 +1,16 @@
-"""Two processes (gloo, started by Lightning as for users) against one: the same batches, losses, weights and files."""
+"""Two processes (gloo, started by Lightning or by torchrun) against one: the same batches, losses, weights, files."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import pytest
 import torch
+from conftest import ROOT
 
 from msenc.files import read_json
 from msenc.training.assembly import build_datamodule
@@ -71,3 +78,56 @@ def test_two_processes_train_as_one(train, run_script, compose, tmp_path, case):
     assert any(v.abs().max() > 1e-3 for k, v in first.items() if "lora_B" in k)  # which began at zero
     assert files(both) - files(alone) <= {"train.log"}
     assert read_json(both / "run.json")["status"] == "finished"
+
+
+# ------------------------------------------------------------------------------------------------ torchrun
+
+
+def torchrun(home, runs, *overrides):
+    """Two processes of one run, started from outside, as by a cluster."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    command += [*COMMON, "data.batch_size=4", "trainer.max_steps=60", "callbacks.checkpoints.every_n_steps=3"]
+    command += ["trainer=ddp", "trainer.accelerator=cpu", "resume=auto", f"paths.runs_dir={runs}", *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+def test_a_run_of_torchrun_that_is_stopped_goes_on_in_its_own_folder(demo_home, tmp_path):
+    whole = torchrun(demo_home, tmp_path / "whole")
+    said, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    (expected,) = (tmp_path / "whole").rglob("last.ckpt")
+
+    stopped, steps = tmp_path / "stopped", []
+    while len(steps) < 4 and not any(step % 4 for step in steps):  # 16 dialogues: an epoch has 4 steps
+        process = torchrun(demo_home, stopped)
+        while process.poll() is None:
+            written = [path for path in stopped.rglob("last.ckpt") if torch_step(path) > max(steps, default=0)]
+            if written:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.02)
+        process.communicate(timeout=120)
+        (record,) = stopped.rglob("run.json")
+        assert read_json(record)["status"] == "interrupted"
+        steps.append(torch_step(record.parent / "checkpoints" / "last.ckpt"))
+    assert any(step % 4 for step in steps)
+
+    last = torchrun(demo_home, stopped)
+    said, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors
+    assert f"goes on from step {steps[-1]}" in said
+    (record,) = stopped.rglob("run.json")
+    assert [folder.name for folder in (stopped / "single").iterdir()] == [record.parent.name]
+    assert read_json(record)["status"] == "finished"
+    first, second = (
+        torch.load(path, weights_only=True)["state_dict"] for path in (expected, *stopped.rglob("last.ckpt"))
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def torch_step(path):
+    """The step of a checkpoint; 0 while it is being renamed."""
+    with suppress(FileNotFoundError, RuntimeError):
+        return torch.load(path, weights_only=True)["global_step"]
+    return 0

@@ -80,7 +80,7 @@ def own_home(shared_home, monkeypatch):
 def a_run(own_home, call_script):
     folder = own_home / "runs" / "sweep" / "0"
     if not folder.exists():
-        call_script("train.py", "modality=text", *SHORT["train.py"], f"hydra.run.dir={folder}")
+        call_script("train.py", "modality=text", *SHORT["train.py"], f"paths.output_dir={folder}")
     return folder
 
 

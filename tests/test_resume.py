@@ -41,7 +41,7 @@ def drive(demo_home, tmp_path_factory):
             (home / name).mkdir()
             folder = str(home / name / "run")
             # Folders of their own: an alignment serves all runs of a folder.
-            first = [*FAST, *overrides, f"hydra.run.dir={folder}", f"paths.runs_dir={home / name}"]
+            first = [*FAST, *overrides, f"paths.output_dir={folder}", f"paths.runs_dir={home / name}"]
             spec.append({"folder": folder, "first": first, "again": again(folder), "moments": moments})
         results = run_driver(Path(__file__).parent / "kill_driver.py", spec, home)
         for starts in results:
@@ -209,7 +209,7 @@ def stopped(drive):
 
     def same_command(folder):
         other = f"{folder}-again"
-        return [*FAST, *workers, "resume=auto", f"hydra.run.dir={other}", f"paths.runs_dir={Path(folder).parent}"]
+        return [*FAST, *workers, "resume=auto", f"paths.output_dir={other}", f"paths.runs_dir={Path(folder).parent}"]
 
     moments = ["stop batch 0 3", "stop batch 1 7", "stop validation 1", "stop evaluation"]
     return drive(
@@ -321,9 +321,9 @@ def test_another_run_is_not_continued(begun, call_script, tmp_path):
         with pytest.raises(SystemExit, match="a multirun makes many runs"):
             call_script("train.py", several, f"resume={begun}")
     with pytest.raises(SystemExit, match=r"holds a run already.*resume="):
-        call_script("train.py", *SHORT, f"hydra.run.dir={begun}")
+        call_script("train.py", *SHORT, f"paths.output_dir={begun}")
     before = (begun / "run.json").read_text()
-    same = [*SHORT, "resume=auto", f"paths.runs_dir={begun.parent}", f"hydra.run.dir={tmp_path / 'other'}"]
+    same = [*SHORT, "resume=auto", f"paths.runs_dir={begun.parent}", f"paths.output_dir={tmp_path / 'other'}"]
     for command in ([f"resume={begun}"], same):
         with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process works in this run's folder"):
             call_script("train.py", *command)

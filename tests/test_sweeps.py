@@ -129,7 +129,7 @@ def test_a_dry_run_lists_what_is_not_prepared(call_script, capsys, tmp_path):
 
 def test_a_dry_run_of_one_run_is_refused(call_script, tmp_path):
     with pytest.raises(SystemExit, match="this is one run"):
-        call_script("train.py", "modality=text", "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}")
+        call_script("train.py", "modality=text", "dry_run=true", f"paths.output_dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
 

@@ -199,13 +199,13 @@ class PathsConfig:
         data_dir: prepared data, raw material of the demo, and its LLM.
         cache_dir: local copies of prepared data that lies behind a URL; may be deleted at any time between runs.
         runs_dir: runs, one folder each.
-        output_dir: the folder of this run.
+        output_dir: the folder of this run; None until `runs.folder` has settled it.
     """
 
     data_dir: str = MISSING
     cache_dir: str = MISSING
     runs_dir: str = MISSING
-    output_dir: str = MISSING
+    output_dir: str | None = None
 
 
 @dataclass

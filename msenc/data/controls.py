@@ -5,20 +5,18 @@ do the turns that make up each history, and which of them have the stream.
 """
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from msenc.data.collate import Features
+from msenc.data.dataset import DialogueDataset
 from msenc.prompt import TokenizedDialogue
 from msenc.types import Dialogue, MsencError
-
-if TYPE_CHECKING:
-    from msenc.data.datamodule import DialogueDataset
 
 KINDS = {
     "shuffle": "of another dialogue",
@@ -81,9 +79,9 @@ def read_controls(given: str | Sequence[str] | None, streams: Iterable[str]) -> 
     return list(dict.fromkeys(found))
 
 
-def moments(samples: Iterable[tuple[TokenizedDialogue, Features]], stream: str) -> Moments:
+def moments(features: Iterable[Features], stream: str) -> Moments:
     """Mean and spread of a stream over the first `MOMENT_UTTERANCES` utterances that have it."""
-    present = (frames for _, features in samples for frames in features[stream] if frames is not None)
+    present = (frames for one in features for frames in one[stream] if frames is not None)
     count, total, squares = 0, 0.0, 0.0
     for frames in islice(present, MOMENT_UTTERANCES):
         count += len(frames)
@@ -129,9 +127,7 @@ class ControlledDialogues(Dataset):
         """Index -> the dialogue whose stream it gets: a cycle through all that have any, in an order of chance."""
         having = np.arange(len(self.ids))
         if self.control.stream != "text":
-            reader = self.streams[self.control.stream]
-            lengths = dict(zip(reader.ids, reader.lengths, strict=True))
-            having = np.array([i for i, id in enumerate(self.ids) if any(lengths[id])], dtype=int)
+            having = np.array([i for i in having if any(self.control.stream in turn for turn in self.frames(i))], int)
         if len(having) < 2:
             raise MsencError(
                 f"{self.control}: dialogues of the split {self.split!r} that have {self.control.stream}: "
@@ -149,24 +145,37 @@ class ControlledDialogues(Dataset):
         """The turns as they were annotated."""
         return self.dialogues.dialogue(index)
 
-    def __getitem__(self, index: int) -> tuple[TokenizedDialogue, Features]:
-        """As `DialogueDataset`, under the control."""
-        tokens, features = self.dialogues[index]
-        if self.control.stream == "text":
-            return self._shuffle_words(tokens, features, index), features
-        stream = self.control.stream
+    def frames(self, index: int) -> list[dict[str, int]]:
+        """As `DialogueDataset.frames`: of the dialogue's own streams."""
+        return self.dialogues.frames(index)
+
+    def tokens(self, index: int) -> TokenizedDialogue:
+        """As `DialogueDataset.tokens`, under the control."""
+        tokens = self.dialogues.tokens(index)
+        return self._shuffle_words(tokens, index) if self.control.stream == "text" else tokens
+
+    def features(self, index: int) -> Features:
+        """As `DialogueDataset.features`, under the control."""
+        features, stream = self.dialogues.features(index), self.control.stream
+        if stream == "text":
+            return features
         if self.control.kind == "shuffle":
-            replaced = self._shuffle(features[stream], index, keep_lengths=bool(tokens.windows))
+            keep_lengths = bool(self.dialogues.tokens(index).windows)
+            replaced = self._shuffle(features[stream], index, keep_lengths)
         elif self.control.kind == "zero":
             replaced = [None if frames is None else np.zeros_like(frames) for frames in features[stream]]
         else:
-            replaced = self._noise(features[stream], tokens.id)
-        return tokens, {**features, stream: replaced}
+            replaced = self._noise(features[stream], self.ids[index])
+        return {**features, stream: replaced}
+
+    def __getitem__(self, index: int) -> tuple[TokenizedDialogue, Features]:
+        """As `DialogueDataset`, under the control."""
+        return self.tokens(index), self.features(index)
 
     def _shuffle(self, turns: Sequence[Any], index: int, keep_lengths: bool) -> list[Any]:
         if index not in self._donors:  # it has nothing to replace
             return list(turns)
-        donor = [f for f in self.dialogues[self._donors[index]][1][self.control.stream] if f is not None]
+        donor = [f for f in self.dialogues.features(self._donors[index])[self.control.stream] if f is not None]
         replaced = [None if frames is None else donor[k % len(donor)] for k, frames in enumerate(turns)]
         if keep_lengths:  # the prompt's windows count frames, and the same turns are to stay in them
             pairs = zip(turns, replaced, strict=True)
@@ -181,15 +190,9 @@ class ControlledDialogues(Dataset):
             for f in turns
         ]
 
-    def _shuffle_words(
-        self, tokens: TokenizedDialogue, features: Mapping[str, Sequence[Any]], index: int
-    ) -> TokenizedDialogue:
+    def _shuffle_words(self, tokens: TokenizedDialogue, index: int) -> TokenizedDialogue:
         """What was said comes from another dialogue; who said it, and what is to be said now, stay."""
         dialogue, donor = self.dialogue(index), self.dialogue(self._donors[index]).utterances
         said = tuple(replace(u, text=donor[k % len(donor)].text) for k, u in enumerate(dialogue.utterances))
-        present = [
-            {stream: len(turns[k]) for stream, turns in features.items() if turns[k] is not None}
-            for k in range(len(said))
-        ]
         # `turn_tokens` and `windows` stay those of the dialogue's own words: the same turns make up the history.
-        return replace(tokens, turns=self.tokenizer(replace(dialogue, utterances=said), present).turns)
+        return replace(tokens, turns=self.tokenizer(replace(dialogue, utterances=said), self.frames(index)).turns)

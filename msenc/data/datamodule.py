@@ -5,14 +5,10 @@ turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import pairwise
-from typing import Any
 
 import lightning as L
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from msenc.data.batches import (
     SharedBatches,
@@ -25,234 +21,21 @@ from msenc.data.batches import (
     share,
     whole_dialogues,
 )
-from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, histories
+from msenc.data.collate import Layout, histories
 from msenc.data.controls import Control, ControlledDialogues, Moments, moments, read_controls
+from msenc.data.dataset import DialogueDataset, StreamSpec
 from msenc.data.lengths import DialogueLengths, split_lengths
-from msenc.prompt import DialogueTokenizer, TokenizedDialogue
+from msenc.data.loader import EpochLoader, UnitDataset, UnitSample, collate_units, make_loader
+from msenc.prompt import DialogueTokenizer
 from msenc.store.flags import FilteredReader, left_out
 from msenc.store.location import Place, RemotePath
 from msenc.store.manifest import DatasetManifest
 from msenc.store.shards import ShardReader, read_index
 from msenc.types import SPLITS, Batch, Dialogue, MsencError
-from msenc.work.signals import ignore_termination
-
-
-@dataclass(frozen=True)
-class StreamSpec:
-    """What the model expects of a stream.
-
-    Args:
-        name: the encoder's name; features lie in ``<stream>-<name>/``.
-        dim: their width D.
-        num_queries: tokens Q that its connector gives per utterance.
-        settings: the encoder's config; the features must have been made with the same, but for `RUN_ONLY`.
-    """
-
-    name: str
-    dim: int
-    num_queries: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
 
 NAMED_DIALOGUES = 1000  # names that are common are found in these
 RUN_ONLY = ("device", "batch_s", "batch_frames")
 """Settings of encoders that change how fast features are made, and not what they are."""
-
-Sample = tuple[TokenizedDialogue, Features]
-UnitSample = tuple[TokenizedDialogue, Features, tuple[int, ...] | None]
-
-
-class DialogueDataset(Dataset):
-    """The dialogues of a split that hold a target: index -> (tokens, features).
-
-    Args:
-        folder: the prepared data.
-        split: ``train``, ``val`` or ``test``.
-        streams: the streams to read; no other stream's file is opened.
-        tokenizer: makes tokens of turns; every dialogue is tokenized once per process.
-        verify: hash the shards first.
-        hint: what to do where something is missing, for messages.
-        left_out: ids that a filter leaves out; see `msenc.store.flags.left_out`.
-    """
-
-    def __init__(
-        self,
-        folder: Place,
-        split: str,
-        streams: Mapping[str, StreamSpec],
-        tokenizer: DialogueTokenizer,
-        verify: bool = True,
-        hint: str = "",
-        left_out: frozenset[str] = frozenset(),
-    ) -> None:
-        self.split = split
-        self.tokenizer = tokenizer
-        self.turns = ShardReader(folder / "turns", split, verify, hint=hint)
-        self.streams = {
-            stream: ShardReader(folder / f"{stream}-{spec.name}", split, verify, hint=hint)
-            for stream, spec in streams.items()
-        }
-        if left_out:
-            turns = self.turns
-            self.turns = FilteredReader(turns, turns, left_out)
-            self.streams = {name: FilteredReader(reader, turns, left_out) for name, reader in self.streams.items()}
-        self.ids = [id for id, lengths in zip(self.turns.ids, self.turns.lengths, strict=True) if len(lengths) > 1]
-        if not self.ids:
-            raise MsencError(
-                f"{folder}: the split {split!r} holds no dialogue of two turns or more"
-                f"{' that data.filter keeps' if left_out else ''}, so nothing to learn or measure."
-            )
-        self._tokenized: dict[str, TokenizedDialogue] = {}
-
-    def __len__(self) -> int:
-        """Dialogues with at least one target."""
-        return len(self.ids)
-
-    def dialogue(self, index: int) -> Dialogue:
-        """The turns as they were annotated."""
-        return Dialogue.from_json(self.turns.read(self.ids[index])["turns.json"])
-
-    def __getitem__(self, index: int) -> Sample:
-        """Tokens, and per stream each turn's frames (T, D) float16, None where a turn has none."""
-        id = self.ids[index]
-        features = {}
-        for stream, reader in self.streams.items():
-            members = reader.read(id)
-            frames, offsets = members["features.npy"], members["offsets.npy"]
-            features[stream] = [frames[a:b] if b > a else None for a, b in pairwise(offsets)]
-        if id not in self._tokenized:
-            dialogue = self.dialogue(index)
-            present = [
-                {stream: len(turns[k]) for stream, turns in features.items() if turns[k] is not None}
-                for k in range(len(dialogue.utterances))
-            ]
-            self._tokenized[id] = self.tokenizer(dialogue, present)
-        return self._tokenized[id], features
-
-
-class UnitDataset(Dataset):
-    """Unit -> (tokens, features, targets wanted): what the loaders read.
-
-    Args:
-        dialogues: of the split.
-        units: of the split.
-    """
-
-    def __init__(self, dialogues: DialogueDataset, units: Sequence[Unit]) -> None:
-        self.dialogues = dialogues
-        self.units = units
-
-    def __len__(self) -> int:
-        """Units of the split."""
-        return len(self.units)
-
-    def __getitem__(self, index: int) -> UnitSample:
-        """The unit's dialogue, and which of its targets belong to the unit (None: all)."""
-        unit = self.units[index]
-        return *self.dialogues[unit.dialogue], unit.turns
-
-
-def collate_units(
-    samples: Sequence[UnitSample], budget: int, num_queries: Mapping[str, int], layout: Layout = "dialogue"
-) -> Batch:
-    """Units -> training batch: every target of every unit.
-
-    A process that has no unit of a batch gets one token without a target: its loss is zero, and so are its gradients,
-    which the other processes wait for.
-    """
-    if not samples:
-        return collate([], [], [[Row(ids=[0], positions=[0], trunk=1)]], num_queries, pack=layout == "dialogue")
-    dialogues = [dialogue for dialogue, _, _ in samples]
-    rows = [dialogue_rows(dialogue, budget, num_queries, layout, turns) for dialogue, _, turns in samples]
-    return collate(dialogues, [features for _, features, _ in samples], rows, num_queries, pack=layout == "dialogue")
-
-
-class EpochLoader:
-    """Iterates over the batches of an epoch, from the first one or, resumed, from the first that is not done yet.
-
-    The order is `batches_of` alone, so a position is all that has to be saved; loader processes change neither.
-    A batch counts as done when the next one is asked for. So `state_dict` is right at the start of a batch, which is
-    where `checkpoints.Checkpoints` saves.
-
-    Args:
-        dataset: index -> sample.
-        batches_of: epoch -> its batches, as indices; every epoch has the same number of them.
-        collate: samples -> batch.
-        num_workers: loader processes, which live as long as the loader.
-
-    Example:
-        >>> loader = EpochLoader([1, 2, 3, 4], lambda epoch: [[0, epoch], [2, 3]], list)
-        >>> loader.set_epoch(1)
-        >>> list(loader)
-        [[1, 2], [3, 4]]
-        >>> loader.load_state_dict({"epoch": 1, "batches_done": 1})
-        >>> len(loader), list(loader)
-        (2, [[3, 4]])
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        batches_of: Callable[[int], list[list[int]]],
-        collate: Callable[[list], Any],
-        num_workers: int = 0,
-    ) -> None:
-        self.batches_of = batches_of
-        self.epoch = 0
-        self.batches_done = 0
-        self._first = 0
-        self._length = len(batches_of(0))
-        self._batches: list[list[int]] = []
-        self._loader = make_loader(dataset, self._batches, collate, num_workers)
-
-    @property
-    def sampler(self) -> "EpochLoader":
-        """Where Lightning looks for `set_epoch`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch, and after it has asked for the first epoch's iterator."""
-        if epoch != self.epoch:
-            self.epoch, self.batches_done, self._first = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Which epoch, and how many of its batches are done."""
-        return {"epoch": self.epoch, "batches_done": self.batches_done}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue there, if that epoch comes next."""
-        self.epoch, self._first = state["epoch"], state["batches_done"]
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch, also when only its rest is left."""
-        return self._length
-
-    def __iter__(self) -> Iterator[Any]:
-        """The epoch's batches that are left. Which epoch is decided when the first batch is asked for."""
-        first, self._first = self._first, 0
-        self.batches_done = first
-        self._batches[:] = self.batches_of(self.epoch)[first:]
-        for batch in self._loader:
-            yield batch
-            self.batches_done += 1
-
-
-def make_loader(
-    dataset: Any, batches: Sequence[list[int]], collate: Callable[[list], Any], num_workers: int
-) -> DataLoader:
-    """A loader of the batches in their order, which takes nothing from the process's random numbers."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-        worker_init_fn=ignore_termination,
-        # Each iterator draws a seed for its workers, which draw nothing: without a generator of its own it would take
-        # it from the process's, and dropout would depend on when an iterator was made.
-        generator=torch.Generator(),
-    )
 
 
 class DialogueDataModule(L.LightningDataModule):
@@ -354,7 +137,7 @@ class DialogueDataModule(L.LightningDataModule):
                 own = DialogueDataset(
                     self.folder, "train", self.streams, self.tokenizer, self.verify, self.hint, self.left_out
                 )
-            self._moments[stream] = moments((own[i] for i in range(len(own))), stream)
+            self._moments[stream] = moments(map(own.features, range(len(own))), stream)
         return ControlledDialogues(dialogues, control, self.seed, draw, self._moments.get(stream))
 
     def dialogues(self, split: str) -> Iterator[Dialogue]:

@@ -9,13 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from rich.progress import Progress, TaskID, track
-from torch.utils.data import Subset
 
 from msenc.data.collate import Batch, histories
 from msenc.data.controls import Control
@@ -25,13 +24,15 @@ from msenc.evaluation.metrics.scores import Scorer
 from msenc.evaluation.metrics.text import score_replies
 from msenc.evaluation.replies import decoding_for, write_replies
 from msenc.evaluation.statistics import paired_effect, verdict
-from msenc.files import write_json, write_text
+from msenc.files import known_to_json, read_json, write_json, write_text
 from msenc.models.conversation import ConversationModel
 from msenc.prompt import TOKEN_KINDS
 from msenc.speech.description import parse
 from msenc.types import UNKNOWN, Reply, Utterance, VoiceAttributes
 
 LN2 = math.log(2)
+OF_REPLIES = {"reply", "scores", "attributes", "reply_attributes", "speech"}
+"""Keys of a prediction that a control, which measures losses alone, leaves out."""
 
 
 def evaluate_split(
@@ -59,7 +60,7 @@ def evaluate_split(
         its scores.
     """
     batches = track(datamodule.eval_dataloader(split, limit), description=f"scoring {split}")
-    predictions = _score(model, datamodule, split, limit, batches)
+    predictions = _predictions(datamodule, split, limit, _score(model, batches))
     found: dict[str, Any] = loss_metrics(predictions)
     if decoding is not None:
         _generate(model, datamodule, split, decoding, seed, predictions)
@@ -109,13 +110,15 @@ def evaluate_control(
     loaders = [datamodule.eval_dataloader(split, limit, control, draw) for draw in range(draws)]
     with Progress() as progress:  # one bar over all draws
         bar = progress.add_task(f"{control} on {split}", total=sum(map(len, loaders)))
-        found = [_score(model, datamodule, split, limit, _advance(loader, progress, bar)) for loader in loaders]
+        found = [_score(model, _advance(loader, progress, bar)) for loader in loaders]
     predictions = []
-    for items in zip(*found, strict=True):
-        nll = mean_probability_loss([item["nll"] for item in items])
-        correct = np.mean([item["correct"] for item in items], axis=0)
+    for item in plain:
+        drawn = [scores[item["dialogue"], item["turn"]] for scores in found]
+        nll = mean_probability_loss([scores.nll for scores in drawn])
+        correct = np.mean([scores.correct for scores in drawn], axis=0)
+        facts = {key: value for key, value in item.items() if key not in OF_REPLIES}
         predictions.append(
-            {**items[0], "nll": [round(v, 6) for v in nll], "correct": [round(v, 4) for v in correct.tolist()]}
+            {**facts, "nll": [round(v, 6) for v in nll], "correct": [round(v, 4) for v in correct.tolist()]}
         )
     metrics = loss_metrics(predictions)
     effect = paired_effect(
@@ -159,31 +162,39 @@ def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
     return (-np.log(mean) - p.var(axis=0, ddof=1) / (2 * len(p) * mean**2)).tolist()
 
 
+class _Scores(NamedTuple):
+    """Of one target, per token: loss in nats, kind, and whether it was the likeliest."""
+
+    nll: list[float]
+    kinds: list[int]
+    correct: list[bool]
+
+
 @torch.inference_mode()
-def _score(
-    model: ConversationModel,
-    datamodule: DialogueDataModule,
-    split: str,
-    limit: int | None,
-    batches: Iterable[Batch],
-) -> list[dict[str, Any]]:
-    """Token losses of every target, in the order of the split; `batches` hold them all."""
+def _score(model: ConversationModel, batches: Iterable[Batch]) -> dict[tuple[str, int], _Scores]:
+    """Token losses by (dialogue, turn)."""
     device = next(model.parameters()).device
-    dataset = datamodule.dataset(split)
-    losses: dict[tuple[str, int], tuple[list, list, list]] = defaultdict(lambda: ([], [], []))
+    scored: dict[tuple[str, int], _Scores] = defaultdict(lambda: _Scores([], [], []))
     for batch in batches:
         scores = model(move_data_to_device(batch, device))
         rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
-        for target, nll, kind, correct in rows:
-            for values, value in zip(losses[batch.target_ids[target]], (nll, kind, correct), strict=True):
+        for target, *row in rows:
+            for values, value in zip(scored[batch.target_ids[target]], row, strict=True):
                 values.append(value)
+    return scored
+
+
+def _predictions(
+    datamodule: DialogueDataModule, split: str, limit: int | None, scored: Mapping[tuple[str, int], _Scores]
+) -> list[dict[str, Any]]:
+    """One per target, in the order of the split."""
+    dataset = datamodule.dataset(split)
     predictions = []
     for index in range(min(len(dataset), limit or len(dataset))):
-        dialogue, (tokens, _) = dataset.dialogue(index), dataset[index]
+        dialogue, tokens = dataset.dialogue(index), dataset.tokens(index)
         starts = histories(tokens.turn_tokens, datamodule.max_history_tokens, tokens.windows)
         for turn, utterance in enumerate(dialogue.utterances[1:], start=1):
-            nll, kinds, correct = losses[(dialogue.id, turn)]
-            target = tokens.targets[turn - 1]
+            scores, target = scored[dialogue.id, turn], tokens.targets[turn - 1]
             predictions.append(
                 {
                     "dialogue": dialogue.id,
@@ -192,9 +203,9 @@ def _score(
                     "speaker": utterance.speaker,
                     "history": [starts[turn - 1].start, turn],
                     "reference": {"text": utterance.text, "description": utterance.description},
-                    "nll": [round(v, 6) for v in nll],
-                    "kinds": [TOKEN_KINDS[k] for k in kinds],
-                    "correct": [int(c) for c in correct],
+                    "nll": [round(v, 6) for v in scores.nll],
+                    "kinds": [TOKEN_KINDS[k] for k in scores.kinds],
+                    "correct": [int(c) for c in scores.correct],
                     "words": target.words,
                     "bits": dict(target.bits),
                     "bits_in_words": _bits_in_words(utterance),
@@ -277,7 +288,8 @@ def _generate(
     num_dialogues = len({prediction["dialogue"] for prediction in predictions})
     written = write_replies(
         model,
-        Subset(dataset, range(num_dialogues)),
+        [dataset.tokens(index) for index in range(num_dialogues)],
+        dataset.features,
         decoding_for(decoding, tokenizer.tokenizer, seed),
         budget=datamodule.max_history_tokens,
         num_queries=datamodule.num_queries,
@@ -320,7 +332,8 @@ def _score_attributes(
 
 def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:
     """Leave ``metrics.json`` and ``predictions.jsonl`` in a folder."""
-    write_text(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    lines = (json.dumps(known_to_json(p), ensure_ascii=False, allow_nan=False) + "\n" for p in predictions)
+    write_text(folder / "predictions.jsonl", "".join(lines))
     write_json(folder / "metrics.json", dict(metrics))
 
 
@@ -328,4 +341,13 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """The predictions that `write_evaluation` left."""
     # not splitlines(): words may hold other ends of lines, as U+2028
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    predictions = [json.loads(line) for line in lines if line]
+    for prediction in predictions:
+        prediction["nll"] = [math.nan if nll is None else nll for nll in prediction["nll"]]
+    return predictions
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics that `write_evaluation` left; null is a number that was none, as of a run that diverged."""
+    metrics = read_json(folder / "metrics.json")
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

@@ -3,14 +3,13 @@
 (tokens, features) per dialogue -> trunks and the replies that hang on them -> Batch -> token ids
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
 
-from msenc.data.collate import Layout, Row, collate, dialogue_rows, histories
-from msenc.data.datamodule import Sample
+from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, histories
 from msenc.models.conversation import ConversationModel
 from msenc.models.generation import Decoding, Wanted, read_decoding, write_from_rows, write_from_trunks
 from msenc.prompt import History, TokenizedDialogue
@@ -21,13 +20,13 @@ class Written(NamedTuple):
     """A reply in tokens, and where it belongs.
 
     Args:
-        sample: index of its dialogue.
+        dialogue: its index.
         turn: the turn it takes.
         alternative: its number among the replies to the same history.
         ids: token ids, without the end token.
     """
 
-    sample: int
+    dialogue: int
     turn: int
     alternative: int
     ids: list[int]
@@ -41,7 +40,8 @@ def decoding_for(settings: Mapping[str, Any], tokenizer: Any, seed: int) -> Deco
 
 def write_replies(
     model: ConversationModel,
-    samples: Sequence[Sample],
+    dialogues: Sequence[TokenizedDialogue],
+    features: Callable[[int], Features],
     decoding: Decoding,
     *,
     budget: int,
@@ -58,18 +58,19 @@ def write_replies(
 
     Args:
         model: in eval mode, on its device.
-        samples: dialogues with features; read when needed, so that a split need not fit into memory.
+        dialogues: whose turns are written.
+        features: index of a dialogue -> its features; read when needed, so that a split need not fit into memory.
         decoding: how.
         budget: see `collate.history_starts`.
         num_queries: tokens that each stream's slot takes.
         layout: ``dialogue`` encodes what histories of a dialogue share once; ``sample`` encodes every history by
             itself, as any LLM can.
-        turns: for each sample the turns to write (from 1); all if None.
+        turns: for each dialogue the turns to write (from 1); all if None.
         num_replies: replies to each history.
         progress: title of a progress bar; None shows none.
 
     Returns:
-        In the order of samples, turns and alternatives.
+        In the order of dialogues, turns and alternatives.
 
     Raises:
         MsencError: several replies to a history without drawing, or an LLM whose cache cannot share a history.
@@ -81,8 +82,7 @@ def write_replies(
         )
     is_shared = layout == "dialogue"
     units = []
-    for index in range(len(samples)):
-        tokens, _ = samples[index]
+    for index, tokens in enumerate(dialogues):
         wanted_turns = range(1, len(tokens.turns)) if turns is None else turns[index]
         units += _units(index, tokens, budget, num_queries, is_shared, wanted_turns, num_replies)
     units.sort(key=lambda unit: max(len(trunk.row.ids) for trunk in unit), reverse=True)
@@ -91,19 +91,19 @@ def write_replies(
     device = next(model.parameters()).device
     written = []
     for chunk in chunks if progress is None else track(chunks, description=progress):
-        read = [samples[unit[0].sample] for unit in chunk]
+        read = [dialogues[unit[0].dialogue] for unit in chunk]
         batch = collate(
-            [tokens for tokens, _ in read],
-            [features for _, features in read],
+            read,
+            [features(unit[0].dialogue) for unit in chunk],
             [[trunk.row for trunk in unit] for unit in chunk],
             num_queries,
             padding_side="right" if is_shared else "left",
         )
-        trunks = [(tokens, trunk) for (tokens, _), unit in zip(read, chunk, strict=True) for trunk in unit]
+        trunks = [(tokens, trunk) for tokens, unit in zip(read, chunk, strict=True) for trunk in unit]
         keys, wanted = [], []
         for row, (tokens, trunk) in enumerate(trunks):
             for turn, alternative, cut in trunk.replies:
-                keys.append((trunk.sample, turn, alternative))
+                keys.append((trunk.dialogue, turn, alternative))
                 wanted.append(Wanted(tokens.id, turn, alternative, row, cut, tokens.responses[turn - 1]))
         ids = write(model, move_data_to_device(batch, device), wanted, decoding)
         written += [Written(*key, reply) for key, reply in zip(keys, ids, strict=True)]
@@ -113,14 +113,14 @@ def write_replies(
 class _Trunk(NamedTuple):
     """A row that begins with a history, and the replies to it and to its beginnings: (turn, alternative, cut)."""
 
-    sample: int
+    dialogue: int
     row: Row
     replies: list[tuple[int, int, int]]
 
 
 def _units(
-    sample: int,
-    dialogue: TokenizedDialogue,
+    index: int,
+    tokens: TokenizedDialogue,
     budget: int,
     num_queries: Mapping[str, int],
     is_shared: bool,
@@ -131,18 +131,18 @@ def _units(
 
     Histories that start alike are beginnings of the longest of them.
     """
-    starts = histories(dialogue.turn_tokens, budget, dialogue.windows)
+    starts = histories(tokens.turn_tokens, budget, tokens.windows)
     shared: dict[History, _Trunk] = {}
     apart = []
-    for row in dialogue_rows(dialogue, budget, num_queries, "sample", sorted(turns), with_targets=False):
+    for row in dialogue_rows(tokens, budget, num_queries, "sample", sorted(turns), with_targets=False):
         (turn,) = row.target_turns
         replies = [(turn, alternative, row.trunk) for alternative in range(num_replies)]
         if is_shared:
             start = starts[turn - 1]
             before = shared[start].replies if start in shared else []
-            shared[start] = _Trunk(sample, row, before + replies)  # turns ascend: the last row has the longest trunk
+            shared[start] = _Trunk(index, row, before + replies)  # turns ascend: the last row has the longest trunk
         else:
-            apart += [[_Trunk(sample, row, [reply])] for reply in replies]
+            apart += [[_Trunk(index, row, [reply])] for reply in replies]
     return [list(shared.values())] if shared else apart
 
 

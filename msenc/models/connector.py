@@ -461,15 +461,16 @@ def whiten(linear: nn.Linear, utterances: Sequence[Tensor]) -> None:
 
 
 def span_weights(mask: Tensor, num_spans: int) -> Tensor:
-    """Weights (N, Q, T) that average the real frames over `num_spans` equal spans.
+    """Weights (N, Q, T) float32 that average the real frames over `num_spans` equal spans.
 
     Example:
         >>> (3 * span_weights(torch.tensor([[True, True, True, False]]), 2)).round().tolist()
         [[[2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 2.0, 0.0]]]
     """
-    place = mask.cumsum(1) - 1  # (N, T): which real frame this is
-    span = mask.sum(1)[:, None, None] / num_spans  # (N, 1, 1): frames of a span
-    start = torch.arange(num_spans, device=mask.device)[None, :, None] * span  # (N, Q, 1)
+    # float32 whatever the default is: in bfloat16, which counts to 256, the spans of a long clip would be elsewhere.
+    place = mask.cumsum(1).float() - 1  # (N, T): which real frame this is
+    span = mask.sum(1).float()[:, None, None] / num_spans  # (N, 1, 1): frames of a span
+    start = torch.arange(num_spans, device=mask.device).float()[None, :, None] * span  # (N, Q, 1)
     place = place[:, None, :]  # (N, 1, T)
     overlap = torch.minimum(start + span, place + 1) - torch.maximum(start, place)  # (N, Q, T)
     return overlap.clamp_min(0) * mask[:, None, :] / span.clamp_min(1e-6)

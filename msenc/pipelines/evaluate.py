@@ -20,7 +20,7 @@ from msenc.config.checks import check_targets
 from msenc.config.schema import plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
-from msenc.evaluation.losses import evaluate_control, evaluate_split, read_predictions, write_evaluation
+from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metrics, read_predictions, write_evaluation
 from msenc.evaluation.metrics.sound import SOUND_METRICS
 from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
@@ -277,7 +277,7 @@ def _measured_before(folder: Path, facts: Mapping[str, Any], weights: Path | Non
     path = folder / "metrics.json"
     if not path.is_file() or not (folder / "predictions.jsonl").is_file():
         return None
-    metrics = read_json(path)
+    metrics = read_metrics(folder)
     is_newer = weights is None or path.stat().st_mtime >= weights.stat().st_mtime
     return metrics if is_newer and all(metrics.get(key) == value for key, value in facts.items()) else None
 

@@ -1,9 +1,6 @@
 """What train.py does with plan=true: batches, steps and predicted memory of a run that is not started."""
 
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +26,7 @@ def plan_run(cfg: DictConfig, prepare_command: str) -> None:
     datamodule = build_datamodule(config, prepare_command)
     ensure_prepared(config, datamodule)
     table = Table(title=f"Plan: {config['modality']} on {config['data']['name']}", show_header=False)
-    batches, processes = count_batches(datamodule, trainer), _num_processes(trainer)
+    batches, processes = count_batches(datamodule, trainer), num_processes(trainer)
     bytes_of = memory_of(config, datamodule)
     add_batches(table, batches, datamodule.dropped_turns("train"), datamodule.described_targets("train"))
     tokens = batches["tokens_per_batch"]
@@ -61,15 +58,17 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
         return {}
     if model.llm.attention_kernel != "eager":
         # Shapes are followed on a CPU: of its kernels, the one that keeps what the device's kernel keeps.
-        on_gpu = trainer["accelerator"] in ("gpu", "cuda") or torch.cuda.is_available()
+        on_gpu = trainer["accelerator"] in ("gpu", "cuda")
+        on_gpu |= trainer["accelerator"] == "auto" and torch.cuda.is_available()
         kept = {"flex_attention": "split", "auto": "dense" if on_gpu else "split"}
         model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
-    processes = _num_processes(trainer)
+    processes = num_processes(trainer)
     batch = largest_batch(datamodule, processes)
     return predict_memory(model, build_optimizer(config), batch, str(trainer["precision"]), processes)
 
 
-def _num_processes(trainer: Mapping[str, Any]) -> int:
+def num_processes(trainer: Mapping[str, Any]) -> int:
+    """Processes that train a run together, by the trainer's config."""
     devices = trainer.get("devices", "auto")
     if isinstance(devices, list):
         num = len(devices)
@@ -97,11 +96,3 @@ def add_batches(table: Table, batches: Mapping[str, Any], history: Mapping[str, 
         )
     table.add_row("batches per epoch", f"{batches['batches_per_epoch']:,}")
     table.add_row("optimizer steps", "until stopped" if steps is None else f"{steps:,}")
-
-
-def discard_run_folder(folder: Path) -> None:
-    """Remove what Hydra has written for a job that is no run; a folder that holds anything else stays."""
-    if not (folder / "run.json").exists():
-        shutil.rmtree(folder / ".hydra", ignore_errors=True)
-        with suppress(OSError):
-            folder.rmdir()

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,8 +50,6 @@ def begin_sweep(config: DictConfig) -> None:
     if "hydra.sweep.dir" not in given:
         name = sweep_name(config.hydra.runtime.choices.get("sweep"), command, axes)
         _set(config, "hydra.sweep.dir", str(Path(config.hydra.sweep.dir).absolute() / name))
-    if "hydra.sweep.subdir" not in given:
-        _set(config, "hydra.sweep.subdir", f"{datetime.now():%Y-%m-%d_%H-%M-%S}/${{hydra.job.num}}")
     folder = Path(config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)

@@ -1,11 +1,11 @@
 """What train.py does: one run, or its continuation, and its evaluation."""
 
+import gc
 import multiprocessing
-import os
-import shutil
 import signal
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from msenc.files import write_json
 from msenc.models.conversation import ConversationModel
 from msenc.models.groups import describe_groups, flatten_groups, partition
 from msenc.pipelines.evaluate import evaluate_run
-from msenc.pipelines.plan import add_batches, discard_run_folder, plan_run
+from msenc.pipelines.plan import add_batches, num_processes, plan_run
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
-from msenc.runs.find import find_run
-from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, places_of_runs, run_identity
+from msenc.runs.folder import settle_folder, write_config
+from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, run_identity
+from msenc.runs.overrides import key_of
 from msenc.runs.record import RunRecord, is_finished, is_first_process
 from msenc.runs.sweep import is_stopping, note_run
 from msenc.store.flags import count_left_out
@@ -55,7 +56,7 @@ from msenc.training.checkpoints import (
     write_checkpoint,
 )
 from msenc.training.export import write_export
-from msenc.training.init_from import read_starts, start_from
+from msenc.training.init_from import Start, read_starts, start_from
 from msenc.training.module import ConversationModule
 from msenc.training.monitor import findings, warnings
 from msenc.training.plan import count_batches
@@ -76,8 +77,26 @@ SPELLING = 1.8
 PURGING = ("msenc.training.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
 """Loggers that drop, when a run is resumed, what was logged after its checkpoint."""
 
-RUN_FOLDER = "MSENC_RUN_FOLDER"
-"""Environment variable by which the first process tells the others of its run which folder it works in."""
+
+@dataclass
+class _Job:
+    """A run before it has a folder: what it reads, and by what it is known.
+
+    Args:
+        config: plain, of the run.
+        datamodule: of the run; opened.
+        labels: that connectors are aligned to.
+        starts: what is taken from other runs.
+        data: hashes of all that it reads.
+        identity: by which the same command finds its run again.
+    """
+
+    config: dict[str, Any]
+    datamodule: DialogueDataModule
+    labels: Labels
+    starts: Mapping[str, Start]
+    data: dict[str, Any]
+    identity: str
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -86,126 +105,150 @@ def train(cfg: DictConfig) -> float | None:
     In a multirun a failure is written to ``run.json`` and reported when the sweep ends, so that the other jobs run.
     """
     hydra = HydraConfig.get()
-    overrides = [o for o in hydra.overrides.task if not o.startswith("resume=")]
+    overrides = [o for o in hydra.overrides.task if key_of(o) not in ("resume", "paths.output_dir")]
     command = prepare_command(overrides, hydra.runtime.choices)
-    if hydra.mode is RunMode.MULTIRUN and cfg.resume is None:
+    is_job = hydra.mode is RunMode.MULTIRUN
+    if is_job and cfg.resume is None:
         cfg.resume = "auto"  # a sweep is what its jobs are, whenever they ran
     if cfg.dry_run:
-        discard_run_folder(Path(hydra.runtime.output_dir))
-        raise MsencError("dry_run=true lists the jobs of a sweep, this is one run. What it would take says plan=true.")
+        raise MsencError("dry_run=true lists the jobs of a sweep, and this is one run. See what it takes: plan=true")
     if cfg.plan:
-        try:
-            plan_run(cfg, command)
-        finally:
-            discard_run_folder(Path(hydra.runtime.output_dir))
-        return None
-    is_elsewhere = hydra.mode is RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
+        return plan_run(cfg, command)
+    is_elsewhere = is_job and not hydra.launcher._target_.endswith(".BasicLauncher")
     if is_elsewhere:  # one process for several jobs, which the sweep's process hears when they return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between jobs
         # Back to the platform's: joblib's is known to its own processes alone, so that no other could start from here.
         multiprocessing.set_start_method(None, force=True)
         if is_stopping(Path(hydra.sweep.dir)):
-            discard_run_folder(Path(hydra.runtime.output_dir))
             return None
+    record = None
     with Termination() as termination:
-        record = _open_record(cfg, overrides, command)
-        _note_job(record)
         try:
-            loss = _train(cfg, record, termination)
+            job = _open(cfg, command)
+            record = _settle(cfg, job, overrides, command)
+            loss = _train(job, record, termination)
             record.add(status="finished", best_loss=loss)
+            return loss
         except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
             by = "SIGTERM" if getattr(e, "code", None) == STOPPED else "the keyboard, or by a signal"
-            record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
+            if record is not None:
+                record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
             if is_elsewhere and getattr(e, "code", None) == STOPPED:
                 return None  # raised, it would have the launcher kill the others before they have saved
             raise
         except Exception as e:
-            if not is_finished(record.facts):
+            if is_job and record is None:  # the sweep's report names what did not start, too
+                record = _new_record(settle_folder(cfg, hydra, None, 1), cfg, overrides, command)
+            if record is not None and not is_finished(record.facts):
                 record.add(status="failed", error=f"{type(e).__name__}: {e}")
-            if hydra.mode is not RunMode.MULTIRUN:
+            if not is_job:
                 raise
             if not isinstance(e, MsencError):
                 traceback.print_exc()
             console.print(f"[red]This job failed; the sweep goes on.[/red] {e}", soft_wrap=True)
             return None
         finally:
-            record.close()
-    return loss
+            if record is not None:
+                record.close()
 
 
-def _open_record(cfg: DictConfig, overrides: list[str], command: str) -> RunRecord:
-    """The record of a new run, or of the one in the run's folder that `resume` continues."""
-    if not is_first_process() and RUN_FOLDER in os.environ:
-        own, cfg.paths.output_dir = cfg.paths.output_dir, os.environ[RUN_FOLDER]
-        if own != cfg.paths.output_dir:
-            shutil.rmtree(own, ignore_errors=True)  # Hydra has made it again
-    folder = Path(cfg.paths.output_dir)
-    if cfg.resume not in (None, "auto") and Path(cfg.resume).resolve() != folder.resolve():
-        raise MsencError(f"resume={cfg.resume}: only train.py itself takes a folder. Expected null or auto.")
-    if cfg.resume is not None and is_first_process() and (folder / "run.json").is_file():
-        check_same_settings(folder, cfg)
-        return RunRecord.reopen(folder)
-    return RunRecord(folder, seed=cfg.seed, modality=cfg.modality, overrides=overrides, prepare_command=command)
-
-
-def _note_job(record: RunRecord) -> None:
-    hydra = HydraConfig.get()
-    if hydra.mode is RunMode.MULTIRUN and is_first_process():
-        note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, hydra.overrides.task)
-
-
-def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> float | None:
+def _open(cfg: DictConfig, command: str) -> _Job:
+    """Check the config, and open the data; what is missing of the generated ones is made."""
     config = plain(cfg)
     check_targets(config, GIVEN)
     _check_stage(config)
+    if cfg.resume not in (None, "auto"):
+        check_same_settings(Path(cfg.resume), cfg)
     quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
     ensure_llm(config)
-    datamodule = build_datamodule(config, record.facts.get("prepare_command", "python prepare.py"))
+    datamodule = build_datamodule(config, command)
     ensure_prepared(config, datamodule)
-    labels = Labels(config, datamodule, record.facts.get("prepare_command", "python prepare.py"))
-    has_checkpoint = any((record.folder / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
-    starts = {} if has_checkpoint and "identity" in record.facts else read_starts(config)
+    labels = Labels(config, datamodule, command)
+    goes_on = cfg.resume not in (None, "auto") and _has_checkpoint(Path(cfg.resume))
+    starts = {} if goes_on else read_starts(config)
     data = data_hashes(config, datamodule)
     if labels.hashes:
         data["labels"] = labels.hashes
     if starts:
         data["init_from"] = {part: start.facts["hash"] for part, start in starts.items()}
-    identity = run_identity(cfg, data)
-    # The other processes of a run were told its folder; this search would find the run that they belong to.
-    if cfg.resume == "auto" and is_first_process() and "identity" not in record.facts:
-        earlier = find_run(places_of_runs(cfg, HydraConfig.get()), identity)
-        if earlier is not None:
-            record.move(earlier)
-            _note_job(record)
-            cfg.paths.output_dir = str(earlier)
-            config = plain(cfg)
+    return _Job(config, datamodule, labels, starts, data, run_identity(cfg, data))
+
+
+def _settle(cfg: DictConfig, job: _Job, overrides: list[str], command: str) -> RunRecord:
+    """The record of a new run, in a folder that is made now, or of the one that `resume` continues."""
+    hydra = HydraConfig.get()
+    folder = settle_folder(cfg, hydra, job.identity, num_processes(job.config["trainer"]))
+    job.config = plain(cfg)  # with the folder in it
+    if cfg.resume is not None and is_first_process() and (folder / "run.json").is_file():
+        if cfg.resume == "auto":
+            check_same_settings(folder, cfg)
+        record = RunRecord.reopen(folder)
+    else:
+        record = _new_record(folder, cfg, overrides, command)
+    if is_first_process() and hydra.mode is RunMode.MULTIRUN:
+        note_run(Path(hydra.sweep.dir), hydra.job.num, folder, hydra.overrides.task)
+    if not is_finished(record.facts):
+        if "identity" in record.facts:
+            check_same_data(record.facts, job.config, job.datamodule)
+        identity = record.facts.get("identity", job.identity)
+        record.add(identity=identity, data=job.config["data"]["name"], **job.data)
+    return record
+
+
+def _new_record(folder: Path, cfg: DictConfig, overrides: list[str], command: str) -> RunRecord:
+    record = RunRecord(folder, seed=cfg.seed, modality=cfg.modality, overrides=overrides, prepare_command=command)
+    if is_first_process():
+        write_config(folder, cfg, overrides)
+    return record
+
+
+def _train(job: _Job, record: RunRecord, termination: Termination) -> float | None:
     if is_finished(record.facts):
         console.print(f"Finished already: {shown(record.folder)}", soft_wrap=True)
         return record.facts.get("best_loss")
     if record.facts["resumed"]:
         _say_resumed(record)
-    if "identity" in record.facts:
-        check_same_data(record.facts, config, datamodule)
-    record.add(identity=record.facts.get("identity", identity), data=config["data"]["name"], **data)
+    config = job.config
+    evaluates = bool(config["evaluate"]) and not config["trainer"].get("fast_dev_run")
+    _learn(job, record, termination, [config["evaluate"]] if evaluates else [])
+    if not is_first_process() or config["stage"] == ALIGN:
+        return record.facts.get("best_loss")
+    console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
+    gc.collect()  # Lightning's parts refer to each other: optimizer and LLM would stay beside those that are measured
+    if evaluates:
+        evaluate_run(
+            record.folder,
+            split=config["evaluate"],
+            device=record.facts.get("device", "auto"),
+            controls=config["controls"],
+            threads=record.facts["threads"],
+        )
+    return record.facts.get("best_loss")
+
+
+def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: list[str]) -> None:
+    """Build the model, align it, train it, export it; `evaluated` are the splits that are measured afterwards."""
+    config, datamodule = job.config, job.datamodule
     described = datamodule.described_targets("train")
     if config["prompt"]["target"] == "text_description" and not described:
         raise MsencError(
             f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
             "Prepare with describe=true, or train on the words alone: prompt.target=text."
         )
-    evaluates = config["evaluate"] and not config["trainer"].get("fast_dev_run")
-    for split in ("train", "val", config["evaluate"]) if evaluates else ("train", "val"):
+    for split in ("train", "val", *evaluated):
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     read_controls(config["controls"], datamodule.streams)
     loss_weights = config["loss"]["weights"]
     check_weights(loss_weights, datamodule)
     model = build_model(config)
     record.add(threads=_settle_threads(model, record))
-    aligned = align_connectors(config, model, datamodule, labels)
-    ready = [stream for stream, fact in aligned.items() if fact["used"]]
-    calibrate_connectors(model, datamodule, model.connectors if "connectors" in starts else ready)
-    started = start_from(starts, config, model)
+    aligned = align_connectors(config, model, datamodule, job.labels)
+    calibrated = [stream for stream, fact in aligned.items() if fact["used"]]
+    if "connectors" in job.starts or _has_checkpoint(record.folder):
+        calibrated = list(model.connectors)
+    calibrate_connectors(model, datamodule, calibrated)
+    started = start_from(job.starts, config, model)
     if aligned:
         record.add(alignments=aligned)
     if started:
@@ -215,12 +258,12 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     L.seed_everything(config["seed"], workers=True, verbose=False)
     counts = model.trainable_parameters()
     named = flatten_groups(config["optimizer"].get("groups"))
-    groups = partition(model.trainable(), named)
+    groups = describe_groups(partition(model.trainable(), named), build_optimizer(config), _scheduler(config))
     record.add(
         llm=config["model"]["llm"]["name_or_path"],
         base_fingerprint=model.base_fingerprint,
         trainable_parameters=counts,
-        parameter_groups=describe_groups(groups, build_optimizer(config), _scheduler(config)),
+        parameter_groups=groups,
         loss_weights=loss_weights or None,
         audit_hash=datamodule.manifest.audit_hash,
         left_out=count_left_out(datamodule.left_out),
@@ -231,7 +274,7 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     )
     _print_summary(config, record)
     for name in named:
-        if name not in {group.name for group in groups}:
+        if name not in {group["name"] for group in groups}:
             console.print(f"optimizer.groups.{name}: nothing of it trains in this run; it is left out.")
     spelling = _spelling(config, datamodule)
     for text in spelling:
@@ -247,20 +290,11 @@ def _train(cfg: DictConfig, record: RunRecord, termination: Termination) -> floa
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
     _print_streams(record, spelling)
-    loss = record.facts.get("best_loss")
-    del model, datamodule
-    if not is_first_process():
-        return loss
-    console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
-    if evaluates:
-        evaluate_run(
-            record.folder,
-            split=config["evaluate"],
-            device=record.facts.get("device", "auto"),
-            controls=config["controls"],
-            threads=record.facts["threads"],
-        )
-    return loss
+    return None
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
 
 
 def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list[str]:
@@ -376,7 +410,6 @@ def _fit(
             console.print(f"Training goes on from {at}.")
         purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
         loggers = [build(n, **(purge if n["_target_"] in PURGING else {})) for n in config["logger"].values() if n]
-        os.environ[RUN_FOLDER] = str(record.folder)
         trainer = build(
             config["trainer"],
             callbacks=callbacks,
@@ -389,6 +422,7 @@ def _fit(
         module.train()
         trainer.fit(module, datamodule=datamodule, ckpt_path=path)
         outcome = training_outcome(trainer)
+        datamodule.trainer = None  # through which what was trained would live as long as the data
     if is_first_process():
         write_json(record.folder / "metrics.json", outcome["metrics"])
     best = checkpoints.best_score if checkpoints and checkpoints.monitor == "val/loss" else None

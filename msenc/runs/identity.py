@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from msenc.config.build import with_first_targets
@@ -58,12 +57,6 @@ def data_hashes(config: Mapping[str, Any], datamodule: DialogueDataModule) -> di
 def run_identity(cfg: DictConfig, data: Mapping[str, Any]) -> str:
     """The hash by which a repeated command finds its run: all settings that matter, and the data."""
     return digest({**run_settings(cfg), **data})
-
-
-def places_of_runs(cfg: DictConfig, hydra: DictConfig) -> list[Path]:
-    """Where a repeated command looks for its run: all runs, and the sweep's folder, which may lie elsewhere."""
-    places = [Path(cfg.paths.runs_dir)]
-    return [*places, Path(hydra.sweep.dir)] if hydra.mode is RunMode.MULTIRUN else places
 
 
 def check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:

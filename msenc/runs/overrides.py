@@ -32,10 +32,8 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     given = [a for a in arguments if not a.startswith("resume=")]
     keys = {key_of(a) for a in given}
     own = [o for o in OmegaConf.load(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
-    quoted = quoted_value(str(folder.resolve()))
-    # A job's own overrides name its sweep, which would begin anew; and Hydra would write the run's .hydra/ anew.
-    hydra = [f"hydra.run.dir={quoted}", "hydra.mode=RUN", "hydra.output_subdir=null"]
-    return [*own, *given, f"resume={quoted}", *hydra]
+    # A job's own overrides name its sweep, which would begin anew.
+    return [*own, *given, f"resume={quoted_value(str(folder.resolve()))}", "hydra.mode=RUN"]
 
 
 def spelt_out(arguments: Sequence[str]) -> list[str]:

@@ -2,17 +2,15 @@
 
 - ``run.json``: what ran, on what, and how it ended
 - ``metrics.json``: validation metrics at the end of training
-- ``.hydra/``: the config, as it was composed (written by Hydra)
+- ``.hydra/``: the config and the overrides that it was composed from
 - ``checkpoints/``: best.ckpt, last.ckpt and previous.ckpt, what trained
 - ``export/``: what trained, for use elsewhere
 - ``evaluation/``: one folder per data set, split and settings
 """
 
-import logging
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -27,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from msenc.config.build import with_current_targets
 from msenc.files import read_json, write_json
 from msenc.types import MsencError
+from msenc.work.processes import is_first_process
 
 SCHEMA_VERSION = 1
 PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
@@ -82,26 +81,6 @@ class RunRecord:
         record._continue()
         return record
 
-    def move(self, folder: Path) -> None:
-        """Continue an earlier run in its folder instead, and remove this one, in which nothing has happened yet."""
-        empty, hold = self.folder, self._lock
-        if Path(folder).resolve() == empty.resolve():
-            raise ValueError(f"{folder}: the run is here already")
-        self.folder = Path(folder)
-        try:
-            self._hold()
-        except MsencError:  # whoever works there keeps its record; this one says so in its own
-            self.folder, self._lock = empty, hold
-            raise
-        if hold is not None:
-            hold.release()
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == empty:
-                handler.close()
-                handler.baseFilename = str(self.folder / Path(handler.baseFilename).name)
-        shutil.rmtree(empty, ignore_errors=True)
-        self._continue()
-
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock is not None:
@@ -146,13 +125,6 @@ class RunRecord:
 def machine() -> str:
     """What kind of machine this is."""
     return f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes, of those that train one run together."""
-    from lightning.pytorch.utilities import rank_zero_only  # late: train.py's --help must not wait for it
-
-    return rank_zero_only.rank == 0
 
 
 def is_finished(facts: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from msenc.files import digest, read_json, write_json
@@ -72,8 +73,18 @@ def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[st
     shutil.rmtree(folder / "jobs", ignore_errors=True)
     write_json(
         folder / "sweep.json",
-        {"schema_version": SCHEMA_VERSION, "command": list(command), "jobs": jobs and [*map(list, jobs)]},
+        {
+            "schema_version": SCHEMA_VERSION,
+            "started": f"{datetime.now():%Y-%m-%d_%H-%M-%S}",
+            "command": list(command),
+            "jobs": jobs and [*map(list, jobs)],
+        },
     )
+
+
+def job_folder(folder: Path, number: int) -> Path:
+    """The folder of a new run of a job, in the sweep's: starts of one sweep do not write over each other."""
+    return folder / read_json(folder / "sweep.json")["started"] / str(number)
 
 
 def note_run(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:

@@ -225,7 +225,8 @@ class Agent:
         features = {s: [*(h.features.get(s) for h in turns), None] for s in self.encoders}
         written = write_replies(
             self.model,
-            [(tokens, features)],
+            [tokens],
+            lambda _: features,
             decoding_for(decoding, self.tokenizer.tokenizer, seed),
             budget=self.budget,
             num_queries=self.num_queries,

@@ -326,7 +326,7 @@ class _Utterances:
         """The utterances of a dialogue."""
         if not any(self.words[index]):
             return
-        for frames, words in zip(self.dataset[index][1][self.stream], self.words[index], strict=True):
+        for frames, words in zip(self.dataset.features(index)[self.stream], self.words[index], strict=True):
             if frames is not None and words is not None:
                 yield Known(frames, self.ids(words))
 
@@ -334,7 +334,7 @@ class _Utterances:
         """Frames of some utterances, drawn from everywhere: a corpus may be sorted."""
         given = 0
         for index in np.random.default_rng(0).permutation(len(self.dataset)).tolist():
-            for frames in self.dataset[index][1][self.stream]:
+            for frames in self.dataset.features(index)[self.stream]:
                 if frames is not None and given < most:
                     given += 1
                     yield torch.from_numpy(frames)

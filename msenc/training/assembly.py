@@ -10,8 +10,9 @@ import torch
 from torch.optim import Optimizer
 
 from msenc.config.build import build
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
-from msenc.models.connector import calibrate, tie
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import StreamSpec
+from msenc.models.connector import Standardize, calibrate, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Prompt
@@ -91,7 +92,7 @@ def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) 
     silent = {TOKEN_KINDS.index(kind) for kind, weight in weights.items() if weight == 0}
     dataset, found = datamodule.dataset("train"), set()
     for index in range(len(dataset)) if silent else ():
-        found.update(kind for target in dataset[index][0].targets for kind in target.kinds)
+        found.update(kind for target in dataset.tokens(index).targets for kind in target.kinds)
         if found - silent:
             return
     if found:
@@ -115,15 +116,21 @@ def calibrate_connectors(
     Args:
         model: changed in place.
         datamodule: of the run.
-        others: streams whose connectors come from elsewhere, calibrated.
+        others: streams whose connectors come from elsewhere, calibrated: aligned, or of a checkpoint.
     """
+    known: dict[str, list[torch.Tensor]] = {
+        name: []
+        for name, connector in model.connectors.items()
+        if name not in others and isinstance(connector.in_norm, Standardize)
+    }
     dataset = datamodule.dataset("train")
-    embeddings = model.llm.get_input_embeddings().weight
     # Drawn from everywhere: a corpus may be sorted. Independent of the seed, as what runs share.
-    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
-    for name, connector in model.connectors.items():
-        if name in others:
-            continue
-        present = (frames for index in order for frames in dataset[index][1][name] if frames is not None)
-        utterances = (torch.from_numpy(frames) for frames in islice(present, CALIBRATION_UTTERANCES))
-        calibrate(connector, utterances, embeddings)
+    for index in np.random.default_rng(0).permutation(len(dataset)).tolist():
+        if all(len(utterances) == CALIBRATION_UTTERANCES for utterances in known.values()):
+            break
+        features = dataset.features(index)  # read once for all connectors
+        for name, utterances in known.items():
+            new = (torch.from_numpy(frames) for frames in features[name] if frames is not None)
+            utterances += islice(new, CALIBRATION_UTTERANCES - len(utterances))
+    for name, utterances in known.items():
+        calibrate(model.connectors[name], utterances, model.llm.get_input_embeddings().weight)

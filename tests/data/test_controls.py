@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from msenc.data.controls import Control, ControlledDialogues, moments, read_controls
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import DialogueDataset, StreamSpec
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer, Prompt
 from msenc.types import MsencError
@@ -85,7 +86,7 @@ def test_zeros_and_noise_keep_the_form(datamodule):
 
 def test_moments_are_those_of_the_data(datamodule):
     dataset = datamodule.dataset("train")
-    mean, spread = moments((dataset[i] for i in range(len(dataset))), "video")
+    mean, spread = moments(map(dataset.features, range(len(dataset))), "video")
     frames = np.concatenate([*frames_of(dataset, "video").values()]).astype(np.float64)
     np.testing.assert_allclose(mean, frames.mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(spread, frames.std(axis=0), atol=1e-4)
@@ -134,36 +135,29 @@ def test_a_control_of_the_data_holds_in_training_too(demo_home, tokenizer, datam
 
 
 def test_lacking_turns_stay_lacking(datamodule):
-    class Gaps:
+    class Gaps(DialogueDataset):
         """The split, where every second turn has no sound, and the first dialogue none at all."""
 
-        def __init__(self, inner):
-            self.inner, self.split, self.tokenizer = inner, inner.split, inner.tokenizer
-            self.ids, self.turns = inner.ids, inner.turns
-            lengths = [
-                [n * self.keeps(i, k) for k, n in enumerate(turns)] for i, turns in enumerate(self.all_lengths())
-            ]
-            self.streams = {"audio": type("Reader", (), {"ids": inner.ids, "lengths": lengths})}
-
-        def all_lengths(self):
-            reader = self.inner.streams["audio"]
-            known = dict(zip(reader.ids, reader.lengths, strict=True))
-            return [known[id] for id in self.inner.ids]
+        with_sound = range(1, 10**6)
 
         def keeps(self, index, turn):
-            return index > 0 and turn % 2 == 0
+            return index in self.with_sound and turn % 2 == 0
 
-        def __getitem__(self, index):
-            tokens, features = self.inner[index]
-            audio = [f if self.keeps(index, k) else None for k, f in enumerate(features["audio"])]
-            return tokens, {"audio": audio}
+        def frames(self, index):
+            return [
+                {s: n for s, n in turn.items() if self.keeps(index, k)} for k, turn in enumerate(super().frames(index))
+            ]
 
-    dialogues = Gaps(datamodule.dataset("train"))
+        def features(self, index):
+            own = super().features(index)["audio"]
+            return {"audio": [f if self.keeps(index, k) else None for k, f in enumerate(own)]}
+
+    dialogues = Gaps(datamodule.folder, "train", datamodule.streams, datamodule.tokenizer)
     shuffled = ControlledDialogues(dialogues, Control("shuffle", "audio"), seed=1)
     for index in range(len(dialogues.ids)):
         own, found = dialogues[index][1]["audio"], shuffled[index][1]["audio"]
         assert [f is None for f in own] == [f is None for f in found]
-    dialogues.streams["audio"].lengths[2:] = [[0]] * (len(dialogues.ids) - 2)
+    dialogues.with_sound = {1}
     with pytest.raises(MsencError, match="shuffle_audio: dialogues of the split 'train' that have audio: 1, expected"):
         ControlledDialogues(dialogues, Control("shuffle", "audio"), seed=1)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from file_server import serve
 
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import StreamSpec
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer, Prompt, Slot
 from msenc.store.location import locate

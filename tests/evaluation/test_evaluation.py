@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from msenc.data.controls import Control
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import StreamSpec
 from msenc.demo.world import draw_dialogues
 from msenc.evaluation.losses import evaluate_control, evaluate_split, loss_metrics
 from msenc.models.conversation import TokenScores
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Prompt
 from msenc.store.manifest import DatasetManifest, StreamInfo
-from msenc.store.shards import write_stream
+from msenc.store.shards import ShardReader, write_stream
 
 PLANTED = TOKEN_KINDS.index("planted_audio")
 PROMPT = Prompt(instruction="A talk.\n", turn="{speaker}:{audio} {text}\n", response="{speaker}:")
@@ -124,6 +125,21 @@ def test_what_is_recovered_in_words_is_told_apart_from_descriptions(build, moods
     for prediction in predictions:  # as earlier versions wrote them
         del prediction["words"], prediction["bits_in_words"]
     assert loss_metrics(predictions) == {name: v for name, v in deaf.items() if "/in_" not in name}
+
+
+def test_each_feature_is_read_once_per_scoring(build, moods, talks, monkeypatch):
+    reads = []
+    original = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda self, id: reads.append(self.stream) or original(self, id))
+    datamodule = build()
+    datamodule.units("train")
+    reads.clear()
+    _, predictions = evaluate_split(Listener(moods, 2), datamodule, "train", None, seed=1)
+    targets = sum(len(talk.turns) - 1 for talk in talks)
+    assert reads.count("audio-sign") == targets  # the layout `sample` has a unit per target
+    reads.clear()
+    evaluate_control(Listener(moods, 2), datamodule, "train", Control("zero", "audio"), predictions, draws=1)
+    assert reads.count("audio-sign") == targets
 
 
 def test_one_draw_costs_more_than_was_taken(build, moods):

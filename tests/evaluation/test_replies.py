@@ -31,8 +31,12 @@ def draw(seed=0, num=6, num_turns=(2, 9)):
 
 
 def write(model, samples, decoding, budget=10**6, **options):
-    found = write_replies(model, samples, decoding, budget=budget, num_queries=NUM_QUERIES, **options)
-    return {(samples[w.sample][0].id, w.turn, w.alternative): w.ids for w in found}
+    found = write_all(model, samples, decoding, budget=budget, num_queries=NUM_QUERIES, **options)
+    return {(samples[w.dialogue][0].id, w.turn, w.alternative): w.ids for w in found}
+
+
+def write_all(model, samples, decoding, **options):
+    return write_replies(model, [tokens for tokens, _ in samples], lambda i: samples[i][1], decoding, **options)
 
 
 def one_at_a_time(model, samples, budget, num_queries=NUM_QUERIES, end=END, max_new_tokens=8):
@@ -87,7 +91,7 @@ def test_replies_come_in_the_order_of_the_samples(tiny_models):
     model = build_conversation(tiny_models["llama"]).eval()
     samples = draw(seed=2)
     assert len({len(tokens.turns) for tokens, _ in samples}) > 2  # so that sorting by length reorders them
-    found = write_replies(model, samples, read(**GREEDY), budget=20, num_queries=NUM_QUERIES)
+    found = write_all(model, samples, read(**GREEDY), budget=20, num_queries=NUM_QUERIES)
     expected = [(i, turn, 0) for i, (tokens, _) in enumerate(samples) for turn in range(1, len(tokens.turns))]
     assert [tuple(w[:3]) for w in found] == expected
 
@@ -176,7 +180,7 @@ def test_a_real_llm_writes_the_same_replies():
         samples.append((tokenizer(Dialogue(f"real/test/{i}", "test", turns), [()] * len(said)), {}))
     settings = {"max_new_tokens": 8, "batch_size": 4}
     decoding = decoding_for(settings, tokenizer.tokenizer, seed=1)
-    found = write_replies(model, samples, decoding, budget=1000, num_queries={})
+    found = write_all(model, samples, decoding, budget=1000, num_queries={})
     expected = one_at_a_time(model, samples, 1000, {}, tokenizer.tokenizer.eos_token_id)
-    assert {(samples[w.sample][0].id, w.turn, 0): w.ids for w in found} == expected
+    assert {(samples[w.dialogue][0].id, w.turn, 0): w.ids for w in found} == expected
     assert len(set(map(tuple, expected.values()))) > 3

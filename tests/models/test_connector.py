@@ -286,6 +286,17 @@ def test_mlp_averages_equal_spans_of_the_real_frames():
     torch.testing.assert_close(span_weights(mask[:1], 1)[0, 0, :6], torch.full((6,), third / 2))
 
 
+def test_spans_of_a_long_clip_are_right_whatever_the_default_type():
+    mask = torch.ones(1, 1500, dtype=torch.bool)
+    expected = span_weights(mask, 4)
+    assert expected[0, 3, 1124:1126].tolist() == pytest.approx([0.0, 1 / 375])
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for precision=bf16-true
+    try:
+        torch.testing.assert_close(span_weights(mask, 4), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_mlp_repeats_the_frames_of_a_short_utterance():
     one = torch.ones(1, 1, dtype=torch.bool)
     assert span_weights(one, 4).flatten().tolist() == pytest.approx([1.0] * 4)

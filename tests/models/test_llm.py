@@ -1,7 +1,10 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from random_dialogues import DIMS, NUM_QUERIES, draw_dialogue
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from msenc.data.collate import collate, dialogue_rows
 from msenc.models.connector import Mlp
@@ -27,6 +30,16 @@ def test_freeze_lora_and_full_decide_what_trains(tiny_models, family):
     assert all("lora_" in name for name in adapted)
     full = load_llm(folder)
     assert trainable(full) == {name for name, _ in full.named_parameters()}
+
+
+def test_what_a_checkpoint_recommends_for_decoding_is_not_taken(tiny_models, tmp_path):
+    folder = tmp_path / "opinionated"
+    shutil.copytree(tiny_models["llama"], folder)
+    settings = {"do_sample": True, "temperature": 0.1, "repetition_penalty": 9.0, "max_new_tokens": 1}
+    GenerationConfig(**settings).save_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.repetition_penalty == 9.0
+    found = load_llm(str(folder)).generation_config.to_dict()
+    assert {name: found.get(name) for name in settings} == dict.fromkeys(settings)
 
 
 def test_a_frozen_llm_has_no_adapter(tiny_models):

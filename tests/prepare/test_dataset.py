@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import StreamSpec
 from msenc.models.connector import Mlp
 from msenc.models.conversation import ConversationModel
 from msenc.models.encoders import LogMel, Pixels

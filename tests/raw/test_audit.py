@@ -10,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import StreamSpec
 from msenc.models.encoders import LogMel, Pixels
 from msenc.prepare.dataset import prepare_dataset
 from msenc.prepare.features import StreamRecipe

@@ -1,10 +1,13 @@
 import json
+import math
+import os
 import re
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from msenc.files import digest, read_json, write_json, write_text
+from msenc.runs.find import find_run
 from msenc.runs.overrides import quoted_value
 from msenc.runs.record import RunRecord, read_run
 from msenc.types import MsencError
@@ -70,6 +73,29 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert read_json(path) == {"text": "naïve"}
     with pytest.raises(MsencError, match=r"cannot be written \(Is a directory\)"):
         write_text(tmp_path / "deep", "x")
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    write_json(tmp_path / "a.json", {"loss": math.nan, "most": [math.inf, -math.inf, 1.5], "n": True})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "most": [None, None, 1.5], "n": True}
+
+
+def test_of_runs_with_one_identity_a_finished_one_is_found_before_later_ones(tmp_path):
+    def run(name, status, age, identity="a"):
+        write_json(tmp_path / name / "run.json", {"status": status, "identity": identity})
+        os.utime(tmp_path / name / "run.json", (age, age))
+
+    run("older", "finished", 10)
+    run("newest", "interrupted", 30)
+    run("other", "finished", 40, identity="b")
+    assert find_run([tmp_path], "a") == tmp_path / "older"
+    run("newer", "finished", 20)
+    assert find_run([tmp_path], "a") == tmp_path / "newer"
+    for name in ("older", "newer"):
+        run(name, "failed", 5)
+    assert find_run([tmp_path], "a") == tmp_path / "newest"
+    assert find_run([tmp_path], "c") is None
 
 
 def test_digests_tell_settings_apart():

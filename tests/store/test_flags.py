@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msenc.data.datamodule import DialogueDataModule, StreamSpec
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.dataset import StreamSpec
 from msenc.store.flags import AUDIT, FLAGS, FilteredReader, Flag, find_audit, flags_csv, left_out
 from msenc.store.manifest import DatasetManifest, SplitCounts
 from msenc.store.shards import ShardReader, write_stream

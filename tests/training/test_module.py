@@ -1,3 +1,5 @@
+from functools import partial
+
 import lightning as L
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from msenc.models.connector import QFormer, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_llm
 from msenc.training.module import ConversationModule
+from msenc.training.schedules import epoch_decay, warmup_cosine
 from msenc.types import MsencError
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -70,6 +73,36 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*logging interval",
     "ignore:.*no `val_dataloader`",
 )
+
+
+# ------------------------------------------------------------------------------------------------ the rate
+
+
+class Rates(Callback):
+    """The rate of each step that is taken."""
+
+    def __init__(self):
+        self.of_steps = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.of_steps.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (partial(epoch_decay, gamma=0.5), [0.4, 0.4, 0.2, 0.2, 0.1, 0.1]),
+        (partial(warmup_cosine, warmup=1 / 3), [0, 0.2, 0.4, 0.4 * (2 + 2**0.5) / 4, 0.2, 0.4 * (2 - 2**0.5) / 4]),
+        (None, [0.4] * 6),
+    ],
+)
+def test_each_step_is_taken_at_the_rate_of_the_schedule(tiny_models, tmp_path, scheduler, expected, accumulated):
+    module = ConversationModule(make_module(tiny_models["llama"]).model, partial(torch.optim.SGD, lr=0.4), scheduler)
+    rates = Rates()
+    options = {"max_steps": -1, "max_epochs": 3, "accumulate_grad_batches": accumulated, "callbacks": [rates]}
+    fit(module, make_batches([1] * 2 * accumulated), tmp_path, **options)
+    assert rates.of_steps == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------ the step

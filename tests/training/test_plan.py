@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from msenc.config.schema import plain
-from msenc.data.datamodule import collate_units
+from msenc.data.loader import collate_units
+from msenc.pipelines.plan import memory_of
 from msenc.training.assembly import build_datamodule, build_model, build_optimizer
 from msenc.training.module import ConversationModule
 from msenc.training.plan import batch_tokens, count_batches, largest_batch, predict_memory
@@ -24,6 +25,20 @@ def planned(demo_home, compose):
         return config, datamodule, model
 
     return call
+
+
+def test_a_run_on_the_cpu_is_planned_with_the_kernel_of_the_cpu(demo_home, compose, monkeypatch):
+    def peak(*overrides):
+        config = plain(compose(["modality=text", *overrides]))
+        datamodule = build_datamodule(config, "")
+        datamodule.setup()
+        return memory_of(config, datamodule)["peak"]
+
+    split, dense = (peak(f"model.llm.attn_implementation={kernel}") for kernel in ("split", "dense"))
+    assert split < dense
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert peak("trainer.accelerator=cpu") == split
+    assert peak("trainer.accelerator=auto") == peak("trainer.accelerator=gpu") == dense
 
 
 BUDGETS = ["data.batch_size=null", "data.max_tokens_per_batch=500"]
