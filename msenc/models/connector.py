@@ -34,7 +34,45 @@ WHITENED = 1.0
 log-mel spectrogram became so loud that connectors lost in the first epoch what tells utterances apart (docs/log.md)."""
 
 
-class QFormer(nn.Module):
+class Connector(nn.Module):
+    """Features (N, T, D), mask (N, T) -> (N, Q, H): what all connectors share, their ends.
+
+    Args:
+        in_dim: width D of the features.
+        num_queries: Q, vectors per utterance.
+        normalize: standardize the features, and scale the output to the LLM's token embeddings (see `calibrate`).
+    """
+
+    out_norm: nn.Module
+
+    def __init__(self, in_dim: int, num_queries: int, normalize: bool) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
+
+    @property
+    def first(self) -> nn.Linear:
+        """The map that meets the features."""
+        return self.in_proj
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Connect each utterance. A row without a real frame gives the same finite vectors whatever its padding.
+
+        Args:
+            features: (N, T, D), T at least 1.
+            mask: (N, T) bool, True for real frames.
+
+        Returns:
+            (N, Q, H).
+        """
+        return self.out_norm(self.connect(self.in_norm(_real(features, mask)), mask))
+
+    def connect(self, features: Tensor, mask: Tensor) -> Tensor:
+        """The way between the ends: (N, T, D), (N, T) -> (N, Q, H)."""
+        raise NotImplementedError
+
+
+class QFormer(Connector):
     """Features (N, T, D), mask (N, T) -> (N, Q, H): learned queries attend to the frames (BLIP-2's Q-Former).
 
     Linear to `encoder_dim`, Q-Former, linear to `out_dim`, both without bias. Frames carry no positions: what the
@@ -83,9 +121,7 @@ class QFormer(nn.Module):
         freeze_core: bool = False,
         normalize: bool = False,
     ) -> None:
-        super().__init__()
-        self.num_queries = num_queries
-        self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
+        super().__init__(in_dim, num_queries, normalize)
         self.in_proj = nn.Linear(in_dim, encoder_dim, bias=False)
         self.core = QFormerCore(
             num_queries=num_queries,
@@ -102,23 +138,9 @@ class QFormer(nn.Module):
         self.out_proj = nn.Linear(hidden_dim, out_dim, bias=False)
         self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
 
-    @property
-    def first(self) -> nn.Linear:
-        """The map that meets the features."""
-        return self.in_proj
-
-    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Connect each utterance. A row without a real frame gives the same finite vectors whatever its padding.
-
-        Args:
-            features: (N, T, D), T at least 1.
-            mask: (N, T) bool, True for real frames.
-
-        Returns:
-            (N, Q, H).
-        """
-        frames = self.in_proj(self.in_norm(_real(features, mask)))  # (N, T, E)
-        return self.out_norm(self.out_proj(self.core(frames, mask)))
+    def connect(self, features: Tensor, mask: Tensor) -> Tensor:
+        """See `Connector`."""
+        return self.out_proj(self.core(self.in_proj(features), mask))
 
 
 class QFormerCore(nn.Module):
@@ -196,7 +218,7 @@ class QFormerCore(nn.Module):
         ).last_hidden_state
 
 
-class Mlp(nn.Module):
+class Mlp(Connector):
     """Features (N, T, D), mask (N, T) -> (N, Q, H): means over Q equal spans of time, each through an MLP.
 
     Query q is made from the mean of the frames between q/Q and (q+1)/Q of the utterance; a frame on an edge counts
@@ -217,9 +239,7 @@ class Mlp(nn.Module):
     def __init__(
         self, in_dim: int, out_dim: int, num_queries: int = 8, hidden_dim: int = 512, normalize: bool = False
     ) -> None:
-        super().__init__()
-        self.num_queries = num_queries
-        self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
+        super().__init__(in_dim, num_queries, normalize)
         self.layers = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
         self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
 
@@ -228,18 +248,9 @@ class Mlp(nn.Module):
         """The map that meets the features."""
         return self.layers[0]
 
-    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Connect each utterance; a row without a real frame counts as one frame of zeros.
-
-        Args:
-            features: (N, T, D), T at least 1.
-            mask: (N, T) bool, True for real frames.
-
-        Returns:
-            (N, Q, H).
-        """
-        weights = span_weights(mask, self.num_queries).to(features.dtype)  # (N, Q, T)
-        return self.out_norm(self.layers(weights @ self.in_norm(_real(features, mask))))
+    def connect(self, features: Tensor, mask: Tensor) -> Tensor:
+        """See `Connector`; a row without a real frame counts as one frame of zeros."""
+        return self.layers(span_weights(mask, self.num_queries).to(features.dtype) @ features)
 
 
 class ConvBlock(nn.Module):
@@ -261,7 +272,7 @@ class ConvBlock(nn.Module):
         return (frames + self.out(nn.functional.gelu(mixed))) * mask[..., None]
 
 
-class ConvConnector(nn.Module):
+class ConvConnector(Connector):
     """Features (N, T, D), mask (N, T) -> (N, Q, H): convolutions over time, then each query pools the frames.
 
     Nothing in it is common to all utterances from the start: standardized features have a mean of zero, no layer has
@@ -301,13 +312,11 @@ class ConvConnector(nn.Module):
         pooling: str = "attention",
         normalize: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(in_dim, num_queries, normalize)
         if pooling not in ("attention", "spans"):
             raise MsencError(f"model.connector.pooling: found {pooling!r}, expected attention or spans.")
         if kernel < 1 or kernel % 2 == 0:
             raise MsencError(f"model.connector.kernel: found {kernel}, expected an odd number of frames.")
-        self.num_queries = num_queries
-        self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
         self.in_proj = nn.Linear(in_dim, hidden_dim, bias=False)
         self.blocks = nn.ModuleList(ConvBlock(hidden_dim, kernel) for _ in range(num_blocks))
         self.pooling = pooling
@@ -320,22 +329,9 @@ class ConvConnector(nn.Module):
         self.out_proj = nn.Linear(hidden_dim, out_dim, bias=False)
         self.out_norm = EmbeddingScale(out_dim) if normalize else nn.Identity()
 
-    @property
-    def first(self) -> nn.Linear:
-        """The map that meets the features."""
-        return self.in_proj
-
-    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Connect each utterance; a row without a real frame gives the same finite vectors whatever its padding.
-
-        Args:
-            features: (N, T, D), T at least 1.
-            mask: (N, T) bool, True for real frames.
-
-        Returns:
-            (N, Q, H).
-        """
-        frames = self.in_proj(self.in_norm(_real(features, mask))) * mask[..., None]  # (N, T, E)
+    def connect(self, features: Tensor, mask: Tensor) -> Tensor:
+        """See `Connector`."""
+        frames = self.in_proj(features) * mask[..., None]  # (N, T, E)
         for block in self.blocks:
             frames = block(frames, mask)
         if self.pooling == "spans":
@@ -343,11 +339,11 @@ class ConvConnector(nn.Module):
         else:
             pooled = torch.einsum("nqe,qef->nqf", self._weights(frames, mask) @ frames, self.value)
         hidden = nn.functional.gelu(self.up(_unit(pooled)))
-        return self.out_norm(self.out_proj(pooled + self.down(hidden)))
+        return self.out_proj(pooled + self.down(hidden))
 
     def _weights(self, frames: Tensor, mask: Tensor) -> Tensor:
         """(N, Q, T): how much each query takes of each frame."""
-        place = (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True).clamp_min(1)  # (N, T), 0 to 1
+        place = (mask.cumsum(1).float() - 0.5) / mask.sum(1, keepdim=True).clamp_min(1)  # (N, T), 0 to 1
         # From 1 on: a wave of no frequency would raise all frames' scores alike, which a softmax does not see.
         waves = torch.cos(
             torch.pi * place[..., None] * torch.arange(1, self.PLACES + 1, device=mask.device)

@@ -21,7 +21,8 @@ from msenc.files import digest, read_json
 from msenc.pipelines.plan import memory_of
 from msenc.pipelines.prepare import prepare_command
 from msenc.runs.find import find_run, run_records
-from msenc.runs.identity import data_hashes, places_of_runs, run_identity, run_settings
+from msenc.runs.folder import places_of_runs
+from msenc.runs.identity import data_hashes, run_identity, run_settings
 from msenc.runs.overrides import key_of
 from msenc.runs.record import is_finished, machine, read_run
 from msenc.training.assembly import GIVEN, build_datamodule

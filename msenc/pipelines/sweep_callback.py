@@ -2,7 +2,6 @@
 
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -19,23 +18,21 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra calls this once per sweep, with the config that all jobs start from."""
-        from msenc.pipelines.sweep import begin_sweep
-
-        if not config.plan:
-            _call(begin_sweep, config)
+        _call("begin_sweep", config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra calls this once per sweep."""
-        from msenc.pipelines.sweep import end_sweep
-
-        if not config.plan:
-            _call(end_sweep, config)
+        _call("end_sweep", config)
 
 
-def _call(function: Callable[[DictConfig], None], config: DictConfig) -> None:
-    """Call a hook; Hydra would turn what it raises into a warning, and go on."""
+def _call(name: str, config: DictConfig) -> None:
+    """Call a function of `pipelines.sweep`; Hydra would turn what it raises into a warning, and go on."""
+    if config.plan:
+        return
     try:
-        function(config)
+        from msenc.pipelines import sweep
+
+        getattr(sweep, name)(config)
     except Exception as e:
         if (text := refusal(e)) is None:
             traceback.print_exc()

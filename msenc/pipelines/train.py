@@ -139,6 +139,7 @@ def train(cfg: DictConfig) -> float | None:
         except Exception as e:
             if is_job and record is None:  # the sweep's report names what did not start, too
                 record = _new_record(settle_folder(cfg, hydra, None, 1), cfg, overrides, command)
+                note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, hydra.overrides.task)
             if record is not None and not is_finished(record.facts):
                 record.add(status="failed", error=f"{type(e).__name__}: {e}")
             if not is_job:
