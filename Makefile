@@ -13,7 +13,7 @@ STAMP = .venv/.installed
 help:
 	@echo "make train   train on the demo data          ARGS=\"modality=text seed=1\" adds overrides"
 	@echo "make talk    serve a page to talk to a run   ARGS=\"speech=kokoro port=8000\" adds overrides"
-	@echo "make test    run all tests and doctests      ARGS=\"tests/report -x\" selects"
+	@echo "make test    run all tests and doctests      ARGS=\"tests/report -x\" selects, ARGS=-n0 takes one core"
 	@echo "make bench   run all benchmarks              ARGS=--quick shows that they run"
 	@echo "make lint    ruff check, ruff format --check, lint-imports"
 	@echo ""
@@ -29,7 +29,7 @@ talk: $(STAMP)
 	$(BIN)/python respond.py page=true $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 # Side by side they would measure each other.
 bench: $(STAMP)

@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -33,6 +35,16 @@ SMALL_DEMO = [
 """Overrides that the small demo was made with; any other sizes would be refused in its folder."""
 
 
+SLOW = ("test_resume", "test_pipelines", "test_sweeps", "test_configs", "test_processes", "test_readme", "test_align")
+"""Files that take minutes: begun first, so that no core waits for another's last one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, in this order; the others as they come."""
+    order = {name: number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """MSENC_DATA and MSENC_RUNS lie in a temporary folder for the whole session: no test writes into the checkout."""
@@ -47,11 +59,21 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo_home(home) -> Path:
+def demo_home(home, tmp_path_factory) -> Path:
     """A folder with the small demo's raw material, shards and tiny LLM in ``data/``, as `prepare.py` makes them."""
     from msenc.pipelines.prepare import prepare
 
-    prepare(_compose([*SMALL_DEMO, "prepare_workers=0"], "prepare", home))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        prepare(_compose([*SMALL_DEMO, "prepare_workers=0"], "prepare", home))
+        return home
+    made = tmp_path_factory.getbasetemp().parent / "demo"  # of all processes that test
+    with FileLock(made.with_suffix(".lock")):
+        if not made.exists():
+            prepare(_compose([*SMALL_DEMO, "prepare_workers=0"], "prepare", home))
+            shutil.copytree(home / "data", made.with_suffix(".partial"))
+            made.with_suffix(".partial").rename(made)
+        else:
+            shutil.copytree(made, home / "data")
     return home
 
 
