@@ -3,7 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +46,39 @@ def known_to_json(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under; it becomes `path` when the body has ended, and is gone where that fails.
+
+    Raises:
+        MsencError: the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
         partial.replace(path)
-    except OSError as e:
-        raise MsencError(f"{path}: cannot be written ({e.strerror}).") from e
+    except OSError as error:
+        reason = error.strerror or error
+        raise MsencError(f"{path}: cannot be written ({reason}). Free space or permissions there.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which takes the place of an earlier one; what a kill left is cleared away."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def digest(value: Any, length: int = 12) -> str:

@@ -8,6 +8,8 @@ Letters used in all docstrings and shape comments:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +23,18 @@ UNKNOWN_SPEAKER = "-1"
 
 class MsencError(Exception):
     """A refusal: says what was found, what was expected, and what to do. Shown without a traceback."""
+
+
+@contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Turn a missing package into a refusal that names it, what needs it, and the extra of msenc that brings it."""
+    try:
+        yield
+    except ImportError as error:
+        raise MsencError(
+            f"{what} needs the package {(error.name or '').partition('.')[0]}, which cannot be imported ({error}). It "
+            f"comes with an extra of msenc: pip install -e '.[{extra}]'"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 import importlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from msenc.types import MsencError
+from msenc.types import MsencError, needing
 
 TRUSTED_PACKAGES = ("msenc.", "torch.optim.", "lightning.")
 """What a ``_target_`` may name: a config must not be a way to run anything else."""
@@ -38,14 +39,8 @@ def build(node: Mapping[str, Any], **given: Any) -> Any:
     keys = {k: v for k, v in node.items() if not k.startswith("_")}
     target = node["_target_"]
     call = partial(locate_target(target, "config"), **keys, **given)
-    try:
+    with needing(target, EXTRAS[target]) if target in EXTRAS else nullcontext():
         return call if node.get("_partial_") else call()
-    except ModuleNotFoundError as e:
-        if target not in EXTRAS:
-            raise
-        raise MsencError(
-            f"{target}: a package is missing ({e}). It comes with an extra: pip install -e '.[{EXTRAS[target]}]'"
-        ) from e
 
 
 def with_current_targets(node: Any) -> Any:

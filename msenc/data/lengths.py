@@ -5,7 +5,6 @@ turns, indexes of the streams -> DialogueLengths (cached beside the data) -> tok
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,10 +14,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from msenc.data.collate import Layout, group_targets, histories
+from msenc.files import write_text
 from msenc.prompt import DialogueTokenizer, Slot, TokenizedDialogue
 from msenc.store.location import Place, RemotePath
 from msenc.store.shards import ShardReader
-from msenc.types import Dialogue
+from msenc.types import Dialogue, MsencError
 
 SCHEMA_VERSION = 2
 """Of the cached files; another number makes all of them unknown."""
@@ -115,11 +115,8 @@ def split_lengths(
         dialogue = Dialogue.from_json(turns.read(id)["turns.json"])
         present = [{s: frames[s][id][k] for s in streams if frames[s][id][k]} for k in range(len(dialogue.utterances))]
         lengths[id] = measure(tokenizer(dialogue, present), dialogue)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps({id: asdict(known) for id, known in lengths.items()}), encoding="utf-8")
-        temporary.replace(path)
+    with suppress(MsencError):
+        write_text(path, json.dumps({id: asdict(known) for id, known in lengths.items()}))
     return [lengths[id] for id in ids]
 
 

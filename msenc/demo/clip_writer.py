@@ -2,23 +2,10 @@
 
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from msenc.types import MsencError
-
-
-def load_av() -> ModuleType:
-    """PyAV's module, or the refusal that names the extra it belongs to."""
-    try:
-        import av
-    except ImportError as error:
-        raise MsencError(
-            "The demo's clips are written with PyAV, and the package av is not installed. "
-            "Install it with: pip install 'msenc[demo]'"
-        ) from error
-    return av
+from msenc.raw.media import load_av
 
 
 def write_clip(path: Path, frames: np.ndarray, samples: np.ndarray, fps: int, sample_rate: int) -> None:

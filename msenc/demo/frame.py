@@ -6,10 +6,7 @@ A world brings what is said, what is hidden, and how it looks and sounds (`World
 """
 
 import csv
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +19,7 @@ from msenc.demo.clip_writer import write_clip
 from msenc.demo.ideal import Belief
 from msenc.raw.marks import format_marks
 from msenc.types import SPLITS, Dialogue, MsencError, Utterance
-from msenc.work.pool import watch_parent
+from msenc.work.pool import map_in_order
 from msenc.work.write_once import write_once
 
 FPS = 12
@@ -169,7 +166,9 @@ def _fill(world: World, root: Path, settings: Mapping[str, Any], num_workers: in
     seed, sizes = settings["seed"], settings["sizes"]
     jobs = [(split, number) for split in SPLITS for number in range(sizes[split])]
     with ExitStack() as stack:
-        rendered = _render_all(world, root, seed, jobs, num_workers)
+        render = partial(partial, _render_dialogue, world, root, seed)
+        advice = "Set fewer (prepare_workers=1)."
+        rendered = map_in_order(render, jobs, max(num_workers, 0), f"writing {world.name}", advice)
         stack.callback(rendered.close)
         durations = dict(
             zip(jobs, track(rendered, f"{world.name}: speaking and drawing", total=len(jobs)), strict=True),
@@ -177,28 +176,6 @@ def _fill(world: World, root: Path, settings: Mapping[str, Any], num_workers: in
     for split in SPLITS:
         drawn = draw_split(world, split, sizes[split], seed)
         write_table(world, root / CSV_NAMES[split], drawn, [durations[split, number] for number in range(sizes[split])])
-
-
-def _render_all(
-    world: World, root: Path, seed: int, jobs: list[tuple[str, int]], num_workers: int
-) -> Iterator[list[int]]:
-    """Number of frames of each clip, per job, in the order of the jobs."""
-    render = partial(_render_dialogue, world, root, seed)
-    if num_workers <= 0:
-        yield from map(render, jobs)
-        return
-    # spawn: a forked child would inherit the threads' locks of whatever runs in this process.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=watch_parent) as pool:
-        try:
-            yield from pool.map(render, jobs, chunksize=4)
-        except BrokenProcessPool as error:
-            raise MsencError(
-                f"A process that writes {world.name} ended without a word ({error}). Found num_workers={num_workers}; "
-                "try fewer, or look for a lack of memory."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _render_dialogue(world: World, root: Path, seed: int, job: tuple[str, int]) -> list[int]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from msenc.demo.clip_writer import load_av
 from msenc.demo.frame import (
     DRAW,
     FPS,
@@ -24,6 +23,7 @@ from msenc.demo.frame import (
     pick,
 )
 from msenc.demo.ideal import Belief, Cue, said_bit
+from msenc.raw.media import load_av
 from msenc.types import SPLITS, Dialogue, Mark, Utterance
 
 COLUMNS = ("Audio", "Video", "AudioX", "VideoX", "AudioLevel", "VideoLevel")

@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from msenc.data.collate import collate, dialogue_rows
 from msenc.demo.frame import DrawnDialogue, draw_transcripts
 from msenc.demo.table import find_world
+from msenc.files import whole_folder
 from msenc.models.attention import make_layout, register
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
 from msenc.types import Batch
@@ -154,13 +154,10 @@ def pretrain(
     if lowest >= LEARNED:
         Console().print(f"The tiny LLM has not learned all planted words: the worst kind's loss is {lowest:.2f} nats.")
     llm.set_attn_implementation("sdpa")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    llm.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
-    partial.rename(target)
+    with whole_folder(target) as partial:
+        llm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
 
 
 def _note_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:

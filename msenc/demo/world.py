@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from msenc.demo.clip_writer import load_av
 from msenc.demo.face import Look, draw_face
 from msenc.demo.frame import (
     DRAW,
@@ -27,6 +26,7 @@ from msenc.demo.frame import (
     write_folder,
 )
 from msenc.demo.ideal import Belief
+from msenc.raw.media import load_av
 from msenc.speech.libespeak import VoiceSettings, load_espeak, speak_in_turn
 from msenc.types import SPLITS, Dialogue, Mark, Utterance
 

@@ -4,10 +4,7 @@ A file is named after all that makes its sound, so what was spoken before is fou
 """
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from msenc.config.build import build
-from msenc.evaluation.metrics.scores import needing
 from msenc.evaluation.metrics.sound import PredictedMos, speaker_similarity
 from msenc.evaluation.metrics.speech import heard_voice, score_voices, score_words
 from msenc.files import digest
@@ -27,8 +23,8 @@ from msenc.speech.description import parse
 from msenc.speech.synthesis import Synthesizer, settle_gender
 from msenc.speech.voice import VoiceMeasures, measure
 from msenc.speech.wav import from_wav, write_wav
-from msenc.types import UNKNOWN, MsencError, VoiceAttributes
-from msenc.work.pool import progress_bar, watch_parent
+from msenc.types import UNKNOWN, VoiceAttributes, needing
+from msenc.work.pool import map_in_order, progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -165,7 +161,7 @@ def _note_scores(predictions: Sequence[dict[str, Any]], name: str, values: Seque
 def _hear_all(
     files: Sequence[Path], hear: Callable[[np.ndarray], R], sample_rate: int, description: str
 ) -> dict[Path, R]:
-    with needing("speech", "demo"):
+    with needing("listening to spoken replies", "demo"):
         import soxr
     heard = {}
     with progress_bar("replies") as progress:
@@ -199,37 +195,7 @@ class _Speaker:
 
 def _map(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
     """Results in order, under a progress bar; each process makes its own work once."""
+    advice = "Set fewer (speech_workers=1). What was spoken is kept."
     with progress_bar("replies") as progress:
-        yield from progress.track(_work(make_work, values, num_workers, doing), len(values), description=doing)
-
-
-def _work(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
-    if num_workers == 0:
-        yield from map(make_work(), values)
-        return
-    # spawn: a forked child would inherit the threads' locks of whatever runs in this process
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_work,))
-    try:
-        yield from pool.map(_work_in_worker, values)
-    except BrokenProcessPool as error:
-        raise MsencError(
-            f"{doing}: a process ended without a word ({error}). Found {num_workers} of them; try fewer "
-            "(speech_workers=1), or look for a lack of memory. What was spoken is kept."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: dict[str, Any] = {}  # of a process: how its work is made, and the work once it is
-
-
-def _start_worker(make_work: Callable[[], Callable[[Any], Any]]) -> None:
-    watch_parent()
-    _worker["make_work"] = make_work
-
-
-def _work_in_worker(value: Any) -> Any:
-    if "work" not in _worker:  # here and not at the start, where a refusal would break the pool
-        _worker["work"] = _worker["make_work"]()
-    return _worker["work"](value)
+        results = map_in_order(make_work, values, num_workers, doing, advice)
+        yield from progress.track(results, len(values), description=doing)

@@ -41,7 +41,7 @@ from msenc.talk.agent import (
 )
 from msenc.training.assembly import GIVEN, num_parameters
 from msenc.training.restore import find_device, load_trained, open_run
-from msenc.types import UNKNOWN, MsencError
+from msenc.types import UNKNOWN, MsencError, needing
 from msenc.work.console import console, quieten, shown
 from msenc.work.threads import settle_threads
 
@@ -118,12 +118,8 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     except OSError as error:
         raise MsencError(f"host={host} port={port}: cannot be served ({error.strerror}). Give another.") from error
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
-    try:
+    with needing("page=true", "talk"):
         from msenc.talk.page import Host, build_page, launch_page
-    except ModuleNotFoundError as error:
-        raise MsencError(
-            f"page=true: a package is missing ({error}). It comes with an extra: pip install -e '.[talk]'"
-        ) from error
     synthesizer = build(config["speech"]) if config["speech"] else None
     page = build_page(Host(lambda run: load_agent(run, config), synthesizer, config, folder))
     try:

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from msenc.files import digest
+from msenc.files import digest, write_text
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import MediaError, read_audio
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, count_syllables, guess_syllables, measure
 from msenc.store.labels import VOICE_TURNS
-from msenc.store.manifest import write_text
 from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
 from msenc.work.items import Item, Members, Part, read_result, run_items
 

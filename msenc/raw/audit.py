@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from msenc.files import write_text
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.audit_page import render_page
 from msenc.raw.media import SUFFIXES, split_part
 from msenc.raw.probe import ClipFacts, probe_clips
 from msenc.store.flags import AUDIT, FLAGS, SCHEMA_VERSION, Flag, flags_csv
-from msenc.store.manifest import MANIFEST, DatasetManifest, write_rejections, write_text
+from msenc.store.manifest import MANIFEST, DatasetManifest, write_rejections
 from msenc.store.shards import read_index
 from msenc.types import SPLITS, UNKNOWN, Dialogue, MsencError, Rejection, Utterance
 

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from msenc.files import write_text
 from msenc.raw.media import split_part
 from msenc.store.location import hash_file
-from msenc.store.manifest import write_text
 from msenc.types import MsencError
 
 CACHE = "clip-hashes.json"

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from msenc.types import MsencError
+from msenc.types import MsencError, needing
 
 SILENCE_PEAK = 10 ** (-90 / 20)  # -90 dBFS: about the last bit of 16-bit sound
 # A stream that ends before this share of the length that its header declares was cut off.
@@ -93,7 +94,7 @@ def read_audio(path: Path, sample_rate: int, span: Span | None = None) -> np.nda
             raise MediaError("no sound")
         stream = container.streams.audio[0]
         # FFmpeg keeps the sum of a mix in range for whole numbers only: mixing floats would clip
-        resampler = _import_av().AudioResampler(format="s32", layout="mono", rate=sample_rate)
+        resampler = load_av().AudioResampler(format="s32", layout="mono", rate=sample_rate)
         parts, num_decoded, source_rate = [], 0, stream.rate or sample_rate
         first_s = None
         start_s, end_s = span or (0.0, None)
@@ -266,7 +267,7 @@ def read_properties(path: Path) -> ClipProperties:
         gaps = [b - a for a, b in pairwise(sorted(times))][:-1]  # some writers lengthen the last but one
         return ClipProperties(
             formats=tuple(container.format.name.split(",")),
-            duration_s=container.duration / _import_av().time_base if container.duration else None,
+            duration_s=container.duration / load_av().time_base if container.duration else None,
             sample_rate=sound.rate or 0 if sound else 0,
             channels=sound.layout.nb_channels if sound else 0,
             rotation=rotation,
@@ -287,7 +288,7 @@ def _moving(container: Any) -> list[Any]:
 
 def _origin(container: Any) -> float:
     """The container's clock, in seconds, when its presentation begins; some clocks start anywhere."""
-    return max(container.start_time or 0, 0) / _import_av().time_base
+    return max(container.start_time or 0, 0) / load_av().time_base
 
 
 def _decode_pictures(
@@ -373,7 +374,7 @@ def _check_length(stream: Any, decoded_s: float) -> None:
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
     """The clip's container; what FFmpeg refuses, on opening or while decoding, is a corrupt clip."""
-    av = _import_av()
+    av = load_av()
     path = Path(path)
     if not path.is_file():
         raise MediaError("clip missing")
@@ -389,11 +390,12 @@ def _open(path: Path) -> Iterator[Any]:
         raise MediaError("clip corrupt") from error
 
 
-def _import_av() -> Any:
-    try:
+def load_av() -> ModuleType:
+    """PyAV's module.
+
+    Raises:
+        MsencError: it is not installed.
+    """
+    with needing("reading and writing clips", "media"):
         import av
-    except ImportError as error:
-        raise MsencError(
-            f"Decoding clips needs PyAV, which cannot be imported ({error}). Install it: pip install 'msenc[media]'"
-        ) from error
     return av

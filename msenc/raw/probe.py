@@ -1,21 +1,19 @@
 """Clips -> what is in them, on several processes; what is known of a clip that did not change is not probed again."""
 
 import json
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from msenc.files import write_text
 from msenc.raw.media import ClipProperties, MediaError, read_audio, read_frames, read_properties, split_part
 from msenc.store.location import hash_file
-from msenc.store.manifest import write_text
 from msenc.types import MsencError
-from msenc.work.pool import progress_bar, watch_parent
+from msenc.work.pool import pool_of, progress_bar
 
 PROBE_VERSION = 1
 """Of what `probe_clip` finds; another number makes every cached clip unknown."""
@@ -162,7 +160,7 @@ def _probe(root: Path, clips: Sequence[str], num_workers: int, probe: Probe) -> 
     while waiting:
         # Nothing says which of the clips in hand killed the worker; alone in a process, the one that did does so again.
         for clip in (yield from _probe_until_death(root, waiting, num_workers, probe)):
-            with _pool(1) as pool:
+            with pool_of(1) as pool:
                 try:
                     yield clip, pool.submit(probe, root / clip).result()
                 except BrokenProcessPool:
@@ -174,31 +172,25 @@ def _probe_until_death(
 ) -> Generator[tuple[str, ClipFacts], None, list[str]]:
     """Probe until nothing waits, or a worker dies; then return the clips that were in hand."""
     in_hand: deque = deque()
-    pool = _pool(num_workers)
-    try:
-        while waiting or in_hand:
-            while waiting and len(in_hand) < 4 * num_workers:
-                in_hand.append((waiting[0], pool.submit(probe, root / waiting[0])))
-                waiting.popleft()
-            clip, future = in_hand[0]
-            found = future.result()
-            in_hand.popleft()
-            yield clip, found
-    except BrokenProcessPool:
-        lost = []
-        for clip, future in in_hand:
-            if future.exception() is None:
-                yield clip, future.result()
-            else:
-                lost.append(clip)
-        return lost
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with pool_of(num_workers) as pool:
+        try:
+            while waiting or in_hand:
+                while waiting and len(in_hand) < 4 * num_workers:
+                    in_hand.append((waiting[0], pool.submit(probe, root / waiting[0])))
+                    waiting.popleft()
+                clip, future = in_hand[0]
+                found = future.result()
+                in_hand.popleft()
+                yield clip, found
+        except BrokenProcessPool:
+            lost = []
+            for clip, future in in_hand:
+                if future.exception() is None:
+                    yield clip, future.result()
+                else:
+                    lost.append(clip)
+            return lost
     return []
-
-
-def _pool(num_workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=watch_parent)
 
 
 def _line(clip: str, stamp: list[int], facts: ClipFacts) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from msenc.files import digest
+from msenc.files import digest, write_text
 from msenc.raw import segment, speakers
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import SUFFIXES, MediaError, read_audio
@@ -32,7 +32,7 @@ from msenc.raw.segment import (
 from msenc.raw.speakers import SpeakerEncoder, cluster_speakers
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import FILE_NAME, DialogueSpan, read_timestamps
-from msenc.store.manifest import write_rejections, write_text
+from msenc.store.manifest import write_rejections
 from msenc.types import UNKNOWN_SPEAKER, MsencError, Rejection
 from msenc.work.items import Item, Members, Part, read_result, run_items, say_missing
 from msenc.work.threads import one_thread

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from msenc.raw.media import MediaError, Span, iterate_frames
-from msenc.types import MsencError
+from msenc.types import MsencError, needing
 
 VERSION = 1  # raised whenever equal input and settings give other utterances
 SAMPLE_RATE = 16_000
@@ -67,10 +67,8 @@ def load_speech_detector() -> Callable[[np.ndarray, float], Spans]:
     import torch
 
     threads = torch.get_num_threads()
-    try:
+    with needing("finding speech", "raw"):
         import silero_vad
-    except ImportError as error:
-        raise missing_extra("Finding speech", "silero-vad", error) from error
     torch.set_num_threads(threads)  # its import sets one thread for the whole process
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=DeprecationWarning)
@@ -94,11 +92,9 @@ def find_cuts(path: Path, span: Span, threshold: float) -> list[float]:
         MsencError: if the package is missing.
         MediaError: if the file cannot be decoded.
     """
-    try:
+    with needing("finding scenes", "raw"):
         from scenedetect import ContentDetector, FrameTimecode
         from scenedetect.common import Timecode
-    except ImportError as error:
-        raise missing_extra("Finding scenes", "scenedetect-headless", error) from error
     clock = Fraction(1, 1_000_000)
     detector = ContentDetector(threshold=threshold, min_scene_len=_MIN_SCENE_S)
     cuts: list[FrameTimecode] = []
@@ -161,14 +157,6 @@ def quietest_moment(sound: np.ndarray) -> Callable[[float, float], float]:
         return start_s + (int(np.argmin((frames**2).sum(axis=1))) + 0.5) * _QUIET_S
 
     return find
-
-
-def missing_extra(what: str, package: str, error: ImportError) -> MsencError:
-    """The refusal where a package of the extra `raw` is missing."""
-    return MsencError(
-        f"{what} in recordings needs {package}, which cannot be imported ({error}). "
-        f"Install it: pip install 'msenc[raw]'"
-    )
 
 
 def _is_boundary(

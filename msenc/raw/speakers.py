@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from msenc.raw.segment import SAMPLE_RATE, missing_extra
-from msenc.types import UNKNOWN_SPEAKER, MsencError
+from msenc.raw.segment import SAMPLE_RATE
+from msenc.types import UNKNOWN_SPEAKER, MsencError, needing
 
 VERSION = 1  # raised whenever equal sound and settings give other speakers
 ONE_VOICE = 0.2
@@ -129,10 +129,8 @@ def cluster_speakers(vectors: np.ndarray) -> list[str]:
     Raises:
         MsencError: if scikit-learn is missing.
     """
-    try:
+    with needing("telling speakers apart", "raw"):
         from sklearn.cluster import HDBSCAN
-    except ImportError as error:
-        raise missing_extra("Telling speakers apart", "scikit-learn", error) from error
     if len(vectors) < 2:
         return ["0"] * len(vectors)
     # Nearer ones count as equally near: else HDBSCAN finds clusters within one voice. Its own setting for this,

@@ -9,7 +9,7 @@ import numpy as np
 from msenc.speech.libespeak import to_phonemes
 from msenc.speech.psola import change_melody
 from msenc.speech.synthesis import SentenceSynthesizer, choose
-from msenc.types import UNKNOWN, MsencError, VoiceAttributes
+from msenc.types import UNKNOWN, MsencError, VoiceAttributes, needing
 
 SAMPLE_RATE = 24_000
 
@@ -45,13 +45,8 @@ class Kokoro(SentenceSynthesizer):
 
     def __init__(self, folder: str | Path, num_threads: int = 1) -> None:
         self.folder = Path(folder)
-        try:
+        with needing("Kokoro", "kokoro"):
             import onnxruntime
-        except ImportError as error:
-            raise MsencError(
-                "Kokoro needs the package onnxruntime, which is not installed. "
-                "Install it with: pip install 'msenc[kokoro]'"
-            ) from error
         missing = [name for name in ("model.onnx", "vocab.json", "voices") if not (self.folder / name).exists()]
         if missing:
             raise MsencError(

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import numpy as np
 
-from msenc.types import MsencError
+from msenc.types import MsencError, needing
 
 # Values of speak_lib.h.
 _SYNCHRONOUS = 2
@@ -48,13 +48,8 @@ class VoiceSettings:
 
 def load_espeak() -> ModuleType:
     """The loader's module, or the refusal that names the extra it belongs to."""
-    try:
+    with needing("speech by eSpeak NG, the demo's among it,", "demo"):
         import espeakng_loader
-    except ImportError as error:
-        raise MsencError(
-            "Speech by eSpeak NG, the demo's among it, needs the package espeakng-loader, which is not installed. "
-            "Install it with: pip install 'msenc[demo]'"
-        ) from error
     return espeakng_loader
 
 

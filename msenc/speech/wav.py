@@ -1,12 +1,12 @@
 """Sound <-> WAV files of 16 bits, one channel."""
 
 import io
-import os
 import wave
 from pathlib import Path
 
 import numpy as np
 
+from msenc.files import whole
 from msenc.types import MsencError
 
 
@@ -14,21 +14,15 @@ def write_wav(path: Path, samples: np.ndarray, sample_rate: int) -> None:
     """Write a file, whole or not at all.
 
     Args:
-        path: in a folder that exists.
+        path: of the file; its folder is made where it is missing.
         samples: float32 (S,) in [-1, 1].
         sample_rate: in Hz.
 
     Raises:
         MsencError: the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        temporary.write_bytes(to_wav(samples, sample_rate))
-        temporary.replace(path)
-    except OSError as error:
-        raise MsencError(
-            f"{path}: cannot be written ({error.strerror or error}). Free space or permissions there, then repeat."
-        ) from error
+    with whole(path) as partial:
+        partial.write_bytes(to_wav(samples, sample_rate))
 
 
 def to_wav(samples: np.ndarray, sample_rate: int) -> bytes:

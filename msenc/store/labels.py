@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msenc.files import write_text
 from msenc.store.location import Place
-from msenc.store.manifest import write_text
 from msenc.types import MsencError
 
 LABELS = "labels.jsonl"

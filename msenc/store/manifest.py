@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from msenc.files import write_text
 from msenc.store.location import Place
 from msenc.types import SPLITS, Dialogue, MsencError, Rejection
 
@@ -181,18 +181,3 @@ def read_rejections(path: Path) -> list[Rejection]:
     with Path(path).open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         return [Rejection(**{**row, "row": int(row["row"]) if row["row"] else None}) for row in rows]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        MsencError: the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MsencError(f"{path}: cannot be written ({error.strerror}). Free space or permissions there.") from error

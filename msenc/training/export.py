@@ -3,13 +3,12 @@
 ConversationModel, config -> export/{export.json, adapter/, llm/, connectors.safetensors} -> `load_export`
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from msenc.config.build import build, with_current_targets
-from msenc.files import read_json, write_json
+from msenc.files import read_json, whole_folder, write_json
 from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import compute_lora_in_base_type, load_llm, load_tokenizer
@@ -34,12 +33,16 @@ def write_export(
     Returns:
         What ``export.json`` holds.
     """  # noqa: D205
+    with whole_folder(folder) as partial:
+        return _write_parts(partial, model, config, facts)
+
+
+def _write_parts(
+    partial: Path, model: ConversationModel, config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     from peft import PeftModel
     from safetensors.torch import save_model
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     llm = config["model"]["llm"]
     if isinstance(model.llm, PeftModel):
         trained = "adapter"
@@ -74,8 +77,6 @@ def write_export(
         **facts,
     }
     write_json(partial / "export.json", content)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
     return content
 
 

@@ -5,12 +5,11 @@ several processes, of the whole list or of one part of it (a job of a cluster); 
 together with `read_result`, and may delete the folder.
 """
 
-import multiprocessing
 import os
 import signal
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from msenc.store.shards import decode_member, disk_errors, encode_member
 from msenc.types import MsencError
-from msenc.work.pool import progress_bar, watch_parent
+from msenc.work.pool import pool_of, progress_bar
 
 T = TypeVar("T")
 Members = dict[str, Any]
@@ -193,23 +192,19 @@ def _run(
             _perform(item, folder, work)
             yield item
         return
-    # A forked process would inherit torch's threads in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_workers, len(todo)), context, initializer=_start, initargs=(folder, make_work))
-    try:
-        futures = {pool.submit(_perform_in_worker, item): item for item in todo}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
-    except BrokenProcessPool as error:
-        pool.shutdown()
-        in_hand = " or ".join(item.id for item in _in_hand_files(folder, todo).values())
-        raise MsencError(
-            f"{description}: a worker process died{in_hand and f' on {in_hand}'}; memory that ran out is the usual "
-            f"cause. {num_workers} workers ran; set fewer. What is finished is kept."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with pool_of(min(num_workers, len(todo)), _start, folder, make_work) as pool:
+        try:
+            futures = {pool.submit(_perform_in_worker, item): item for item in todo}
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BrokenProcessPool as error:
+            pool.shutdown()  # the others tell what they have in hand by leaving
+            in_hand = " or ".join(item.id for item in _in_hand_files(folder, todo).values())
+            raise MsencError(
+                f"{description}: a worker process died{in_hand and f' on {in_hand}'}; memory that ran out is the usual "
+                f"cause. {num_workers} workers ran; set fewer. What is finished is kept."
+            ) from error
 
 
 def _perform(item: Item, folder: Path, work: Callable[[Any], Members]) -> None:
@@ -240,7 +235,6 @@ _in_hand: Path | None = None
 def _start(folder: Path, make_work: Callable[[], Callable[[Any], Members]]) -> None:
     global _folder, _make_work
     _folder, _make_work = folder, make_work
-    watch_parent()
     signal.signal(signal.SIGTERM, _let_go)
 
 

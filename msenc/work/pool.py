@@ -1,4 +1,4 @@
-"""What all work in processes of its own shares: an end with the parent, progress bars, and one job beside another."""
+"""Work in processes of its own: the one pool, an end with the parent, progress bars, and one job beside another."""
 
 import multiprocessing
 import os
@@ -6,16 +6,88 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import TextIOBase
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from msenc.types import MsencError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def pool_of(
+    num_workers: int, start: Callable[..., object] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, and with the body; what has not begun by then is not begun.
+
+    Args:
+        num_workers: processes, 1 or more.
+        start: called in each with the arguments, after `watch_parent`.
+        *arguments: picklable.
+    """
+    # spawn: a forked child would inherit the threads' locks of whatever runs in this process
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(start, arguments))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(start: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
+    watch_parent()
+    if start is not None:
+        start(*arguments)
+
+
+def map_in_order(
+    make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str, advice: str
+) -> Iterator[R]:
+    """Results in the order of the values.
+
+    Args:
+        make_work: builds what is called with each value, once per process; picklable.
+        values: picklable.
+        num_workers: processes; 0 works in this one.
+        doing: what is done, for messages.
+        advice: what to do where a process dies.
+
+    Raises:
+        MsencError: a process died; or whatever the work raises.
+    """
+    if num_workers == 0:
+        yield from map(make_work(), values)
+        return
+    with pool_of(min(num_workers, len(values)) or 1, _keep_maker, make_work) as pool:
+        try:
+            yield from pool.map(_work_in_worker, values)
+        except BrokenProcessPool as error:
+            raise MsencError(
+                f"{doing}: a worker process died ({error}); memory that ran out is the usual cause. {num_workers} "
+                f"workers ran. {advice}"
+            ) from error
+
+
+_worker: dict[str, Any] = {}  # of a process: how its work is made, and the work once it is
+
+
+def _keep_maker(make_work: Callable[[], Callable[[Any], Any]]) -> None:
+    _worker["make_work"] = make_work
+
+
+def _work_in_worker(value: Any) -> Any:
+    if "work" not in _worker:  # here and not at the start, where a refusal would break the pool
+        _worker["work"] = _worker["make_work"]()
+    return _worker["work"](value)
 
 
 def watch_parent() -> None:

@@ -393,7 +393,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_succeeds(tmp_path):
 @pytest.mark.parametrize("package", ["espeakng_loader", "av"])
 def test_a_missing_package_names_the_extra(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MsencError, match=r"pip install 'msenc\[demo\]'"):
+    with pytest.raises(MsencError, match=rf"needs the package {package}, .*-e '\.\[(demo|media)\]'"):
         write_demo(tmp_path / "demo", SIZES, seed=0, num_workers=2)
     assert not list(tmp_path.iterdir())
 

@@ -65,8 +65,8 @@ def test_an_end_in_the_middle_leaves_no_folder(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             pretrain(tmp_path / "llm", **SMALL)
     assert not (tmp_path / "llm").exists()
-    (tmp_path / "llm.partial").mkdir()
-    (tmp_path / "llm.partial" / "left.txt").write_text("by a process that was killed while it wrote")
+    (tmp_path / ".llm.partial").mkdir()
+    (tmp_path / ".llm.partial" / "left.txt").write_text("by a process that was killed while it wrote")
     pretrain(tmp_path / "llm", **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["llm"]
     assert not (tmp_path / "llm" / "left.txt").exists()

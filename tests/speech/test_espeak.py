@@ -65,7 +65,7 @@ def test_a_speaker_without_a_known_gender_has_a_voice_too():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(MsencError, match=r"eSpeak NG.*espeakng-loader.*pip install 'msenc\[demo\]'"):
+    with pytest.raises(MsencError, match=r"eSpeak NG.*espeakng_loader.*pip install -e '\.\[demo\]'"):
         ESpeak()("Hello.", "a man speaks")
     monkeypatch.undo()
     with pytest.raises(MsencError, match="no voice 'xx"):

@@ -28,7 +28,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MsencError, match=r"Kokoro.*onnxruntime.*pip install 'msenc\[kokoro\]'"):
+    with pytest.raises(MsencError, match=r"Kokoro.*onnxruntime.*pip install -e '\.\[kokoro\]'"):
         Kokoro(tmp_path)
 
 

@@ -24,7 +24,8 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     with wave.open(str(tmp_path / "a.wav")) as file:
         assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (8_000, 6, 1)
     with pytest.raises(MsencError, match="cannot be written"):
-        write_wav(tmp_path / "missing" / "b.wav", SAMPLES, 8_000)
+        write_wav(tmp_path / "a.wav" / "b.wav", SAMPLES, 8_000)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.wav"]
 
 
 def test_channels_are_averaged():

@@ -328,4 +328,4 @@ def test_rejections_are_listed_and_counted(tmp_path):
     assert (rows[0]["row"], rows[1]["row"], rows[1]["found"]) == ("", "4", 'He said "no",\nand left')
     assert count_rejections(rejections) == {"audio: silent": 1, "row: duplicate utterance id": 1}
     with pytest.raises(MsencError, match=r"rejected\.csv: cannot be written"):
-        write_rejections(tmp_path / "none" / "rejected.csv", rejections)
+        write_rejections(tmp_path / "rejected.csv" / "rejected.csv", rejections)

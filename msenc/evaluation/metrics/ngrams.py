@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from msenc.evaluation.metrics.scores import Scorer, Scores, mean_scores, needing
-from msenc.types import MsencError
+from msenc.evaluation.metrics.scores import Scorer, Scores, mean_scores
+from msenc.types import MsencError, needing
 
 _CIDER_ORDER, _CIDER_SIGMA = 4, 6.0
 _REPEATED = 4
@@ -49,7 +49,7 @@ def make_sacrebleu() -> Scorer:
         >>> round(scores.corpus["sacrebleu"], 2)
         64.35
     """
-    with needing("sacrebleu", "metrics"):
+    with needing("the metric sacrebleu", "metrics"):
         from sacrebleu.metrics import BLEU
     corpus, sentence = BLEU(), BLEU(effective_order=True)
 
@@ -100,7 +100,7 @@ def make_meteor(with_wordnet: bool) -> Scorer:
         0.9498
     """
     name = "meteor" if with_wordnet else "meteor_no_wordnet"
-    with needing(name, "metrics"):
+    with needing(f"the metric {name}", "metrics"):
         from nltk.corpus import wordnet
         from nltk.translate.meteor_score import single_meteor_score
     if with_wordnet:

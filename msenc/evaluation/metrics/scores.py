@@ -1,11 +1,8 @@
 """What every metric of texts returns, and the refusal for a package that is not there."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
-
-from msenc.types import MsencError
 
 
 class Scores(NamedTuple):
@@ -32,15 +29,3 @@ def mean_scores(name: str, items: list[float]) -> Scores:
         Scores(corpus={'rouge_l': 0.75}, items={'rouge_l': [0.5, 1.0]})
     """
     return Scores({name: math.fsum(items) / len(items)}, {name: items})
-
-
-@contextmanager
-def needing(metric: str, extra: str) -> Iterator[None]:
-    """Turn a missing package into a refusal that names it and the extra of msenc that brings it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        raise MsencError(
-            f"metric {metric}: the package {package} is missing. It comes with an extra: pip install -e '.[{extra}]'"
-        ) from error

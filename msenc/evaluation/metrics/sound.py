@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msenc.evaluation.metrics.scores import needing
-from msenc.types import MsencError
+from msenc.types import MsencError, needing
 
 SOUND_METRICS = ("mos", "speaker_similarity")
 
@@ -39,7 +38,7 @@ class PredictedMos:
                 "metric mos: the weights in the package speechmos are missing. Install it without what it asks for: "
                 "pip install --no-deps -c constraints.txt speechmos; or leave mos out of speech_metrics."
             )
-        with needing("mos", "kokoro"):
+        with needing("the metric mos", "kokoro"):
             import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msenc.evaluation.metrics.scores import Scores, needing
+from msenc.evaluation.metrics.scores import Scores
 from msenc.prepare.describe import Bin, attributes_of, estimate_gender, measured_values
 from msenc.speech.description import VOCABULARY
 from msenc.speech.voice import VoiceMeasures
-from msenc.types import UNKNOWN, VoiceAttributes
+from msenc.types import UNKNOWN, VoiceAttributes, needing
 
 
 def score_words(understood: Sequence[str], texts: Sequence[str]) -> Scores:
@@ -28,7 +28,7 @@ def score_words(understood: Sequence[str], texts: Sequence[str]) -> Scores:
         >>> score_words(["I am here now"], ["I'm here."]).corpus["speech/wer"]
         0.3333333333333333
     """
-    with needing("speech/wer", "metrics"):
+    with needing("the metric speech/wer", "metrics"):
         import jiwer
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
