@@ -100,7 +100,7 @@ def main() -> None:
     options = arguments.parse_args()
     num_turns = 3 if options.quick else options.repetitions
     overrides = [f"data_dir={quoted_value(str(options.data))}"]
-    overrides += [f"asr={quoted_value(str(options.whisper))}"] if options.whisper else []
+    overrides += [f"recogniser={quoted_value(str(options.whisper))}"] if options.whisper else []
     root = options.data / "demo-raw"
     dialogues = [d for d in read_meld(root, "demo").dialogues if d.split == "test"]
     first = [d.utterances[0] for d in dialogues[: num_turns + 1]]

@@ -257,7 +257,7 @@ def test_a_control_measures_the_plain_losses_first_where_there_are_none(spoilt, 
 
 
 def test_a_run_ends_with_the_controls_it_asks_for(train):
-    run = train([*FAST, "modality=text", "model.llm.freeze=true", "controls=shuffle"])
+    run = train([*FAST, "modality=text", "model.llm.freeze=true", "control=shuffle"])
     assert {m.get("control") for m, _ in evaluations(run.folder).values()} == {None, "shuffle_text"}
 
 
@@ -280,7 +280,7 @@ def test_controls_that_the_run_cannot_have_are_refused(finished, compose, train)
         measure(compose, finished.run, "control=shuffle", "control_draws=0")
     assert evaluations(finished.run).keys() == before
     with pytest.raises(MsencError, match="control=zero_audio: no such control"):
-        train([*FAST, "modality=text", "controls=[zero_audio]"])
+        train([*FAST, "modality=text", "control=[zero_audio]"])
 
 
 # ------------------------------------------------------------------------------------------------ what trains

@@ -72,8 +72,14 @@ def _config_message(error: BaseException) -> str:
     return _absent_part(absent.group(1)) if absent else "\n".join(dict.fromkeys(texts))
 
 
+RENAMED = {"controls": "control", "asr": "recogniser", "speech_recogniser": "recogniser"}
+"""Keys of earlier versions -> what they are called now."""
+
+
 def _unknown_key(error: Any) -> str:
     node, key = error.parent_node, str(error.key)
+    if key in RENAMED:
+        return f"{error.full_key}: is called {RENAMED[key]} now."
     if "/" in key:
         groups = sorted(str(f.parent.relative_to(CONFIGS)) for f in CONFIGS.rglob("*/*.yaml"))
         return f"{key}: no such group.{nearest(key, set(groups))}"

@@ -219,7 +219,7 @@ class TrainConfig:
         init_from: what another run has trained, to start from.
         stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
         evaluate: the split that is evaluated when training ends; None for none.
-        controls: of that evaluation, as ``control`` of evaluate.py.
+        control: of that evaluation, as in `EvaluateConfig`.
         optimizer: ``_target_`` node: parameters -> optimizer; of it, ``groups`` says which parameters train with other
             settings (docs/training.md).
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
@@ -244,7 +244,7 @@ class TrainConfig:
     logger: dict[str, Any] = field(default_factory=dict)
     decoding: Any = MISSING
     evaluate: str | None = "test"
-    controls: Any = None
+    control: Any = None
     prepare_workers: int = 2
     resume: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -291,7 +291,7 @@ class EvaluateConfig:
         metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``.
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
         speech_workers: processes that speak; 0 works in this one.
-        speech_recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
+        recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
         speech_metrics: of the sound: ``mos``, ``speaker_similarity``.
         control: what is taken from the input in evaluations beside the plain one (docs/controls.md): a name, a list,
             or ``shuffle`` for the words of the history and for every stream of the run.
@@ -312,7 +312,7 @@ class EvaluateConfig:
     metric_settings: dict[str, Any] = field(default_factory=dict)
     speech: Any = None
     speech_workers: int = 2
-    speech_recogniser: str | None = None
+    recogniser: str | None = None
     speech_metrics: list[str] = field(default_factory=list)
     control: Any = None
     control_draws: int = 8
@@ -354,7 +354,7 @@ class RespondConfig:
         seed: of what is drawn.
         out: folder for reply.json and reply.wav; by default a new one in the run's ``replies/``.
         speech: the synthesizer's node, or None for no sound.
-        asr: Whisper (id or folder) that recognises words where none are given.
+        recogniser: Whisper (id or folder) that recognises words where none are given.
         max_clip_s: longest clip that is taken, in seconds.
         page: serve a page to talk to a run, instead of answering one turn.
         runs_dir: the runs that the page offers, beside `run_dir`.
@@ -378,7 +378,7 @@ class RespondConfig:
     out: str | None = None
     decoding: Any = MISSING
     speech: Any = None
-    asr: str = MISSING
+    recogniser: str = MISSING
     max_clip_s: float = 60.0
     page: bool = False
     runs_dir: str = MISSING

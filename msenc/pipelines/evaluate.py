@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from omegaconf import DictConfig
+from omegaconf import MISSING, DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
 from msenc.config.checks import check_targets
-from msenc.config.schema import plain
+from msenc.config.schema import EvaluateConfig, plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metrics, read_predictions, write_evaluation
@@ -28,10 +28,11 @@ from msenc.files import digest, read_json
 from msenc.models.conversation import ConversationModel
 from msenc.prepare.describe import BINS, read_bins
 from msenc.prompt import TOKEN_KINDS
+from msenc.runs.find import runs_of
 from msenc.runs.identity import check_same_data, stream_hashes, task_hash
 from msenc.runs.record import is_finished, read_run
-from msenc.runs.sweep import read_sweep
 from msenc.speech.description import VOCABULARY
+from msenc.store.location import RemotePath
 from msenc.training.assembly import GIVEN, build_datamodule, num_parameters
 from msenc.training.restore import find_checkpoint, find_device, load_trained, open_run, trains
 from msenc.types import MsencError
@@ -53,17 +54,14 @@ def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
     folders, left_out = find_runs(given)
     for folder, status in left_out:
         console.print(f"Not evaluated, as it is not finished ({status}): {shown(folder)}", soft_wrap=True)
-    names = ("split", "checkpoint", "decoding", "limit", "device", "data_dir", "on_data", "overwrite", "metrics")
-    names += ("metric_settings", "control_draws", "speech", "speech_workers", "speech_recogniser", "speech_metrics")
-    options = {name: config[name] for name in names}
-    options |= {"with_replies": config["generate"], "controls": config["control"]}
+    options = EvaluateConfig(**config)
     measured: dict[Path, dict[str, Any]] = {}
     failed: dict[Path, Exception] = {}
     for number, folder in enumerate(folders, start=1):
         if len(folders) > 1:
             console.rule(f"run {number} of {len(folders)}: {shown(folder)}")
         try:
-            measured[folder] = evaluate_run(folder, **options)
+            measured[folder] = evaluate_run(folder, options)
         except Exception as e:
             if len(folders) == 1:
                 raise
@@ -95,16 +93,11 @@ def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]
     left_out: dict[Path, str] = {}
     for name in given:
         folder = Path(name)
-        below = [path.parent for path in folder.rglob("run.json")]
-        jobs = read_sweep(folder) if folder not in below else None
-        if jobs is not None:
-            below = [job.run_dir for job in jobs if job.run_dir and (job.run_dir / "run.json").is_file()]
+        below = list(runs_of(folder))
         if folder in below or not below:
             read_run(folder)  # which refuses what is none
             found[folder] = None
             continue
-        if jobs is None:
-            below.sort(key=lambda path: [(len(part), part) for part in path.parts])  # job 2 before job 10
         facts = {run: read_json(run / "run.json") for run in below}
         finished = [run for run in below if is_finished(facts[run])]
         left_out |= {run: facts[run]["status"] for run in below if run not in finished}
@@ -118,139 +111,97 @@ def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]
     return list(found), list(left_out.items())
 
 
-def evaluate_run(
-    run_dir: Path,
-    split: str,
-    checkpoint: str = "best",
-    decoding: dict[str, Any] | None = None,
-    with_replies: bool = True,
-    limit: int | None = None,
-    device: str = "auto",
-    data_dir: str | None = None,
-    on_data: str | None = None,
-    overwrite: bool = False,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    metric_settings: Mapping[str, Any] | None = None,
-    speech: dict[str, Any] | None = None,
-    speech_workers: int = 0,
-    speech_recogniser: str | None = None,
-    speech_metrics: Sequence[str] = (),
-    controls: str | Sequence[str] | None = None,
-    control_draws: int = 8,
-    threads: int | None = None,
-) -> dict[str, Any]:
+def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = None) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
 
     What is there already, measured with the same settings on the same data since the checkpoint was written, stays.
 
     Args:
         run_dir: the run.
-        split: ``train``, ``val`` or ``test``.
-        checkpoint: ``best``, ``last`` or a file; a run in which nothing trained is measured as it is.
-        decoding: see ``configs/decoding``; the run's own if None.
-        with_replies: False measures losses alone.
-        limit: first dialogues of the split.
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        data_dir: where data and tiny LLM lie now, if they have moved since.
-        on_data: folder or URL of other prepared data; None: the data that the run was trained on.
-        overwrite: measure again what is there already.
-        metrics: of replies, names of `metrics.text.TEXT_METRICS`.
-        metric_settings: name of a metric -> its settings.
-        speech: ``_target_`` node of a synthesizer that speaks the replies, or None.
-        speech_workers: processes that speak; 0 works in this one.
-        speech_recogniser: a Whisper that checks what was spoken, or None.
-        speech_metrics: names of `metrics.sound.SOUND_METRICS`.
-        controls: what to take from the input in evaluations beside the plain one; see `data.controls.read_controls`.
-        control_draws: how often each control draws.
+        options: what to measure; without ``decoding`` the run's own, without ``metrics`` the cheap ones.
         threads: that torch computes with; None: as many as the model's size asks for.
     """
-    if controls and control_draws < 1:
-        raise MsencError(f"control_draws={control_draws}: expected 1 or more.")
-    if speech is not None and not with_replies:
-        raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
-    if (unknown := [*set(speech_metrics) - {*SOUND_METRICS}]) or (speech_metrics and speech is None):
-        found = f"no such metric as {unknown[0]}" if unknown else "no synthesizer"
-        raise MsencError(f"speech_metrics: {found}. Expected some of {', '.join(SOUND_METRICS)}, and speech=espeak.")
-    if limit is not None and limit < 1:
-        raise MsencError(f"limit={limit}: expected the number of dialogues to measure, 1 or more, or null for all.")
-    record, config = open_run(run_dir, data_dir)
-    if on_data is not None:
+    _check_options(options)
+    record, config = open_run(run_dir, options.data_dir)
+    is_other = options.on_data is not None
+    if is_other:
         # What the run leaves out of its own data is no rule for others, which may have no audit.
-        config["data"] |= {"dir": on_data, "filter": []}
-    decoding = config["decoding"] if decoding is None else decoding
+        config["data"] |= {"dir": options.on_data, "filter": []}
+    decoding = config["decoding"] if options.decoding in (MISSING, None) else options.decoding
     quieten()
-    if speech is not None:
-        build(speech)  # what it refuses is said now, not after all replies are written
-        check_sound_metrics(speech_metrics)
-    scorers = build_text_metrics(metrics, metric_settings) if with_replies else {}
+    if options.speech is not None:
+        build(options.speech)  # what it refuses is said now, not after all replies are written
+        check_sound_metrics(options.speech_metrics)
+    metrics = options.metrics or DEFAULT_METRICS
+    scorers = build_text_metrics(metrics, options.metric_settings) if options.generate else {}
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    datamodule = _open_data(record, config, is_other=on_data is not None)
-    wanted = read_controls(controls, datamodule.streams)
-    weights = find_checkpoint(run_dir, checkpoint) if trains(record) else None
-    name = datamodule.manifest.name if on_data is not None else config["data"]["name"]
+    datamodule = _open_data(record, config, is_other)
+    controls = read_controls(options.control, datamodule.streams)
+    name = datamodule.manifest.name if is_other else config["data"]["name"]
     facts = {
-        "split": split,
+        "split": options.split,
         "data": name,
         "task_hash": task_hash(config, datamodule),
         "streams": stream_hashes(datamodule),
     }
-    other = f"{name}-{digest([facts['task_hash'], facts['streams']])}"  # names alone would mix data up
-    title = f"{config['modality']} on {name}, {split}"
+    # Names alone would mix data up.
+    others = {"on_data": f"{name}-{digest([facts['task_hash'], facts['streams']])}"} if is_other else {}
+    weights = find_checkpoint(run_dir, options.checkpoint) if trains(record) else None
+    title = f"{config['modality']} on {name}, {options.split}"
 
     def place(settings: Mapping[str, Any]) -> Path:
-        return run_dir / "evaluation" / f"{name}-{split}-{digest(settings)}"
+        return run_dir / "evaluation" / f"{name}-{options.split}-{digest(settings)}"
 
     def before(folder: Path) -> dict[str, Any] | None:
-        return None if overwrite else _measured_before(folder, facts, weights)
+        return None if options.overwrite else _measured_before(folder, facts, weights)
 
     @cache
     def model() -> ConversationModel:
-        loaded = load_trained(run_dir, checkpoint, record, config)
+        loaded = load_trained(run_dir, options.checkpoint, record, config)
         settle_threads(num_parameters(loaded), before=threads)
-        return loaded.to(find_device(device))
+        return loaded.to(find_device(options.device))
 
-    settings = {"checkpoint": checkpoint, "decoding": decoding if with_replies else None, "limit": limit}
-    if on_data is not None:
-        settings["on_data"] = other
-    if with_replies and set(metrics) != set(DEFAULT_METRICS):
-        settings["metrics"] = {metric: (metric_settings or {}).get(metric) for metric in sorted(metrics)}
-    if speech is not None:
-        settings["speech"] = {**speech, "recogniser": speech_recogniser}
-        if speech_metrics:
-            settings["speech"]["metrics"] = sorted(speech_metrics)
+    settings = {
+        "checkpoint": options.checkpoint,
+        "decoding": decoding if options.generate else None,
+        "limit": options.limit,
+        **others,
+        **_settings_of_replies(options, metrics),
+    }
     folder = place(settings)
     found = before(folder)
     if found is not None:
         console.print(f"Evaluated before (overwrite=true measures again): {shown(folder)}", soft_wrap=True)
     else:
         found, predictions = evaluate_split(
-            model(), datamodule, split, decoding if with_replies else None, config["seed"], limit, scorers
+            model(), datamodule, options.split, settings["decoding"], config["seed"], options.limit, scorers
         )
         found |= {**facts, "settings": _said(settings)}
-        if speech is not None:
-            new = speak_replies(predictions, speech, folder, speech_workers)
-            data = datamodule.folder
-            bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
-            found |= listen_to_replies(predictions, folder, bins, speech_recogniser, speech_workers, speech_metrics)
-            console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
-            if bins is None:
-                console.print(
-                    f"The voices were not measured: no {BINS} in {data}. prepare.py describe=true writes it there."
-                )
+        if options.speech is not None:
+            found |= _speak(predictions, options, folder, datamodule.folder)
         write_evaluation(folder, found, predictions)
         _print_metrics(found, title)
         files = f"{shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}"
         console.print(f"Written: {files}", soft_wrap=True)
     costs = []
-    for control in wanted:
-        settings = {"checkpoint": checkpoint, "limit": limit, "control": str(control), "draws": control_draws}
-        if on_data is not None:
-            settings["on_data"] = other
+    for control in controls:
+        settings = {
+            "checkpoint": options.checkpoint,
+            "limit": options.limit,
+            "control": str(control),
+            "draws": options.control_draws,
+            **others,
+        }
         cost = before(place(settings))
         if cost is None:
-            plain_predictions = read_predictions(folder)
             cost, controlled = evaluate_control(
-                model(), datamodule, split, control, plain_predictions, control_draws, limit
+                model(),
+                datamodule,
+                options.split,
+                control,
+                read_predictions(folder),
+                options.control_draws,
+                options.limit,
             )
             cost |= {**facts, "settings": _said(settings)}
             write_evaluation(place(settings), cost, controlled)
@@ -258,6 +209,49 @@ def evaluate_run(
     if costs:
         _print_controls(found, costs, f"{title}: what controls cost")
         console.print(f"Written: {len(costs)} evaluations under control in {shown(run_dir / 'evaluation')}")
+    return found
+
+
+def _check_options(options: EvaluateConfig) -> None:
+    """Refuse what no run could be measured by."""
+    if options.control and options.control_draws < 1:
+        raise MsencError(f"control_draws={options.control_draws}: expected 1 or more.")
+    if options.speech is not None and not options.generate:
+        raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
+    unknown = [*set(options.speech_metrics) - {*SOUND_METRICS}]
+    if unknown or (options.speech_metrics and options.speech is None):
+        found = f"no such metric as {unknown[0]}" if unknown else "no synthesizer"
+        raise MsencError(f"speech_metrics: {found}. Expected some of {', '.join(SOUND_METRICS)}, and speech=espeak.")
+    if options.limit is not None and options.limit < 1:
+        raise MsencError(
+            f"limit={options.limit}: expected the number of dialogues to measure, 1 or more, or null for all."
+        )
+
+
+def _settings_of_replies(options: EvaluateConfig, metrics: Sequence[str]) -> dict[str, Any]:
+    """What tells evaluations apart, of how replies are judged; nothing where it is the usual."""
+    settings: dict[str, Any] = {}
+    if options.generate and set(metrics) != set(DEFAULT_METRICS):
+        settings["metrics"] = {metric: options.metric_settings.get(metric) for metric in sorted(metrics)}
+    if options.speech is not None:
+        settings["speech"] = {**options.speech, "recogniser": options.recogniser}
+        if options.speech_metrics:
+            settings["speech"]["metrics"] = sorted(options.speech_metrics)
+    return settings
+
+
+def _speak(
+    predictions: list[dict[str, Any]], options: EvaluateConfig, folder: Path, data: Path | RemotePath
+) -> dict[str, Any]:
+    """Speak the replies of an evaluation, and measure their sound."""
+    new = speak_replies(predictions, options.speech, folder, options.speech_workers)
+    bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
+    found = listen_to_replies(
+        predictions, folder, bins, options.recogniser, options.speech_workers, options.speech_metrics
+    )
+    console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
+    if bins is None:
+        console.print(f"The voices were not measured: no {BINS} in {data}. prepare.py describe=true writes it there.")
     return found
 
 

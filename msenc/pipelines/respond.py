@@ -147,7 +147,7 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
         num_queries=dict.fromkeys(streams, connector["num_queries"] if connector else 0),
         budget=own["data"]["max_history_tokens"],
         layout=own["model"]["layout"],
-        recognise=_Recognise(config["asr"]),
+        recognise=_Recognise(config["recogniser"]),
         max_clip_s=config["max_clip_s"],
         speakers=known_speakers(record),
     )
@@ -165,7 +165,7 @@ class _Recognise:
             return Recogniser(self.name_or_path)
         except MsencError as error:
             raise MsencError(
-                f"No text is given, and what recognises it cannot be loaded. Give text=..., or asr=FOLDER of a "
+                f"No text is given, and what recognises it cannot be loaded. Give text=..., or recogniser=FOLDER of a "
                 f"Whisper. {error}"
             ) from error
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from msenc.config.build import build
 from msenc.config.checks import check_targets
-from msenc.config.schema import plain
+from msenc.config.schema import EvaluateConfig, plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.files import write_json
@@ -218,13 +218,9 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
     gc.collect()  # Lightning's parts refer to each other: optimizer and LLM would stay beside those that are measured
     if evaluates:
-        evaluate_run(
-            record.folder,
-            split=config["evaluate"],
-            device=record.facts.get("device", "auto"),
-            controls=config["controls"],
-            threads=record.facts["threads"],
-        )
+        device = record.facts.get("device", "auto")
+        options = EvaluateConfig(split=config["evaluate"], device=device, control=config["control"])
+        evaluate_run(record.folder, options, record.facts["threads"])
     return record.facts.get("best_loss")
 
 
@@ -239,7 +235,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         )
     for split in ("train", "val", *evaluated):
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
-    read_controls(config["controls"], datamodule.streams)
+    read_controls(config["control"], datamodule.streams)
     loss_weights = config["loss"]["weights"]
     check_weights(loss_weights, datamodule)
     model = build_model(config)

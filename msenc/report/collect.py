@@ -3,13 +3,12 @@
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msenc.runs.sweep import read_sweep
+from msenc.runs.find import runs_of
 from msenc.types import MsencError
 
 FACTS = ("data", "turns_hash", "llm", "base_fingerprint", "commit", "device", "machine", "epochs", "history")
@@ -109,22 +108,11 @@ def collect_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise MsencError(f"No folder {folder}. Expected a sweep's folder, as train.py -m prints it at its end.")
-    jobs = read_sweep(folder)
-    if jobs is None:
-        paths = sorted(folder.rglob("run.json"), key=lambda path: _natural(path.relative_to(folder).as_posix()))
-        asked: dict[Path, Sequence[str] | None] = dict.fromkeys(paths)
-    else:
-        # By what the sweep asked for: a run that it took over may say the same in other words.
-        asked = {job.run_dir / "run.json": job.overrides for job in jobs if job.run_dir}
-        paths = [path for path in asked if path.is_file()]
-    if not paths:
+    runs = runs_of(folder)
+    if not runs:
         raise MsencError(f"No run found in {folder}: expected folders with a run.json. Give the folder of a sweep.")
-    return [_read_run(path, folder, asked[path]) for path in paths]
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key that puts job 2 before job 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+    # By what the sweep asked for: a run that it took over may say the same in other words.
+    return [_read_run(path / "run.json", folder, overrides) for path, overrides in runs.items()]
 
 
 def _read_run(path: Path, folder: Path, overrides: Sequence[str] | None) -> Run:

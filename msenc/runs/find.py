@@ -1,11 +1,13 @@
-"""Where runs lie: every record below some folders, and the run of an identity."""
+"""Where runs lie: those of a sweep or of any other folder, and the run of an identity."""
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from msenc.files import read_json
 from msenc.runs.record import is_finished
+from msenc.runs.sweep import read_sweep
 
 
 def find_run(folders: Iterable[Path], identity: str) -> Path | None:
@@ -32,3 +34,18 @@ def run_records(folders: Iterable[Path]) -> Iterator[Path]:
                 if (real := path.resolve()) not in seen:
                     seen.add(real)
                     yield path
+
+
+def runs_of(folder: Path) -> dict[Path, Sequence[str] | None]:
+    """The runs of a sweep in the order of its jobs, each with what its last start asked for, wherever they lie.
+
+    Of any other folder: itself, or those below it by their names, 2 before 10, with None.
+    """
+    jobs = read_sweep(folder)
+    if jobs is not None:
+        return {job.run_dir: job.overrides for job in jobs if job.run_dir and (job.run_dir / "run.json").is_file()}
+    return dict.fromkeys(sorted((path.parent for path in run_records([folder])), key=_natural))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.as_posix())]

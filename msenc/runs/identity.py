@@ -89,6 +89,8 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
         del settings["optimizer"]["groups"]
     if not settings.get("loss", {}).get("weights", True):
         del settings["loss"]
+    if "control" in settings:
+        settings["controls"] = settings.pop("control")  # as it was called first
     return with_first_targets(settings)
 
 

@@ -95,16 +95,18 @@ def test_words_are_recognised_where_none_are_given(run, compose, clips, tmp_path
         pytest.skip("MSENC_MODELS names no folder with whisper-base")
     said = "There was a small dog waiting in front of the bakery all afternoon."
     write_wav(tmp_path / "said.wav", *ESpeak()(said, "a man speaks slowly"))
-    reply = answer(compose, run, tmp_path / "a", f"audio={tmp_path / 'said.wav'}", f"asr={whisper}")
+    reply = answer(compose, run, tmp_path / "a", f"audio={tmp_path / 'said.wav'}", f"recogniser={whisper}")
     text = reply["history"][0]["text"]
     assert jiwer.wer(said.lower(), text.lower()) < 0.3
     assert f"Recognised: {text}" in reply["notices"]
     assert reply["seconds"]["recognition"] > 0
     # a video's own sound where no other is given, and the other where it is
-    by_video = answer(compose, run, tmp_path / "v", f"video={clips[0]}", f"asr={whisper}")["history"][0]["text"]
-    by_audio = answer(compose, run, tmp_path / "w", f"audio={clips[0]}", f"asr={whisper}")["history"][0]["text"]
+    by_video = answer(compose, run, tmp_path / "v", f"video={clips[0]}", f"recogniser={whisper}")["history"][0]["text"]
+    by_audio = answer(compose, run, tmp_path / "w", f"audio={clips[0]}", f"recogniser={whisper}")["history"][0]["text"]
     assert by_video == by_audio
-    both = answer(compose, run, tmp_path / "b", f"video={clips[0]}", f"audio={tmp_path / 'said.wav'}", f"asr={whisper}")
+    both = answer(
+        compose, run, tmp_path / "b", f"video={clips[0]}", f"audio={tmp_path / 'said.wav'}", f"recogniser={whisper}"
+    )
     assert both["history"][0]["text"] == text != by_video
     # in a history of three turns, only where words are missing
     turns = [
@@ -113,7 +115,7 @@ def test_words_are_recognised_where_none_are_given(run, compose, clips, tmp_path
         {"speaker": "Anna", "audio": "said.wav"},
     ]
     (tmp_path / "talk.json").write_text(json.dumps({"turns": turns}), encoding="utf-8")
-    reply = answer(compose, run, tmp_path / "h", f"history={tmp_path / 'talk.json'}", f"asr={whisper}")
+    reply = answer(compose, run, tmp_path / "h", f"history={tmp_path / 'talk.json'}", f"recogniser={whisper}")
     assert [t["text"] for t in reply["history"]] == ["Hello.", "Hi!", text]
 
 
@@ -138,7 +140,7 @@ def test_speakers_take_turns():
         (["audio=nowhere.wav", "text=Hi"], r"audio=nowhere.wav: there is no such file"),
         (["audio={text}", "text=Hi"], "it cannot be decoded as sound or video"),
         (["video={clip}", "text=Hi", "max_clip_s=0.1"], "a turn may last 0.1 s"),
-        (["audio={clip}", "asr={text}"], "what recognises it cannot be loaded. Give text="),
+        (["audio={clip}", "recogniser={text}"], "what recognises it cannot be loaded. Give text="),
         (["history={text}"], "cannot be read as JSON"),
         (["text=Hi", "num_replies=2"], "decoding=sample"),
         (["text=Hi", "run_dir={text}"], "run_dir="),
