@@ -64,7 +64,11 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
         model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
     processes = num_processes(trainer)
     batch = largest_batch(datamodule, processes)
-    return predict_memory(model, build_optimizer(config), batch, str(trainer["precision"]), processes)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    found = predict_memory(model, build_optimizer(config), batch, str(trainer["precision"]), processes)
+    peak = found.pop("peak")
+    average = 4 * trained if config["callbacks"].get("average") else 0
+    return {**found, "average_of_weights": average, "peak": peak + average}
 
 
 def num_processes(trainer: Mapping[str, Any]) -> int:

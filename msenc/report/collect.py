@@ -1,7 +1,6 @@
 """Reads what runs left behind: `run.json` and `evaluation/*/metrics.json` below a folder; writes nothing."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -151,11 +150,7 @@ def _read_evaluation(path: Path) -> Evaluation:
         split=value["split"],
         settings=value["settings"],
         hash=path.parent.name.rsplit("-", 1)[-1],
-        metrics={
-            k: math.nan if v is None else float(v)
-            for k, v in value.items()
-            if v is None or (isinstance(v, int | float) and not isinstance(v, bool))
-        },
+        metrics={k: float(v) for k, v in value.items() if isinstance(v, int | float) and not isinstance(v, bool)},
         written=path.stat().st_mtime,
         folder=path.parent,
         control=value.get("control"),

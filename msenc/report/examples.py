@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from msenc.pages.style import data_uri
+from msenc.pages.render import data_uri
 from msenc.raw.audit_page import thumbnail
 from msenc.raw.media import MediaError, read_audio
 from msenc.report.compare import Configuration

@@ -23,7 +23,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from msenc.files import read_json, write_json
-from msenc.pages.style import data_uri
+from msenc.pages.render import PAGES, data_uri
 from msenc.runs.find import run_records
 from msenc.runs.record import is_finished, read_run
 from msenc.speech.description import VOCABULARY, describe, parse
@@ -49,6 +49,9 @@ MAX_TURNS = 100
 MAX_WAITING = 20  # visitors in the queue
 HOUR_S = 3600
 ANY = "any"
+
+
+STYLE = PAGES / "talk.css"
 
 
 @dataclass(frozen=True)
@@ -263,34 +266,6 @@ def read_saved(path: Path, folder: Path, max_bytes: int) -> list[Turn]:
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
-
-STYLE = """
-footer, [title="Share"], [title="Trim video to selection"], [title="Reset video to initial value"] {
-  display: none !important; }
-.gradio-container .main { max-width: 75rem; padding: 1rem; }
-#run input { text-overflow: ellipsis; padding-right: 1.5rem; }
-#chat .minimal-audio-player { height: 2.5rem; min-width: 12rem; }
-#chat video, #video video { max-height: 11rem; }
-[data-testid="upload-text"] { min-height: 8rem !important; }
-#status { min-height: 3.5rem; } /* for the progress bar */
-#status p { margin: 0; padding: .4rem .75rem; border-left: 4px solid var(--color-accent); font-size: .9rem;
-  background: var(--background-fill-secondary); overflow-wrap: anywhere; }
-#status p.refused { border-color: #c0392b; }
-.voice { display: grid; gap: .6rem; }
-.voice h3, .voice p { margin: 0; }
-.voice small { opacity: .75; font-variant-numeric: tabular-nums; }
-.voice audio { width: 100%; height: 2.5rem; }
-.dark .voice audio { color-scheme: dark; }
-.voice svg { width: 100%; height: auto; display: block; border-radius: .3rem;
-  background: var(--background-fill-secondary); }
-.voice .wave { fill: var(--body-text-color); opacity: .3; }
-.voice .pitch { fill: none; stroke: var(--color-accent); stroke-width: 3; stroke-linejoin: round;
-  stroke-linecap: round; }
-.chips { display: flex; flex-wrap: wrap; gap: .35rem; }
-.chips span { padding: .1rem .55rem; font-size: .85rem; border-radius: 1rem;
-  border: 1px solid var(--border-color-primary); }
-.chips b { font-weight: 400; opacity: .7; }
-"""
 
 
 def show_talk(talk: Talk | None) -> list[dict[str, Any]]:
@@ -555,7 +530,7 @@ def launch_page(page: gr.Blocks, config: Mapping[str, Any]) -> str:
         max_file_size=f"{config['max_upload_mb']}mb",
         app_kwargs={"middleware": [Middleware(_KeepRequestsHere)]},
         theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=STYLE,
+        css_paths=STYLE,
     )
     return address
 

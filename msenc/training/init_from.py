@@ -16,6 +16,7 @@ from msenc.models.conversation import ConversationModel
 from msenc.models.pretrained import name_some
 from msenc.runs.record import read_run
 from msenc.training.align import hash_of_tensors
+from msenc.training.averaging import learned_state
 from msenc.training.checkpoints import read_checkpoint
 from msenc.training.module import ConversationModule
 from msenc.training.restore import find_checkpoint
@@ -91,7 +92,7 @@ def _read(run: str, argument: str, part: str, checkpoint: str) -> Start:
     record, config = read_run(run, argument)
     path = find_checkpoint(Path(run), checkpoint)
     saved = read_checkpoint(path)
-    state = {name: tensor for name, tensor in saved["state_dict"].items() if name.startswith(PREFIXES[part])}
+    state = {name: tensor for name, tensor in learned_state(saved).items() if name.startswith(PREFIXES[part])}
     facts = {
         "run": str(run),
         "checkpoint": path.name,

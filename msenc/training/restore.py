@@ -11,6 +11,7 @@ from msenc.config.schema import plain
 from msenc.models.conversation import ConversationModel
 from msenc.runs.record import read_run
 from msenc.training.assembly import GIVEN, build_model
+from msenc.training.averaging import learned_state
 from msenc.training.checkpoints import read_checkpoint
 from msenc.training.module import ConversationModule
 from msenc.types import MsencError
@@ -89,7 +90,7 @@ def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) 
     """
     saved = read_checkpoint(find_checkpoint(run_dir, checkpoint))
     module.on_load_checkpoint(saved)
-    module.load_state_dict(saved["state_dict"], strict=False)
+    module.load_state_dict(learned_state(saved), strict=False)
 
 
 def find_device(name: str) -> torch.device:

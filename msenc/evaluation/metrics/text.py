@@ -1,13 +1,8 @@
 """Metrics of generated replies against references, by name. Text and voice description are scored separately."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import torch
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from msenc.evaluation.metrics.embeddings import BertScore, EmbeddingSimilarity
 from msenc.evaluation.metrics.ngrams import (
@@ -23,95 +18,26 @@ from msenc.evaluation.metrics.ngrams import (
 from msenc.evaluation.metrics.scores import Scorer
 from msenc.types import MsencError, Reply
 
-
-@dataclass(frozen=True)
-class TextMetricKind:
-    """What a name stands for.
-
-    Args:
-        make: settings as keywords -> the scorer; it loads what the metric needs, or refuses.
-        higher_is_better: the direction; None where neither is.
-        has_reference: whether references play a part.
-    """
-
-    make: Callable[..., Scorer]
-    higher_is_better: bool | None = True
-    has_reference: bool = True
-
-
-TEXT_METRICS: dict[str, TextMetricKind] = {
-    "bleu": TextMetricKind(lambda: bleu),
-    "sacrebleu": TextMetricKind(make_sacrebleu),
-    "rouge_l": TextMetricKind(lambda: rouge_l),
-    "meteor": TextMetricKind(partial(make_meteor, with_wordnet=True)),
-    "meteor_no_wordnet": TextMetricKind(partial(make_meteor, with_wordnet=False)),
-    "cider": TextMetricKind(lambda: cider),
-    "embedding_similarity": TextMetricKind(EmbeddingSimilarity),
-    "bertscore": TextMetricKind(BertScore),
-    "distinct": TextMetricKind(lambda: distinct, has_reference=False),
-    "repetition": TextMetricKind(lambda: repetition, higher_is_better=False, has_reference=False),
-    "length_ratio": TextMetricKind(lambda: length_ratio, higher_is_better=None),
+TEXT_METRICS: dict[str, Callable[..., Scorer]] = {
+    "bleu": lambda: bleu,
+    "sacrebleu": make_sacrebleu,
+    "rouge_l": lambda: rouge_l,
+    "meteor": partial(make_meteor, with_wordnet=True),
+    "meteor_no_wordnet": partial(make_meteor, with_wordnet=False),
+    "cider": lambda: cider,
+    "embedding_similarity": EmbeddingSimilarity,
+    "bertscore": BertScore,
+    "distinct": lambda: distinct,
+    "repetition": lambda: repetition,
+    "length_ratio": lambda: length_ratio,
 }
+"""Name -> what makes the scorer of its settings; it loads what the metric needs, or refuses."""
+
+OF_REPLIES_ALONE = {"distinct", "repetition"}
+"""Metrics in which references play no part."""
 
 DEFAULT_METRICS = ("bleu", "rouge_l", "distinct", "repetition", "length_ratio")
 """What costs next to nothing and needs no extra."""
-
-
-class TextMetric(Metric):
-    """One of `TEXT_METRICS` over all processes: each hands in its pairs, all get the score of all pairs.
-
-    Pairs are scored in sorted order, so the value does not depend on how they were spread, to the last bit.
-
-    (replies, references) ... -> name -> score; empty without any pair
-
-    Args:
-        name: of `TEXT_METRICS`.
-        **settings: see the metric (an encoder's ``name_or_path`` ...).
-
-    Example:
-        >>> metric = TextMetric("bleu")
-        >>> metric.update(["You look happy.", "Oh no!"], ["You look sad.", "Oh no!"])
-        >>> round(metric.compute()["bleu_1"], 4)
-        0.8
-    """
-
-    full_state_update = False
-    is_differentiable = False
-
-    def __init__(self, name: str, **settings: Any) -> None:
-        super().__init__()
-        self.name = name
-        self.scorer = build_text_metrics([name], {name: settings})[name]
-        self.add_state("bytes", [], dist_reduce_fx="cat")
-        self.add_state("lengths", [], dist_reduce_fx="cat")
-        self.reset()
-
-    @property
-    def higher_is_better(self) -> bool | None:
-        """The direction; None where neither is."""
-        return TEXT_METRICS[self.name].higher_is_better
-
-    def reset(self) -> None:
-        """Forget all pairs."""
-        super().reset()
-        # a process without any pair has to take part in the gathering, with the right type
-        self.bytes.append(torch.zeros(0, dtype=torch.uint8))
-        self.lengths.append(torch.zeros(0, dtype=torch.int64))
-
-    def update(self, replies: Sequence[str], references: Sequence[str]) -> None:
-        """Add pairs."""
-        encoded = [text.encode() for pair in zip(replies, references, strict=True) for text in pair]
-        self.bytes.append(torch.tensor(list(b"".join(encoded)), dtype=torch.uint8))
-        self.lengths.append(torch.tensor([len(text) for text in encoded], dtype=torch.int64))
-
-    def compute(self) -> dict[str, float]:
-        """The score of all pairs."""
-        content, texts, start = bytes(dim_zero_cat(self.bytes).tolist()), [], 0
-        for length in dim_zero_cat(self.lengths).tolist():
-            texts.append(content[start : start + length].decode())
-            start += length
-        pairs = sorted(zip(texts[::2], texts[1::2], strict=True))
-        return self.scorer(*map(list, zip(*pairs, strict=True))).corpus if pairs else {}
 
 
 def build_text_metrics(
@@ -132,7 +58,7 @@ def build_text_metrics(
             raise MsencError(f"metrics: found {name!r}, expected names among {', '.join(TEXT_METRICS)}.")
         given = dict((settings or {}).get(name, {}))
         try:
-            scorers[name] = TEXT_METRICS[name].make(**given)
+            scorers[name] = TEXT_METRICS[name](**given)
         except TypeError as error:
             raise MsencError(f"metric_settings.{name}: found {given}, but {error}.") from error
     return scorers
@@ -181,7 +107,7 @@ def _score(
     comparable = {i: pair for i, pair in pairs.items() if pair[1].strip()}
     corpus: dict[str, Any] = {f"{prefix}references_empty": len(pairs) - len(comparable)}
     for name, scorer in metrics.items():
-        chosen = comparable if TEXT_METRICS[name].has_reference else pairs
+        chosen = pairs if name in OF_REPLIES_ALONE else comparable
         if not chosen:
             continue
         scores = scorer(*map(list, zip(*chosen.values(), strict=True)))

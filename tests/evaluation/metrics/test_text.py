@@ -5,16 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from make_goldens import make_pairs
 from nltk.translate.meteor_score import single_meteor_score
 from nltk.util import ngrams
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from tiny_models import save_bert
-from torch.multiprocessing import spawn
 
-from msenc.evaluation.metrics.text import DEFAULT_METRICS, TEXT_METRICS, TextMetric, build_text_metrics, score_replies
+from msenc.evaluation.metrics.text import DEFAULT_METRICS, TEXT_METRICS, build_text_metrics, score_replies
 from msenc.types import MsencError, Reply
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text(encoding="utf-8"))
@@ -150,39 +148,6 @@ def test_a_pair_scores_the_same_in_any_company(name, bert):
     assert together == pytest.approx(alone, **EQUAL)
     assert together[0] == pytest.approx(1, abs=1e-5)  # equal texts
     assert min(together) < 0.9
-
-
-# ------------------------------------------------------------------------------------------------- several processes
-
-
-def test_two_processes_equal_one_exactly(bert, tmp_path):
-    settings = {"embedding_similarity": {"name_or_path": bert}, "bertscore": {"name_or_path": bert, "num_layers": 2}}
-    names = [*LIGHT, *settings]
-    spawn(_score_a_share, (tmp_path, names, settings), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name in names:
-        metric = TextMetric(name, **settings.get(name, {}))
-        for start in (0, 100):
-            metric.update(REPLIES[start : start + 100], REFERENCES[start : start + 100])
-        assert both[0][name] == both[1][name] == metric.compute()
-        assert both[0]["nobody"] == {}
-
-
-def _score_a_share(rank, folder, names, settings):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {"nobody": TextMetric("bleu").compute()}
-    for name in names:
-        metric = TextMetric(name, **settings.get(name, {}))
-        # in another order than that of one process, and all but nothing for the second
-        share = range(199, 2, -1) if rank == 0 else range(3)
-        if name == "bleu":
-            share = range(200) if rank == 0 else range(0)
-        if share:
-            metric.update([REPLIES[i] for i in share], [REFERENCES[i] for i in share])
-        found[name] = metric.compute()
-    torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------- replies, refusals
