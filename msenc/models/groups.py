@@ -95,13 +95,14 @@ def partition(parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mappi
     Raises:
         MsencError: a pattern that matches nothing, or a parameter that two groups claim.
     """
-    claims = {name: [g for g, settings in groups.items() if _is_in(name, g, settings)] for name in parameters}
+    claims = {name: _claims(name, groups) for name in parameters}
     twice = {name: found for name, found in claims.items() if len(found) > 1}
     if twice:
         name, found = next(iter(twice.items()))
         raise MsencError(
             f"optimizer.groups: {len(twice)} parameters are in several groups, e.g. {name} in "
-            f"{' and '.join(found)}. Each may be in one: narrow a pattern, or leave a group out."
+            f"{' and '.join(found)}. Each may be in one: narrow a pattern, or leave a group out "
+            f"(optimizer.groups.{found[0]}=null)."
         )
     for group, settings in groups.items():
         if "pattern" in settings and [group] not in claims.values():
@@ -115,6 +116,12 @@ def partition(parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mappi
         for name, claim, settings in whole
     ]
     return [group for group in found if group.parameters]
+
+
+def _claims(parameter: str, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The groups that a parameter is in; one stream's connector is taken out of `CONNECTORS` by a group of its own."""
+    found = [group for group, settings in groups.items() if _is_in(parameter, group, settings)]
+    return [group for group in found if group != CONNECTORS or part_of(parameter) not in found]
 
 
 def _is_in(parameter: str, group: str, settings: Mapping[str, Any]) -> bool:

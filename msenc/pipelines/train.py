@@ -270,8 +270,10 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         batches=count_batches(datamodule, config["trainer"]),
     )
     _print_summary(config, record)
+    asked_for = {key_of(override).removeprefix("optimizer.groups.") for override in record.facts["overrides"]}
     for name in named:
-        if name not in {group["name"] for group in groups}:
+        is_asked_for = any(f"{key}.".startswith(f"{name}.") for key in asked_for)
+        if is_asked_for and name not in {group["name"] for group in groups}:
             console.print(f"optimizer.groups.{name}: nothing of it trains in this run; it is left out.")
     spelling = _spelling(config, datamodule)
     for text in spelling:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.audit_page import render_page
 from msenc.raw.media import SUFFIXES, split_part
 from msenc.raw.probe import ClipFacts, probe_clips
-from msenc.store.flags import AUDIT, FLAGS, SCHEMA_VERSION, Flag, flags_csv
+from msenc.store.flags import AUDIT, SCHEMA_VERSION, Audit, Flag, flags_csv
 from msenc.store.manifest import MANIFEST, DatasetManifest, write_rejections
 from msenc.store.shards import read_index
-from msenc.types import SPLITS, UNKNOWN, Dialogue, MsencError, Rejection, Utterance
+from msenc.types import SPLITS, Dialogue, MsencError, Rejection, Utterance
 
 LEAKAGE_S = 30.0
 GAP_S = 60.0
@@ -43,37 +43,6 @@ REASON_FLAGS = {
     "no picture": "picture_missing",
 }
 """Reason of a rejection -> the flag that a filter can name."""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What was found.
-
-    Args:
-        rejections: what cannot be used: rows, and streams of utterances.
-        flags: everything else.
-        facts: split -> name -> number.
-        hash: of all of it, and of the annotations.
-    """
-
-    rejections: list[Rejection]
-    flags: list[Flag]
-    facts: dict[str, dict[str, Any]]
-    hash: str
-
-    def rejected_by_split(self) -> dict[str, dict[str, int]]:
-        """``what: reason`` -> split -> number; what came into no split stands under ``unknown``."""
-        return _table((f"{r.what}: {r.reason}", _split_of(r.id)) for r in self.rejections)
-
-    def flagged_by_split(self) -> dict[str, dict[str, int]]:
-        """Flag -> split -> number, in the order of `FLAGS`."""
-        found = _table((flag.flag, flag.split) for flag in self.flags)
-        return {flag: found[flag] for flag in FLAGS if flag in found}
-
-    @property
-    def columns(self) -> list[str]:
-        """The splits that tables show."""
-        return [*self.facts, *([UNKNOWN] if any(_split_of(r.id) == UNKNOWN for r in self.rejections) else [])]
 
 
 def audit_dataset(name: str, annotations: Annotations, root: Path, folder: Path, num_workers: int) -> Audit:
@@ -324,16 +293,3 @@ def _words(u: Utterance) -> str:
 
 def _round(seconds: float) -> float:
     return round(float(seconds), 2)
-
-
-def _split_of(id: str) -> str:
-    """The split in an id; a part of a recording that never became a dialogue has none."""
-    parts = id.split("/")
-    return parts[1] if len(parts) > 2 and parts[1] in SPLITS else UNKNOWN
-
-
-def _table(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    table: dict[str, dict[str, int]] = {}
-    for (reason, split), count in Counter(pairs).items():
-        table.setdefault(reason, {})[split] = count
-    return table

@@ -3,18 +3,15 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from msenc.pages.render import data_uri, render
 from msenc.raw.media import MediaError, read_frames
 from msenc.raw.probe import ClipFacts
-from msenc.store.flags import FLAGS
+from msenc.store.flags import FLAGS, Audit
 from msenc.types import Dialogue, MsencError
-
-if TYPE_CHECKING:
-    from msenc.raw.audit import Audit
 
 NUM_THUMBNAILS = 12
 NUM_LISTED = 5
@@ -37,7 +34,7 @@ WORST_FIRST = (
 
 
 def render_page(
-    name: str, root: Path, dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], audit: "Audit"
+    name: str, root: Path, dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], audit: Audit
 ) -> str:
     """The page's text; whatever the data hold, it is shown as text and never run."""
     turns = [u for d in dialogues for u in d.utterances]

@@ -85,8 +85,10 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(cfg, resolve=True)
     del settings["paths"]
     # What is empty changes nothing, and is absent in runs from before there was such a key.
-    if not settings.get("optimizer", {}).get("groups", True):
-        del settings["optimizer"]["groups"]
+    if "groups" in (optimizer := settings.get("optimizer") or {}):
+        optimizer["groups"] = {name: group for name, group in (optimizer["groups"] or {}).items() if group is not None}
+        if not optimizer["groups"]:
+            del optimizer["groups"]
     if not settings.get("loss", {}).get("weights", True):
         del settings["loss"]
     if "control" in settings:

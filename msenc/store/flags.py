@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
@@ -19,7 +20,7 @@ import numpy as np
 from msenc.store.location import Place
 from msenc.store.manifest import DatasetManifest
 from msenc.store.shards import ShardReader
-from msenc.types import MsencError
+from msenc.types import SPLITS, UNKNOWN, MsencError, Rejection
 
 SCHEMA_VERSION = 1
 AUDIT = "audit"
@@ -215,3 +216,47 @@ class FilteredReader:
     def close(self) -> None:
         """As `ShardReader.close`."""
         self.reader.close()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found.
+
+    Args:
+        rejections: what cannot be used: rows, and streams of utterances.
+        flags: everything else.
+        facts: split -> name -> number.
+        hash: of all of it, and of the annotations.
+    """
+
+    rejections: list[Rejection]
+    flags: list[Flag]
+    facts: dict[str, dict[str, Any]]
+    hash: str
+
+    def rejected_by_split(self) -> dict[str, dict[str, int]]:
+        """``what: reason`` -> split -> number; what came into no split stands under ``unknown``."""
+        return _table((f"{r.what}: {r.reason}", _split_of(r.id)) for r in self.rejections)
+
+    def flagged_by_split(self) -> dict[str, dict[str, int]]:
+        """Flag -> split -> number, in the order of `FLAGS`."""
+        found = _table((flag.flag, flag.split) for flag in self.flags)
+        return {flag: found[flag] for flag in FLAGS if flag in found}
+
+    @property
+    def columns(self) -> list[str]:
+        """The splits that tables show."""
+        return [*self.facts, *([UNKNOWN] if any(_split_of(r.id) == UNKNOWN for r in self.rejections) else [])]
+
+
+def _table(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    table: dict[str, dict[str, int]] = {}
+    for (reason, split), count in Counter(pairs).items():
+        table.setdefault(reason, {})[split] = count
+    return table
+
+
+def _split_of(id: str) -> str:
+    """The split in an id; a part of a recording that never became a dialogue has none."""
+    parts = id.split("/")
+    return parts[1] if len(parts) > 2 and parts[1] in SPLITS else UNKNOWN

@@ -4,10 +4,9 @@ from html.parser import HTMLParser
 import pytest
 from clips import write_media
 
-from msenc.raw.audit import Audit
 from msenc.raw.audit_page import histogram, render_page
 from msenc.raw.probe import probe_clip
-from msenc.store.flags import Flag
+from msenc.store.flags import Audit, Flag
 from msenc.types import Dialogue, Rejection, Utterance
 
 HOSTILE = '<script>alert(1)</script> & "it"'

@@ -55,6 +55,12 @@ def test_parts_and_patterns_pick_parameters_and_the_rest_comes_first():
     whole = partition(MODEL, {"llm": {}, "connectors": {}})
     assert names_of(whole) == {"llm": list(MODEL)[:2], "connectors": list(MODEL)[2:]}
     assert partition({}, {}) == []
+    apart = partition(MODEL, {"connectors": {"lr": 1.0}, "connector.audio": {"lr": 2.0}})
+    assert names_of(apart) == {
+        REST: list(MODEL)[:2],
+        "connectors": ["connectors.video.in_proj.bias"],
+        "connector.audio": ["connectors.audio.core.bias"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,7 @@ def test_an_override_adds_a_group_without_a_plus(optimizer, compose):
     config = plain(compose(overrides))
     assert check_targets(config, GIVEN) > 0
     assert flatten_groups(config["optimizer"]["groups"]) == {
+        **({"connectors": {"lr": 1e-3}} if optimizer == "adamw" else {}),
         "connector.audio": {"lr": 3e-4},
         "biases": {"pattern": "llm*bias", "weight_decay": 0, "betas": [0.9, 0.98]},
     }
@@ -170,11 +177,12 @@ def test_weights_under_which_nothing_of_the_data_counts_are_refused(train):
 
 
 def test_runs_from_before_groups_and_weights_are_the_same_runs(compose):
-    now = run_settings(compose([]))
+    now = run_settings(compose(["optimizer.groups.connectors=null"]))
     assert "groups" not in now["optimizer"]
     assert "loss" not in now
-    assert run_settings(compose(["optimizer.groups.llm.lr=1"])) != now
-    assert run_settings(compose(["loss.weights.end=2"])) != now
+    for other in ("optimizer.groups.llm.lr=1", "loss.weights.end=2"):
+        assert run_settings(compose(["optimizer.groups.connectors=null", other])) != now
+    assert run_settings(compose([])) != now
 
 
 # ------------------------------------------------------------------------------------------------ how groups train

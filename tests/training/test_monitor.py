@@ -67,7 +67,14 @@ def test_a_stream_that_is_not_used_is_said_and_its_names_are_read_back():
 
 def test_a_run_with_a_collapse_made_on_purpose_says_so(train, capsys):
     run = train(
-        ["model/connector=qformer", "modality=text_audio", "optimizer.lr=0.02", "trainer.max_epochs=6", "evaluate=null"]
+        [
+            "model/connector=qformer",
+            "modality=text_audio",
+            "optimizer.lr=0.02",
+            "optimizer.groups.connectors=null",
+            "trainer.max_epochs=6",
+            "evaluate=null",
+        ]
     )
     record = read_json(run.folder / "run.json")
     assert record["metrics"]["connector/audio/spread"] < CONSTANT
