@@ -469,9 +469,19 @@ def test_missing_data_is_refused_with_the_command_that_makes_it(train, compose, 
     assert shlex.split(command) == ["python", "prepare.py", *overrides, "data.root=FOLDER"]
     cfg = compose(shlex.split(command)[2:], "prepare")
     assert (cfg.data.name, cfg.model.streams.audio.name) == ("meld", "whisper_base")
+    assert not (tmp_path / "run").exists()  # it is not known which run it would be
+
+
+def test_a_run_that_fails_says_so_in_its_record(train, monkeypatch, tmp_path):
+    def run_out(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipelines_train, "_fit", run_out)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train([*FAST, "modality=text"])
     facts = read(tmp_path / "run" / "run.json")
-    assert facts["status"] == "failed"
-    assert "dataset.json: missing" in facts["error"]
+    assert (facts["status"], facts["error"]) == ("failed", "RuntimeError: out of memory")
+    assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
 
 
 def test_the_command_survives_a_shell(train, tmp_path):
