@@ -31,9 +31,10 @@ def needing(what: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        package = f"the package {error.name.partition('.')[0]}" if error.name else "a package"
         raise MsencError(
-            f"{what} needs the package {(error.name or '').partition('.')[0]}, which cannot be imported ({error}). It "
-            f"comes with an extra of msenc: pip install -e '.[{extra}]'"
+            f"{what} needs {package}, which cannot be imported ({error}). It comes with an extra of msenc: "
+            f"pip install -e '.[{extra}]'"
         ) from error
 
 

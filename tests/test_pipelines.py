@@ -273,7 +273,7 @@ def test_noise_in_place_of_a_stream_is_another_stream_of_the_same_task(train, fi
 def test_controls_that_the_run_cannot_have_are_refused(finished, compose, train):
     before = evaluations(finished.run).keys()
     with pytest.raises(
-        MsencError, match=r"control=zero_video: no such control of this run\. Expected of: .*zero_audio"
+        MsencError, match=r"control=zero_video: this run has no such control\. Expected one of: .*zero_audio"
     ):
         measure(compose, finished.run, "control=zero_video")
     with pytest.raises(MsencError, match="control_draws=0: expected 1 or more"):
@@ -683,7 +683,7 @@ def test_a_pretraining_that_dies_leaves_no_llm_and_the_demo(compose, tmp_path, m
     config = compose([*SMALLEST_DEMO, f"paths.data_dir={data}"], "prepare")
     with monkeypatch.context() as patch:
         patch.setattr(pipelines_prepare, "_pretrain", killed_while_it_learns)
-        with pytest.raises(MsencError, match=r"tiny LLM: its process ended without a word \(exit status -9\)"):
+        with pytest.raises(MsencError, match=r"tiny LLM: its process died \(exit status -9\)"):
             prepare(config)
     assert not list(data.glob("tiny-llm*"))
     assert (data / "demo" / "dataset.json").is_file()

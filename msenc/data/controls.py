@@ -73,7 +73,7 @@ def read_controls(given: str | Sequence[str] | None, streams: Iterable[str]) -> 
             found.append(by_name[name])
         else:
             raise MsencError(
-                f"control={name}: no such control of this run. Expected of: shuffle (all streams), "
+                f"control={name}: this run has no such control. Expected one of: shuffle (all streams), "
                 f"{', '.join(by_name)}."
             )
     return list(dict.fromkeys(found))

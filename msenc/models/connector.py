@@ -3,7 +3,8 @@
 Each is a module ``(features (N, T, D), mask (N, T) bool, True = real) -> (N, Q, H)``, whose output for an utterance
 depends neither on padding nor on the other utterances of the batch.
 
-With ``normalize=True``, a connector meets both of its neighbours on their own scale (see `calibrate`).
+With ``normalize=True``, a connector standardizes its input, and its output has the scale of the LLM's token embeddings
+(see `calibrate`).
 """
 
 import json

@@ -128,7 +128,7 @@ def read_table(path: Path, dataset: str, split: Mapping[str, Any], labels: Seque
     Columns: ``clip`` (a file below the dataset's root, may be empty), ``dialogue`` and ``text``; and, where they exist,
     ``speaker``, ``start`` and ``end`` (seconds of the file: the clip is this part of it), ``split`` and
     ``description``. The turns of a dialogue keep the order of their rows. A row without text is rejected and listed;
-    one whose times are none keeps its words and loses its clip, and is listed.
+    a row whose times cannot be read keeps its words, loses its clip, and is listed.
 
     Args:
         path: the CSV file.

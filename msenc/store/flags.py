@@ -109,7 +109,8 @@ def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, h
     """
     for name in filters:
         if name.removeprefix("no_") not in FLAGS or not name.startswith("no_"):
-            raise MsencError(f"data.filter: no filter {name!r}. Expected of: {', '.join(f'no_{f}' for f in FLAGS)}.")
+            known = ", ".join(f"no_{flag}" for flag in FLAGS)
+            raise MsencError(f"data.filter: no filter {name!r}. Expected one of: {known}.")
     wanted = f"data.filter={','.join(filters)}"
     if not manifest.audit_hash:
         raise MsencError(

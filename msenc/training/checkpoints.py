@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, what of a run's state they hold, and how they get to disk whole.
+"""Checkpoints: when they are written, what they contain, and how a file is replaced without ever being half written.
 
 Checkpoints (callback) -> Trainer.save_checkpoint -> CheckpointFiles (plugin) -> last.ckpt, previous.ckpt, best.ckpt
 

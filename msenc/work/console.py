@@ -8,7 +8,7 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-console = Console(quiet=rank_zero_only.rank != 0)  # of several processes, the first one speaks
+console = Console(quiet=rank_zero_only.rank != 0)  # only the first process of a run prints
 
 
 def quieten() -> None:

@@ -162,7 +162,7 @@ class Beside:
             raise self._error
         if not self._is_done:
             raise MsencError(
-                f"{self.what}: its process ended without a word (exit status {self._process.exitcode}); memory that "
+                f"{self.what}: its process died (exit status {self._process.exitcode}); memory that "
                 "ran out is the usual cause. What else was prepared is kept, and the same command goes on; with "
                 "prepare_workers=0 it does one thing after the other, in one process."
             )

@@ -170,7 +170,7 @@ def test_unknown_controls_are_refused():
     ]
     for wrong in ("shuffle_video", "mute_audio", "zero_text", ["shuffle_audio", "noise"]):
         with pytest.raises(
-            MsencError, match=r"no such control of this run\. Expected of: shuffle \(all streams\), shuff"
+            MsencError, match=r"this run has no such control\. Expected one of: shuffle \(all streams\), shuff"
         ):
             read_controls(wrong, ["audio"])
 

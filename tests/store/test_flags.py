@@ -61,7 +61,7 @@ def test_filters_name_the_ids_of_their_flags(folder):
 def test_a_filter_that_cannot_act_is_refused(folder):
     manifest = audited(folder, Flag("demo/test/dia0", "test", "leakage"))
     for name in ("no_leak", "leakage", "no_"):
-        with pytest.raises(MsencError, match=rf"no filter '{name}'\. Expected of: no_clip_missing, .*no_leakage"):
+        with pytest.raises(MsencError, match=rf"no filter '{name}'\. Expected one of: no_clip_missing, .*no_leakage"):
             left_out(folder, [name], manifest)
     without = DatasetManifest("demo", {}, {})
     with pytest.raises(MsencError, match=r"data\.filter=no_leakage needs an audit.*stage=audit"):

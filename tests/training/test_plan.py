@@ -9,6 +9,7 @@ from msenc.training.assembly import build_datamodule, build_model, build_optimiz
 from msenc.training.module import ConversationModule
 from msenc.training.plan import batch_tokens, count_batches, largest_batch, predict_memory
 from msenc.types import MsencError
+from msenc.work.console import console
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_plan_is_printed_and_leaves_no_run(train, capsys, monkeypatch):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "_width", 200)
     lora = ["model/llm=tiny_lora", "modality=text_audio"]
     run = train(["plan=true", *lora, "data.max_history_tokens=30", "trainer.max_epochs=7", *BUDGETS])
     assert run.loss is None

@@ -72,7 +72,7 @@ def test_a_job_beside_tells_what_it_does(tmp_path, capsys):
 
 def test_its_end_is_an_error_and_says_how_it_came():
     for work, error, message in (
-        (die, MsencError, r"tiny: its process ended without a word \(exit status -9\).*prepare_workers=0"),
+        (die, MsencError, r"tiny: its process died \(exit status -9\).*prepare_workers=0"),
         (refuse, MsencError, "^no such thing$"),
         (divide, RuntimeError, r"ZeroDivisionError[\s\S]*in divide"),
     ):
