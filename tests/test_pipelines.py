@@ -279,7 +279,7 @@ def test_controls_that_the_run_cannot_have_are_refused(finished, compose, train)
     with pytest.raises(MsencError, match="control_draws=0: expected 1 or more"):
         measure(compose, finished.run, "control=shuffle", "control_draws=0")
     assert evaluations(finished.run).keys() == before
-    with pytest.raises(MsencError, match="control=zero_audio: no such control"):
+    with pytest.raises(MsencError, match="control=zero_audio: this run has no such control"):
         train([*FAST, "modality=text", "control=[zero_audio]"])
 
 
