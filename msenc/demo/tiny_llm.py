@@ -30,7 +30,7 @@ from msenc.work.pool import lone_bar
 
 # Few words of a reply depend on anything but the reply; without weight they would not be learned in a minute. A word
 # that nothing tells (see `silence`) counts once: its loss stays a coin's, and weighted, it would drown the others. Only
-# the last lesson weighs it, too: by then the others are learned, and the LLM is far too sure of what it cannot know.
+# the last stage weighs it, too: by then the others are learned, and the LLM is far too sure of what it cannot know.
 WEIGHTS = {
     "description": 2.0,
     "planted_text": 50.0,
@@ -57,9 +57,9 @@ EASY_PAIRS = 0.33
 """Share that is read of the pairs whose reply holds neither the parity nor a place: these two are learned last."""
 
 LAST_SILENCE = 0.5
-"""Share of the last lesson's dialogues in which no mood is written out, and of those in which no voice is."""
+"""Share of the last stage's dialogues in which no mood is written out, and of those in which no voice is."""
 LAST_RATE = 0.05
-"""Learning rate of the last lesson, as a share of the others'."""
+"""Learning rate of the last stage, as a share of the others'."""
 VERSION = 3
 """Of what stands in this file, and not in a recipe's settings."""
 
@@ -224,11 +224,11 @@ def tokenize_transcript(
 
 
 def _fit(
-    llm: torch.nn.Module, lessons: list[TokenizedDialogue], what: str, batch_size: int, learning_rate: float
+    llm: torch.nn.Module, dialogues: list[TokenizedDialogue], what: str, batch_size: int, learning_rate: float
 ) -> None:
-    if not lessons:
+    if not dialogues:
         return
-    steps = math.ceil(len(lessons) / batch_size)
+    steps = math.ceil(len(dialogues) / batch_size)
     optimizer = torch.optim.AdamW(llm.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     llm.train()
@@ -236,7 +236,7 @@ def _fit(
     with lone_bar() as progress:
         task = progress.add_task("pre-training", total=steps)
         for step in range(steps):
-            batch, logits = _run(llm, lessons[step * batch_size : (step + 1) * batch_size])
+            batch, logits = _run(llm, dialogues[step * batch_size : (step + 1) * batch_size])
             loss = _weighted_loss(logits, batch)
             optimizer.zero_grad()
             loss.backward()

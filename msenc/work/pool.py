@@ -183,7 +183,7 @@ class Beside:
                 return
             if kind == "bar":
                 if value["completed"] < self._progress.tasks[bar].completed:
-                    self._progress.reset(bar)  # the next lesson
+                    self._progress.reset(bar)  # the next stage
                 self._progress.update(bar, **value)
             elif kind == "text":
                 self._progress.console.print(value, markup=False, highlight=False, soft_wrap=True)
