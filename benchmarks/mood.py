@@ -15,8 +15,9 @@ from typing import Any
 from measure import parser, print_table, write_json
 
 from msenc.evaluation.spoken import listen_to_replies
-from msenc.prepare.describe import Bin, VoiceSettings, describe_dialogues
+from msenc.prepare.describe import describe_dialogues
 from msenc.raw.annotations import read_meld
+from msenc.speech.attributes import Bin, VoiceSettings
 from msenc.speech.description import parse
 from msenc.types import MsencError
 

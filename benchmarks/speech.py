@@ -22,7 +22,7 @@ from measure import parser, print_table, write_json
 from rich.progress import track
 
 from msenc.config.build import build
-from msenc.prepare.describe import VoiceSettings, attributes_of, fit_bins, measured_values
+from msenc.speech.attributes import VoiceSettings, attributes_of, fit_bins, measured_values
 from msenc.speech.description import VOCABULARY
 from msenc.speech.libespeak import to_phonemes
 from msenc.speech.voice import count_syllables, measure

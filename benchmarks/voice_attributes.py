@@ -20,13 +20,9 @@ import numpy as np
 from measure import parser, print_table, write_json
 
 from msenc.demo.world import ANSWERS, SPEAKERS
-from msenc.prepare.describe import (
-    VoiceSettings,
-    describe_dialogues,
-    estimate_gender,
-    measured_values,
-)
+from msenc.prepare.describe import describe_dialogues
 from msenc.raw.annotations import MELD_FILES, read_meld
+from msenc.speech.attributes import VoiceSettings, estimate_gender, measured_values
 from msenc.speech.libespeak import to_phonemes
 from msenc.speech.voice import VoiceMeasures, count_syllables, measure
 from msenc.store.labels import VOICE_TURNS

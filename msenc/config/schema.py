@@ -56,7 +56,7 @@ class ModelConfig:
 
 @dataclass
 class VoiceConfig:
-    """How `prepare.py describe=true` describes voices; the keys of `msenc.prepare.describe.VoiceSettings`."""
+    """How `prepare.py describe=true` describes voices; the keys of `msenc.speech.attributes.VoiceSettings`."""
 
     levels: int = 3
     genders: dict[str, str] = field(default_factory=dict)

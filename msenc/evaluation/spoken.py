@@ -17,8 +17,8 @@ from msenc.evaluation.metrics.sound import PredictedMos, speaker_similarity
 from msenc.evaluation.metrics.speech import heard_voice, score_voices, score_words
 from msenc.files import digest
 from msenc.models.recognition import Recogniser
-from msenc.prepare.describe import Bin, syllables_of
 from msenc.raw.speakers import Resemblyzer
+from msenc.speech.attributes import Bin, syllables_of
 from msenc.speech.description import parse
 from msenc.speech.synthesis import Synthesizer, settle_gender
 from msenc.speech.voice import VoiceMeasures, measure

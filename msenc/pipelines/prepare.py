@@ -17,11 +17,12 @@ from msenc.config.checks import check_targets
 from msenc.config.schema import plain
 from msenc.data.datamodule import DialogueDataModule
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
-from msenc.prepare.describe import UNITS, NoVoiceError, VoiceSettings, read_bins
+from msenc.prepare.describe import read_bins
 from msenc.prepare.features import StreamRecipe
 from msenc.raw.annotations import Annotations, read_meld, read_table
 from msenc.raw.audit import audit_dataset
 from msenc.raw.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
+from msenc.speech.attributes import UNITS, NoVoiceError, VoiceSettings
 from msenc.store.flags import Audit
 from msenc.store.labels import VOICE_TURNS
 from msenc.store.location import Place, is_url, local_folder

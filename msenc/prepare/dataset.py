@@ -15,16 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from msenc.files import content_hash
-from msenc.prepare.describe import (
-    VoiceSettings,
-    describe_dialogues,
-    describe_settings,
-    measure_items,
-    run_measures,
-)
+from msenc.prepare.describe import describe_dialogues, describe_settings, measure_items, run_measures
 from msenc.prepare.features import StreamRecipe, feature_items, make_extract, read_features
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.hashes import hash_clips
+from msenc.speech.attributes import VoiceSettings
 from msenc.store.flags import find_audit
 from msenc.store.labels import write_labels
 from msenc.store.manifest import (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from msenc.evaluation.spoken import listen_to_replies, speak_replies
-from msenc.prepare.describe import Bin
+from msenc.speech.attributes import Bin
 from msenc.speech.espeak import ESpeak
 from msenc.speech.wav import from_wav
 from msenc.types import MsencError

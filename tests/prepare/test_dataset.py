@@ -19,10 +19,10 @@ from msenc.models.encoders import LogMel, Pixels
 from msenc.models.llm import load_llm, load_tokenizer
 from msenc.prepare import features
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
-from msenc.prepare.describe import VoiceSettings
 from msenc.prepare.features import StreamRecipe
 from msenc.prompt import DialogueTokenizer, Prompt
 from msenc.raw.annotations import MELD_FILES, read_meld
+from msenc.speech.attributes import VoiceSettings
 from msenc.store.manifest import DatasetManifest, read_rejections
 from msenc.store.shards import ShardReader
 from msenc.types import MsencError

@@ -10,15 +10,9 @@ import pytest
 from msenc.demo.world import SPEAKERS
 from msenc.prepare import describe as stage
 from msenc.prepare.dataset import prepare_dataset
-from msenc.prepare.describe import (
-    VoiceSettings,
-    attributes_of,
-    describe_dialogues,
-    fit_bins,
-    measured_values,
-    read_bins,
-)
+from msenc.prepare.describe import describe_dialogues, read_bins
 from msenc.raw.annotations import MELD_FILES, read_meld
+from msenc.speech.attributes import UNITS, MeasuredTurn, VoiceSettings, attributes_of, fit_bins, measured_values
 from msenc.speech.description import parse
 from msenc.speech.voice import VoiceMeasures
 from msenc.store.labels import VOICE_TURNS
@@ -62,7 +56,7 @@ def described(dialogues, raw, folder, num_workers=0, rejections=None, **settings
 
 
 def turn(gender="woman", **values):
-    return stage._Turn({**dict.fromkeys(stage.UNITS), **values}, gender, "given")
+    return MeasuredTurn({**dict.fromkeys(UNITS), **values}, gender, "given")
 
 
 # ------------------------------------------------------------------------------------------------ the demo's truth

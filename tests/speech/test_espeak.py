@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from msenc.prepare.describe import estimate_gender, measured_values
+from msenc.speech.attributes import estimate_gender, measured_values
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.espeak import VOICES, ESpeak
 from msenc.speech.synthesis import choose

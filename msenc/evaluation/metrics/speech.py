@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msenc.evaluation.metrics.scores import Scores
-from msenc.prepare.describe import Bin, attributes_of, estimate_gender, measured_values
+from msenc.speech.attributes import Bin, attributes_of, estimate_gender, measured_values
 from msenc.speech.description import VOCABULARY
 from msenc.speech.voice import VoiceMeasures
 from msenc.types import UNKNOWN, VoiceAttributes, needing

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from msenc.evaluation.metrics.speech import heard_voice, score_voices, score_words
-from msenc.prepare.describe import Bin
+from msenc.speech.attributes import Bin
 from msenc.speech.voice import VoiceMeasures
 from msenc.types import VoiceAttributes
 
