@@ -62,11 +62,11 @@ def test_two_processes_train_as_one(train, run_script, compose, tmp_path, case):
         assert min(sizes) == 1  # which leaves one process without a dialogue
 
     alone = train(overrides, "one").folder
-    both = tmp_path / "two"
-    # resume=auto in runs' own folder: the second process must not take the first one's run for an earlier one
-    places = [f"hydra.run.dir={both}", f"paths.runs_dir={tmp_path}", "resume=auto"]
+    # The second process knows the folder from the first alone, and must not take its run for an earlier one.
+    places = [f"paths.runs_dir={tmp_path / 'two'}", "resume=auto"]
     finished = run_script("train.py", *overrides, "trainer=ddp", "trainer.accelerator=cpu", *places)
     assert finished.returncode == 0, finished.stderr
+    (both,) = (tmp_path / "two" / "single").iterdir()
     assert finished.stdout.count("Run folder:") == finished.stdout.count("batches per epoch") == 1
 
     assert len(losses(alone, "train/loss")) == 20

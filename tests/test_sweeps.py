@@ -133,6 +133,22 @@ def test_a_dry_run_of_one_run_is_refused(call_script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_job_whose_earlier_run_is_worked_on_fails_alone(call_script, tmp_path, capsys):
+    command = ["modality=text", *FAST, f"paths.runs_dir={tmp_path}"]
+    call_script("train.py", *command, "seed=1")
+    (earlier,) = (tmp_path / "single").iterdir()
+    before = (earlier / "run.json").read_text()
+    with FileLock(earlier / ".lock"), pytest.raises(SystemExit) as end:
+        call_script("train.py", "-m", *command, "seed=1,2")
+    assert end.value.code == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 jobs did not finish" in said
+    assert "another process works in this run's folder" in said
+    assert (earlier / "run.json").read_text() == before
+    states = {read_json(path)["status"] for path in (tmp_path / "sweeps").rglob("run.json")}
+    assert states == {"failed", "finished"}
+
+
 def test_a_failed_job_is_named_and_tried_again(call_script, demo_home, tmp_path, capsys):
     good, late = demo_home / "data" / "tiny-llm", tmp_path / "late-llm"
     llms = f"model.llm.name_or_path={late},{good}"

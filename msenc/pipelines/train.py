@@ -34,7 +34,7 @@ from msenc.runs.folder import settle_folder, write_config
 from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, run_identity
 from msenc.runs.overrides import key_of
 from msenc.runs.record import RunRecord, is_finished, is_first_process
-from msenc.runs.sweep import is_stopping, note_run
+from msenc.runs.sweep import is_stopping, job_folder, note_run
 from msenc.store.flags import count_left_out
 from msenc.training.align import Labels, align_connectors, sources_of
 from msenc.training.assembly import (
@@ -138,7 +138,9 @@ def train(cfg: DictConfig) -> float | None:
             raise
         except Exception as e:
             if is_job and record is None:  # the sweep's report names what did not start, too
-                record = _new_record(settle_folder(cfg, hydra, None, 1), cfg, overrides, command)
+                # in a folder of its own: one that was found may be another process's
+                folder = job_folder(Path(hydra.sweep.dir), hydra.job.num)
+                record = _new_record(folder, cfg, overrides, command)
                 note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, hydra.overrides.task)
             if record is not None and not is_finished(record.facts):
                 record.add(status="failed", error=f"{type(e).__name__}: {e}")
@@ -189,11 +191,6 @@ def _settle(cfg: DictConfig, job: _Job, overrides: list[str], command: str) -> R
         record = _new_record(folder, cfg, overrides, command)
     if is_first_process() and hydra.mode is RunMode.MULTIRUN:
         note_run(Path(hydra.sweep.dir), hydra.job.num, folder, hydra.overrides.task)
-    if not is_finished(record.facts):
-        if "identity" in record.facts:
-            check_same_data(record.facts, job.config, job.datamodule)
-        identity = record.facts.get("identity", job.identity)
-        record.add(identity=identity, data=job.config["data"]["name"], **job.data)
     return record
 
 
@@ -211,6 +208,9 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     if record.facts["resumed"]:
         _say_resumed(record)
     config = job.config
+    if "identity" in record.facts:
+        check_same_data(record.facts, config, job.datamodule)
+    record.add(identity=record.facts.get("identity", job.identity), data=config["data"]["name"], **job.data)
     evaluates = bool(config["evaluate"]) and not config["trainer"].get("fast_dev_run")
     _learn(job, record, termination, [config["evaluate"]] if evaluates else [])
     if not is_first_process() or config["stage"] == ALIGN:

@@ -13,20 +13,20 @@ from msenc.runs.sweep import job_folder
 from msenc.work.processes import is_first_process, told_by_the_first
 
 
-def settle_folder(cfg: DictConfig, hydra: DictConfig, identity: str | None, num_processes: int) -> Path:
+def settle_folder(cfg: DictConfig, hydra: DictConfig, identity: str, num_processes: int) -> Path:
     """Which folder the run works in; it is not made here. Every process gets the first one's answer.
 
     Args:
         cfg: of the run; its ``paths.output_dir`` becomes the folder.
         hydra: Hydra's own config.
-        identity: by which ``resume=auto`` finds an earlier run; None where none is to be looked for.
+        identity: by which ``resume=auto`` finds an earlier run.
         num_processes: that train the run together.
     """
     folder = _chosen(cfg, hydra)
     if is_first_process():
         if cfg.resume not in (None, "auto"):
             folder = Path(cfg.resume)
-        elif cfg.resume == "auto" and identity is not None and not (folder and (folder / "run.json").is_file()):
+        elif cfg.resume == "auto" and not (folder and (folder / "run.json").is_file()):
             folder = find_run(places_of_runs(cfg, hydra), identity) or folder
         folder = folder or _new(cfg, hydra)
     if num_processes > 1:
