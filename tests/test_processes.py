@@ -83,23 +83,27 @@ def test_two_processes_train_as_one(train, run_script, compose, tmp_path, case):
 # ------------------------------------------------------------------------------------------------ torchrun
 
 
-def torchrun(home, runs, *overrides):
-    """Two processes of one run, started from outside, as by a cluster."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+STARTERS = {"torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "Lightning": []}
+
+
+def start(starter, runs):
+    """Two processes of one run: started from outside, as by a cluster, or the second by the first."""
+    command = [sys.executable, *STARTERS[starter], "train.py"]
     command += [*COMMON, "data.batch_size=4", "trainer.max_steps=60", "callbacks.checkpoints.every_n_steps=3"]
-    command += ["trainer=ddp", "trainer.accelerator=cpu", "resume=auto", f"paths.runs_dir={runs}", *overrides]
+    command += ["trainer=ddp", "trainer.accelerator=cpu", "resume=auto", f"paths.runs_dir={runs}"]
     return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env={**os.environ, "COLUMNS": "200"})
 
 
-def test_a_run_of_torchrun_that_is_stopped_goes_on_in_its_own_folder(demo_home, tmp_path):
-    whole = torchrun(demo_home, tmp_path / "whole")
+@pytest.mark.parametrize("starter", STARTERS)
+def test_a_run_of_two_processes_that_is_stopped_goes_on_in_its_own_folder(demo_home, tmp_path, starter):
+    whole = start(starter, tmp_path / "whole")
     said, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
     (expected,) = (tmp_path / "whole").rglob("last.ckpt")
 
     stopped, steps = tmp_path / "stopped", []
     while len(steps) < 4 and not any(step % 4 for step in steps):  # 16 dialogues: an epoch has 4 steps
-        process = torchrun(demo_home, stopped)
+        process = start(starter, stopped)
         while process.poll() is None:
             written = [path for path in stopped.rglob("last.ckpt") if torch_step(path) > max(steps, default=0)]
             if written:
@@ -112,7 +116,7 @@ def test_a_run_of_torchrun_that_is_stopped_goes_on_in_its_own_folder(demo_home, 
         steps.append(torch_step(record.parent / "checkpoints" / "last.ckpt"))
     assert any(step % 4 for step in steps)
 
-    last = torchrun(demo_home, stopped)
+    last = start(starter, stopped)
     said, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors
     assert f"goes on from step {steps[-1]}" in said
