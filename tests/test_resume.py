@@ -333,6 +333,16 @@ def test_another_run_is_not_continued(begun, call_script, tmp_path):
     assert json.loads((begun / "run.json").read_text())["status"] == "finished"
 
 
+def test_a_run_that_finds_other_data_says_so_in_its_record(begun, call_script):
+    path = begun / "run.json"
+    path.write_text(json.dumps({**read_json(path), "task_hash": "0123456"}))
+    with pytest.raises(SystemExit, match="not the data that the run was trained on"):
+        call_script("train.py", f"resume={begun}")
+    facts = read_json(path)
+    assert facts["status"] == "failed"
+    assert "task_hash was 0123456" in facts["error"]
+
+
 def test_changed_code_is_reported(begun, call_script, capsys):
     path = begun / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "commit": "0123456"}))
