@@ -5,6 +5,7 @@ name or folder -> PreTrainedModel or PeftModel; its tokenizer
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn.functional import linear
 from msenc.models.attention import KERNELS, register
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
+
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")
+"""What the feed-forward blocks are called in the families of transformers."""
 
 FINGERPRINT_VALUES = 256
 """Values of each tensor that enter a fingerprint, evenly spread."""
@@ -34,6 +38,7 @@ def load_llm(
     name_or_path: str,
     freeze: bool = False,
     lora: Mapping[str, Any] | None = None,
+    dropout: float = 0.0,
     dtype: str = "float32",
     attn_implementation: str = "auto",
     gradient_checkpointing: bool = False,
@@ -46,6 +51,8 @@ def load_llm(
         name_or_path: hub id, or folder written by ``save_pretrained``.
         freeze: no parameter of the LLM trains, LoRA included (no adapter is added).
         lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the whole LLM.
+        dropout: share of what each feed-forward block adds to a token that is zeroed in training, the rest scaled up to
+            match. It is there that an LLM that trains as a whole learns by heart. (LoRA has its own, ``lora_dropout``.)
         dtype: of the base weights; LoRA's stay float32, and compute in this type (`compute_lora_in_base_type`).
         attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``.
         gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
@@ -57,7 +64,7 @@ def load_llm(
         A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`), ``attention_kernel``.
 
     Raises:
-        MsencError: it cannot be loaded, or PEFT refuses the LoRA arguments.
+        MsencError: it cannot be loaded, PEFT refuses the LoRA arguments, or `dropout` is no share or finds no block.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -85,11 +92,32 @@ def load_llm(
         enable()
         llm.enable_input_require_grads()
     llm.requires_grad_(not freeze and lora is None)
+    if dropout and not freeze:
+        _drop_out(llm, dropout)
     if not freeze and lora is not None:
         llm = _with_lora(llm, lora)
     llm.base_name, llm.base_fingerprint = name_or_path, base
     llm.attention_kernel = "dense" if is_eager else attn_implementation
     return llm
+
+
+def _drop_out(llm: nn.Module, share: float) -> None:
+    if not 0 < share < 1:
+        raise MsencError(f"model.llm.dropout={share}: expected a share from 0 to below 1.")
+    blocks = [m for name, m in llm.named_modules() if name.rpartition(".")[2] in FEED_FORWARD]
+    if not blocks:
+        raise MsencError(
+            f"model.llm.dropout={share}: {type(llm).__name__} has no module called {', '.join(FEED_FORWARD)}. Set it to "
+            "0; model.llm.lora.lora_dropout serves any LLM."
+        )
+    for block in blocks:
+        block.register_forward_hook(partial(_dropped_out, share))
+
+
+def _dropped_out(share: float, block: nn.Module, _: Any, added: Any) -> Any:
+    if isinstance(added, tuple):  # mixtures of experts add their routing
+        return _dropped_out(share, block, _, added[0]), *added[1:]
+    return torch.nn.functional.dropout(added, share, block.training)
 
 
 def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:

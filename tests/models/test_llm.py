@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from random_dialogues import DIMS, NUM_QUERIES, draw_dialogue
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig, OPTForCausalLM
 
 from msenc.data.collate import collate, dialogue_rows
 from msenc.models.connector import Mlp
@@ -51,6 +51,43 @@ def test_new_adapters_change_no_output(tiny_models):
     ids = torch.arange(3, 13)[None]
     plain, adapted = (load_llm(str(tiny_models["llama"]), lora=lora).eval() for lora in (None, LORA))
     torch.testing.assert_close(plain(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("lora", [None, {**LORA, "lora_dropout": 0.0}])
+def test_dropout_zeroes_a_share_of_what_feed_forward_blocks_add_in_training_alone(tiny_models, lora):
+    folder, ids = str(tiny_models["llama"]), torch.arange(3, 13).repeat(20, 1)
+    plain, dropped = (load_llm(folder, lora=lora, dropout=share) for share in (0.0, 0.3))
+    added = []
+    for llm in (plain, dropped):
+        block = next(m for n, m in llm.named_modules() if n.endswith("layers.0.mlp"))
+        block.register_forward_hook(lambda *hooked: added.append(hooked[2]))
+        llm.train()(ids)
+    before, after = added
+    kept = after != 0
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.03)  # of 3,200 values: four standard errors
+    torch.testing.assert_close(after[kept], before[kept] / 0.7)
+    assert torch.equal(plain.eval()(ids).logits, dropped.eval()(ids).logits)
+    assert plain.state_dict().keys() == dropped.state_dict().keys()
+
+
+def test_a_frozen_llm_drops_nothing(tiny_models):
+    ids = torch.arange(3, 13)[None]
+    llm = load_llm(str(tiny_models["llama"]), freeze=True, dropout=0.5)
+    assert torch.equal(llm.train()(ids).logits, llm.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
+def test_a_dropout_that_is_no_share_is_refused(tiny_models, share):
+    with pytest.raises(MsencError, match=r"model\.llm\.dropout=.*: expected a share from 0 to below 1"):
+        load_llm(str(tiny_models["llama"]), dropout=share)
+
+
+def test_dropout_is_refused_where_no_feed_forward_block_is_found(tmp_path):
+    OPTForCausalLM(
+        OPTConfig(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(MsencError, match=r"dropout=0\.1: OPTForCausalLM has no module called mlp"):
+        load_llm(str(tmp_path), dropout=0.1)
 
 
 def test_adapters_of_a_bfloat16_llm_are_float32(tiny_models):
