@@ -107,7 +107,7 @@ def _drop_out(llm: nn.Module, share: float) -> None:
     blocks = [m for name, m in llm.named_modules() if name.rpartition(".")[2] in FEED_FORWARD]
     if not blocks:
         raise MsencError(
-            f"model.llm.dropout={share}: {type(llm).__name__} has no module called {', '.join(FEED_FORWARD)}. Set it to "
+            f"model.llm.dropout={share}: {type(llm).__name__} has no {', '.join(FEED_FORWARD)}. Set it to "
             "0; model.llm.lora.lora_dropout serves any LLM."
         )
     for block in blocks:

@@ -86,7 +86,7 @@ def test_dropout_is_refused_where_no_feed_forward_block_is_found(tmp_path):
     OPTForCausalLM(
         OPTConfig(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
     ).save_pretrained(tmp_path)
-    with pytest.raises(MsencError, match=r"dropout=0\.1: OPTForCausalLM has no module called mlp"):
+    with pytest.raises(MsencError, match=r"dropout=0\.1: OPTForCausalLM has no mlp"):
         load_llm(str(tmp_path), dropout=0.1)
 
 
