@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
-from msenc.config.checks import check_targets
+from msenc.config.checks import checked
 from msenc.config.schema import EvaluateConfig, plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
@@ -157,8 +157,7 @@ def train(cfg: DictConfig) -> float | None:
 
 def _open(cfg: DictConfig, command: str) -> _Job:
     """Check the config, and open the data; what is missing of the generated ones is made."""
-    config = plain(cfg)
-    check_targets(config, GIVEN)
+    config = checked(cfg, GIVEN)
     _check_stage(config)
     if cfg.resume not in (None, "auto"):
         check_same_settings(Path(cfg.resume), cfg)
@@ -390,7 +389,7 @@ def _fit(
     )
     # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
     is_debug = bool(config["trainer"].get("fast_dev_run"))
-    callbacks = [] if is_debug else [build(n) for n in config["callbacks"].values() if n]
+    callbacks = [] if is_debug else [build(n, f"callbacks.{k}") for k, n in config["callbacks"].items() if n]
     files = CheckpointFiles()
     checkpoints = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
     newest = None
@@ -408,9 +407,14 @@ def _fit(
             )
             console.print(f"Training goes on from {at}.")
         purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
-        loggers = [build(n, **(purge if n["_target_"] in PURGING else {})) for n in config["logger"].values() if n]
+        loggers = [
+            build(n, f"logger.{k}", **(purge if n["_target_"] in PURGING else {}))
+            for k, n in config["logger"].items()
+            if n
+        ]
         trainer = build(
             config["trainer"],
+            "trainer",
             callbacks=callbacks,
             logger=[] if is_debug else loggers,
             plugins=[files],
@@ -433,7 +437,7 @@ def _fit(
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:
-    return build(config["scheduler"]) if config["scheduler"] else None
+    return build(config["scheduler"], "scheduler") if config["scheduler"] else None
 
 
 def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:

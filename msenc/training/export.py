@@ -119,11 +119,11 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     connectors = {}
     for stream, facts in content["streams"].items():
         node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}
-        connectors[stream] = build(node, in_dim=facts["dim"], out_dim=width)
+        connectors[stream] = build(node, "model.connector", in_dim=facts["dim"], out_dim=width)
     if content["tie_connectors"]:
         tie(connectors)
     model = ConversationModel(llm, connectors)
     if connectors:
         load_model(model.connectors, str(folder / "connectors.safetensors"))
     model.requires_grad_(False)
-    return model.eval(), DialogueTokenizer(build(content["prompt"]), load_tokenizer(name))
+    return model.eval(), DialogueTokenizer(build(content["prompt"], "prompt"), load_tokenizer(name))
