@@ -225,6 +225,7 @@ class TrainConfig:
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
             began and did not finish, or skip what it has finished.
         plugins: modules of one's own that register what may be built (`config.targets`); no stored config's count.
+        urls: addresses that a stored config may name: it is asked at none that the command line does not name, too.
     """
 
     plan: bool = False
@@ -250,6 +251,7 @@ class TrainConfig:
     resume: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
     plugins: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -306,6 +308,7 @@ class EvaluateConfig:
         on_data: folder or URL of other prepared data to evaluate on; a run's own data.filter is left out there.
         overwrite: measure again what was measured before with the same settings.
         plugins: see `TrainConfig`.
+        urls: see `TrainConfig`.
     """
 
     run_dir: Any = MISSING
@@ -327,6 +330,7 @@ class EvaluateConfig:
     on_data: str | None = None
     overwrite: bool = False
     plugins: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -368,6 +372,7 @@ class RespondConfig:
         port: of the page; None takes the first free one from 7860 on.
         max_upload_mb: largest file that a visitor of the page may upload.
         plugins: see `TrainConfig`.
+        urls: see `TrainConfig`.
     """
 
     run_dir: str | None = None
@@ -393,6 +398,7 @@ class RespondConfig:
     port: int | None = None
     max_upload_mb: int = 50
     plugins: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
 
 
 def register_schemas() -> None:

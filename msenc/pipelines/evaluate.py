@@ -121,7 +121,7 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
         threads: that torch computes with; None: as many as the model's size asks for.
     """
     _check_options(options)
-    record, config = open_run(run_dir, options.data_dir)
+    record, config = open_run(run_dir, options.data_dir, options.urls)
     is_other = options.on_data is not None
     if is_other:
         # What the run leaves out of its own data is no rule for others, which may have no audit.

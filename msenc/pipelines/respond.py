@@ -94,7 +94,7 @@ def serve_page(config: Mapping[str, Any]) -> None:
     if given or config["num_replies"] > 1:
         raise MsencError(f"page=true: {', '.join(given or ['num_replies'])} is for one reply. Leave it out.")
     if config["run_dir"] is not None:
-        open_run(Path(config["run_dir"]), config["data_dir"])
+        open_run(Path(config["run_dir"]), config["data_dir"], config["urls"])
     with TemporaryDirectory(prefix="msenc-talk-") as folder, running_page(config, Path(folder)) as address:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nothing would be removed
         console.print(f"Talk to the run at {address} (Ctrl-C ends it)")
@@ -133,7 +133,7 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
         run_dir: the run.
         config: keys of `RespondConfig`.
     """
-    record, own = open_run(run_dir, config["data_dir"])
+    record, own = open_run(run_dir, config["data_dir"], config["urls"])
     L.seed_everything(own["seed"], workers=True, verbose=False)
     model = load_trained(run_dir, config["checkpoint"], record, own)
     settle_threads(num_parameters(model))

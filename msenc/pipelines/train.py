@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -34,6 +34,7 @@ from msenc.runs.folder import settle_folder, write_config
 from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, run_identity
 from msenc.runs.overrides import key_of
 from msenc.runs.record import RunRecord, is_finished, is_first_process
+from msenc.runs.stored import check_urls, strings_of, values_of
 from msenc.runs.sweep import is_stopping, job_folder, note_run
 from msenc.store.flags import count_left_out
 from msenc.training.align import Labels, align_connectors, sources_of
@@ -160,6 +161,9 @@ def _open(cfg: DictConfig, command: str) -> _Job:
     config = checked(cfg, GIVEN)
     _check_stage(config)
     if cfg.resume not in (None, "auto"):
+        # No stored override holds an address that was not named (`check_overrides`), but parts may add up to one.
+        typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as it is: an iteration would resolve it
+        check_urls(config, [*config["urls"], *values_of(typed)], Path(cfg.resume) / ".hydra" / "overrides.yaml")
         check_same_settings(Path(cfg.resume), cfg)
     quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
@@ -218,7 +222,12 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     gc.collect()  # Lightning's parts refer to each other: optimizer and LLM would stay beside those that are measured
     if evaluates:
         device = record.facts.get("device", "auto")
-        options = EvaluateConfig(split=config["evaluate"], device=device, control=config["control"])
+        options = EvaluateConfig(
+            split=config["evaluate"],
+            device=device,
+            control=config["control"],
+            urls=[text for _, text in strings_of(config)],  # its own
+        )
         evaluate_run(record.folder, options, record.facts["threads"])
     return record.facts.get("best_loss")
 

@@ -31,7 +31,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     given = [a for a in arguments if not a.startswith("resume=")]
     keys = {key_of(a) for a in given}
     own = [o for o in read_overrides(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
-    check_overrides(own, file)
+    check_overrides(own, given, file)
     # A job's own overrides name its sweep, which would begin anew.
     return [*own, *given, f"resume={quoted_value(str(folder.resolve()))}", "hydra.mode=RUN"]
 
