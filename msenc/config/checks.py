@@ -161,9 +161,9 @@ def _check_without_target(node: Mapping[str, Any], path: str) -> None:
 
         valid = set(DECODING_KEYS)
     elif path == "model.llm.lora":
-        from peft import LoraConfig
+        from msenc.models.llm import LORA_SETTINGS
 
-        valid = set(inspect.signature(LoraConfig).parameters)
+        valid = set(LORA_SETTINGS)
     else:
         return
     for key in sorted(node.keys() - valid):

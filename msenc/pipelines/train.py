@@ -432,7 +432,7 @@ def _fit(
             use_distributed_sampler=False,  # the data module shards by itself, and keeps its order
         )
         module.train()
-        trainer.fit(module, datamodule=datamodule, ckpt_path=path)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome = training_outcome(trainer)
         datamodule.trainer = None  # through which what was trained would live as long as the data
     if is_first_process():

@@ -25,14 +25,6 @@ from msenc.training.restore import open_run
 from msenc.types import MsencError
 
 OTHER_NODES = ("model.llm_recipe", "optimizer", "scheduler", "trainer", "callbacks.streams", "logger.csv")
-    "model.llm_recipe",
-    "optimizer",
-    "scheduler",
-    "trainer",
-    "callbacks.streams",
-    "logger.csv",
-    "data.generate",
-)
 NODES = ("prompt", "model.llm", "model.connector", "model.streams.audio.encoder", "model.streams.video.encoder")
 TARGETS = {
     "os.system": {"command": "touch executed"},
@@ -234,8 +226,8 @@ def test_no_address_is_put_together_from_parts(stored_run, guard, no_server, mon
     assert f"data.dir={no_server}" in guard.refuses(lambda: open_run(stored_run, None))
     parts = ["paths.runs_dir=http:", f"data.dir='${{paths.runs_dir}}{no_server.removeprefix('http:')}/demo'"]
     (stored_run / ".hydra" / "overrides.yaml").write_text(json.dumps(parts))
+    monkeypatch.setattr(sys, "argv", ["train.py", f"resume={stored_run}", "hydra/job_logging=none"])
     with guard.on(), pytest.raises(SystemExit, match=f"data.dir={no_server}/demo: an address"):
-        monkeypatch.setattr(sys, "argv", ["train.py", f"resume={stored_run}", "hydra/job_logging=none"])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
