@@ -112,7 +112,7 @@ def main() -> None:
         agent = load_agent(options.run, config_of(options.run, overrides))
         for speech, chosen in nodes.items():
             config = config_of(options.run, [*overrides, *chosen])
-            synthesizer = build(config["speech"])
+            synthesizer = build(config["speech"], "speech")
             for kind in ("words and clip", *(["clip alone"] if options.whisper else [])):
                 turns = [
                     Turn(agent.speakers[0], u.text if kind.startswith("words") else "", video=root / u.clip)

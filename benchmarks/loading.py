@@ -60,7 +60,7 @@ def measure(arguments: Any, dialogues: list[Dialogue], folder: Path) -> None:
     write_prepared(folder / "meld", dialogues, config)
     write_utterances(folder / "upstream", dialogues, config, UPSTREAM_RATES, torch.float32)
     write_utterances(folder / "utterances", dialogues, config, RATES, torch.float16)
-    build(config["model"]["llm_recipe"])
+    build(config["model"]["llm_recipe"], "model.llm_recipe")
     loaders = {workers: new_loader(folder, "text_audio_video", workers) for workers in (0, 2)}
     text_loader = new_loader(folder, "text", 0)
     fresh = iter([new_loader(folder, "text_audio_video", 0) for _ in range(arguments.repetitions + 1)])

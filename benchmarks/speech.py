@@ -116,13 +116,13 @@ class Heard(NamedTuple):
 
 @cache
 def synthesizer(name: str) -> Any:
-    return build(NODES[name])
+    return build(NODES[name], "speech")
 
 
 @cache
 def remembering_synthesizer(name: str) -> Any:
     """One whose model is not asked the same thing twice: many takes differ in what is done to the sound afterwards."""
-    speak = build(NODES[name])
+    speak = build(NODES[name], "speech")
     if name == "kokoro":
         run, outputs = speak.session.run, {}
 

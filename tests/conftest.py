@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
+from guarding import guard, no_server, payload, stored_run  # noqa: F401 (fixtures)
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra

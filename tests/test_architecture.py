@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from msenc.config.targets import buildable, locate_target
 from msenc.evaluation.metrics.scores import mean_scores
 from msenc.evaluation.metrics.text import TEXT_METRICS, build_text_metrics
 from msenc.models.connector import Connector, EmbeddingScale
@@ -20,7 +21,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 KNOWN = {
     **{"np": np, "torch": torch, "nn": nn, "Connector": Connector, "EmbeddingScale": EmbeddingScale},
     **{"load_llm": load_llm, "mean_scores": mean_scores, "build_text_metrics": build_text_metrics},
-    **{"SentenceSynthesizer": SentenceSynthesizer, "read_table": read_table},
+    **{"buildable": buildable, "SentenceSynthesizer": SentenceSynthesizer, "read_table": read_table},
 }
 
 
@@ -32,7 +33,15 @@ def test_there_is_an_example_of_each_kind():
 def test_an_example_runs(example, tiny_models, tmp_path, monkeypatch):
     metrics = dict(TEXT_METRICS)
     monkeypatch.setattr("msenc.evaluation.metrics.text.TEXT_METRICS", metrics)
-    exec(example, {**KNOWN, "FOLDER": str(tiny_models["llama"]), "TMP": tmp_path, "TEXT_METRICS": metrics})
+    monkeypatch.setattr("msenc.config.targets._registered", {})
+    names = {**KNOWN, "FOLDER": str(tiny_models["llama"]), "TMP": tmp_path, "TEXT_METRICS": metrics}
+    exec(example, names)
+    for place, name in re.findall(r'@buildable\("(.+)"\)\nclass (\w+)', example):
+        assert locate_target(f"{names[name].__module__}.{name}", place) is names[name]
+
+
+def test_every_example_of_a_class_enters_the_table():
+    assert PAGE.count("\n@buildable(") == sum(example.count("class ") for example in EXAMPLES) == 3
 
 
 def test_what_the_way_of_an_utterance_names_is_there():

@@ -650,9 +650,9 @@ SMALLEST_DEMO = ["data.generate.sizes={train:1,val:1,test:1}", *SMALL_DEMO[1:], 
 
 
 def test_the_llm_is_pretrained_while_the_demo_is_made(demo_home, compose, tmp_path, monkeypatch, capsys):
-    def build_and_note(node, **given):
+    def build_and_note(node, place, **given):
         made.append((node["_target_"].rpartition(".")[2], given.get("num_workers"), torch.get_num_threads()))
-        return build(node, **given)
+        return build(node, place, **given)
 
     made, build, threads = [], pipelines_prepare.build, torch.get_num_threads()
     monkeypatch.setattr(pipelines_prepare, "build", build_and_note)

@@ -28,7 +28,7 @@ STREAMS = [["audio", "video"], ["audio"], []]
 
 
 def prompt_of(name, **changes):
-    return build({**OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")), **changes})
+    return build({**OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")), **changes}, "prompt")
 
 
 @pytest.fixture(scope="module")

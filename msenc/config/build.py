@@ -1,16 +1,12 @@
-"""Config nodes with a ``_target_`` -> objects; which names may be built, and the names they had before."""
+"""Config nodes with a ``_target_`` -> objects; and the names that targets had before."""
 
-import importlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from msenc.config.targets import locate_target
 from msenc.types import MsencError, needing
-
-TRUSTED_PACKAGES = ("msenc.", "torch.optim.", "lightning.")
-"""What a ``_target_`` may name: a config must not be a way to run anything else."""
-
 
 EXTRAS = {"lightning.pytorch.loggers.WandbLogger": "wandb"}
 """Targets that need an extra of msenc."""
@@ -30,15 +26,28 @@ MOVED = {
 """Where targets of earlier runs lay -> where they lie now; such runs are read, and found by their identity."""
 
 
-def build(node: Mapping[str, Any], **given: Any) -> Any:
+def build(node: Any, place: str, **given: Any) -> Any:
     """Call a node's ``_target_`` with its keys and what the pipeline adds; ``_partial_`` nodes become partials.
 
     Hydra's ``instantiate`` would wrap a refusal in an error of its own, and turn dataclasses among the arguments into
     dictionaries. No node of msenc nests another, so this is all that is needed.
+
+    Args:
+        node: plain containers.
+        place: of the node in its config, such as ``model.connector``; it decides what may be built (`targets`).
+        **given: more arguments.
+
+    Raises:
+        MsencError: the target may not be built there; or the node has a key that the pipeline gives.
     """
+    if not isinstance(node, Mapping):
+        raise MsencError(f"{place}: found {node!r}, expected a _target_ and its arguments.")
+    target = node.get("_target_")
+    located = locate_target(target, place)
     keys = {k: v for k, v in node.items() if not k.startswith("_")}
-    target = node["_target_"]
-    call = partial(locate_target(target, "config"), **keys, **given)
+    if taken := sorted(keys.keys() & given.keys()):
+        raise MsencError(f"{place}.{taken[0]}: is set by msenc itself. Leave it out.")
+    call = partial(located, **keys, **given)
     with needing(target, EXTRAS[target]) if target in EXTRAS else nullcontext():
         return call if node.get("_partial_") else call()
 
@@ -64,16 +73,3 @@ def _with_targets(node: Any, renamed: Mapping[str, str]) -> Any:
         if before is not None:
             node["_target_"] = renamed[before] + target.removeprefix(before)
     return node
-
-
-def locate_target(target: str, path: str) -> Any:
-    """Import what a target names.
-
-    Raises:
-        MsencError: there is no such thing; `path` is the node, for the message.
-    """
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise MsencError(f"{path}._target_: {target!r} cannot be imported: {e}.") from e

@@ -2,25 +2,33 @@
 
 import inspect
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from msenc.config.build import TRUSTED_PACKAGES, locate_target
+from omegaconf import DictConfig
+
 from msenc.config.hints import nearest
+from msenc.config.schema import plain
+from msenc.config.targets import is_built, load_plugins, locate_target
 from msenc.models.groups import CONNECTOR, CONNECTORS, LLM, OWN_KEYS, flatten_groups
 from msenc.prompt import SLOTS, TOKEN_KINDS
 from msenc.types import MsencError
 
-NEEDS_TARGET = re.compile(
-    r"model\.(llm|llm_recipe|connector|streams\.\w+\.encoder)|data\.generate|data\.recordings\.(segment|recogniser|speaker_encoder)|prompt|speech|optimizer|scheduler|trainer"
-    r"|(callbacks|logger)\.\w+"
-)
-"""Paths of the nodes that are built; one of another name is misspelt, or has lost its ``_target_``."""
-
-
 TAKEN_OUT = {"optimizer": {"groups"}}
 """Path of a node -> keys that the pipelines take out before they build it (`build_optimizer`)."""
+
+
+def checked(cfg: DictConfig, given: Mapping[str, set[str]]) -> dict[str, Any]:
+    """The config of the user's own command as plain containers, its plugins loaded and its targets checked.
+
+    Args:
+        cfg: as Hydra composed it; one that was read from a run's folder is no command of the user's.
+        given: see `check_targets`.
+    """
+    config = plain(cfg)
+    load_plugins(config["plugins"])
+    check_targets(config, given)
+    return config
 
 
 def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: str = "") -> int:
@@ -35,7 +43,7 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
         The number of nodes that were bound.
 
     Raises:
-        MsencError: a target that is not trusted, does not exist, or does not take the node's keys (it names the
+        MsencError: a target that may not be built there, or does not take the node's keys (it names the
             nearest argument), or a word where it takes a number; groups of parameters or weights of the loss that
             cannot be meant.
     """
@@ -51,14 +59,13 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     if target is None:
         _check_without_target(node, path)
         return count
-    if not target.startswith(TRUSTED_PACKAGES):
-        raise MsencError(f"{path}._target_: found {target!r}, expected a name in one of {TRUSTED_PACKAGES}.")
+    located = locate_target(target, path)
     keys = {k for k in node if not k.startswith("_")} - TAKEN_OUT.get(path, set())
     added = (given or {}).get(path, set())
     missing = [k for k in keys if node[k] == "???"]
     if missing:
         raise MsencError(f"{path}.{missing[0]}: no value. Give it: {path}.{missing[0]}=...")
-    signature = inspect.signature(locate_target(target, path))
+    signature = inspect.signature(located)
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in sorted(keys - set(parameters)):
@@ -147,16 +154,16 @@ def _is_number(parameter: inspect.Parameter) -> bool:
 
 def _check_without_target(node: Mapping[str, Any], path: str) -> None:
     """Keys of the nodes that are handed on as a whole, to classes that would ignore a misspelt one or say little."""
-    if NEEDS_TARGET.fullmatch(path):
+    if is_built(path):
         raise MsencError(f"{path}: no _target_ tells what to build; found the keys {', '.join(sorted(node))}.")
     if path == "decoding":
         from msenc.models.generation import DECODING_KEYS, read_decoding
 
         valid = set(DECODING_KEYS)
     elif path == "model.llm.lora":
-        from peft import LoraConfig
+        from msenc.models.llm import LORA_SETTINGS
 
-        valid = set(inspect.signature(LoraConfig).parameters)
+        valid = set(LORA_SETTINGS)
     else:
         return
     for key in sorted(node.keys() - valid):

@@ -12,8 +12,8 @@ from typing import Any
 from hydra.errors import MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
-from msenc.config.build import locate_target
 from msenc.config.hints import nearest
+from msenc.config.targets import locate_target
 from msenc.types import MsencError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -84,14 +84,14 @@ def _unknown_key(error: Any) -> str:
         groups = sorted(str(f.parent.relative_to(CONFIGS)) for f in CONFIGS.rglob("*/*.yaml"))
         return f"{key}: no such group.{nearest(key, set(groups))}"
     names = set(node) if isinstance(node, Mapping) else set()
+    whole = str(error.full_key).rpartition(".")[0]
     taken: Any = {}
     if "_target_" in names:
         with suppress(MsencError):
-            taken = inspect.signature(locate_target(node["_target_"], "config")).parameters
+            taken = inspect.signature(locate_target(node["_target_"], whole)).parameters
     if key in taken:
         return f"{error.full_key}: not in the YAML, though {node['_target_']} takes it. Add it: +{error.full_key}=..."
     valid = {name for name in names | set(taken) if not name.startswith("_")}
-    whole = str(error.full_key).rpartition(".")[0]
     nothing = f" Nothing is there to set: {whole} is null or empty. Choose a config that fills it, or give all of it."
     return f"{error.full_key}: no such key.{nearest(key, valid) or nothing}"
 

@@ -224,6 +224,8 @@ class TrainConfig:
             settings (docs/training.md).
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
             began and did not finish, or skip what it has finished.
+        plugins: modules of one's own that register what may be built (`config.targets`); no stored config's count.
+        urls: addresses that a stored config may name: it is asked at none that the command line does not name, too.
     """
 
     plan: bool = False
@@ -248,6 +250,8 @@ class TrainConfig:
     prepare_workers: int = 2
     resume: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
+    plugins: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -262,6 +266,7 @@ class PrepareConfig:
         align: what connectors are to be aligned to; voices that it asks for are measured.
         prepare_workers: processes that decode clips; 0 works in this one.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
+        plugins: see `TrainConfig`.
     """
 
     stage: str | None = None
@@ -274,6 +279,7 @@ class PrepareConfig:
     prepare_workers: int = 2
     part: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
+    plugins: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -301,6 +307,8 @@ class EvaluateConfig:
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
         on_data: folder or URL of other prepared data to evaluate on; a run's own data.filter is left out there.
         overwrite: measure again what was measured before with the same settings.
+        plugins: see `TrainConfig`.
+        urls: see `TrainConfig`.
     """
 
     run_dir: Any = MISSING
@@ -321,6 +329,8 @@ class EvaluateConfig:
     data_dir: str | None = None
     on_data: str | None = None
     overwrite: bool = False
+    plugins: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -361,6 +371,8 @@ class RespondConfig:
         host: address that the page is served at.
         port: of the page; None takes the first free one from 7860 on.
         max_upload_mb: largest file that a visitor of the page may upload.
+        plugins: see `TrainConfig`.
+        urls: see `TrainConfig`.
     """
 
     run_dir: str | None = None
@@ -385,6 +397,8 @@ class RespondConfig:
     host: str = "127.0.0.1"
     port: int | None = None
     max_upload_mb: int = 50
+    plugins: list[str] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
 
 
 def register_schemas() -> None:

@@ -73,7 +73,9 @@ def speak_replies(
     new = [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()]
     if new:
         (folder / "speech").mkdir(parents=True, exist_ok=True)
-        for _ in _map(partial(_Speaker, synthesizer), new, num_workers, "speaking"):
+        for _ in _map(
+            partial(_Speaker, build({**synthesizer, "_partial_": True}, "speech")), new, num_workers, "speaking"
+        ):
             pass
     return len(new)
 
@@ -183,11 +185,11 @@ class _Speaker:
     """Writes the sound of a line.
 
     Args:
-        node: ``_target_`` node of a synthesizer.
+        make: makes the synthesizer.
     """
 
-    def __init__(self, node: Mapping[str, Any]) -> None:
-        self.speak: Synthesizer = build(node)
+    def __init__(self, make: Callable[[], Synthesizer]) -> None:
+        self.speak = make()
 
     def __call__(self, line: _Line) -> None:
         write_wav(line.file, *self.speak(line.text, line.voice, line.speaker))

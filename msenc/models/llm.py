@@ -6,12 +6,14 @@ name or folder -> PreTrainedModel or PeftModel; its tokenizer
 import hashlib
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from msenc.files import read_json
 from msenc.models.attention import KERNELS, register
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
@@ -21,6 +23,17 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")
 
 FINGERPRINT_VALUES = 256
 """Values of each tensor that enter a fingerprint, evenly spread."""
+
+LORA_SETTINGS = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "target_parameters", "bias"),
+    *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("use_dora", "lora_bias", "fan_in_fan_out", "init_lora_weights", "trainable_token_indices"),
+)
+"""Settings of PEFT's ``LoraConfig`` that a config may hold: numbers and names of layers. Others import what they name
+(``megatron_core``), or read files."""
+
+ADAPTER_FACTS = ("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+"""What else an adapter's config says; nothing is read where it points to."""
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -76,7 +89,8 @@ def load_llm(
     options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else register()}
     if empty:
         with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(load_pretrained(AutoConfig, name_or_path), **options)
+            config = load_pretrained(AutoConfig, name_or_path)
+            llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     else:
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
@@ -123,11 +137,42 @@ def _dropped_out(share: float, block: nn.Module, _: Any, added: Any) -> Any:
 def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    for key in sorted(set(lora) - set(LORA_SETTINGS)):
+        raise MsencError(f"model.llm.lora.{key}: no such setting. Expected some of {', '.join(LORA_SETTINGS)}.")
     try:
         adapted = get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **lora))
     except (TypeError, ValueError) as e:
         raise MsencError(f"model.llm.lora: PEFT refuses {dict(lora)}: {e}") from e
     compute_lora_in_base_type(adapted)
+    return adapted
+
+
+def with_adapter(llm: nn.Module, folder: Path) -> nn.Module:
+    """An LLM with the LoRA adapter that `save_pretrained` left in a folder, frozen.
+
+    Raises:
+        MsencError: it is no LoRA, has settings that are none of `LORA_SETTINGS`, or cannot be read.
+    """
+    from peft import LoraConfig, PeftModel
+
+    stored = read_json(folder / "adapter_config.json")
+    kind = stored.get("peft_type") if isinstance(stored, dict) else None
+    if kind != "LORA":
+        raise MsencError(f"{folder / 'adapter_config.json'}: peft_type is {kind!r}, expected 'LORA'.")
+    usual = LoraConfig().to_dict()
+    for key in sorted(stored.keys() - set(LORA_SETTINGS) - set(ADAPTER_FACTS)):
+        if stored[key] not in (None, False, usual.get(key)):
+            raise MsencError(
+                f"{folder / 'adapter_config.json'}: {key}={stored[key]!r}: msenc makes no such adapter, and loads none."
+            )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise MsencError(f"{folder}: no adapter_model.safetensors. Expected an adapter that PEFT wrote as safetensors.")
+    settings = {key: stored[key] for key in LORA_SETTINGS if key in stored}
+    try:
+        adapted = PeftModel.from_pretrained(llm, str(folder), config=LoraConfig(task_type="CAUSAL_LM", **settings))
+    except Exception as error:  # PEFT, torch and safetensors each raise their own
+        raise MsencError(f"{folder}: the adapter does not fit this LLM, or is damaged ({error}).") from error
+    compute_lora_in_base_type(adapted)  # as it was trained
     return adapted
 
 

@@ -3,6 +3,7 @@
 Used by the encoders, the connectors and the LLM.
 """
 
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
     """Call ``cls.from_pretrained`` and turn its failures into a refusal that says what to do.
 
     A model whose checkpoint lacks a tensor is refused too: transformers would fill it with random numbers and
-    only log that.
+    only log that. No code of a folder is run (transformers would ask on the terminal), nothing that is pickled is
+    executed, and a name is no address.
 
     Args:
         cls: a transformers class with `from_pretrained`: config, tokenizer, processor or model, Auto or not.
@@ -49,19 +51,19 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
     Raises:
         MsencError: with the name, what was tried, what was expected and what to do.
     """
-    from safetensors import SafetensorError
-
+    if "://" in str(name_or_path):
+        raise MsencError(f"{cls.__name__}: {name_or_path!r} is an address. Expected a folder, or a hub id.")
     folder = Path(name_or_path).expanduser()
     name = str(folder) if folder.is_dir() else str(name_or_path)
     is_model = _is_model(cls)
     if is_model:
-        kwargs["output_loading_info"] = True
+        kwargs |= {"output_loading_info": True, "weights_only": True}
     try:
         # A download of gigabytes shows its progress; reading a folder needs none.
         with quiet(hide_bars=folder.is_dir()):
-            loaded = cls.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise load_error(cls.__name__, name_or_path, error) from error
+            loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:  # transformers raises a dozen types for a folder that is none of its own
+        raise load_error(cls.__name__, name_or_path, _reason(error)) from error
     if not is_model:
         return loaded
     model, info = loaded
@@ -71,18 +73,31 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
     return model
 
 
-def load_torch_file(path: Path) -> Any:
-    """What ``torch.save`` wrote. Tensors stay on disk until they are used, and nothing that is pickled is executed.
+def _reason(error: Exception) -> Exception | str:
+    """What stopped a load; without the advice to run what is not trusted."""
+    if "trust_remote_code" in str(error):
+        return "it wants code of its own to be run (auto_map in its config), which msenc never does"
+    held = re.search(r"GLOBAL (\S+)", str(error))
+    if held:
+        return f"it holds {held[1]}, which is no tensor"
+    # The text of these recommends to load a file with all that it would execute.
+    return str(error).partition("\n")[0] if isinstance(error, pickle.UnpicklingError) else error
+
+
+def load_torch_file(path: Path, mmap: bool = True) -> Any:
+    """What ``torch.save`` wrote; nothing that is pickled is executed.
+
+    Args:
+        path: of the file.
+        mmap: let tensors stay on disk until they are used.
 
     Raises:
         ValueError: the file is no such, or holds anything but tensors and plain containers.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises a dozen types for a file that is none of its own
-        # Its own text recommends to load such a file with all that it would execute.
-        held = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"it holds {held[1]}, which is no tensor" if held else str(error).partition("\n")[0]
+        found = str(_reason(error)).partition("\n")[0]
         raise ValueError(f"{path.name} cannot be read as tensors in plain containers: {found}") from error
 
 

@@ -14,8 +14,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from msenc.config.checks import check_targets
-from msenc.config.schema import plain
+from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
 from msenc.files import digest, read_json
 from msenc.pipelines.plan import memory_of
@@ -107,8 +106,7 @@ class _Known:
         with open_dict(cfg):
             del cfg.hydra
         cfg.paths.output_dir = "none"
-        config = plain(cfg)
-        check_targets(config, GIVEN)
+        config = checked(cfg, GIVEN)
         row = Expectation()
         llm, recipe = config["model"]["llm"]["name_or_path"], config["model"]["llm_recipe"]
         try:

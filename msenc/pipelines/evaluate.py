@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
-from msenc.config.checks import check_targets
-from msenc.config.schema import EvaluateConfig, plain
+from msenc.config.checks import checked
+from msenc.config.schema import EvaluateConfig
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metrics, read_predictions, write_evaluation
@@ -48,8 +48,7 @@ def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
 
     Of several runs, one that fails stops none of the others: failures are named at the end, with exit status 1.
     """
-    config = plain(cfg)
-    check_targets(config, GIVEN)
+    config = checked(cfg, GIVEN)
     given = [cfg.run_dir] if isinstance(cfg.run_dir, str) else list(cfg.run_dir)
     folders, left_out = find_runs(given)
     for folder, status in left_out:
@@ -122,7 +121,7 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
         threads: that torch computes with; None: as many as the model's size asks for.
     """
     _check_options(options)
-    record, config = open_run(run_dir, options.data_dir)
+    record, config = open_run(run_dir, options.data_dir, options.urls)
     is_other = options.on_data is not None
     if is_other:
         # What the run leaves out of its own data is no rule for others, which may have no audit.
@@ -130,7 +129,7 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
     decoding = config["decoding"] if options.decoding in (MISSING, None) else options.decoding
     quieten()
     if options.speech is not None:
-        build(options.speech)  # what it refuses is said now, not after all replies are written
+        build(options.speech, "speech")  # what it refuses is said now, not after all replies are written
         check_sound_metrics(options.speech_metrics)
     metrics = options.metrics or DEFAULT_METRICS
     scorers = build_text_metrics(metrics, options.metric_settings) if options.generate else {}

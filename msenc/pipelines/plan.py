@@ -7,8 +7,7 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
-from msenc.config.checks import check_targets
-from msenc.config.schema import plain
+from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared
 from msenc.training.assembly import GIVEN, build_datamodule, build_model, build_optimizer
@@ -18,8 +17,7 @@ from msenc.work.console import console, quieten
 
 def plan_run(cfg: DictConfig, prepare_command: str) -> None:
     """Print what a run would take; builds its data module, and of its model the shapes."""
-    config = plain(cfg)
-    check_targets(config, GIVEN)
+    config = checked(cfg, GIVEN)
     quieten()
     trainer = config["trainer"]
     ensure_llm(config)

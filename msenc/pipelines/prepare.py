@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
-from msenc.config.checks import check_targets
-from msenc.config.schema import plain
+from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import read_bins
@@ -56,8 +55,7 @@ def prepare(cfg: DictConfig) -> DatasetManifest | Audit | None:
     With ``stage=audit``: raw material -> what is wrong with it. With a stage of recordings: no further than that one.
     With a part: that part of the work, and the shards (else None) if no other part is missing.
     """
-    config = plain(cfg)
-    check_targets(config, GIVEN)
+    config = checked(cfg, GIVEN)
     stages = (*STAGES, "audit") if config["data"]["recordings"] else ("audit",)
     if config["stage"] not in (None, *stages):
         raise MsencError(f"stage={config['stage']}: no such stage. Expected {', '.join(stages)}, or null for shards.")
@@ -111,7 +109,7 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
             kind=kind,
             name=stream["name"],
             dim=stream["dim"],
-            make_encoder=build({**stream["encoder"], "_partial_": True}),
+            make_encoder=build({**stream["encoder"], "_partial_": True}, f"model.streams.{kind}.encoder"),
             settings=stream["encoder"],
         )
         for kind, stream in config["model"]["streams"].items()
@@ -151,7 +149,7 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
 
 def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
     if data["generate"] is not None:
-        build(data["generate"], root=root, num_workers=workers)
+        build(data["generate"], "data.generate", root=root, num_workers=workers)
 
 
 def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
@@ -164,10 +162,14 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
         return read_table(table, data["name"], split, labels)
+
+    def make_part(name: str) -> Callable[[], Any]:
+        return build({**data["recordings"][name], "_partial_": True}, f"data.recordings.{name}")
+
     recipe = Recipe(
-        segment=build(data["recordings"]["segment"]),
-        make_recogniser=build({**data["recordings"]["recogniser"], "_partial_": True}),
-        make_encoder=build({**data["recordings"]["speaker_encoder"], "_partial_": True}),
+        segment=build(data["recordings"]["segment"], "data.recordings.segment"),
+        make_recogniser=make_part("recogniser"),
+        make_encoder=make_part("speaker_encoder"),
         settings={key: data["recordings"][key] for key in ("recogniser", "speaker_encoder")},
         split=split,
     )
@@ -241,7 +243,7 @@ def _pretrain(recipe: Mapping[str, Any]) -> None:
     folder = _llm_folder(recipe)
     # It appears whole, so where it is there is nothing to wait for; and read-only data take no lock.
     with nullcontext() if folder.is_dir() else folder_lock(folder, wait=True), one_thread():
-        build(recipe)
+        build(recipe, "model.llm_recipe")
 
 
 def ensure_llm(config: Mapping[str, Any]) -> None:

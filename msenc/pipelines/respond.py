@@ -20,8 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
-from msenc.config.checks import check_targets
-from msenc.config.schema import plain
+from msenc.config.checks import checked
 from msenc.files import write_json
 from msenc.models.llm import load_tokenizer
 from msenc.models.recognition import Recogniser
@@ -51,8 +50,7 @@ def respond(cfg: DictConfig) -> Path | None:
 
     With ``page=true`` it serves a page instead, until it is ended.
     """
-    config = plain(cfg)
-    check_targets(config, GIVEN)
+    config = checked(cfg, GIVEN)
     quieten()
     if config["page"]:
         return serve_page(config)
@@ -68,7 +66,7 @@ def respond(cfg: DictConfig) -> Path | None:
     if (folder / "reply.json").exists():
         raise MsencError(f"out={folder}: holds a reply already. Give another folder, or move it away.")
     began = time.perf_counter()
-    synthesizer = build(config["speech"]) if config["speech"] else None
+    synthesizer = build(config["speech"], "speech") if config["speech"] else None
     agent = load_agent(Path(config["run_dir"]), config)
     seconds = {"loading": time.perf_counter() - began}
     user, reply_as = choose_speakers(before, given, config["speaker"], config["reply_as"], agent.speakers)
@@ -96,7 +94,7 @@ def serve_page(config: Mapping[str, Any]) -> None:
     if given or config["num_replies"] > 1:
         raise MsencError(f"page=true: {', '.join(given or ['num_replies'])} is for one reply. Leave it out.")
     if config["run_dir"] is not None:
-        open_run(Path(config["run_dir"]), config["data_dir"])
+        open_run(Path(config["run_dir"]), config["data_dir"], config["urls"])
     with TemporaryDirectory(prefix="msenc-talk-") as folder, running_page(config, Path(folder)) as address:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nothing would be removed
         console.print(f"Talk to the run at {address} (Ctrl-C ends it)")
@@ -120,7 +118,7 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     with needing("page=true", "talk"):
         from msenc.talk.page import Host, build_page, launch_page
-    synthesizer = build(config["speech"]) if config["speech"] else None
+    synthesizer = build(config["speech"], "speech") if config["speech"] else None
     page = build_page(Host(lambda run: load_agent(run, config), synthesizer, config, folder))
     try:
         yield launch_page(page, config)
@@ -135,15 +133,15 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
         run_dir: the run.
         config: keys of `RespondConfig`.
     """
-    record, own = open_run(run_dir, config["data_dir"])
+    record, own = open_run(run_dir, config["data_dir"], config["urls"])
     L.seed_everything(own["seed"], workers=True, verbose=False)
     model = load_trained(run_dir, config["checkpoint"], record, own)
     settle_threads(num_parameters(model))
     streams, connector = own["model"]["streams"], own["model"]["connector"]
     return Agent(
         model.to(find_device(config["device"])),
-        DialogueTokenizer(build(own["prompt"]), load_tokenizer(own["model"]["llm"]["name_or_path"])),
-        encoders={name: build(stream["encoder"]) for name, stream in streams.items()},
+        DialogueTokenizer(build(own["prompt"], "prompt"), load_tokenizer(own["model"]["llm"]["name_or_path"])),
+        encoders={name: build(stream["encoder"], f"model.streams.{name}.encoder") for name, stream in streams.items()},
         num_queries=dict.fromkeys(streams, connector["num_queries"] if connector else 0),
         budget=own["data"]["max_history_tokens"],
         layout=own["model"]["layout"],

@@ -14,13 +14,13 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
-from msenc.config.checks import check_targets
+from msenc.config.checks import checked
 from msenc.config.schema import EvaluateConfig, plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
@@ -34,6 +34,7 @@ from msenc.runs.folder import settle_folder, write_config
 from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, run_identity
 from msenc.runs.overrides import key_of
 from msenc.runs.record import RunRecord, is_finished, is_first_process
+from msenc.runs.stored import check_urls, strings_of, values_of
 from msenc.runs.sweep import is_stopping, job_folder, note_run
 from msenc.store.flags import count_left_out
 from msenc.training.align import Labels, align_connectors, sources_of
@@ -157,10 +158,12 @@ def train(cfg: DictConfig) -> float | None:
 
 def _open(cfg: DictConfig, command: str) -> _Job:
     """Check the config, and open the data; what is missing of the generated ones is made."""
-    config = plain(cfg)
-    check_targets(config, GIVEN)
+    config = checked(cfg, GIVEN)
     _check_stage(config)
     if cfg.resume not in (None, "auto"):
+        # No stored override holds an address that was not named (`check_overrides`), but parts may add up to one.
+        typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as it is: an iteration would resolve it
+        check_urls(config, [*config["urls"], *values_of(typed)], Path(cfg.resume) / ".hydra" / "overrides.yaml")
         check_same_settings(Path(cfg.resume), cfg)
     quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
@@ -219,7 +222,12 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     gc.collect()  # Lightning's parts refer to each other: optimizer and LLM would stay beside those that are measured
     if evaluates:
         device = record.facts.get("device", "auto")
-        options = EvaluateConfig(split=config["evaluate"], device=device, control=config["control"])
+        options = EvaluateConfig(
+            split=config["evaluate"],
+            device=device,
+            control=config["control"],
+            urls=[text for _, text in strings_of(config)],  # its own
+        )
         evaluate_run(record.folder, options, record.facts["threads"])
     return record.facts.get("best_loss")
 
@@ -390,7 +398,7 @@ def _fit(
     )
     # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
     is_debug = bool(config["trainer"].get("fast_dev_run"))
-    callbacks = [] if is_debug else [build(n) for n in config["callbacks"].values() if n]
+    callbacks = [] if is_debug else [build(n, f"callbacks.{k}") for k, n in config["callbacks"].items() if n]
     files = CheckpointFiles()
     checkpoints = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
     newest = None
@@ -408,9 +416,14 @@ def _fit(
             )
             console.print(f"Training goes on from {at}.")
         purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
-        loggers = [build(n, **(purge if n["_target_"] in PURGING else {})) for n in config["logger"].values() if n]
+        loggers = [
+            build(n, f"logger.{k}", **(purge if n["_target_"] in PURGING else {}))
+            for k, n in config["logger"].items()
+            if n
+        ]
         trainer = build(
             config["trainer"],
+            "trainer",
             callbacks=callbacks,
             logger=[] if is_debug else loggers,
             plugins=[files],
@@ -419,7 +432,7 @@ def _fit(
             use_distributed_sampler=False,  # the data module shards by itself, and keeps its order
         )
         module.train()
-        trainer.fit(module, datamodule=datamodule, ckpt_path=path)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome = training_outcome(trainer)
         datamodule.trainer = None  # through which what was trained would live as long as the data
     if is_first_process():
@@ -433,7 +446,7 @@ def _fit(
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:
-    return build(config["scheduler"]) if config["scheduler"] else None
+    return build(config["scheduler"], "scheduler") if config["scheduler"] else None
 
 
 def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from msenc.pages.render import data_uri
 from msenc.raw.audit_page import thumbnail
 from msenc.raw.media import MediaError, read_audio
 from msenc.report.compare import Configuration
+from msenc.runs.stored import read_yaml
 from msenc.speech.wav import to_wav
 from msenc.store.location import is_url
 from msenc.store.shards import ShardReader
@@ -129,9 +130,10 @@ class _Dialogues:
             return None
 
 
-def _config(configuration: Configuration) -> Any:
+def _config(configuration: Configuration) -> DictConfig:
     path = configuration.runs[0].folder / ".hydra" / "config.yaml"
-    return OmegaConf.load(path) if path.is_file() else OmegaConf.create({})
+    found = read_yaml(path) if path.is_file() else {}
+    return OmegaConf.create(found if isinstance(found, dict) else {})
 
 
 def _place(configuration: Configuration, key: str) -> str | None:

@@ -4,9 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from msenc.runs.record import read_run
+from msenc.runs.stored import check_overrides, read_overrides
 from msenc.types import MsencError
 
 
@@ -17,7 +16,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         arguments: of `train.py`; returned as they are where they name no run's folder.
 
     Raises:
-        MsencError: the folder is no run, or the command is a multirun.
+        MsencError: the folder is no run, its command line does more than set values, or the command is a multirun.
     """
     named = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
     if not named or named[-1] in ("auto", "null", ""):
@@ -31,7 +30,8 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     file = folder / ".hydra" / "overrides.yaml"
     given = [a for a in arguments if not a.startswith("resume=")]
     keys = {key_of(a) for a in given}
-    own = [o for o in OmegaConf.load(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
+    own = [o for o in read_overrides(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
+    check_overrides(own, given, file)
     # A job's own overrides name its sweep, which would begin anew.
     return [*own, *given, f"resume={quoted_value(str(folder.resolve()))}", "hydra.mode=RUN"]
 

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from msenc.config.build import with_current_targets
 from msenc.files import read_json, write_json
+from msenc.runs.stored import read_yaml
 from msenc.types import MsencError
 from msenc.work.processes import is_first_process
 
@@ -158,10 +159,10 @@ def read_run(run_dir: str | Path, argument: str = "run_dir") -> tuple[dict[str, 
                 f"{argument}={run_dir}: {what} (no {file.relative_to(folder)}).{inside} Expected a folder that "
                 "train.py wrote, such as runs/single/TIME."
             )
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(config, DictConfig)
-    config = OmegaConf.create(with_current_targets(OmegaConf.to_container(config)))
-    return read_json(folder / "run.json"), config
+    config = read_yaml(folder / ".hydra" / "config.yaml")
+    if not isinstance(config, dict):
+        raise MsencError(f"{folder / '.hydra' / 'config.yaml'}: expected the config of a run, as train.py wrote it.")
+    return read_json(folder / "run.json"), OmegaConf.create(with_current_targets(config))
 
 
 def _commit() -> str | None:

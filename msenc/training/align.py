@@ -270,7 +270,9 @@ def _make(
     embeddings = model.llm.get_input_embeddings().weight
     with own_random_numbers(settings.seed):
         node = config["model"]["connector"]
-        connector = build(node, in_dim=config["model"]["streams"][stream]["dim"], out_dim=embeddings.shape[1])
+        connector = build(
+            node, "model.connector", in_dim=config["model"]["streams"][stream]["dim"], out_dim=embeddings.shape[1]
+        )
         connector.to(device)
         train = _Utterances(datamodule, labels, stream, "train")
         calibrate(connector, train.frames(CALIBRATION_UTTERANCES), embeddings)

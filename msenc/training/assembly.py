@@ -30,7 +30,7 @@ CALIBRATION_UTTERANCES = 1000
 
 
 def _prompt(config: Mapping[str, Any]) -> Prompt:
-    return build(config["prompt"])
+    return build(config["prompt"], "prompt")
 
 
 def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> DialogueDataModule:
@@ -64,14 +64,15 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
         empty: shapes alone, on the meta device; no weight is read.
     """
     model = config["model"]
-    llm = build({**model["llm"], "empty": empty})
+    llm = build({**model["llm"], "empty": empty}, "model.llm")
     width = llm.get_input_embeddings().embedding_dim
     connector = model["connector"]
     if empty and connector and "init" in connector:
         connector = {**connector, "init": None}
     with torch.device("meta") if empty else nullcontext():
         connectors = {
-            name: build(connector, in_dim=stream["dim"], out_dim=width) for name, stream in model["streams"].items()
+            name: build(connector, "model.connector", in_dim=stream["dim"], out_dim=width)
+            for name, stream in model["streams"].items()
         }
     if model["tie_connectors"]:
         tie(connectors)
@@ -80,7 +81,7 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
 
 def build_optimizer(config: Mapping[str, Any]) -> Callable[..., Optimizer]:
     """What makes the optimizer of a run's config, from parameters or from groups of them."""
-    return build({key: value for key, value in config["optimizer"].items() if key != "groups"})
+    return build({key: value for key, value in config["optimizer"].items() if key != "groups"}, "optimizer")
 
 
 def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) -> None:

@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from msenc.models.pretrained import load_torch_file
 from msenc.types import MsencError
 from msenc.work.signals import Termination
 
@@ -80,9 +81,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as file:  # torch.load checks no sums
             if (broken := file.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the sum of {broken} is wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises a dozen types for a file that is none of its own
-        raise MsencError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {e}).") from e
+        saved = load_torch_file(path, mmap=False)
+    except Exception as e:  # zipfile and zlib have types of their own for a broken file
+        raise MsencError(f"{path}: cannot be read as a checkpoint ({e}).") from e
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
         raise MsencError(
             f"{path}: no checkpoint of train.py (it holds no state_dict). Expected {BEST}, {LAST} or {PREVIOUS}."

@@ -11,7 +11,7 @@ from msenc.config.build import build, with_current_targets
 from msenc.files import read_json, whole_folder, write_json
 from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
-from msenc.models.llm import compute_lora_in_base_type, load_llm, load_tokenizer
+from msenc.models.llm import load_llm, load_tokenizer, with_adapter
 from msenc.prompt import DialogueTokenizer
 from msenc.types import MsencError
 
@@ -90,7 +90,6 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     Raises:
         MsencError: no export, one of another version, or other base weights than it was trained on.
     """
-    from peft import PeftModel
     from safetensors.torch import load_model
 
     folder = Path(folder)
@@ -101,7 +100,7 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
             f"{FORMAT_VERSION}. Load it with the msenc that wrote it."
         )
     trained = content["llm"]["trained"]
-    options = {k: v for k, v in content["llm"].items() if k != "trained"}
+    options = {k: content["llm"][k] for k in ("dtype", "attn_implementation") if k in content["llm"]}
     name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
     llm = load_llm(name, freeze=True, **options)
     expected = content["base_llm"]["fingerprint"]
@@ -112,18 +111,17 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
         )
     if trained == "adapter":
         base_name, base_fingerprint = llm.base_name, llm.base_fingerprint
-        llm = PeftModel.from_pretrained(llm, folder / "adapter")
-        compute_lora_in_base_type(llm)  # as it was trained
+        llm = with_adapter(llm, folder / "adapter")
         llm.base_name, llm.base_fingerprint = base_name, base_fingerprint
     width = llm.get_input_embeddings().embedding_dim
     connectors = {}
     for stream, facts in content["streams"].items():
         node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}
-        connectors[stream] = build(node, in_dim=facts["dim"], out_dim=width)
+        connectors[stream] = build(node, "model.connector", in_dim=facts["dim"], out_dim=width)
     if content["tie_connectors"]:
         tie(connectors)
     model = ConversationModel(llm, connectors)
     if connectors:
         load_model(model.connectors, str(folder / "connectors.safetensors"))
     model.requires_grad_(False)
-    return model.eval(), DialogueTokenizer(build(content["prompt"]), load_tokenizer(name))
+    return model.eval(), DialogueTokenizer(build(content["prompt"], "prompt"), load_tokenizer(name))

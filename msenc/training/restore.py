@@ -1,6 +1,6 @@
 """A run that was trained -> its record, its config, and its model with what was learned."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from msenc.config.checks import check_targets
 from msenc.config.schema import plain
 from msenc.models.conversation import ConversationModel
 from msenc.runs.record import read_run
+from msenc.runs.stored import check_urls
 from msenc.training.assembly import GIVEN, build_model
 from msenc.training.averaging import learned_state
 from msenc.training.checkpoints import read_checkpoint
@@ -18,12 +19,13 @@ from msenc.types import MsencError
 from msenc.work.console import console
 
 
-def open_run(run_dir: Path, data_dir: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def open_run(run_dir: Path, data_dir: str | None, urls: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run's record and its config, checked, with the places where things lie now.
 
     Args:
         run_dir: the run.
         data_dir: where data and tiny LLM lie, if they have moved since; None: where the run found them.
+        urls: addresses that the run's config may name (`runs.stored.check_urls`).
     """
     record, config = read_run(run_dir)
     if "trainable_parameters" not in record or "task_hash" not in record:
@@ -35,6 +37,7 @@ def open_run(run_dir: Path, data_dir: str | None) -> tuple[dict[str, Any], dict[
     if data_dir is not None:
         config.paths.data_dir = data_dir
     own = plain(config)
+    check_urls(own, [*urls, *([data_dir] if data_dir else [])], Path(run_dir) / ".hydra" / "config.yaml")
     check_targets(own, GIVEN)
     return record, own
 

@@ -100,7 +100,7 @@ def test_transcripts_share_no_tokens_with_slots(tmp_path):
 
 
 def test_its_prompt_is_the_default_one(compose):
-    assert build(plain(compose(["modality=text"]).prompt)) == PROMPT
+    assert build(plain(compose(["modality=text"]).prompt), "prompt") == PROMPT
 
 
 def test_another_recipe_for_a_folder_that_is_there_is_said(tmp_path, capsys):

@@ -210,7 +210,14 @@ def test_what_cannot_be_loaded_is_refused(tiny_models, tmp_path):
         load_llm(str(tiny_models["llama"]), attn_implementation="nonsense")
 
 
-@pytest.mark.parametrize("lora", [{"r": 8, "alpha": 32}, {"r": 0}, {"r": 4, "target_modules": ["no_such_layer"]}])
-def test_lora_arguments_that_peft_refuses(tiny_models, lora):
-    with pytest.raises(MsencError, match=r"model\.llm\.lora: PEFT refuses"):
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"r": 8, "alpha": 32}, r"model\.llm\.lora\.alpha: no such setting\. Expected some of r, lora_alpha"),
+        ({"r": 0}, r"model\.llm\.lora: PEFT refuses"),
+        ({"r": 4, "target_modules": ["no_such_layer"]}, r"model\.llm\.lora: PEFT refuses"),
+    ],
+)
+def test_lora_arguments_that_are_refused(tiny_models, lora, message):
+    with pytest.raises(MsencError, match=message):
         load_llm(str(tiny_models["llama"]), lora=lora)

@@ -1,0 +1,164 @@
+"""What a run's folder holds is data of whoever made it: read here, and checked before anything acts on it."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from msenc.config.messages import CONFIGS
+from msenc.config.schema import TrainConfig
+from msenc.types import MsencError
+
+CHOICE = re.compile(r"\w[\w-]*(/\w[\w-]*)*")
+"""A file of a group: no path that leaves ``configs/``."""
+
+REFERENCE = re.compile(r"\$\{(?:[\w.\[\]-]+\}|oc\.env:MSENC_\w+[,}]|hydra:runtime\.output_dir\})")
+"""What a stored config may refer to: its own keys, variables of msenc's, and the folder of the run (earlier runs)."""
+
+URL = re.compile(r"[^\s/]*://")
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file of a run as plain containers; nothing in it is resolved.
+
+    Raises:
+        MsencError: it cannot be read as a config; or it refers to what is none of its business, as ``${oc.env:HOME}``.
+    """
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as e:
+        reason = " ".join(str(e).split())
+        raise MsencError(f"{path}: cannot be read as a config ({reason}). Expected what train.py wrote.") from e
+    for place, text in strings_of(found):
+        if text.count("${") != len(REFERENCE.findall(text)):
+            raise MsencError(
+                f"{path}: {place}: {text!r} refers to more than the config's own keys and MSENC_ variables. What else "
+                "your environment holds is no business of a stored config: write the value in its place."
+            )
+    return found
+
+
+def check_urls(config: Any, named: Iterable[str], path: Path) -> None:
+    """Refuse addresses of a stored config that the user has not named: to ask a server is to tell it something.
+
+    Args:
+        config: plain containers, interpolations resolved.
+        named: what the user's own command line says; an address in it, and all below it, may be asked. So may those in
+            the environment's ``MSENC_`` variables.
+        path: where the config is stored, for the message.
+
+    Raises:
+        MsencError: it names the first address that is not allowed.
+    """
+    own = [*named, *(value for name, value in os.environ.items() if name.startswith("MSENC_"))]
+    # A protocol alone is no address: all that begin with it would be allowed.
+    allowed = [text.rstrip("/") for text in own if URL.match(text) and text.partition("://")[2].strip("/")]
+    for place, text in strings_of(config):
+        if URL.match(text) and not any(f"{text}/".startswith(f"{url}/") for url in allowed):
+            raise MsencError(
+                f"{path}: {place}={text}: an address that is stored here is not asked unless you name it. If you trust "
+                f"it: 'urls=[{text}]'"
+            )
+
+
+def strings_of(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested containers, with its place.
+
+    Example:
+        >>> list(strings_of({"a": {"b": ["c", 1]}}))
+        [('a.b.0', 'c')]
+    """
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from strings_of(inner, f"{place}.{key}".lstrip("."))
+
+
+def read_overrides(path: Path) -> list[str]:
+    """The command line that a run began with, from its ``.hydra/overrides.yaml``; see `check_overrides`.
+
+    Raises:
+        MsencError: it cannot be read.
+    """
+    texts = read_yaml(path)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise MsencError(f"{path}: expected a list of overrides, as train.py wrote it.")
+    return texts
+
+
+def check_overrides(texts: Iterable[str], given: Iterable[str], path: Path) -> None:
+    """Refuse of a stored command line what does more than to choose files of ``configs/`` and to set values.
+
+    Args:
+        texts: overrides.
+        given: those of the user's own command line, which may name addresses (`check_urls`).
+        path: where they are stored, for the message.
+
+    Raises:
+        MsencError: one names a ``_target_`` or an address, or sets something of Hydra's or outside the schema.
+    """
+    parser = OverridesParser.create()
+    named = list(values_of(given))
+    for text in texts:
+        try:
+            # What argparse would take for an option of Hydra's is no override to its parser either.
+            override = parser.parse_override(text)
+            found = _not_allowed(override)
+        except HydraException:
+            found = "is no override"
+        if found:
+            raise MsencError(
+                f"{path}: {text!r} {found}. A stored command line may choose files of configs/ and set values of the "
+                "config, and nothing else. If it is yours, give it on your own command line, where it counts."
+            )
+        check_urls({override.key_or_group: override.value()}, named, path)
+
+
+def values_of(overrides: Iterable[str]) -> Iterator[str]:
+    """Every text in the values of a command line's overrides; what Hydra cannot read is left to it."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        with suppress(HydraException):
+            yield from (value for _, value in strings_of(parser.parse_override(text).value()))
+
+
+def _not_allowed(override: Override) -> str | None:
+    """What an override does that a stored one may not; None where it may."""
+    key = override.key_or_group
+    first, *others = re.split(r"[./]", key)
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"hydra"}
+    known = groups | {field.name for field in fields(TrainConfig)}
+    if first in ("plugins", "urls"):
+        return "says what is to be trusted"
+    if first == "hydra" or override.package is not None:
+        return "sets something of Hydra's"
+    if first not in known:
+        return "sets what no config of a run has"
+    if override.is_sweep_override():
+        return "is no single value"
+    value = override.value()
+    if any(name.startswith("_") for name in [*others, *_keys(value)]):
+        return "says what is built"
+    if "/" in key or (key in groups and isinstance(value, str | list)):
+        choices = value if isinstance(value, list) else [value]
+        if not all(choice is None or CHOICE.fullmatch(str(choice)) for choice in choices):
+            return "is no file of configs/"
+    return None
+
+
+def _keys(value: Any) -> list[str]:
+    """All keys in nested containers."""
+    if isinstance(value, dict):
+        return [*map(str, value), *_keys(list(value.values()))]
+    return [key for inner in value for key in _keys(inner)] if isinstance(value, list) else []
