@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from msenc.config.stored import read_config
 from msenc.pages.render import data_uri
 from msenc.raw.audit_page import thumbnail
 from msenc.raw.media import MediaError, read_audio
@@ -125,20 +126,21 @@ class _Dialogues:
     def utterance(self, id: str, turn: int) -> Utterance | None:
         try:
             return Dialogue.from_json(self.reader.read(id)["turns.json"]).utterances[turn]
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, MsencError):
             return None
 
 
 def _config(configuration: Configuration) -> Any:
     path = configuration.runs[0].folder / ".hydra" / "config.yaml"
-    return OmegaConf.load(path) if path.is_file() else OmegaConf.create({})
+    return read_config(path) if path.is_file() else OmegaConf.create({})
 
 
 def _place(configuration: Configuration, key: str) -> str | None:
     try:
-        return OmegaConf.select(_config(configuration), key)
-    except OmegaConfBaseException:  # it refers to a place that is not known here
+        place = OmegaConf.select(_config(configuration), key)
+    except (OmegaConfBaseException, RecursionError):  # it refers to a place that is not known here
         return None
+    return place if isinstance(place, str) and "\0" not in place else None
 
 
 def _root(configuration: Configuration) -> Path | None:
@@ -171,7 +173,7 @@ class _Media:
         if self.root is None or utterance.clip is None:
             turn.lacking = "no clip" if utterance.clip is None else ""
             return turn
-        clip = self.root / utterance.clip
+        clip = self.root / utterance.clip  # below it, as readers of shards see to
         try:
             turn.sound = self._hold(to_wav(read_audio(clip, SAMPLE_RATE)[: MAX_SECONDS * SAMPLE_RATE], SAMPLE_RATE))
             turn.picture = thumbnail(clip)

@@ -4,8 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from msenc.config.stored import read_overrides
 from msenc.runs.record import read_run
 from msenc.types import MsencError
 
@@ -31,7 +30,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     file = folder / ".hydra" / "overrides.yaml"
     given = [a for a in arguments if not a.startswith("resume=")]
     keys = {key_of(a) for a in given}
-    own = [o for o in OmegaConf.load(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
+    own = [o for o in read_overrides(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
     # A job's own overrides name its sweep, which would begin anew.
     return [*own, *given, f"resume={quoted_value(str(folder.resolve()))}", "hydra.mode=RUN"]
 
