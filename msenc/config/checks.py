@@ -53,7 +53,7 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     if target is None:
         _check_without_target(node, path)
         return count
-    if not target.startswith(TRUSTED_PACKAGES):
+    if not isinstance(target, str) or not target.startswith(TRUSTED_PACKAGES):
         raise MsencError(f"{path}._target_: found {target!r}, expected a name in one of {TRUSTED_PACKAGES}.")
     keys = {k for k in node if not k.startswith("_")} - TAKEN_OUT.get(path, set())
     added = (given or {}).get(path, set())

@@ -151,7 +151,8 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     trained = content["llm"]["trained"]
     options = {k: v for k, v in content["llm"].items() if k != "trained"}
     name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
-    llm = load_llm(name, freeze=True, **options)
+    with _readable(path):  # settings that no LLM takes
+        llm = load_llm(name, freeze=True, **options)
     expected = content["base_llm"]["fingerprint"]
     if trained != "llm" and llm.base_fingerprint != expected:
         raise MsencError(
@@ -171,7 +172,8 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     connectors = {}
     for stream, facts in content["streams"].items():
         node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}
-        connectors[stream] = build(node, in_dim=facts["dim"], out_dim=width)
+        with _readable(path):
+            connectors[stream] = build(node, in_dim=facts["dim"], out_dim=width)
     if content["tie_connectors"]:
         tie(connectors)
     model = ConversationModel(llm, connectors)
@@ -180,4 +182,5 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
             load_model(model.connectors, str(file))
         check_tensors(model.connectors.state_dict(), str(folder / "connectors.safetensors"))
     model.requires_grad_(False)
-    return model.eval(), DialogueTokenizer(build(content["prompt"]), load_tokenizer(name))
+    with _readable(path):
+        return model.eval(), DialogueTokenizer(build(content["prompt"]), load_tokenizer(name))

@@ -263,6 +263,10 @@ PLACES: list[tuple[str, tuple[str | int, ...], Any, str]] = [
     ("export.json", ("streams", "audio", "dim"), "16", r"export.json, streams.audio.dim: found '16'"),
     ("export.json", ("llm", "trained"), "pickle", r"export.json, llm.trained: found 'pickle', expected one of adapter"),
     ("export.json", ("connector",), None, r"export.json, connector: found null, expected one"),
+    ("export.json", ("connector", "num_blocks"), "x", r"export.json: cannot be loaded \('str' object cannot be"),
+    ("export.json", ("connector", "other"), 1, r"export.json: cannot be loaded \(.* unexpected keyword"),
+    ("export.json", ("prompt", "other"), 1, r"export.json: cannot be loaded \(.* unexpected keyword"),
+    ("export.json", ("llm", "other"), 1, r"export.json: cannot be loaded \(.* unexpected keyword"),
     ("export.json", ("base_llm",), "x", r"export.json, base_llm: found 'x', expected an object"),
     ("sweep.json", ("jobs",), [["seed=1"], "seed=2"], r"sweep.json, jobs\[1\]: found 'seed=2', expected a list"),
     ("sweep.json", ("started",), "../../x", r"sweep.json, started: found '../../x', expected a name"),
@@ -370,6 +374,8 @@ CONFIGS = [
     ("  target: text_description", "  other: 1", "prompt: found no target"),
     ("dir: ${paths.data_dir}/demo", "dir: ${data.dir}", "config.yaml"),
     ("dir: ${paths.data_dir}/demo", "dir: ${nowhere}", "Interpolation key 'nowhere' not found"),
+    ("_target_: msenc.prompt.Prompt", "_target_: 3", "prompt._target_: found 3, expected a name"),
+    ("optimizer:\n  groups: {}", "optimizer:\n  groups: x", "optimizer.groups: found 'x', expected an object or null"),
     ("modality: text_audio_video", "modality: 3", "modality: found 3, expected a text"),
     ("    num_queries: 4", "    num_queries: x", "model.connector.num_queries: found 'x'"),
 ]  # fmt: skip
@@ -381,9 +387,7 @@ def test_a_place_of_a_config_that_holds_something_else_is_named(before, after, s
     text = path.read_text()
     assert before in text
     path.write_text(text.replace(before, after, 1))
-    found = refusal(lambda: open_run(RUN, None))
-    assert said in found
-    assert "config.yaml" in found
+    assert said in refusal(lambda: open_run(RUN, None))
 
 
 # ---------------------------------------------------------------------------------------------------- shards
