@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from msenc.config.hints import nearest
 from msenc.config.schema import plain
 from msenc.config.targets import is_built, load_plugins, locate_target
+from msenc.files.kinds import check_name
 from msenc.models.groups import CONNECTOR, CONNECTORS, LLM, OWN_KEYS, flatten_groups
 from msenc.prompt import SLOTS, TOKEN_KINDS
 from msenc.types import MsencError
@@ -53,6 +54,7 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
         return 0
     count = sum(check_targets(v, given, f"{path}.{k}".lstrip(".")) for k, v in node.items())
     if not path:
+        _check_names(node)
         _check_groups(node)
         _check_loss(node)
     target = node.get("_target_")
@@ -80,6 +82,16 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
         except TypeError as e:
             raise MsencError(f"{path}: {target}: {e}.") from e
     return count + 1
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """What becomes a part of paths: of the data set, and of its streams."""
+    data, streams = config.get("data"), (config.get("model") or {}).get("streams")
+    if data and "name" in data:
+        check_name(data["name"], "data.name")
+    for stream, settings in (streams or {}).items():
+        check_name(stream, "model.streams")
+        check_name(f"{stream}-{settings['name']}", f"model.streams.{stream}.name")
 
 
 def _check_groups(config: Mapping[str, Any]) -> None:

@@ -322,6 +322,7 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
                 "data.root name the folder that holds the clips?"
             )
         hashes[wanted] = manifest.streams[wanted].hash
+    dialogues: dict[str, dict[str, tuple[str, int]]] = {}  # by stream: id -> split, utterances
     for name, expected in hashes.items():
         index = read_index(folder / name, hint)
         found = index["hash"]
@@ -337,5 +338,12 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
             raise MsencError(
                 f"{folder / name}: its index names {dict(utterances)} utterances, dataset.json "
                 f"{manifest.streams[name].utterances}. Prepare the data again. {hint}"
+            )
+        dialogues[name] = {s["id"]: (s["split"], len(s["lengths"])) for s in index["samples"]}
+        lacking = [id for id, facts in dialogues["turns"].items() if dialogues[name].get(id) != facts]
+        if lacking:
+            raise MsencError(
+                f"{folder / name}: its index has no dialogue {lacking[0]} of {dialogues['turns'][lacking[0]][1]} "
+                f"utterances, though that of the turns has. Prepare the data again. {hint}"
             )
     return manifest

@@ -76,6 +76,7 @@ class DialogueDataset(Dataset):
                 f"{' that data.filter keeps' if left_out else ''}, so nothing to learn or measure."
             )
         self._lengths = {s: dict(zip(r.ids, r.lengths, strict=True)) for s, r in self.streams.items()}
+        self._dims = {stream: spec.dim for stream, spec in streams.items()}
         self._tokenized: dict[str, TokenizedDialogue] = {}
 
     def __len__(self) -> int:
@@ -105,6 +106,11 @@ class DialogueDataset(Dataset):
         for stream, reader in self.streams.items():
             members = reader.read(self.ids[index])
             frames, offsets = members["features.npy"], members["offsets.npy"]
+            if frames.shape[1] != self._dims[stream]:
+                raise MsencError(
+                    f"{reader.folder}, {self.ids[index]}: found features {frames.shape[1]} wide, dataset.json says "
+                    f"{self._dims[stream]}. Prepare the data again."
+                )
             features[stream] = [frames[a:b] if b > a else None for a, b in pairwise(offsets)]
         return features
 

@@ -5,16 +5,17 @@ turns, indexes of the streams -> DialogueLengths (cached beside the data) -> tok
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from msenc.data.collate import Layout, group_targets, histories
-from msenc.files import write_text
+from msenc.files import inside, read_json, write_text
+from msenc.files.kinds import Count
 from msenc.prompt import DialogueTokenizer, Slot, TokenizedDialogue
 from msenc.store.location import Place, RemotePath
 from msenc.store.shards import ShardReader
@@ -47,6 +48,20 @@ class DialogueLengths:
     turn_tokens: Sequence[int]
     described: int
     windows: Sequence[Sequence[Any]] = ()
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """`DialogueLengths` as they are cached: plain values, all of them counts."""
+
+    instruction: Count
+    turns: list[Count]
+    slots: list[list[str]]
+    responses: list[Count]
+    targets: list[Count]
+    turn_tokens: list[Count]
+    described: Count
+    windows: list[tuple[int, list[tuple[str, Count]]]] = field(default_factory=list)
 
 
 def measure(tokens: TokenizedDialogue, dialogue: Dialogue) -> DialogueLengths:
@@ -103,10 +118,14 @@ def split_lengths(
         tokenizer: of the run's prompt and LLM.
     """
     local = folder.copy if isinstance(folder, RemotePath) else folder
-    path = local / "lengths" / f"{turns.split}-{_key(turns, streams, tokenizer)}.json"
-    with suppress(OSError, ValueError, TypeError, KeyError):  # unreadable is as good as absent
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return [DialogueLengths(**known[id]) for id in ids]
+    name = f"{turns.split}-{_key(turns, streams, tokenizer)}.json"
+    path = local / "lengths" / name
+    with suppress(MsencError, KeyError):  # unreadable is as good as absent
+        known = read_json(path, dict[str, _Lengths])
+        turns_of = dict(zip(turns.ids, turns.lengths, strict=True))
+        found = [DialogueLengths(**known[id]) for id in ids]
+        if all(_fits(one, len(turns_of[id]), streams) for one, id in zip(found, ids, strict=True)):
+            return found
     frames = {stream: dict(zip(reader.ids, reader.lengths, strict=True)) for stream, reader in streams.items()}
     lengths = {}
     # A bar that leaves no trace: most data take a moment, some take minutes.
@@ -116,8 +135,19 @@ def split_lengths(
         present = [{s: frames[s][id][k] for s in streams if frames[s][id][k]} for k in range(len(dialogue.utterances))]
         lengths[id] = measure(tokenizer(dialogue, present), dialogue)
     with suppress(MsencError):
-        write_text(path, json.dumps({id: asdict(known) for id, known in lengths.items()}))
+        write_text(inside(local, "lengths", name), json.dumps({id: asdict(known) for id, known in lengths.items()}))
     return [lengths[id] for id in ids]
+
+
+def _fits(lengths: DialogueLengths, num_turns: int, streams: Collection[str]) -> bool:
+    """Whether cached lengths can be those of a dialogue of so many turns."""
+    turns = (lengths.turns, lengths.slots, lengths.turn_tokens)
+    targets = (lengths.responses, lengths.targets)
+    return (
+        all(len(one) == num_turns for one in turns)
+        and all(len(one) == num_turns - 1 for one in targets)
+        and all(stream in streams for slots in lengths.slots for stream in slots)
+    )
 
 
 def _key(turns: ShardReader, streams: Mapping[str, ShardReader], tokenizer: DialogueTokenizer) -> str:

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from msenc.data.collate import collate, dialogue_rows
 from msenc.demo.frame import DrawnDialogue, draw_transcripts
 from msenc.demo.table import find_world
-from msenc.files import whole_folder
+from msenc.files import read_json, whole_folder
 from msenc.models.attention import make_layout, register
 from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, TokenizedDialogue
 from msenc.types import Batch
@@ -162,7 +162,7 @@ def pretrain(
 
 def _note_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     path = folder / RECIPE
-    made_by = json.loads(path.read_text()) if path.is_file() else {}
+    made_by = read_json(path, dict[str, Any]) if path.is_file() else {}
     differ = [f"{k}={made_by.get(k)}, not {v}" for k, v in recipe.items() if made_by.get(k) != v]
     if differ:
         Console().print(f"{folder} was made with {'; '.join(differ)}. It is used as it is; remove it to make it anew.")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from msenc.evaluation.metrics.scores import Scorer
 from msenc.evaluation.metrics.text import score_replies
 from msenc.evaluation.replies import decoding_for, write_replies
 from msenc.evaluation.statistics import paired_effect, verdict
-from msenc.files import known_to_json, read_json, write_json, write_text
+from msenc.files import known_to_json, read_json, read_json_lines, write_json, write_text
+from msenc.files.kinds import Count, Must, is_name
 from msenc.models.conversation import ConversationModel
 from msenc.prompt import TOKEN_KINDS
 from msenc.speech.description import parse
-from msenc.types import UNKNOWN, Reply, Utterance, VoiceAttributes
+from msenc.types import UNKNOWN, MsencError, Reply, Utterance, VoiceAttributes
 
 LN2 = math.log(2)
+AGAIN = "Evaluate the run again (evaluate.py run_dir=... overwrite=true), or move the evaluation's folder away."
 OF_REPLIES = {"reply", "scores", "attributes", "reply_attributes", "speech"}
 """Keys of a prediction that a control, which measures losses alone, leaves out."""
 
@@ -337,17 +339,54 @@ def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list
     write_json(folder / "metrics.json", dict(metrics))
 
 
+def _is_speech(path: str) -> bool:
+    folder, _, name = path.partition("/")
+    return folder == "speech" and is_name(name)
+
+
+class _Said(TypedDict):
+    text: str
+    description: str | None
+
+
+class _Prediction(TypedDict):
+    """A line of ``predictions.jsonl``."""
+
+    dialogue: str
+    turn: Count
+    speaker: NotRequired[str]
+    nll: list[float | None]
+    kinds: list[str]
+    correct: list[float | bool]
+    bits: dict[str, float]
+    scores: NotRequired[dict[str, float | None]]
+    reference: NotRequired[_Said]
+    reply: NotRequired[_Said]
+    speech: NotRequired[Annotated[str, Must(_is_speech, "speech/NAME")] | None]
+    attributes: NotRequired[dict[str, str]]
+    reply_attributes: NotRequired[dict[str, str]]
+    spoken_attributes: NotRequired[dict[str, str]]
+
+
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """The predictions that `write_evaluation` left."""
-    # not splitlines(): words may hold other ends of lines, as U+2028
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-    predictions = [json.loads(line) for line in lines if line]
-    for prediction in predictions:
-        prediction["nll"] = [math.nan if nll is None else nll for nll in prediction["nll"]]
+    """The predictions that `write_evaluation` left; null is a loss that was no number.
+
+    Raises:
+        MsencError: there are none, or a line is no prediction; the line is named.
+    """
+    predictions = []
+    for where, row in read_json_lines(folder / "predictions.jsonl", _Prediction, AGAIN):
+        if not len(row["nll"]) == len(row["kinds"]) == len(row["correct"]):
+            sizes = ", ".join(f"{len(row[key])} {key}" for key in ("nll", "kinds", "correct"))
+            raise MsencError(f"{where}: found {sizes}, expected one of each per token. {AGAIN}")
+        row["nll"] = [math.nan if nll is None else nll for nll in row["nll"]]
+        predictions.append(row)
+    if not predictions:
+        raise MsencError(f"{folder / 'predictions.jsonl'}: holds no prediction, expected one line per target. {AGAIN}")
     return predictions
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """The metrics that `write_evaluation` left; null is a number that was none, as of a run that diverged."""
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json", dict[str, Any], AGAIN)
     return {name: math.nan if value is None else value for name, value in metrics.items()}

@@ -15,7 +15,7 @@ import numpy as np
 from msenc.config.build import build
 from msenc.evaluation.metrics.sound import PredictedMos, speaker_similarity
 from msenc.evaluation.metrics.speech import heard_voice, score_voices, score_words
-from msenc.files import digest
+from msenc.files import digest, inside
 from msenc.models.recognition import Recogniser
 from msenc.raw.speakers import Resemblyzer
 from msenc.speech.attributes import Bin, syllables_of
@@ -72,7 +72,7 @@ def speak_replies(
             lines.append(_Line(folder / prediction["speech"], text, voice, speaker))
     new = [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()]
     if new:
-        (folder / "speech").mkdir(parents=True, exist_ok=True)
+        inside(folder, "speech").mkdir(parents=True, exist_ok=True)
         for _ in _map(
             partial(_Speaker, build({**synthesizer, "_partial_": True}, "speech")), new, num_workers, "speaking"
         ):

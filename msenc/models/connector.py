@@ -7,18 +7,19 @@ With ``normalize=True``, a connector standardizes its input, and its output has 
 (see `calibrate`).
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
+from msenc.files import read_json
+from msenc.files.kinds import Name
 from msenc.models.pretrained import load_error, load_torch_file, name_some
 from msenc.types import MsencError
 
@@ -517,7 +518,7 @@ def load_blip2(core: QFormerCore, name_or_path: str) -> None:
 
     wanted = core.state_dict()
     try:
-        config = _read_json(name_or_path, "config.json").get("qformer_config", {})
+        config = _read_json(name_or_path, "config.json", _Blip2).get("qformer_config", {})
         found: dict[str, Tensor] = {}
         for file in _files_of(name_or_path):
             found |= _qformer_tensors(file)
@@ -564,7 +565,7 @@ def _files_of(name_or_path: str) -> list[Path]:
     for weights in WEIGHT_FILES:
         index = None
         with suppress(FileNotFoundError, EntryNotFoundError):
-            index = _read_json(name_or_path, f"{weights}.index.json")
+            index = _read_json(name_or_path, f"{weights}.index.json", _WeightIndex)
         if index is not None:
             files = sorted({file for name, file in index["weight_map"].items() if _is_qformer(name)})
             return [_fetch(name_or_path, file) for file in files]
@@ -573,8 +574,16 @@ def _files_of(name_or_path: str) -> list[Path]:
     raise FileNotFoundError(f"none of {', '.join(WEIGHT_FILES)}, nor an index of several such files")
 
 
-def _read_json(name_or_path: str, file: str) -> dict[str, Any]:
-    return json.loads(_fetch(name_or_path, file).read_text(encoding="utf-8"))
+class _WeightIndex(TypedDict):
+    weight_map: dict[str, Name]
+
+
+class _Blip2(TypedDict):
+    qformer_config: NotRequired[dict[str, Any]]
+
+
+def _read_json(name_or_path: str, file: str, kind: Any) -> dict[str, Any]:
+    return read_json(_fetch(name_or_path, file), kind)
 
 
 def _fetch(name_or_path: str, file: str) -> Path:

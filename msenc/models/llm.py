@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from msenc.files import read_json
+from msenc.files import read_json, reason_of
 from msenc.models.attention import KERNELS, register
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
@@ -171,7 +171,9 @@ def with_adapter(llm: nn.Module, folder: Path) -> nn.Module:
     try:
         adapted = PeftModel.from_pretrained(llm, str(folder), config=LoraConfig(task_type="CAUSAL_LM", **settings))
     except Exception as error:  # PEFT, torch and safetensors each raise their own
-        raise MsencError(f"{folder}: the adapter does not fit this LLM, or is damaged ({error}).") from error
+        raise MsencError(
+            f"{folder}: the adapter does not fit this LLM, or is damaged ({reason_of(error)[:300]})."
+        ) from error
     compute_lora_in_base_type(adapted)  # as it was trained
     return adapted
 

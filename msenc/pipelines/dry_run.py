@@ -16,14 +16,14 @@ from rich.table import Table
 
 from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
-from msenc.files import digest, read_json
+from msenc.files import digest
 from msenc.pipelines.plan import memory_of
 from msenc.pipelines.prepare import prepare_command
 from msenc.runs.find import find_run, run_records
 from msenc.runs.folder import places_of_runs
 from msenc.runs.identity import data_hashes, run_identity, run_settings
 from msenc.runs.overrides import key_of
-from msenc.runs.record import is_finished, machine, read_run
+from msenc.runs.record import is_finished, machine, read_facts, read_run
 from msenc.training.assembly import GIVEN, build_datamodule
 from msenc.training.plan import count_batches
 from msenc.types import MsencError
@@ -95,7 +95,7 @@ class _Known:
     def __init__(self, config: DictConfig) -> None:
         self.config = config
         self.places = places_of_runs(config, config.hydra)
-        records = ((path.parent, read_json(path)) for path in run_records(self.places))
+        records = ((path.parent, read_facts(path)) for path in run_records(self.places))
         self.finished = [(folder, facts) for folder, facts in records if is_finished(facts)]
         self._absent: dict[str, str] = {}
         self._peaks: dict[str, int | None] = {}
@@ -120,7 +120,7 @@ class _Known:
             spent = 0.0
             earlier = find_run(self.places, run_identity(cfg, data))
             if earlier is not None:
-                facts = read_json(earlier / "run.json")
+                facts = read_facts(earlier / "run.json")
                 row.state, spent = facts["status"], facts["seconds"]
             if row.state == "finished":
                 row.seconds = 0.0

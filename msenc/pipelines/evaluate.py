@@ -24,13 +24,14 @@ from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metri
 from msenc.evaluation.metrics.sound import SOUND_METRICS
 from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
-from msenc.files import digest, read_json
+from msenc.files import digest, inside
+from msenc.files.kinds import check_name
 from msenc.models.conversation import ConversationModel
 from msenc.prepare.describe import BINS, read_bins
 from msenc.prompt import TOKEN_KINDS
 from msenc.runs.find import runs_of
 from msenc.runs.identity import check_same_data, stream_hashes, task_hash
-from msenc.runs.record import is_finished, read_run
+from msenc.runs.record import is_finished, read_facts, read_run
 from msenc.speech.description import VOCABULARY
 from msenc.store.location import RemotePath
 from msenc.training.assembly import GIVEN, build_datamodule, num_parameters
@@ -97,7 +98,7 @@ def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]
             read_run(folder)  # which refuses what is none
             found[folder] = None
             continue
-        facts = {run: read_json(run / "run.json") for run in below}
+        facts = {run: read_facts(run / "run.json") for run in below}
         finished = [run for run in below if is_finished(facts[run])]
         left_out |= {run: facts[run]["status"] for run in below if run not in finished}
         if not finished:
@@ -149,7 +150,7 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
     title = f"{config['modality']} on {name}, {options.split}"
 
     def place(settings: Mapping[str, Any]) -> Path:
-        return run_dir / "evaluation" / f"{name}-{options.split}-{digest(settings)}"
+        return inside(run_dir, "evaluation", f"{check_name(name, 'data.name')}-{options.split}-{digest(settings)}")
 
     def before(folder: Path) -> dict[str, Any] | None:
         return None if options.overwrite else _measured_before(folder, facts, weights)

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from msenc.config.schema import plain
-from msenc.files import write_text
+from msenc.files import inside, write_text
 from msenc.types import MsencError
 from msenc.work.console import console
 
@@ -27,7 +27,7 @@ def report(cfg: DictConfig) -> None:
         runs = [(f, run if run.folder == f else replace(run, name=f"{f.name}/{run.name}")) for f, run in runs]
     table = summarise([run for _, run in runs], split=config["split"], settings=config["settings"])
     print_table(table)
-    target = folders[0] / "report"
+    target = inside(folders[0], "report")
     paths = write_table(table, target)
     page = target / "report.html"
     write_text(page, render_page(table, f"Report on {', '.join(f.resolve().name for f in folders)}", folders))

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from msenc.config.build import build
 from msenc.config.checks import checked
-from msenc.files import write_json
+from msenc.files import inside, write_json
 from msenc.models.llm import load_tokenizer
 from msenc.models.recognition import Recogniser
 from msenc.prompt import DialogueTokenizer
@@ -62,7 +62,7 @@ def respond(cfg: DictConfig) -> Path | None:
     if not given and not before:
         raise MsencError("There is no turn to answer: give text=..., audio=..., video=... or history=...")
     moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    folder = Path(config["out"] or Path(config["run_dir"]) / "replies" / moment)
+    folder = Path(config["out"]) if config["out"] else inside(Path(config["run_dir"]), "replies", moment)
     if (folder / "reply.json").exists():
         raise MsencError(f"out={folder}: holds a reply already. Give another folder, or move it away.")
     began = time.perf_counter()

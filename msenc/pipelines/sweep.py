@@ -14,11 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from msenc.config.schema import ReportConfig
-from msenc.files import read_json
 from msenc.pipelines.dry_run import list_jobs
 from msenc.pipelines.report import report
 from msenc.runs.overrides import key_of, quoted_value
-from msenc.runs.record import is_finished
+from msenc.runs.record import is_finished, read_facts
 from msenc.runs.sweep import is_stopping, read_sweep, stop_jobs, sweep_name, write_sweep
 from msenc.types import MsencError
 from msenc.work.console import console, shown
@@ -127,5 +126,5 @@ def _failure(run_dir: Path | None) -> str | None:
         return "it did not start"
     if not (run_dir / "run.json").is_file():
         return f"{run_dir}: its folder is gone"
-    facts: dict[str, Any] = read_json(run_dir / "run.json")
+    facts: dict[str, Any] = read_facts(run_dir / "run.json")
     return None if is_finished(facts) else f"{facts['status']}: {facts.get('error') or 'its process was killed'}"

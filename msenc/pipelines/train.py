@@ -34,8 +34,8 @@ from msenc.runs.folder import settle_folder, write_config
 from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, run_identity
 from msenc.runs.overrides import key_of
 from msenc.runs.record import RunRecord, is_finished, is_first_process
-from msenc.runs.stored import check_urls, strings_of, values_of
 from msenc.runs.sweep import is_stopping, job_folder, note_run
+from msenc.runs.trust import check_urls, strings_of, values_of
 from msenc.store.flags import count_left_out
 from msenc.training.align import Labels, align_connectors, sources_of
 from msenc.training.assembly import (

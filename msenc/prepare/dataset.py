@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from msenc.files import content_hash
+from msenc.files import content_hash, inside
 from msenc.prepare.describe import describe_dialogues, describe_settings, measure_items, run_measures
 from msenc.prepare.features import StreamRecipe, feature_items, make_extract, read_features
 from msenc.raw.annotations import Annotations, content_digest
@@ -209,7 +209,7 @@ def _extract(
 
 
 def _items_folder(folder: Path, recipe: StreamRecipe) -> Path:
-    return folder / f".{recipe.stream}.items"
+    return inside(folder, f".{recipe.stream}.items")
 
 
 def _stream_settings(

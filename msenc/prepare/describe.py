@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from msenc.files import digest, write_text
+from msenc.files import digest, inside, parse_json, read_json, write_text
+from msenc.files.kinds import Sha256
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import MediaError, read_audio
 from msenc.speech.attributes import (
@@ -100,6 +101,17 @@ def describe_settings(settings: VoiceSettings) -> dict[str, Any]:
     return {**plain, "measures": VERSION, "syllables": "espeak" if has_espeak() else "letters"}
 
 
+class _Bins(TypedDict):
+    bins: dict[str, Bin]
+
+
+class _Outcome(TypedDict):
+    sha256: Sha256
+    version: int
+    reason: NotRequired[str]
+    measures: NotRequired[VoiceMeasures]
+
+
 def read_bins(folder: Path) -> dict[str, Bin]:
     """The bins that `describe_dialogues` wrote; the same words can then be given to other sound.
 
@@ -107,12 +119,14 @@ def read_bins(folder: Path) -> dict[str, Bin]:
         MsencError: if the folder has none.
     """
     path = Path(folder) / BINS
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))["bins"]
-    except (OSError, ValueError, KeyError) as error:
-        raise MsencError(
-            f"{path}: cannot be read ({error}). Expected the bins of a described data set: prepare.py describe=true."
-        ) from error
+    advice = "Expected the bins of a described data set: prepare.py describe=true."
+    value = read_json(path, _Bins, advice)["bins"]
+    for name, found in value.items():
+        if found["edges"] is not None and len(found["words"]) != len(found["edges"]) + 1:
+            raise MsencError(
+                f"{path}, bins.{name}: found {len(found['words'])} words for {len(found['edges'])} edges, "
+                f"expected one more. {advice}"
+            )
     return {
         name: Bin(**{**b, **{k: tuple(b[k]) if b[k] else None for k in ("edges", "words", "percentiles")}})
         for name, b in value.items()
@@ -179,7 +193,7 @@ def measure_items(hashes: Mapping[str, str | None], root: Path, folder: Path) ->
 
 def run_measures(items: Sequence[Item], folder: Path, num_workers: int, part: Part | None = None) -> list[Item]:
     """Measure; returns the items that other parts have to do."""
-    return run_items(items, folder / ITEMS, _make_measure, num_workers, "voice: measuring", "clips", part)
+    return run_items(items, inside(folder, ITEMS), _make_measure, num_workers, "voice: measuring", "clips", part)
 
 
 def _make_measure() -> Callable[[Any], Members]:
@@ -196,11 +210,11 @@ def _measure_all(
     run_measures(items, folder, num_workers)
     outcomes = _read_cache(folder / CACHE)
     for item in items:
-        outcomes |= read_result(item, folder / ITEMS)["outcomes.json"]
+        outcomes |= read_result(item, inside(folder, ITEMS))["outcomes.json"]
     wanted = dict.fromkeys(digest for digest in hashes.values() if digest is not None)
     lines = ({**outcomes[digest], "sha256": digest, "version": VERSION} for digest in wanted)
     write_text(folder / CACHE, "".join(json.dumps(line) + "\n" for line in lines))
-    shutil.rmtree(folder / ITEMS, ignore_errors=True)
+    shutil.rmtree(inside(folder, ITEMS), ignore_errors=True)
     measures = {}
     for id, clip in turns:
         digest = hashes.get(clip)
@@ -225,9 +239,9 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     cache = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            if entry["version"] == VERSION and ("reason" in entry or VoiceMeasures(**entry["measures"])):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        with suppress(MsencError):
+            entry = parse_json(line, number, _Outcome)
+            if entry["version"] == VERSION and ("reason" in entry or "measures" in entry):
                 cache[entry["sha256"]] = entry
     return cache

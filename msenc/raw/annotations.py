@@ -10,12 +10,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from msenc.files import content_hash
+from msenc.files.kinds import is_below
 from msenc.raw.marks import parse_marks
 from msenc.raw.media import part_of, split_part
 from msenc.raw.splits import split_dialogues
@@ -219,7 +220,7 @@ def _splits_of(
 
 def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rejections: list[Rejection]) -> Utterance:
     clip = values["clip"] or None
-    if clip is not None and (PurePosixPath(clip).is_absolute() or ".." in PurePosixPath(clip).parts):
+    if clip is not None and not is_below(clip):
         raise MsencError(
             f"{path}, row {row}: clip is {clip!r}; expected a path below the folder of the recordings (data.root)."
         )

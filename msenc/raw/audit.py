@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from msenc.files import write_text
+from msenc.files import inside, write_text
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.audit_page import render_page
 from msenc.raw.media import SUFFIXES, split_part
@@ -60,7 +60,7 @@ def audit_dataset(name: str, annotations: Annotations, root: Path, folder: Path,
     Raises:
         MsencError: clips that may not be read, or a full disk.
     """
-    out = folder / AUDIT
+    out = inside(folder, AUDIT)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from msenc.files import write_text
+from msenc.files import read_json, write_text
+from msenc.files.kinds import Count, Sha256
 from msenc.raw.media import split_part
 from msenc.store.location import hash_file
 from msenc.types import MsencError
@@ -62,6 +63,6 @@ def _hash(path: Path) -> str:
 
 
 def _read_cache(path: Path) -> dict[str, list]:
-    with suppress(OSError, ValueError, AttributeError, TypeError):  # damaged: all clips are read again
-        return {c: v for c, v in json.loads(path.read_text(encoding="utf-8")).items() if len(v) == 3}
+    with suppress(MsencError):  # damaged: all clips are read again
+        return read_json(path, dict[str, tuple[Count, int, Sha256]])
     return {}

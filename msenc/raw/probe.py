@@ -7,9 +7,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from msenc.files import write_text
+from msenc.files import inside, parse_json, write_text
 from msenc.raw.media import ClipProperties, MediaError, read_audio, read_frames, read_properties, split_part
 from msenc.store.location import hash_file
 from msenc.types import MsencError
@@ -40,6 +40,13 @@ class ClipFacts:
     duration_s: float | None = None
     notes: tuple[tuple[str, str], ...] = ()
     sha256: str = ""
+
+
+class _Line(TypedDict):
+    version: int
+    clip: str
+    stamp: tuple[int, int]
+    facts: ClipFacts
 
 
 Probe = Callable[[Path], ClipFacts]
@@ -137,7 +144,10 @@ def probe_clips(
     new = [clip for clip in stamps if clip not in facts]
     if new:
         try:
-            with cache.open("a", encoding="utf-8") as file, progress_bar("clips") as progress:
+            with (
+                inside(cache.parent, cache.name).open("a", encoding="utf-8") as file,
+                progress_bar("clips") as progress,
+            ):
                 bar = progress.add_task(f"probing clips ({len(stamps) - len(new):,} known)", total=len(new))
                 for clip, found in _probe(root, new, num_workers, probe):
                     facts[clip] = found
@@ -203,10 +213,10 @@ def _read_cache(path: Path) -> dict[str, tuple[list[int], ClipFacts]]:
     known = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
-            value: dict[str, Any] = json.loads(line)
+            value: dict[str, Any] = parse_json(line, path, _Line)
             if value["version"] == PROBE_VERSION and value["facts"]["audio"] != DIED:  # memory may suffice this time
                 notes = tuple((flag, found) for flag, found in value["facts"]["notes"])
                 known[value["clip"]] = (value["stamp"], ClipFacts(**{**value["facts"], "notes": notes}))
-        except (ValueError, KeyError, TypeError):
+        except MsencError:
             continue
     return known

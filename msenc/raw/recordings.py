@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from msenc.files import digest, write_text
+from msenc.files import digest, inside, write_text
 from msenc.raw import segment, speakers
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import SUFFIXES, MediaError, read_audio
@@ -143,7 +143,7 @@ def transcribe_recordings(
     stages = STAGES[: STAGES.index(last_stage) + 1] if last_stage else STAGES
     for stage in stages:
         items = {n: _item(stage, n, found.spans[n], hashes, recipe, columns[n]) for n in columns}
-        results = folder / f".{stage}.items"
+        results = inside(folder, f".{stage}.items")
         missing = run_items(
             list(items.values()), results, _make_work(stage, root, recipe), num_workers, stage, "dialogues", part
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msenc.files.kinds import is_below
 from msenc.types import MsencError, Rejection
 
 FILE_NAME = "timestamp.json"
@@ -63,7 +64,8 @@ def read_timestamps(path: Path) -> Timestamps:
     rejections: list[Rejection] = []
     overlaps: list[str] = []
     for video, entries in table.items():
-        if fault := _name_fault(video):
+        if not is_below(video):
+            fault = "video name leads out of the folder"
             rejections.append(Rejection(video, "dialogue", fault, path.name, found=video))
             continue
         if not isinstance(entries, list):
@@ -119,13 +121,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _DuplicateError(repr(name))
         table[name] = value
     return table
-
-
-def _name_fault(video: str) -> str | None:
-    parts = Path(video).parts
-    if not parts or "\0" in video or Path(video).is_absolute() or ".." in parts:
-        return "video name leads out of the folder"
-    return None
 
 
 def _span_fault(entry: Any) -> str | None:

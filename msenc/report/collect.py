@@ -1,17 +1,38 @@
 """Reads what runs left behind: `run.json` and `evaluation/*/metrics.json` below a folder; writes nothing."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from msenc.files import hold, read_json
+from msenc.files.kinds import Name, Split
 from msenc.runs.find import runs_of
+from msenc.runs.record import read_facts
 from msenc.types import MsencError
 
 FACTS = ("data", "turns_hash", "llm", "base_fingerprint", "commit", "device", "machine", "epochs", "history")
 """Entries of `run.json` that a report compares between runs."""
+
+
+ADVICE = "It is no file of this version: run that job again, or move its folder away."
+
+
+class _Finished(TypedDict):
+    """What ``run.json`` has of a run that is done, beside `runs.record.Facts`."""
+
+    task_hash: str | None
+    seed: int
+    overrides: list[str]
+
+
+class _Measured(TypedDict):
+    """What ``metrics.json`` has of every evaluation."""
+
+    split: Split
+    data: Name
+    settings: str
 
 
 @dataclass(frozen=True)
@@ -115,9 +136,9 @@ def collect_runs(folder: Path) -> list[Run]:
 
 
 def _read_run(path: Path, folder: Path, overrides: Sequence[str] | None) -> Run:
-    value = _read_json(path)
-    required = ["status"] + (["task_hash", "seed", "overrides"] if value.get("status") == "finished" else [])
-    _require(path, value, required)
+    value = read_facts(path)
+    if value["status"] == "finished":
+        hold(value, _Finished, path, ADVICE)
     return Run(
         name=os.path.relpath(path.parent, folder) if path.parent != folder else folder.resolve().name,
         status=value["status"],
@@ -143,8 +164,7 @@ def _weights(weights: dict[str, float]) -> str:
 
 
 def _read_evaluation(path: Path) -> Evaluation:
-    value = _read_json(path)
-    _require(path, value, ["split", "data", "settings"])
+    value = read_json(path, _Measured, ADVICE)
     return Evaluation(
         data=value["data"],
         split=value["split"],
@@ -156,22 +176,3 @@ def _read_evaluation(path: Path) -> Evaluation:
         control=value.get("control"),
         verdict=value.get("control/verdict"),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MsencError(f"{path} is not JSON ({error}). Run that job again, or move its folder away.") from error
-    if not isinstance(value, dict):
-        raise MsencError(f"{path} holds a {type(value).__name__}, expected an object. Move its folder away.")
-    return value
-
-
-def _require(path: Path, value: dict[str, Any], keys: list[str]) -> None:
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise MsencError(
-            f"{path} lacks {', '.join(missing)}; it has {', '.join(value) or 'nothing'}. "
-            "It is no file of this version: run that job again, or move its folder away."
-        )

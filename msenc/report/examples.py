@@ -10,11 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from msenc.config.stored import read_config
 from msenc.pages.render import data_uri
 from msenc.raw.audit_page import thumbnail
 from msenc.raw.media import MediaError, read_audio
 from msenc.report.compare import Configuration
-from msenc.runs.stored import read_yaml
 from msenc.speech.wav import to_wav
 from msenc.store.location import is_url
 from msenc.store.shards import ShardReader
@@ -126,21 +126,21 @@ class _Dialogues:
     def utterance(self, id: str, turn: int) -> Utterance | None:
         try:
             return Dialogue.from_json(self.reader.read(id)["turns.json"]).utterances[turn]
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, MsencError):
             return None
 
 
 def _config(configuration: Configuration) -> DictConfig:
     path = configuration.runs[0].folder / ".hydra" / "config.yaml"
-    found = read_yaml(path) if path.is_file() else {}
-    return OmegaConf.create(found if isinstance(found, dict) else {})
+    return read_config(path) if path.is_file() else OmegaConf.create({})
 
 
 def _place(configuration: Configuration, key: str) -> str | None:
     try:
-        return OmegaConf.select(_config(configuration), key)
-    except OmegaConfBaseException:  # it refers to a place that is not known here
+        place = OmegaConf.select(_config(configuration), key)
+    except (OmegaConfBaseException, RecursionError):  # it refers to a place that is not known here
         return None
+    return place if isinstance(place, str) and "\0" not in place else None
 
 
 def _root(configuration: Configuration) -> Path | None:
@@ -173,7 +173,7 @@ class _Media:
         if self.root is None or utterance.clip is None:
             turn.lacking = "no clip" if utterance.clip is None else ""
             return turn
-        clip = self.root / utterance.clip
+        clip = self.root / utterance.clip  # below it, as readers of shards see to
         try:
             turn.sound = self._hold(to_wav(read_audio(clip, SAMPLE_RATE)[: MAX_SECONDS * SAMPLE_RATE], SAMPLE_RATE))
             turn.picture = thumbnail(clip)

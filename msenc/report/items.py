@@ -1,6 +1,5 @@
 """`predictions.jsonl` of one evaluation -> per metric a number and a weight of each item, for paired comparisons."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -10,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from msenc.evaluation.losses import AGAIN, read_predictions
 from msenc.types import MsencError
 
 ORDERS = 4
 """Of BLEU's n-grams."""
-
-REQUIRED = {"dialogue": str, "turn": int, "nll": list, "kinds": list, "correct": list, "bits": dict}
-"""What every row holds."""
 
 BIT = math.log(2)
 
@@ -49,18 +46,17 @@ def read_items(path: Path) -> Items:
     Raises:
         MsencError: it is empty, or a row is not what `evaluate.py` writes; the row is named.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # words may hold what splitlines() takes for an end
-    except (OSError, UnicodeDecodeError) as error:
-        raise MsencError(f"{path}: cannot be read ({error}). {_REPEAT}") from error
-    rows = [_read_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise MsencError(f"{path}: holds no prediction, expected one line per target. {_REPEAT}")
+    rows = read_predictions(path.parent)
+    for row in rows:
+        if any(map(math.isnan, row["nll"])):
+            raise MsencError(
+                f"{path}: turn {row['turn']} of {row['dialogue']}: a token's loss is no finite number. {AGAIN}"
+            )
     rows.sort(key=lambda row: (row["dialogue"], row["turn"]))
     ids = [(row["dialogue"], row["turn"]) for row in rows]
     twice = [here for here, following in pairwise(ids) if here == following]
     if twice:
-        raise MsencError(f"{path}: turn {twice[0][1]} of {twice[0][0]} stands there twice. {_REPEAT}")
+        raise MsencError(f"{path}: turn {twice[0][1]} of {twice[0][0]} stands there twice. {AGAIN}")
     values, weights = _losses(rows)
     for name in dict.fromkeys(name for row in rows for name in row.get("scores") or {}):
         scores = [(row.get("scores") or {}).get(name) for row in rows]
@@ -70,29 +66,6 @@ def read_items(path: Path) -> Items:
             weights[name] = known.astype(float)
     corpus, shares = _bleu(rows)
     return Items(ids, rows, values | corpus, weights | shares)
-
-
-_REPEAT = "Evaluate the run again (evaluate.py run_dir=...), or move the evaluation's folder away."
-
-
-def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise MsencError(f"{where}: is not JSON ({error}). {_REPEAT}") from error
-    if not isinstance(row, dict):
-        raise MsencError(f"{where}: holds a {type(row).__name__}, expected an object. {_REPEAT}")
-    for key, kind in REQUIRED.items():
-        if not isinstance(row.get(key), kind):
-            found = f"{key}={row[key]!r}" if key in row else f"no {key}"
-            raise MsencError(f"{where}: found {found}, expected {key} as a {kind.__name__}. {_REPEAT}")
-    if not len(row["nll"]) == len(row["kinds"]) == len(row["correct"]):
-        sizes = ", ".join(f"{len(row[key])} {key}" for key in ("nll", "kinds", "correct"))
-        raise MsencError(f"{where}: found {sizes}, expected one of each per token. {_REPEAT}")
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in row["nll"]):
-        raise MsencError(f"{where}: a token's loss is no finite number. {_REPEAT}")
-    return row
 
 
 def _losses(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

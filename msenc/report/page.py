@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from msenc.files import read_json
 from msenc.pages.render import data_uri, render
 from msenc.report.compare import Comparison, Configuration
 from msenc.report.examples import find_examples
@@ -22,6 +21,7 @@ from msenc.report.table import (
     heading,
     verdict_grid,
 )
+from msenc.runs.sweep import sweep_command
 
 BASELINES = ("majority", "previous", "speaker")
 PLOTTED = ("nll", "planted/", "rouge_l", "description/accuracy")
@@ -133,9 +133,8 @@ def _commands(table: Table, folders: Sequence[Path]) -> list[str]:
     """What made the runs and this report."""
     commands = []
     for folder in folders:
-        file = folder / "sweep.json"
-        if file.is_file():
-            commands.append(shlex.join(["python", "train.py", *read_json(file)["command"]]))
+        if (folder / "sweep.json").is_file():
+            commands.append(shlex.join(["python", "train.py", *sweep_command(folder)]))
     if not commands:
         for c in table.configurations:
             for run in c.runs:

@@ -5,14 +5,19 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from msenc.files import read_text
 from msenc.report.compare import Comparison, Configuration, direction_of
+from msenc.types import MsencError
 
 # Okabe and Ito's colours: told apart with any colour vision, and by their grey in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = "osD^v<>P"
+MAX_EPOCHS = 10**6
+"""That an axis can show."""
 
 
 def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
@@ -62,11 +67,14 @@ def read_curve(run_dir: Path) -> dict[int, float]:
     """Epochs trained -> validation loss, of the run's CSV log; of an epoch logged twice the last counts."""
     curve: dict[int, float] = defaultdict(float)
     for path in sorted(run_dir.glob("logs/**/metrics.csv")):
-        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
-            try:
-                curve[int(row["epoch"]) + 1] = float(row["val/loss"])
-            except (KeyError, TypeError, ValueError):
-                continue  # a row of the training loss
+        try:
+            for row in csv.DictReader(io.StringIO(read_text(path))):
+                with suppress(KeyError, TypeError, ValueError):  # a row of the training loss
+                    epoch, loss = int(row["epoch"]), float(row["val/loss"])
+                    if math.isfinite(loss) and 0 <= epoch < MAX_EPOCHS:
+                        curve[epoch + 1] = loss
+        except csv.Error as error:
+            raise MsencError(f"{path}: cannot be read as CSV ({error}). Move it away to report without it.") from error
     return dict(curve)
 
 

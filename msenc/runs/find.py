@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from msenc.files import read_json
-from msenc.runs.record import is_finished
+from msenc.runs.record import is_finished, read_facts
 from msenc.runs.sweep import read_sweep
 
 
@@ -17,7 +16,7 @@ def find_run(folders: Iterable[Path], identity: str) -> Path | None:
     """
     found = []
     for path in run_records(folders):
-        facts = read_json(path)
+        facts = read_facts(path)
         if facts.get("identity") == identity:
             found.append((is_finished(facts), path.stat().st_mtime, path.parent))
     return max(found)[2] if found else None

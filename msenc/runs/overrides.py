@@ -4,8 +4,9 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from msenc.config.stored import read_overrides
 from msenc.runs.record import read_run
-from msenc.runs.stored import check_overrides, read_overrides
+from msenc.runs.trust import check_overrides
 from msenc.types import MsencError
 
 

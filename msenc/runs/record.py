@@ -17,19 +17,65 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from msenc.config.build import with_current_targets
-from msenc.files import read_json, write_json
-from msenc.runs.stored import read_yaml
+from msenc.config.stored import read_config
+from msenc.files import check_no_way_out, inside, read_json, write_json
+from msenc.files.kinds import Count, Name
 from msenc.types import MsencError
 from msenc.work.processes import is_first_process
 
 SCHEMA_VERSION = 1
 PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
+
+
+class _Alignment(TypedDict):
+    hash: str
+    used: bool
+
+
+class Facts(TypedDict):
+    """What ``run.json`` may hold, of what is read again; a run that was stopped early knows few of it."""
+
+    status: str
+    error: NotRequired[str | None]
+    identity: NotRequired[str]
+    modality: NotRequired[str]
+    seed: NotRequired[Count]
+    overrides: NotRequired[list[str]]
+    prepare_command: NotRequired[str]
+    data: NotRequired[str]
+    machine: NotRequired[str]
+    commit: NotRequired[str | None]
+    resumed: NotRequired[Count]
+    seconds: NotRequired[float]
+    peak_memory_mib: NotRequired[float]
+    threads: NotRequired[Count]
+    steps: NotRequired[Count]
+    epochs: NotRequired[Count]
+    best_loss: NotRequired[float | None]
+    stop_reason: NotRequired[str]
+    task_hash: NotRequired[str | None]
+    turns_hash: NotRequired[str | None]
+    streams: NotRequired[dict[Name, str] | None]
+    alignments: NotRequired[dict[Name, _Alignment] | None]
+    trainable_parameters: NotRequired[dict[str, Count]]
+    loss_weights: NotRequired[dict[str, float] | None]
+    metrics: NotRequired[dict[str, float | None]]
+    speakers: NotRequired[list[str]]
+    warnings: NotRequired[list[str] | None]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a ``run.json`` says.
+
+    Raises:
+        MsencError: it is missing, damaged, or holds something else; names the place in it.
+    """
+    return read_json(path, Facts, "Run that job again, or move its folder away.")
 
 
 class RunRecord:
@@ -74,10 +120,11 @@ class RunRecord:
         """Open an earlier run's record to continue the run.
 
         Raises:
-            MsencError: another process works in the folder, or the record cannot be read.
+            MsencError: another process works in the folder, a link in it leads elsewhere, or the record cannot be read.
         """
         record = cls.__new__(cls)
         record.folder = Path(folder)
+        check_no_way_out(record.folder)
         record._hold()
         record._continue()
         return record
@@ -99,7 +146,7 @@ class RunRecord:
     def _hold(self) -> None:
         self._lock = None
         if is_first_process():
-            lock = FileLock(self.folder / ".lock", timeout=0)
+            lock = FileLock(inside(self.folder, ".lock"), timeout=0)
             try:
                 lock.acquire()
             except Timeout as e:
@@ -116,8 +163,8 @@ class RunRecord:
         self._memory_before = memory_before
 
     def _continue(self) -> None:
-        self.facts = read_json(self.folder / "run.json")
-        self._begin(self.facts["seconds"], self.facts["peak_memory_mib"])
+        self.facts = read_facts(self.folder / "run.json")
+        self._begin(self.facts.get("seconds", 0.0), self.facts.get("peak_memory_mib", 0))
         if not is_finished(self.facts):
             self.facts.pop("error", None)
             self.add(status="running", resumed=self.facts.get("resumed", 0) + 1, commit_resumed=_commit())
@@ -159,10 +206,7 @@ def read_run(run_dir: str | Path, argument: str = "run_dir") -> tuple[dict[str, 
                 f"{argument}={run_dir}: {what} (no {file.relative_to(folder)}).{inside} Expected a folder that "
                 "train.py wrote, such as runs/single/TIME."
             )
-    config = read_yaml(folder / ".hydra" / "config.yaml")
-    if not isinstance(config, dict):
-        raise MsencError(f"{folder / '.hydra' / 'config.yaml'}: expected the config of a run, as train.py wrote it.")
-    return read_json(folder / "run.json"), OmegaConf.create(with_current_targets(config))
+    return read_facts(folder / "run.json"), read_config(folder / ".hydra" / "config.yaml")
 
 
 def _commit() -> str | None:

@@ -8,16 +8,19 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from msenc.files import digest, read_json, write_json
+from msenc.files.kinds import Must, Name
 from msenc.runs.identity import ANOTHER_PLACE
 from msenc.runs.overrides import key_of
 
 SCHEMA_VERSION = 1
+ADVICE = "Repeat the sweep's command, which writes it anew, or move its folder away."
 STOPPING = "stopping"
 
 
@@ -84,7 +87,7 @@ def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[st
 
 def job_folder(folder: Path, number: int) -> Path:
     """The folder of a new run of a job, in the sweep's: starts of one sweep do not write over each other."""
-    return folder / read_json(folder / "sweep.json")["started"] / str(number)
+    return folder / _read_jobs(folder)["started"] / str(number)
 
 
 def note_run(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
@@ -100,7 +103,7 @@ def stop_jobs(folder: Path) -> bool:
     Returns:
         Whether there is such a process.
     """
-    processes = {read_json(path)["process"] for path in folder.glob("jobs/*.json")}
+    processes = {note["process"] for note in _noted(folder).values() if "process" in note}
     children = [process for process in processes if _is_child(process)]
     if children:
         (folder / "jobs" / STOPPING).touch()
@@ -122,15 +125,45 @@ def _is_child(process: int) -> bool:
         return False
 
 
+class _Sweep(TypedDict):
+    started: NotRequired[Name]
+    command: NotRequired[list[str]]
+    jobs: list[list[str]] | None
+
+
+class _Note(TypedDict):
+    run_dir: Annotated[str, Must(lambda path: path != "" and "\0" not in path, "a folder")]
+    overrides: NotRequired[list[str]]
+    process: NotRequired[Annotated[int, Must(lambda number: 0 < number < 2**31, "a number of a process")]]
+
+
+def _read_jobs(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "sweep.json", _Sweep, ADVICE)
+
+
+def sweep_command(folder: Path) -> list[str]:
+    """The overrides of the command that started a sweep last."""
+    return _read_jobs(folder).get("command", [])
+
+
+def _noted(folder: Path) -> dict[int, dict[str, Any]]:
+    """Job -> which run it is, of those that have one."""
+    return {
+        int(path.stem): read_json(path, _Note, ADVICE)
+        for path in folder.glob("jobs/*.json")
+        if path.stem.isdecimal() and len(path.stem) < 10
+    }
+
+
 def read_sweep(folder: Path) -> list[Job] | None:
     """The jobs of a sweep in order; None where the folder is no sweep's."""
     if not (folder / "sweep.json").is_file():
         return None
-    wanted: list[list[str]] = read_json(folder / "sweep.json")["jobs"] or []
-    noted: Mapping[int, dict] = {int(p.stem): read_json(p) for p in folder.glob("jobs/*.json")}
+    wanted: list[list[str]] = _read_jobs(folder)["jobs"] or []
+    noted = _noted(folder)
     jobs = []
     for number in sorted({*range(len(wanted)), *noted}):
         run = noted.get(number)
-        overrides = wanted[number] if number < len(wanted) else run["overrides"]
+        overrides = wanted[number] if number < len(wanted) else run.get("overrides", [])
         jobs.append(Job(number, tuple(overrides), Path(os.path.normpath(folder / run["run_dir"])) if run else None))
     return jobs

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from msenc.files import parse_csv, read_json, read_text
 from msenc.store.location import Place
 from msenc.store.manifest import DatasetManifest
 from msenc.store.shards import ShardReader
@@ -24,6 +25,7 @@ from msenc.types import SPLITS, UNKNOWN, MsencError, Rejection
 
 SCHEMA_VERSION = 1
 AUDIT = "audit"
+AGAIN = "Audit again: python prepare.py stage=audit"
 
 FLAGS = {
     "clip_missing": "no such clip",
@@ -77,6 +79,12 @@ class Flag:
     found: str = ""
 
 
+class _Record(TypedDict):
+    hash: str
+    content: str
+    flags: str
+
+
 def flags_csv(flags: Iterable[Flag]) -> str:
     """The text of ``audit.csv``."""
     buffer = io.StringIO(newline="")
@@ -119,17 +127,15 @@ def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, h
         )
     record = _read_record(folder, hint)
     path = folder / AUDIT / "audit.csv"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise MsencError(f"{path}: cannot be read ({error}). Audit again: python prepare.py stage=audit") from error
+    text = read_text(path, AGAIN)
     if record["hash"] != manifest.audit_hash or hashlib.sha256(text.encode()).hexdigest() != record["flags"]:
         raise MsencError(
             f"{path}: not the audit that dataset.json records. {wanted} would leave out other things than it says. "
-            "Audit again: python prepare.py stage=audit"
+            f"{AGAIN}"
         )
     flags = {name.removeprefix("no_") for name in filters}
-    return frozenset(row["id"] for row in csv.DictReader(io.StringIO(text)) if row["flag"] in flags and row["id"])
+    rows = parse_csv(text, path, [f.name for f in fields(Flag)], AGAIN)
+    return frozenset(row["id"] for row in rows if row["flag"] in flags and row["id"])
 
 
 def count_left_out(ids: Iterable[str]) -> dict[str, dict[str, int]]:
@@ -142,28 +148,18 @@ def count_left_out(ids: Iterable[str]) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     ids = set(ids)
     for id in sorted(ids):
-        _, split, _, *utterance = id.split("/")
-        of_split = counts.setdefault(split, {"dialogues": 0, "utterances": 0})
-        if not utterance:
+        dialogue, _, _ = id.partition("/utt")
+        of_split = counts.setdefault(_split_of(id), {"dialogues": 0, "utterances": 0})
+        if dialogue == id:
             of_split["dialogues"] += 1
-        elif id.removesuffix(f"/{utterance[0]}") not in ids:
+        elif dialogue not in ids:
             of_split["utterances"] += 1
     return counts
 
 
 def _read_record(folder: Place, hint: str) -> dict[str, Any]:
     path = folder / AUDIT / "audit.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MsencError(f"{path}: cannot be read ({error}). Audit again: python prepare.py stage=audit") from error
-    version = record.get("schema_version") if isinstance(record, dict) else None
-    if version != SCHEMA_VERSION or not all(isinstance(record.get(key), str) for key in ("hash", "content", "flags")):
-        raise MsencError(
-            f"{path}: found schema version {version}, expected a complete audit of version {SCHEMA_VERSION}. "
-            f"Audit again: python prepare.py stage=audit {hint}".rstrip()
-        )
-    return record
+    return read_json(path, _Record, f"{AGAIN} {hint}".rstrip(), SCHEMA_VERSION)
 
 
 class FilteredReader:
@@ -177,6 +173,7 @@ class FilteredReader:
 
     def __init__(self, reader: ShardReader, turns: ShardReader, ids: frozenset[str]) -> None:
         self.reader = reader
+        self.folder = reader.folder
         self.split = reader.split
         self.hash = hashlib.sha256(json.dumps([reader.hash, sorted(ids)]).encode()).hexdigest()
         touched = {id.rpartition("/")[0] for id in ids}

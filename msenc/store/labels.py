@@ -5,11 +5,11 @@ nothing of them.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from msenc.files import write_text
+from msenc.files import read_json_lines, write_text
 from msenc.store.location import Place
 from msenc.types import MsencError
 
@@ -19,6 +19,14 @@ VOICE_TURNS = "voice-turns.jsonl"
 
 Labels = Mapping[str, Mapping[str, Any]]
 """Utterance id (``meld/train/dia3/utt5``) -> column -> value."""
+
+
+class _Row(TypedDict):
+    id: str
+
+
+class _MeasuredRow(_Row):
+    measured: NotRequired[dict[str, str]]
 
 
 def write_labels(folder: Path, labels: Labels) -> None:
@@ -41,24 +49,11 @@ def read_labels(folder: Place, file: str, hint: str) -> dict[str, dict[str, Any]
     Raises:
         MsencError: it is missing, or a line is none of labels.
     """
-    path = folder / file
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise MsencError(f"{path}: missing. {hint}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise MsencError(f"{path}: cannot be read ({error}). {hint}") from error
-    labels = {}
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            labels[row.pop("id")] = row
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise MsencError(
-                f"{path}, line {number}: found {line[:60]!r}, expected an object with an id. {hint}"
-            ) from error
+    kind = _MeasuredRow if file == VOICE_TURNS else _Row
+    rows: Iterator[tuple[str, dict[str, Any]]] = read_json_lines(folder / file, kind, hint)
+    labels = {row.pop("id"): row for _, row in rows}
+    if not labels:
+        raise MsencError(f"{folder / file}: is empty, expected a line per utterance. {hint}".rstrip())
     return labels
 
 

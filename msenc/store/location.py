@@ -18,6 +18,7 @@ import fsspec
 from filelock import FileLock
 from fsspec.callbacks import DEFAULT_CALLBACK, TqdmCallback
 
+from msenc.files.kinds import check_name
 from msenc.types import MsencError
 
 LARGE_BYTES = 16 * 2**20
@@ -43,6 +44,7 @@ class RemotePath:
     current: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def __truediv__(self, name: str) -> "RemotePath":
+        check_name(name, f"{self.url}/")
         return RemotePath(f"{self.url}/{name}", self.copy / name, self.current)
 
     def __str__(self) -> str:

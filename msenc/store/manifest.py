@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal
 
-from msenc.files import write_text
+from msenc.files import parse_csv, read_json, read_text, write_text
+from msenc.files.kinds import Count, Name, Split, short
 from msenc.store.location import Place
 from msenc.types import SPLITS, Dialogue, MsencError, Rejection
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
+PREPARE = "Prepare the data again, into an empty folder."
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class SplitCounts:
         clips: utterances whose media file exists, or None where that was not looked at.
     """
 
-    dialogues: int
-    utterances: int
-    samples: int
+    dialogues: Count
+    utterances: Count
+    samples: Count
     hours: float
-    clips: int | None = None
+    clips: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ class StreamInfo:
         utterances: number of utterances that have the stream, by split.
     """
 
-    kind: str
-    encoder: str | None
-    dim: int | None
+    kind: Literal["text", "audio", "video"]
+    encoder: Name | None
+    dim: Count | None
     settings: dict[str, Any]
     hash: str
-    utterances: dict[str, int]
+    utterances: dict[Split, Count]
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class DatasetManifest:
         audit_hash: of the audit of these turns, or empty where there was none.
     """
 
-    name: str
-    splits: dict[str, SplitCounts]
-    streams: dict[str, StreamInfo]
-    rejected: dict[str, int] = field(default_factory=dict)
-    num_repaired: int = 0
+    name: Name
+    splits: dict[Split, SplitCounts]
+    streams: dict[Name, StreamInfo]
+    rejected: dict[str, Count] = field(default_factory=dict)
+    num_repaired: Count = 0
     settings: dict[str, Any] = field(default_factory=dict)
     turns_hash: str = ""
     audit_hash: str = ""
@@ -97,35 +99,11 @@ class DatasetManifest:
         Raises:
             MsencError: if it is missing, cannot be read, is of another schema or incomplete.
         """
-        path = folder / MANIFEST
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise MsencError(f"{path}: missing. Expected a dataset written by prepare.py. {hint}".strip()) from error
-        except (OSError, ValueError) as error:
-            raise MsencError(f"{path}: cannot be read ({error}). Prepare the data again. {hint}".strip()) from error
-        version = value.get("schema_version") if isinstance(value, dict) else None
-        if version != SCHEMA_VERSION:
-            raise MsencError(
-                f"{path}: found schema version {version}, expected {SCHEMA_VERSION}. Prepare again. {hint}".strip()
-            )
-        try:
-            splits = {name: _typed(SplitCounts, counts) for name, counts in value["splits"].items()}
-            streams = {name: _typed(StreamInfo, info) for name, info in value["streams"].items()}
-            return _typed(DatasetManifest, {**value, "splits": splits, "streams": streams})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise MsencError(
-                f"{path}: not a complete manifest ({error}). Prepare the data again. {hint}".strip()
-            ) from error
-
-
-def _typed(cls: type[Any], values: dict[str, Any]) -> Any:
-    """An instance of a dataclass, if the values are of the types that its fields say."""
-    for name, hint in get_type_hints(cls).items():
-        kind = int | float if hint is float else get_origin(hint) if get_origin(hint) is dict else hint
-        if name in values and not isinstance(values[name], kind):
-            raise TypeError(f"{name} is {values[name]!r}")
-    return cls(**values)
+        advice = f"Expected a dataset written by prepare.py: prepare again. {hint}".strip()
+        value = read_json(folder / MANIFEST, DatasetManifest, advice, SCHEMA_VERSION)
+        splits = {name: SplitCounts(**counts) for name, counts in value["splits"].items()}
+        streams = {name: StreamInfo(**info) for name, info in value["streams"].items()}
+        return DatasetManifest(**{**value, "splits": splits, "streams": streams})
 
 
 def count_splits(dialogues: Iterable[Dialogue], clips: dict[str, int] | None = None) -> dict[str, SplitCounts]:
@@ -177,7 +155,16 @@ def write_rejections(path: Path, rejections: Iterable[Rejection]) -> None:
 
 
 def read_rejections(path: Path) -> list[Rejection]:
-    """What `write_rejections` wrote."""
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        return [Rejection(**{**row, "row": int(row["row"]) if row["row"] else None}) for row in rows]
+    """What `write_rejections` wrote.
+
+    Raises:
+        MsencError: it is no such file; names the row.
+    """
+    rejections = []
+    for number, row in enumerate(
+        parse_csv(read_text(path, PREPARE), path, [f.name for f in fields(Rejection)], PREPARE)
+    ):
+        if row["row"] and not (row["row"].isdecimal() and len(row["row"]) < 10):
+            raise MsencError(f"{path}, entry {number + 1}: found row {short(row['row'])}, expected a number. {PREPARE}")
+        rejections.append(Rejection(**{**row, "row": int(row["row"]) if row["row"] else None}))
+    return rejections

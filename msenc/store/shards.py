@@ -5,7 +5,6 @@ where in them each dialogue lies. Any webdataset reader opens the tar files with
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -13,11 +12,14 @@ import shutil
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypedDict
 
 import numpy as np
 
+from msenc.files import read_json
+from msenc.files.kinds import Count, Must, Name, Sha256, Split, is_name
 from msenc.store.location import Place, RemotePath, hash_file
+from msenc.store.members import check_features, check_turns, decode_member, encode_member
 from msenc.types import MsencError
 
 SCHEMA_VERSION = 1
@@ -25,6 +27,41 @@ INDEX = "index.json"
 
 # webdataset ends a sample's key at the first dot of the last part of its path.
 _DIALOGUE_ID = re.compile(r"(?:[^/\s]+/)*[^./\s]+")
+
+
+def is_dialogue_id(id: str) -> bool:
+    """Whether an id can be a member's path in a tar file that any reader may unpack.
+
+    Example:
+        >>> is_dialogue_id("meld/train/dia3"), is_dialogue_id("../train/dia3")
+        (True, False)
+    """
+    return _DIALOGUE_ID.fullmatch(id) is not None and all(map(is_name, id.split("/")))
+
+
+DialogueId = Annotated[str, Must(is_dialogue_id, "names with / between them, none with a space, the last without dot")]
+
+
+class _Shard(TypedDict):
+    file: Name
+    sha256: Sha256
+    bytes: Count
+
+
+class _Sample(TypedDict):
+    id: DialogueId
+    split: Split
+    shard: Count
+    members: dict[Name, tuple[Count, Count]]
+    lengths: list[Count]
+
+
+class _Index(TypedDict):
+    stream: str
+    settings: dict[str, Any]
+    hash: str
+    shards: list[_Shard]
+    samples: list[_Sample]
 
 
 def write_stream(
@@ -60,8 +97,8 @@ def write_stream(
     try:
         seen: set[str] = set()
         for id, split, members in samples:
-            if id in seen or not _DIALOGUE_ID.fullmatch(id):
-                found = "twice" if id in seen else "with a space, or with a dot in its last part"
+            if id in seen or not is_dialogue_id(id):
+                found = "twice" if id in seen else "with a space, with .., or with a dot in its last part"
                 raise MsencError(
                     f"{folder}: dialogue id {id!r} found {found}. Expected ids that are unique and fit a file name."
                 )
@@ -100,41 +137,23 @@ def read_index(folder: Place, hint: str = "") -> dict[str, Any]:
     path = folder / INDEX
     if isinstance(folder, Path) and not folder.is_dir():
         raise MsencError(_with_hint(f"{folder}: no such folder of shards. Expected one written by prepare.py.", hint))
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MsencError(_with_hint(f"{path}: missing. Expected it beside the shards; prepare again.", hint)) from error
-    except (OSError, ValueError) as error:
-        raise MsencError(_with_hint(f"{path}: cannot be read ({error}). Prepare again.", hint)) from error
-    version = index.get("schema_version") if isinstance(index, dict) else None
-    if version != SCHEMA_VERSION:
-        raise MsencError(
-            _with_hint(f"{path}: found schema version {version}, expected {SCHEMA_VERSION}. Prepare again.", hint)
-        )
-    missing = [key for key in ("stream", "settings", "hash", "shards", "samples") if key not in index]
-    if missing:
-        raise MsencError(_with_hint(f"{path}: no {', '.join(missing)} in it. Prepare again.", hint))
-    if not _is_sound(index):
-        raise MsencError(_with_hint(f"{path}: damaged; it does not hold what its hash says. Prepare again.", hint))
+    advice = f"Prepare again. {hint}".strip()
+    index = read_json(path, _Index, advice, SCHEMA_VERSION)
+    sizes = [shard["bytes"] for shard in index["shards"]]
+    ids = set()
+    for number, sample in enumerate(index["samples"]):
+        where = f"{path}, samples[{number}]"
+        if sample["shard"] >= len(sizes):
+            raise MsencError(f"{where}: found shard {sample['shard']}, expected one of {len(sizes)}. {advice}")
+        if sample["id"] in ids:
+            raise MsencError(f"{where}: the id {sample['id']} stands there twice. {advice}")
+        ids.add(sample["id"])
+        for name, (offset, size) in sample["members"].items():
+            if offset + size > sizes[sample["shard"]]:
+                raise MsencError(f"{where}: {name} ends behind the end of its shard. {advice}")
+    if stream_hash(index["settings"], index["shards"]) != index["hash"]:
+        raise MsencError(f"{path}: damaged; it does not hold what its hash says. {advice}")
     return index
-
-
-def _is_sound(index: dict[str, Any]) -> bool:
-    """Whether all is of the type and range that a reader relies on, and the hash is that of settings and shards."""
-    shard, sample = {"file": str, "sha256": str, "bytes": int}, {"id": str, "split": str, "shard": int}
-    try:
-        return (
-            all(isinstance(s[key], kind) for s in index["shards"] for key, kind in shard.items())
-            and all(isinstance(s[key], kind) for s in index["samples"] for key, kind in sample.items())
-            and all(0 <= s["shard"] < len(index["shards"]) for s in index["samples"])
-            and all(int(length) >= 0 for s in index["samples"] for length in s["lengths"])
-            and all(min(int(a), int(b)) >= 0 for s in index["samples"] for a, b in s["members"].values())
-            and len({s["id"] for s in index["samples"]}) == len(index["samples"])
-            and isinstance(index["settings"], dict)
-            and stream_hash(index["settings"], index["shards"]) == index["hash"]
-        )
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return False
 
 
 def stream_hash(settings: dict[str, Any], shards: list[dict[str, Any]]) -> str:
@@ -175,6 +194,7 @@ class ShardReader:
         self._shards = {number: index["shards"][number] for number in sorted({entry["shard"] for entry in entries})}
         self._descriptors: dict[int, int] = {}
         self._verified: set[int] = set()
+        self._sound: set[str] = set()
         for shard in self._shards.values():
             path = self.folder / shard["file"]
             if isinstance(path, RemotePath):
@@ -202,11 +222,18 @@ class ShardReader:
         entry = self._entries[id]
         descriptor = self._open(entry["shard"])
         try:
-            return {
+            members = {
                 name: decode_member(name, self._read(descriptor, *place)) for name, place in entry["members"].items()
             }
-        except ValueError as error:  # the index names bytes that are no such member
-            self._refuse(self.folder, f"no {' or '.join(entry['members'])} where the index says ({error})")
+            if id not in self._sound:  # what was looked at once is the same the next time
+                if "turns.json" in members:
+                    check_turns(members["turns.json"], id, self.split, len(entry["lengths"]))
+                if "offsets.npy" in members:
+                    check_features(members.get("features.npy"), members["offsets.npy"], entry["lengths"])
+                self._sound.add(id)
+            return members
+        except MsencError as error:  # the index names bytes that are no such member
+            raise MsencError(_with_hint(f"{self.folder}, {id}, {error} Prepare the data again.", self.hint)) from error
 
     def check(self) -> None:
         """Verify every shard of the split now; copies of this reader made afterwards do not verify again."""
@@ -339,29 +366,6 @@ def _lengths(members: dict[str, Any]) -> list[int]:
         if isinstance(value, dict) and "utterances" in value:
             return [len(utterance["text"]) for utterance in value["utterances"]]
     return []
-
-
-def encode_member(name: str, value: Any) -> bytes:
-    """The bytes of a member; its name ends in ``.json`` (plain values) or ``.npy`` (an array)."""
-    if name.endswith(".json"):
-        return json.dumps(value, ensure_ascii=False).encode()
-    if name.endswith(".npy"):
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, np.ascontiguousarray(value), allow_pickle=False)
-        return buffer.getvalue()
-    raise ValueError(f"member {name!r}: expected a name that ends in .json or .npy")
-
-
-def decode_member(name: str, data: np.ndarray) -> Any:
-    """What `encode_member` made bytes (uint8) of; an array shares their memory."""
-    if name.endswith(".json"):
-        return json.loads(data.tobytes())
-    header = io.BytesIO(memoryview(data)[:4096])
-    if np.lib.format.read_magic(header) == (1, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
-        if not is_fortran and not dtype.hasobject:
-            return np.frombuffer(data, dtype, offset=header.tell()).reshape(shape)  # no copy
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
 def clear_leftovers(folder: Path, name: str = "*") -> None:

@@ -3,17 +3,18 @@
 Turn (words, sound, picture) -> features by the run's own encoders -> prompt -> LLM -> Answer (words, voice description)
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
 from msenc.data.collate import Layout, histories
 from msenc.evaluation.replies import decoding_for, write_replies
+from msenc.files import read_json
+from msenc.files.kinds import Must
 from msenc.models.conversation import ConversationModel
 from msenc.models.encoders import Encoder
 from msenc.prepare.features import encode_clip
@@ -24,6 +25,7 @@ from msenc.speech.synthesis import Synthesizer
 from msenc.types import Dialogue, MsencError, Utterance, VoiceAttributes
 
 DEFAULT_SPEAKERS = ("User", "Agent")
+_File = Annotated[str, Must(lambda path: "\0" not in path, "a file")]
 
 NO_CLIP = {
     "clip missing": "there is no such file",
@@ -306,6 +308,21 @@ def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) 
 # ---------------------------------------------------------------------------------------------------- histories
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """`Turn` as it is written."""
+
+    speaker: Annotated[str, Must(lambda name: name.strip() != "", "a name")]
+    text: str | None = None
+    audio: _File | None = None
+    video: _File | None = None
+    description: str | None = None
+
+
+class _Talk(TypedDict):
+    turns: list[_Turn]
+
+
 def read_talk(path: Path) -> list[Turn]:
     """The turns of a history file: ``{"turns": [{"speaker": ..., "text": ..., "audio": ..., "video": ...}, ...]}``.
 
@@ -314,27 +331,16 @@ def read_talk(path: Path) -> list[Turn]:
     Raises:
         MsencError: it is missing, no JSON, or a turn is not as described; it names the turn.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MsencError(f"history={path}: cannot be read as JSON ({error}).") from error
-    turns = value.get("turns") if isinstance(value, dict) else None
-    if not isinstance(turns, list):
-        raise MsencError(f'history={path}: expected {{"turns": [...]}}, a list of turns with speaker and text.')
-    return [_read_turn(path, number, turn) for number, turn in enumerate(turns, start=1)]
-
-
-def _read_turn(path: Path, number: int, turn: Any) -> Turn:
-    known = Turn.__dataclass_fields__
-    if not isinstance(turn, dict) or not turn.get("speaker"):
-        raise MsencError(f"history={path}, turn {number}: expected an object with a speaker, found {turn!r}.")
-    for key, found in turn.items():
-        if key not in known:
-            raise MsencError(f"history={path}, turn {number}: no such key {key!r}. Known: {', '.join(known)}.")
-        if found is not None and not isinstance(found, str):
-            raise MsencError(f"history={path}, turn {number}, {key}: found {found!r}, expected a text or null.")
-    files = {k: path.parent / turn[k] if turn.get(k) else None for k in ("audio", "video")}
-    return Turn(turn["speaker"], turn.get("text") or "", **files, description=turn.get("description"))
+    turns = read_json(path, _Talk, 'Expected {"turns": [...]}, turns with speaker and text.')["turns"]
+    return [
+        Turn(
+            turn["speaker"],
+            turn.get("text") or "",
+            **{k: path.parent / turn[k] if turn.get(k) else None for k in ("audio", "video")},
+            description=turn.get("description"),
+        )
+        for turn in turns
+    ]
 
 
 def talk_json(turns: Sequence[Turn]) -> dict[str, Any]:

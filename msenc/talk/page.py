@@ -22,10 +22,10 @@ import numpy as np
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from msenc.files import read_json, write_json
+from msenc.files import write_json
 from msenc.pages.render import PAGES, data_uri
 from msenc.runs.find import run_records
-from msenc.runs.record import is_finished, read_run
+from msenc.runs.record import is_finished, read_facts, read_run
 from msenc.speech.description import VOCABULARY, describe, parse
 from msenc.speech.pitch import HOP_S
 from msenc.speech.synthesis import Synthesizer
@@ -204,14 +204,14 @@ def _hear_again(agent: Agent, turn: Turn) -> Heard:
 
 def finished_runs(folder: Path) -> list[Path]:
     """Folders of the finished runs below, the newest first."""
-    found = [path for path in run_records([folder]) if is_finished(read_json(path))]
+    found = [path for path in run_records([folder]) if is_finished(read_facts(path))]
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 def run_label(run: Path, runs_dir: Path) -> str:
     """A run as a person tells it from others: its folder, and what it reads."""
     name = run.relative_to(runs_dir) if run.is_relative_to(runs_dir) else run
-    return f"{name} ({read_json(run / 'run.json')['modality']})"
+    return f"{name} ({read_facts(run / 'run.json').get('modality', 'unknown')})"
 
 
 def save_talk(talk: Talk) -> Path:

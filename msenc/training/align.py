@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from msenc.config.hints import nearest
 from msenc.data.collate import collate, dialogue_rows
 from msenc.data.datamodule import DialogueDataModule
 from msenc.files import content_hash, digest, read_json, write_json
+from msenc.files.kinds import Count
 from msenc.models.alignment import (
     AlignmentSettings,
     AlignmentState,
@@ -194,6 +195,28 @@ class Labels:
         }
 
 
+class _Facts(TypedDict):
+    source: str
+    hash: str
+    utterances: Count
+    without: Count
+    different: Count
+
+
+class _Scores(TypedDict):
+    accuracy: NotRequired[float]
+    chance: NotRequired[float]
+    spread: NotRequired[float | None]
+
+
+class _Record(TypedDict):
+    """What ``alignment.json`` holds; `scores` is empty where there was nothing to score on."""
+
+    labels: _Facts
+    scores: _Scores
+    seconds: float
+
+
 def align_connectors(
     config: Mapping[str, Any],
     model: ConversationModel,
@@ -244,8 +267,7 @@ def _align(
         is_there = (folder / RECORD).is_file()
         if not is_there:
             _make(folder, identity, settings, config, model, datamodule, labels, stream)
-        record = read_json(folder / RECORD)
-        connector = read_checkpoint(folder / FILE)["state_dict"]
+        record, connector = read_alignment(folder, model.connectors[stream])
     return connector, {
         **{k: record[k] for k in ("labels", "scores", "seconds")},
         "folder": str(folder),
@@ -254,6 +276,24 @@ def _align(
         "reused": is_there,
         "used": not _is_weak(record["scores"]),
     }
+
+
+def read_alignment(folder: Path, connector: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An alignment that was made before: its record, and the tensors of its connector.
+
+    Args:
+        folder: of the alignment.
+        connector: that it is for.
+
+    Raises:
+        MsencError: either is missing or damaged, or the tensors do not fit the connector.
+    """
+    advice = f"Remove {folder}, and it is made again."
+    record = read_json(folder / RECORD, _Record, advice)
+    state = read_checkpoint(folder / FILE)["state_dict"]
+    if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in connector.state_dict().items()}:
+        raise MsencError(f"{folder / FILE}: its tensors do not fit the run's connector. {advice}")
+    return record, state
 
 
 def _make(
@@ -393,7 +433,10 @@ def _llm_loss(
 
 
 def _read_state(path: Path) -> AlignmentState | None:
-    return AlignmentState(**read_checkpoint(path)["alignment"]) if path.is_file() else None
+    try:
+        return AlignmentState(**read_checkpoint(path)["alignment"]) if path.is_file() else None
+    except (KeyError, TypeError) as error:
+        raise MsencError(f"{path}: no state of an alignment ({error!r}). Remove it, and it begins anew.") from error
 
 
 def hash_of_tensors(state: Mapping[str, Tensor]) -> str:

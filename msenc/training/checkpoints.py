@@ -22,10 +22,13 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from msenc.files.kinds import short
 from msenc.models.pretrained import load_torch_file
 from msenc.types import MsencError
 from msenc.work.signals import Termination
 
+BASE = ("base_name", "base_fingerprint")
+ANOTHER = "Take another checkpoint, or train again."
 LAST, PREVIOUS, BEST, UNREADABLE = "last.ckpt", "previous.ckpt", "best.ckpt", "unreadable.ckpt"
 
 
@@ -40,6 +43,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # a link of this name would be written through
         with partial.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -88,7 +92,40 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise MsencError(
             f"{path}: no checkpoint of train.py (it holds no state_dict). Expected {BEST}, {LAST} or {PREVIOUS}."
         )
+    check_tensors(saved["state_dict"], f"{path}, state_dict")
+    average = saved.get("average", {})
+    if not isinstance(average, dict) or not average.keys() <= saved["state_dict"].keys():
+        raise MsencError(f"{path}, average: found other names than those of state_dict. {ANOTHER}")
+    check_tensors(average, f"{path}, average")
+    base = saved.get("msenc", {})
+    if not isinstance(base, dict) or not all(isinstance(base.get(key, ""), str) for key in BASE):
+        raise MsencError(f"{path}, msenc: found {short(base)}, expected {' and '.join(BASE)} as texts. {ANOTHER}")
+    if not isinstance(saved.get("global_step", 0), int):
+        raise MsencError(f"{path}, global_step: found {short(saved['global_step'])}, expected a number. {ANOTHER}")
     return saved
+
+
+def check_tensors(state: Mapping[Any, Any], where: str) -> None:
+    """Refuse weights that are none: what is no tensor, and NaN or infinity, with which nothing can be learned or said.
+
+    Raises:
+        MsencError: names the first.
+    """
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_dense(tensor):
+            raise MsencError(f"{where}, {short(name)}: found a {type(tensor).__name__}, expected a tensor. {ANOTHER}")
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
+            number = int((~tensor.isfinite()).sum())
+            raise MsencError(
+                f"{where}, {name}: found NaN or infinity in {number:,} of {tensor.numel():,} values: the training "
+                f"diverged, or the file was changed. {ANOTHER}"
+            )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether all values of a tensor are there, each at its place: one number can be said to fill any shape."""
+    is_usual = tensor.layout is torch.strided and not tensor.is_quantized and tensor.element_size() <= 8
+    return is_usual and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 class CheckpointFiles(TorchCheckpointIO):

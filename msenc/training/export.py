@@ -3,19 +3,24 @@
 ConversationModel, config -> export/{export.json, adapter/, llm/, connectors.safetensors} -> `load_export`
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from msenc.config.build import build, with_current_targets
-from msenc.files import read_json, whole_folder, write_json
+from msenc.files import hold, read_json, reason_of, whole_folder, write_json
+from msenc.files.kinds import Count, Name, short
 from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_llm, load_tokenizer, with_adapter
 from msenc.prompt import DialogueTokenizer
+from msenc.training.checkpoints import check_tensors
 from msenc.types import MsencError
 
 FORMAT_VERSION = 1
+ADVICE = "Expected what train.py wrote: export the run again."
 
 
 def write_export(
@@ -80,6 +85,51 @@ def _write_parts(
     return content
 
 
+class _Stream(TypedDict):
+    encoder_name: Name
+    dim: Count
+    num_queries: Count
+    encoder: dict[str, Any]
+
+
+class _Base(TypedDict):
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Llm:
+    """A setting that this msenc does not know would change what is loaded: it is refused."""
+
+    trained: Literal["adapter", "llm"] | None
+    dtype: str = ""
+    attn_implementation: str = ""
+
+
+class _Export(TypedDict):
+    """What ``export.json`` holds of all that `load_export` builds; what may be built is `config.build`'s to say."""
+
+    base_llm: _Base
+    llm: _Llm
+    streams: dict[Name, _Stream]
+    connector: dict[str, Any] | None
+    tie_connectors: bool
+    prompt: dict[str, Any]
+    max_history_tokens: Count
+    decoding: dict[str, Any]
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[Path]:
+    """Say which part of an export cannot be read; safetensors and PEFT have a dozen errors for that."""
+    try:
+        yield place
+    except MsencError:
+        raise
+    except Exception as error:
+        raise MsencError(f"{place}: cannot be loaded ({reason_of(error)[:300]}). {ADVICE}") from error
+
+
 def load_export(folder: str | Path, base: str | None = None) -> tuple[ConversationModel, DialogueTokenizer]:
     """Load what `write_export` wrote: the model, frozen and in eval mode, and the tokenizer of its prompt.
 
@@ -93,35 +143,48 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     from safetensors.torch import load_model
 
     folder = Path(folder)
-    content = with_current_targets(read_json(folder / "export.json"))
+    path = folder / "export.json"
+    content = read_json(path, dict[str, Any], ADVICE)
     if content.get("format_version") != FORMAT_VERSION:
         raise MsencError(
-            f"{folder / 'export.json'}: format_version {content.get('format_version')}, this msenc reads "
-            f"{FORMAT_VERSION}. Load it with the msenc that wrote it."
+            f"{path}: format_version {short(content.get('format_version'))}, this msenc reads {FORMAT_VERSION}. Load "
+            "it with the msenc that wrote it."
         )
+    content = with_current_targets(hold(content, _Export, path, ADVICE))
+    if content["streams"] and content["connector"] is None:
+        raise MsencError(f"{path}, connector: found null, expected one, as there are streams. {ADVICE}")
     trained = content["llm"]["trained"]
-    options = {k: content["llm"][k] for k in ("dtype", "attn_implementation") if k in content["llm"]}
+    options = {k: v for k, v in content["llm"].items() if k != "trained"}
     name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
-    llm = load_llm(name, freeze=True, **options)
+    with _readable(path):  # settings that no LLM takes
+        llm = load_llm(name, freeze=True, **options)
     expected = content["base_llm"]["fingerprint"]
     if trained != "llm" and llm.base_fingerprint != expected:
         raise MsencError(
             f"{folder}: trained on the base weights {content['base_llm']['name']} with fingerprint {expected}, {name} "
             f"has {llm.base_fingerprint}. Give the folder of the right ones: load_export(folder, base=...)."
         )
+    if trained == "llm":
+        check_tensors(llm.state_dict(), str(folder / "llm"))
     if trained == "adapter":
         base_name, base_fingerprint = llm.base_name, llm.base_fingerprint
-        llm = with_adapter(llm, folder / "adapter")
+        with _readable(folder / "adapter"):
+            llm = with_adapter(llm, folder / "adapter")
+        check_tensors({k: v for k, v in llm.state_dict().items() if "lora_" in k}, str(folder / "adapter"))
         llm.base_name, llm.base_fingerprint = base_name, base_fingerprint
     width = llm.get_input_embeddings().embedding_dim
     connectors = {}
     for stream, facts in content["streams"].items():
         node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}
-        connectors[stream] = build(node, "model.connector", in_dim=facts["dim"], out_dim=width)
+        with _readable(path):
+            connectors[stream] = build(node, "model.connector", in_dim=facts["dim"], out_dim=width)
     if content["tie_connectors"]:
         tie(connectors)
     model = ConversationModel(llm, connectors)
     if connectors:
-        load_model(model.connectors, str(folder / "connectors.safetensors"))
+        with _readable(folder / "connectors.safetensors") as file:
+            load_model(model.connectors, str(file))
+        check_tensors(model.connectors.state_dict(), str(folder / "connectors.safetensors"))
     model.requires_grad_(False)
-    return model.eval(), DialogueTokenizer(build(content["prompt"], "prompt"), load_tokenizer(name))
+    with _readable(path):
+        return model.eval(), DialogueTokenizer(build(content["prompt"], "prompt"), load_tokenizer(name))

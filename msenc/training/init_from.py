@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from msenc.config.schema import plain
+from msenc.config.stored import settled
 from msenc.data.datamodule import RUN_ONLY
 from msenc.models.conversation import ConversationModel
 from msenc.models.pretrained import name_some
@@ -99,7 +99,7 @@ def _read(run: str, argument: str, part: str, checkpoint: str) -> Start:
         "identity": record.get("identity"),
         "hash": hash_of_tensors(state) if state else None,
     }
-    return Start(argument, Path(run), state, plain(config), saved.get("msenc", {}), facts)
+    return Start(argument, Path(run), state, settled(config, Path(run)), saved.get("msenc", {}), facts)
 
 
 def start_from(

@@ -9,7 +9,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from msenc.files import write_text
+from msenc.files import read_text, write_text
+from msenc.types import MsencError
 
 
 class CsvLogger(CSVLogger):
@@ -32,10 +33,13 @@ class CsvLogger(CSVLogger):
         file = Path(self.log_dir) / "metrics.csv"
         if not file.is_file():
             return
-        text = file.read_text(encoding="utf-8")
-        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # the last row may have been cut off
-        names = list(reader.fieldnames or [])
-        rows = [row for row in reader if int(row["step"]) < purge_step]
+        text = read_text(file, "Move it away to go on without it.")
+        try:
+            reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # the last row may have been cut off
+            names = list(reader.fieldnames or [])
+            rows = [row for row in reader if None not in row and int(row["step"]) < purge_step]
+        except (csv.Error, KeyError, ValueError, TypeError) as error:
+            raise MsencError(f"{file}: no log of Lightning's ({error!r}). Move it away to go on without it.") from error
         kept = io.StringIO()
         writer = csv.DictWriter(kept, names)
         writer.writeheader()

@@ -1,16 +1,19 @@
 """A run that was trained -> its record, its config, and its model with what was learned."""
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 
 from msenc.config.checks import check_targets
-from msenc.config.schema import plain
+from msenc.config.stored import ADVICE, settled
+from msenc.files import reason_of
 from msenc.models.conversation import ConversationModel
 from msenc.runs.record import read_run
-from msenc.runs.stored import check_urls
+from msenc.runs.trust import check_urls
 from msenc.training.assembly import GIVEN, build_model
 from msenc.training.averaging import learned_state
 from msenc.training.checkpoints import read_checkpoint
@@ -25,18 +28,25 @@ def open_run(run_dir: Path, data_dir: str | None, urls: Collection[str] = ()) ->
     Args:
         run_dir: the run.
         data_dir: where data and tiny LLM lie, if they have moved since; None: where the run found them.
-        urls: addresses that the run's config may name (`runs.stored.check_urls`).
+        urls: addresses that the run's config may name (`runs.trust.check_urls`).
     """
     record, config = read_run(run_dir)
-    if "trainable_parameters" not in record or "task_hash" not in record:
+    if not {"trainable_parameters", "task_hash", "streams"} <= record.keys():
         raise MsencError(
             f"{run_dir}: the run ended ({record.get('status')}) before it had a model, so there is nothing to measure "
             "or to talk to. Repeat its command."
         )
-    config.paths.output_dir = str(run_dir)
-    if data_dir is not None:
-        config.paths.data_dir = data_dir
-    own = plain(config)
+    try:
+        config.paths.output_dir = str(run_dir)
+        # What is fetched goes where this user keeps such copies, whatever the run, a stranger's perhaps, says.
+        data = data_dir or os.environ.get("MSENC_DATA", "data")
+        config.paths.cache_dir = os.environ.get("MSENC_CACHE", f"{data}/cache")
+        if data_dir is not None:
+            config.paths.data_dir = data_dir
+    except (OmegaConfBaseException, AttributeError) as error:
+        path = run_dir / ".hydra" / "config.yaml"
+        raise MsencError(f"{path}: has no paths ({reason_of(error)}). {ADVICE}") from error
+    own = settled(config, run_dir)
     check_urls(own, [*urls, *([data_dir] if data_dir else [])], Path(run_dir) / ".hydra" / "config.yaml")
     check_targets(own, GIVEN)
     return record, own

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from msenc.store.shards import decode_member, disk_errors, encode_member
+from msenc.store.members import decode_member, encode_member
+from msenc.store.shards import disk_errors
 from msenc.types import MsencError
 from msenc.work.pool import pool_of, progress_bar
 
@@ -154,7 +155,7 @@ def read_result(item: Item, folder: Path) -> Members:
             return {name: decode_member(name, np.frombuffer(file.read(name), np.uint8)) for name in file.namelist()}
     except FileNotFoundError as error:
         raise MsencError(f"{path}: the result of {item.id} is missing. Repeat the command.") from error
-    except (zipfile.BadZipFile, ValueError) as error:
+    except (zipfile.BadZipFile, ValueError, RuntimeError, MsencError) as error:
         path.unlink()
         raise MsencError(
             f"{path}: the result of {item.id} was damaged ({error}) and is removed. Repeat the command; it makes this "

@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from msenc.files import read_json
 from msenc.types import MsencError
 
 
@@ -60,10 +61,7 @@ def _is_written(root: Path, marker: str, settings: Mapping[str, Any]) -> bool:
     path = root / marker
     if not path.is_file():
         raise MsencError(f"{root} exists and holds no generated data (it has no {marker}). {advice}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MsencError(f"{path} is not readable as JSON ({error}). {advice}") from error
+    found = read_json(path, advice=advice)
     if found == settings:
         return True
     found = found if isinstance(found, dict) else {}

@@ -355,7 +355,7 @@ def test_settings_that_make_no_bins_are_refused(settings, message):
 
 
 def test_bins_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(MsencError, match=r"voice-bins\.json: cannot be read .* prepare\.py describe=true"):
+    with pytest.raises(MsencError, match=r"voice-bins\.json: missing\. .* prepare\.py describe=true"):
         read_bins(tmp_path)
 
 

@@ -286,9 +286,12 @@ def test_two_runs_of_one_seed_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", r"run\.json is not JSON"),
-        ("[]", r"run\.json holds a list, expected an object"),
-        ('{"status": "finished", "seed": 1}', r"run\.json lacks task_hash, overrides; it has status, seed"),
+        ("{", r"run\.json: cannot be read as JSON"),
+        ("[]", r"run\.json: found a list of 0, expected an object"),
+        (
+            '{"status": "finished", "seed": 1}',
+            r"run\.json: found no task_hash, overrides, expected it beside status, seed",
+        ),
     ],
 )
 def test_unreadable_run_files_are_refused_by_name(tmp_path, text, expected):
@@ -300,5 +303,5 @@ def test_unreadable_run_files_are_refused_by_name(tmp_path, text, expected):
 def test_evaluations_without_their_settings_are_refused_by_name(tmp_path):
     path = write_evaluation(write_run(tmp_path / "0", []), {"nll": 1.0})
     path.write_text('{"split": "test", "nll": 1.0}')
-    with pytest.raises(MsencError, match=r"metrics\.json lacks data, settings"):
+    with pytest.raises(MsencError, match=r"metrics\.json: found no data, settings"):
         collect_runs(tmp_path)

@@ -73,12 +73,17 @@ def test_empty_predictions_are_refused(path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda row: "{", r"line 2: is not JSON"),
-        (lambda row: "[]", r"line 2: holds a list, expected an object"),
-        (lambda row: row | {"nll": None}, r"line 2: found nll=None, expected nll as a list"),
-        (lambda row: {k: v for k, v in row.items() if k != "turn"}, r"line 2: found no turn, expected turn as a int"),
+        (lambda row: "{", r"line 2: cannot be read as JSON"),
+        (lambda row: "[]", r"line 2: found a list of 0, expected an object"),
+        (lambda row: row | {"nll": None}, r"line 2, nll: found None, expected a list"),
+        (
+            lambda row: {k: v for k, v in row.items() if k != "turn"},
+            r"line 2: found no turn, expected it beside dialogue",
+        ),
         (lambda row: row | {"kinds": []}, r"line 2: found 4 nll, 0 kinds, 4 correct"),
-        (lambda row: row | {"nll": [1, 2, 3, float("nan")]}, r"line 2: a token's loss is no finite number"),
+        (lambda row: row | {"nll": [1, 2, 3, float("nan")]}, r"line 2: .* \(NaN is no number"),
+        (lambda row: row | {"nll": [1, 2, 3, None]}, r"turn 2 of demo/test/dia0: a token's loss is no finite number"),
+        (lambda row: row | {"speech": "/etc/hosts"}, r"line 2, speech: found '/etc/hosts', expected speech/NAME"),
         (lambda row: row | {"turn": 1}, r"turn 1 of demo/test/dia0 stands there twice"),
     ],
 )

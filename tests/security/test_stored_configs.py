@@ -80,7 +80,7 @@ def test_what_is_no_node_is_refused(node, guard):
 
 @pytest.mark.parametrize("place", [*NODES, *OTHER_NODES])
 def test_a_run_with_another_target_is_not_opened(place, stored_run, guard):
-    change(stored_run, place, {"_target_": "os.system", "command": "touch executed"})
+    change(stored_run, f"{place}._target_", "os.system")
     text = guard.refuses(lambda: open_run(stored_run, None))
     assert f"{place}._target_: found 'os.system'" in text
 
@@ -210,7 +210,7 @@ def test_a_file_that_is_no_config_is_refused(content, stored_run, guard):
 
 
 @pytest.mark.parametrize(
-    "key", ["data.dir", "model.llm.name_or_path", "paths.cache_dir", "logger.csv.save_dir", "model.connector.init"]
+    "key", ["data.dir", "model.llm.name_or_path", "paths.runs_dir", "logger.csv.save_dir", "model.connector.init"]
 )
 @pytest.mark.parametrize("scheme", ["http", "s3", "hf", "file", "simplecache::http", "memory"])
 def test_an_address_of_a_stored_config_is_not_asked(key, scheme, stored_run, guard, no_server, compose):
@@ -218,6 +218,12 @@ def test_an_address_of_a_stored_config_is_not_asked(key, scheme, stored_run, gua
     text = guard.refuses(lambda: evaluate(compose([f"run_dir={stored_run}"], "evaluate")))
     assert f"config.yaml: {key}={scheme}://" in text
     assert "'urls=[" in text
+
+
+def test_what_is_fetched_goes_where_the_user_keeps_it_and_not_where_a_run_says(stored_run, guard, no_server, compose):
+    change(stored_run, "paths.cache_dir", f"{no_server}/demo")
+    with guard.on():
+        assert evaluate(compose([f"run_dir={stored_run}", "generate=false"], "evaluate"))
 
 
 def test_no_address_is_put_together_from_parts(stored_run, guard, no_server, monkeypatch):

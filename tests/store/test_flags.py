@@ -73,7 +73,7 @@ def test_a_filter_that_cannot_act_is_refused(folder):
     with pytest.raises(MsencError, match=r"audit\.csv: not the audit that dataset\.json records"):
         left_out(folder, ["no_leakage"], manifest)
     (folder / AUDIT / "audit.csv").unlink()
-    with pytest.raises(MsencError, match=r"audit\.csv: cannot be read"):
+    with pytest.raises(MsencError, match=r"audit\.csv: missing\. Audit again"):
         left_out(folder, ["no_leakage"], manifest)
 
 

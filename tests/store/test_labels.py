@@ -46,10 +46,19 @@ def test_labels_come_back_as_they_were_written_and_go_when_there_are_none(tmp_pa
         read_labels(tmp_path, LABELS, "Prepare it.")
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"measured": {}}', '"word"'])
-def test_a_line_that_is_no_label_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("{", r": cannot be read as JSON"),
+        ("[1]", r": found a list of 1, expected an object"),
+        ('{"measured": {}}', r": found no id"),
+        ('"word"', r": found 'word', expected an object"),
+        ('{"id": "b", "measured": {"pitch": 3}}', r", measured\.pitch: found 3, expected a text"),
+    ],
+)
+def test_a_line_that_is_no_label_is_named(tmp_path, line, found):
     (tmp_path / VOICE_TURNS).write_text('{"id": "a"}\n' + line + "\n")
-    with pytest.raises(MsencError, match=r"voice-turns\.jsonl, line 2: found"):
+    with pytest.raises(MsencError, match=r"voice-turns\.jsonl, line 2" + found):
         read_labels(tmp_path, VOICE_TURNS, "")
 
 

@@ -158,10 +158,13 @@ def test_what_cannot_be_answered_is_refused(overrides, message, run, compose, cl
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"turns": 3}', "a list of turns"),
-        ('{"turns": [{"text": "Hi"}]}', "turn 1: expected an object with a speaker"),
-        ('{"turns": [{"speaker": "A", "txt": "Hi"}]}', "turn 1: no such key 'txt'"),
-        ('{"turns": [{"speaker": "A", "text": 3}]}', "turn 1, text: found 3"),
+        ('{"turns": 3}', ", turns: found 3, expected a list"),
+        ('{"turns": [{"text": "Hi"}]}', r", turns\[0\]: found no speaker"),
+        (
+            '{"turns": [{"speaker": "A", "txt": "Hi"}]}',
+            r", turns\[0\]: found the key 'txt', expected none but speaker, text",
+        ),
+        ('{"turns": [{"speaker": "A", "text": 3}]}', r", turns\[0\]\.text: found 3"),
     ],
 )
 def test_a_history_that_is_none_is_refused(content, message, tmp_path):

@@ -1,4 +1,4 @@
-"""What a run's folder holds is data of whoever made it: read here, and checked before anything acts on it."""
+"""What a stored config or command line, data of whoever made it, may do: checked before anything acts on it."""
 
 import os
 import re
@@ -11,41 +11,16 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from msenc.config.messages import CONFIGS
 from msenc.config.schema import TrainConfig
+from msenc.config.stored import strings_of
 from msenc.types import MsencError
 
 CHOICE = re.compile(r"\w[\w-]*(/\w[\w-]*)*")
 """A file of a group: no path that leaves ``configs/``."""
 
-REFERENCE = re.compile(r"\$\{(?:[\w.\[\]-]+\}|oc\.env:MSENC_\w+[,}]|hydra:runtime\.output_dir\})")
-"""What a stored config may refer to: its own keys, variables of msenc's, and the folder of the run (earlier runs)."""
-
 URL = re.compile(r"[^\s/]*://")
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file of a run as plain containers; nothing in it is resolved.
-
-    Raises:
-        MsencError: it cannot be read as a config; or it refers to what is none of its business, as ``${oc.env:HOME}``.
-    """
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as e:
-        reason = " ".join(str(e).split())
-        raise MsencError(f"{path}: cannot be read as a config ({reason}). Expected what train.py wrote.") from e
-    for place, text in strings_of(found):
-        if text.count("${") != len(REFERENCE.findall(text)):
-            raise MsencError(
-                f"{path}: {place}: {text!r} refers to more than the config's own keys and MSENC_ variables. What else "
-                "your environment holds is no business of a stored config: write the value in its place."
-            )
-    return found
 
 
 def check_urls(config: Any, named: Iterable[str], path: Path) -> None:
@@ -69,32 +44,6 @@ def check_urls(config: Any, named: Iterable[str], path: Path) -> None:
                 f"{path}: {place}={text}: an address that is stored here is not asked unless you name it. If you trust "
                 f"it: 'urls=[{text}]'"
             )
-
-
-def strings_of(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested containers, with its place.
-
-    Example:
-        >>> list(strings_of({"a": {"b": ["c", 1]}}))
-        [('a.b.0', 'c')]
-    """
-    if isinstance(value, str):
-        yield place, value
-    elif isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from strings_of(inner, f"{place}.{key}".lstrip("."))
-
-
-def read_overrides(path: Path) -> list[str]:
-    """The command line that a run began with, from its ``.hydra/overrides.yaml``; see `check_overrides`.
-
-    Raises:
-        MsencError: it cannot be read.
-    """
-    texts = read_yaml(path)
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise MsencError(f"{path}: expected a list of overrides, as train.py wrote it.")
-    return texts
 
 
 def check_overrides(texts: Iterable[str], given: Iterable[str], path: Path) -> None:
