@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from msenc.models.attention import KERNELS, register
+from msenc.models.attention import KERNELS, NAME, register
+from msenc.models.layout import choose_attention
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
 
@@ -47,7 +48,8 @@ def load_llm(
         freeze: no parameter of the LLM trains, LoRA included (no adapter is added).
         lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the whole LLM.
         dtype: of the base weights; LoRA's stay float32, and compute in this type (`compute_lora_in_base_type`).
-        attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``.
+        attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``: the
+            LLM's own attention, which ``auto`` takes where the others would not compute the same.
         gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
         round_to: narrower type whose values the base weights take, to compute in `dtype` what a model of that type was
             trained to be; None leaves them as they are.
@@ -57,7 +59,7 @@ def load_llm(
         A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`), ``attention_kernel``.
 
     Raises:
-        MsencError: it cannot be loaded, or PEFT refuses the LoRA arguments.
+        MsencError: it cannot be loaded, it is no causal LM, or PEFT refuses the LoRA arguments.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -65,11 +67,21 @@ def load_llm(
         raise MsencError(
             f"model.llm.attn_implementation={attn_implementation}: expected one of {', '.join(KERNELS)}, eager."
         )
+    register()
+    config = load_pretrained(AutoConfig, name_or_path)
+    fitting = choose_attention(config)
+    if attn_implementation == "auto" and fitting == "eager":
+        attn_implementation = "eager"
     is_eager = attn_implementation == "eager"
-    options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else register()}
+    if fitting == "eager" and not is_eager:
+        raise MsencError(
+            f"model.llm.attn_implementation={attn_implementation}: {name_or_path} ({config.model_type}) has an "
+            "attention of its own, which only eager computes. Use eager, or auto."
+        )
+    options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else NAME}
     if empty:
         with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(load_pretrained(AutoConfig, name_or_path), **options)
+            llm = AutoModelForCausalLM.from_config(config, **options)
     else:
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.

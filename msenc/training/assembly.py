@@ -75,7 +75,10 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
         }
     if model["tie_connectors"]:
         tie(connectors)
-    return ConversationModel(llm, connectors)
+    built = ConversationModel(llm, connectors)
+    if model["layout"] == "dialogue":
+        built.check_layout()
+    return built
 
 
 def build_optimizer(config: Mapping[str, Any]) -> Callable[..., Optimizer]:
