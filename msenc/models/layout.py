@@ -160,7 +160,7 @@ def _choose(keyed: _Keyed) -> str:
         own = _small_copy(keyed.config, "eager")
         if own is None:
             return NAME
-        line = torch.randn(1, SPAN, own.llm.get_input_embeddings().embedding_dim)
+        line = torch.randn(1, SPAN, own.llm.get_input_embeddings().weight.shape[1])
         whole, part = (_logits_alone(own.llm, line[:, :n]) for n in (SPAN, SPAN - 4))
         if not _distance(whole[:-4], part) < TOLERANCE:
             raise MsencError(

@@ -5,6 +5,7 @@ name or folder -> PreTrainedModel or PeftModel; its tokenizer
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -104,9 +105,45 @@ def load_llm(
     return llm
 
 
+LORA_KEYS = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "trainable_token_indices"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    "ensure_weight_tying",
+)
+"""What of PEFT's LoraConfig is taken: what is trained with it is exported, resumed and loaded as it was."""
+
+LORA_STARTS = (True, False, "gaussian", "orthogonal")
+"""Ways to initialise adapters that leave the base weights as they are, and need neither data nor gradients."""
+
+
+def check_lora(lora: Mapping[str, Any]) -> None:
+    """Refuse what PEFT would take, and what would not come back from a checkpoint or an export.
+
+    Raises:
+        MsencError: it names the key.
+    """
+    from peft import LoraConfig
+
+    defaults = {f.name: f.default for f in fields(LoraConfig)}
+    for key, value in lora.items():
+        if key in defaults and key not in LORA_KEYS and value not in (None, {}, defaults[key]):
+            raise MsencError(
+                f"model.llm.lora.{key}={value}: not taken, as what is trained with it would not be exported or resumed "
+                f"as it was. Leave it out; taken are {', '.join(LORA_KEYS)}."
+            )
+    start = lora.get("init_lora_weights", True)
+    if start not in LORA_STARTS:
+        raise MsencError(
+            f"model.llm.lora.init_lora_weights={start}: such adapters begin with a change of the base weights, or with "
+            f"data, which neither checkpoint nor export would keep. Take one of {', '.join(map(str, LORA_STARTS))}."
+        )
+
+
 def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    check_lora(lora)
     try:
         adapted = get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **lora))
     except (TypeError, ValueError) as e:

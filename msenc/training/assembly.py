@@ -65,7 +65,7 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
     """
     model = config["model"]
     llm = build({**model["llm"], "empty": empty})
-    width = llm.get_input_embeddings().embedding_dim
+    width = llm.get_input_embeddings().weight.shape[1]
     connector = model["connector"]
     if empty and connector and "init" in connector:
         connector = {**connector, "init": None}

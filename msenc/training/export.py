@@ -59,7 +59,11 @@ def _write_parts(
     content = {
         "format_version": FORMAT_VERSION,
         "base_llm": {"name": model.base_name, "fingerprint": model.base_fingerprint},
-        "llm": {"trained": trained, **{k: llm[k] for k in ("dtype", "attn_implementation") if k in llm}},
+        "llm": {
+            "trained": trained,
+            "lora": llm.get("lora") if trained == "adapter" else None,
+            **{k: llm[k] for k in ("dtype", "attn_implementation", "round_to") if k in llm},
+        },
         "streams": {
             name: {
                 "encoder_name": stream["name"],
@@ -101,7 +105,7 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
             f"{FORMAT_VERSION}. Load it with the msenc that wrote it."
         )
     trained = content["llm"]["trained"]
-    options = {k: v for k, v in content["llm"].items() if k != "trained"}
+    options = {k: v for k, v in content["llm"].items() if k not in ("trained", "lora")}
     name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
     llm = load_llm(name, freeze=True, **options)
     expected = content["base_llm"]["fingerprint"]
@@ -115,7 +119,7 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
         llm = PeftModel.from_pretrained(llm, folder / "adapter")
         compute_lora_in_base_type(llm)  # as it was trained
         llm.base_name, llm.base_fingerprint = base_name, base_fingerprint
-    width = llm.get_input_embeddings().embedding_dim
+    width = llm.get_input_embeddings().weight.shape[1]
     connectors = {}
     for stream, facts in content["streams"].items():
         node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}
