@@ -86,7 +86,8 @@ def load_llm(
     else:
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
-    llm.generation_config = GenerationConfig()
+    # Which tokens end a reply is no such setting.
+    llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
     if round_to is not None:
         with torch.no_grad():
             for parameter in llm.parameters():
