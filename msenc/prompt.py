@@ -110,6 +110,7 @@ class Prompt:
             included, as a text of its own, so that each begins with BOS where the tokenizer adds one.
         windows: stream -> frames; of all frames of a target's history, only the last so many are read, and turns whose
             frames all fall out of a stream's window are dropped, text included. None: no window.
+        template_arguments: what the chat template takes beside the messages, such as ``enable_thinking: false``.
     """
 
     instruction: str
@@ -122,6 +123,7 @@ class Prompt:
     chat: bool = False
     piecewise: bool = False
     windows: Mapping[str, int] | None = None
+    template_arguments: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse templates that could not be filled or read back."""
@@ -146,6 +148,8 @@ class Prompt:
                 raise MsencError(
                     f"prompt.windows: found {stream}: {frames!r}, expected audio or video: frames, 1 or more."
                 )
+        if self.template_arguments and not self.chat:
+            raise MsencError("prompt.template_arguments: only a chat template takes them. Take prompt=chat.")
         if self.piecewise and self.chat:
             raise MsencError(
                 "prompt: chat and piecewise exclude each other: a chat template writes one text. Drop one."
@@ -298,6 +302,13 @@ class DialogueTokenizer:
                 f"tokenizer {type(tokenizer).__name__} is not a fast one: token kinds need character offsets. "
                 "Use a model whose folder holds a tokenizer.json."
             )
+        self.notes: list[str] = []
+        """What a user should know of how this tokenizer writes the prompt."""
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        if normalizer is not None and normalizer.normalize_str("e\u0301") == "\u00e9":
+            self.notes.append(
+                "The LLM's tokenizer composes characters (NFC): replies are written so, whichever form the data has."
+            )
         if tokenizer.eos_token_id is None:
             raise MsencError("the tokenizer has no end token (eos_token): a reply could not end.")
         self.prompt = prompt
@@ -333,17 +344,47 @@ class DialogueTokenizer:
                 "prompt=chat: the LLM's tokenizer has no chat template. "
                 "Take an instruction-tuned LLM, or prompt=default."
             )
-        mark = "\u0001turns\u0001"
-        messages = [{"role": "system", "content": self.prompt.instruction}, {"role": "user", "content": mark}]
+        arguments = dict(self.prompt.template_arguments or {})
+        self._check_arguments(arguments)
+        mark, instruction = "\u0001turns\u0001", self.prompt.instruction.strip()
+        joined = [{"role": "user", "content": f"{instruction}\n\n{mark}" if instruction else mark}]
+        found = ""
+        separate = [{"role": "system", "content": self.prompt.instruction}, {"role": "user", "content": mark}]
+        for messages in (separate, joined):
+            try:
+                frame = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **arguments
+                )
+            except (TemplateError, TypeError) as e:  # what templates raise of a role or of an argument's type
+                found = f" ({e})"
+                continue
+            opening, has_turns, closing = frame.partition(mark)
+            if has_turns and instruction in opening:  # some templates drop a system message without a word
+                if messages is joined:
+                    self.notes.append(
+                        "The LLM's chat template has no system role: the instruction begins the user's message."
+                    )
+                return opening, closing
+        raise MsencError(
+            f"prompt=chat: the LLM's chat template does not write the instruction and a user message{found}. "
+            "Take another instruction-tuned LLM, or prompt=default."
+        )
+
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse an argument that the template never reads: it would change nothing, without a word."""
+        from jinja2 import Environment, TemplateSyntaxError, meta
+
+        templates = self.tokenizer.chat_template
+        texts = templates.values() if isinstance(templates, dict) else [templates]
         try:
-            frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as e:
+            read = set().union(*(meta.find_undeclared_variables(Environment().parse(t)) for t in texts))
+        except TemplateSyntaxError:  # transformers' own tags, which plain Jinja does not know
+            return
+        for name in arguments.keys() - read:
             raise MsencError(
-                f"prompt=chat: the LLM's chat template refuses a system and a user message ({e}). "
-                "Take another instruction-tuned LLM, or prompt=default."
-            ) from e
-        opening, _, closing = frame.partition(mark)
-        return opening, closing
+                f"prompt.template_arguments.{name}: the LLM's chat template reads no such argument; it reads "
+                f"{', '.join(sorted(read))}."
+            )
 
     def _opening_ids(self, text: str) -> tuple[int, ...]:
         """The instruction's tokens, with BOS where the tokenizer adds one (a chat template writes its own)."""

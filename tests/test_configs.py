@@ -17,6 +17,7 @@ from msenc.config.checks import check_targets
 from msenc.config.schema import plain
 from msenc.config.targets import BUILDABLE, locate_target
 from msenc.files import read_json
+from msenc.runs.overrides import spelt_out
 from msenc.types import MsencError
 
 SCRIPTS = {
@@ -494,3 +495,31 @@ def assert_refused(process, message):
     assert message in process.stderr
     assert "Traceback" not in process.stderr
     assert str(ROOT) not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("model.llm.lora.use_dora=true", {"use_dora": True}),
+        ("model.llm.lora.target_modules=[embed_tokens,q_proj]", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("model.llm.lora.rank_pattern={q_proj:4}", {"rank_pattern": {"q_proj": 4}}),
+        ("model.llm.lora.r=4", {"r": 4}),
+    ],
+)
+def test_every_key_of_lora_is_set_without_a_plus(compose, override, found):
+    config = plain(compose(spelt_out(["model/llm=tiny_lora", override])))
+    assert config["model"]["llm"]["lora"] == {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1, **found}
+    assert check_targets(config, {"model.connector": {"in_dim", "out_dim"}, "data.generate": {"root", "num_workers"}})
+
+
+def test_a_key_of_lora_alone_makes_no_adapters(compose):
+    config = plain(compose(spelt_out(["model/llm=tiny", "model.llm.lora.use_dora=true"])))
+    with pytest.raises(MsencError, match=r"model\.llm\.lora\.use_dora: the chosen LLM has no adapters"):
+        check_targets(config, {})
+
+
+@pytest.mark.parametrize("override", ["model.llm.lora.init_lora_weights=pissa", "model.llm.lora.lora_bias=true"])
+def test_what_of_lora_would_not_come_back_is_refused_before_data_are_read(compose, override):
+    config = plain(compose(spelt_out(["model/llm=tiny_lora", override])))
+    with pytest.raises(MsencError, match=re.escape(override.replace("true", "True"))):
+        check_targets(config, {})

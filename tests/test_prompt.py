@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import random
 import re
 from pathlib import Path
@@ -379,3 +380,57 @@ def test_few_texts_are_remembered_and_tokens_stay_the_same(tokenizer, monkeypatc
     monkeypatch.setattr("msenc.prompt.MOST_KNOWN", 2)
     assert small(DIALOGUE, [()] * 3) == expected
     assert len(small._known) <= 2 < len(plain._known)
+
+
+NO_SYSTEM = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>model\n{% endif %}"
+)
+SILENT = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+THINKING = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+
+
+def chat_of(tokenizer, template, **arguments):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = template
+    prompt = dataclasses.replace(prompt_of("chat"), template_arguments=arguments or None)
+    return DialogueTokenizer(prompt, chat)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, SILENT])
+def test_a_template_without_a_system_role_has_the_instruction_in_the_first_user_turn(tokenizer, template):
+    """Gemma's raises, older Mistral's drops it without a word."""
+    chat = chat_of(tokenizer, template)
+    opening = chat.tokenizer.decode(chat.instruction)
+    assert opening.count("You take part in a conversation") == 1
+    assert "user" in opening or "[INST]" in opening
+    assert any("no system role" in note for note in chat.notes)
+    assert not any("no system role" in note for note in chat_of(tokenizer, CHATML).notes)
+
+
+def test_arguments_of_the_template_are_handed_on(tokenizer):
+    def response(**arguments):
+        chat = chat_of(tokenizer, THINKING, **arguments)
+        return chat.tokenizer.decode(chat(DIALOGUE, STREAMS).responses[0])
+
+    assert "</think>" not in response()
+    assert "</think>" not in response(enable_thinking=True)
+    assert "</think>" in response(enable_thinking=False)
+
+
+def test_an_argument_that_the_template_never_reads_is_refused(tokenizer):
+    with pytest.raises(MsencError, match=r"template_arguments\.enable_thoughts: .*reads no such.*enable_thinking"):
+        chat_of(tokenizer, THINKING, enable_thoughts=False)
+    with pytest.raises(MsencError, match=r"prompt\.template_arguments: only a chat template"):
+        dataclasses.replace(prompt_of("default"), template_arguments={"a": 1})
+
+
+def test_a_tokenizer_that_composes_characters_says_so(tokenizer):
+    from tokenizers.normalizers import NFC
+
+    composing = copy.deepcopy(tokenizer)
+    composing.backend_tokenizer.normalizer = NFC()
+    assert [("NFC" in note) for note in DialogueTokenizer(prompt_of("default"), composing).notes] == [True]
+    assert DialogueTokenizer(prompt_of("default"), tokenizer).notes == []

@@ -136,7 +136,7 @@ def build_conversation(
     from msenc.models.llm import load_llm
 
     llm = load_llm(str(folder), freeze, lora, **options)
-    width = llm.get_input_embeddings().embedding_dim
+    width = llm.get_input_embeddings().weight.shape[1]
     torch.manual_seed(seed)
     connectors = {}
     for name in streams:

@@ -173,12 +173,21 @@ def _check_without_target(node: Mapping[str, Any], path: str) -> None:
 
         valid = set(DECODING_KEYS)
     elif path == "model.llm.lora":
-        from msenc.models.llm import LORA_SETTINGS
+        from peft import LoraConfig
 
-        valid = set(LORA_SETTINGS)
+        valid = set(inspect.signature(LoraConfig).parameters)
     else:
         return
     for key in sorted(node.keys() - valid):
         raise MsencError(f"{path}.{key}: no such setting.{nearest(key, valid)}")
+    if path == "model.llm.lora":
+        if "r" not in node:
+            raise MsencError(
+                f"{path}.{min(node, default='r')}: the chosen LLM has no adapters. Choose one that has (model/llm=), "
+                f"or give all of them: '{path}={{r:8,lora_alpha:32}}'."
+            )
+        from msenc.models.llm import check_lora
+
+        check_lora(node)
     if path == "decoding":
         read_decoding(node, end_id=0, pad_id=0, seed=0)

@@ -101,6 +101,7 @@ class DataConfig:
         root: the raw material; only `prepare.py` reads it.
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
         table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
+        encoding: of the tables (``gb18030``, ``cp1251``, ...); None: UTF-8 or UTF-16, with rows of cp1252 repaired.
         recordings: how recordings become utterances; None: `root` is in MELD's layout.
         labels: columns of the table that `prepare.py` keeps for connectors to be aligned to; None keeps all that are
             read as nothing else.
@@ -119,6 +120,7 @@ class DataConfig:
     root: str = MISSING
     generate: Any = None
     table: str | None = None
+    encoding: str | None = None
     recordings: RecordingsConfig | None = None
     labels: list[str] | None = None
     voice: VoiceConfig = field(default_factory=VoiceConfig)

@@ -11,8 +11,9 @@ kernel, so that pairs which do not see each other are never computed; it is the 
 ``dense`` gives SDPA a mask of all pairs; it runs everywhere. ``flex_attention`` compiles a block mask, for GPUs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class Layout:
     kernel: str
     mask: Any
     calls: int = 0
+
+    @cached_property
+    def of_all_pairs(self) -> Tensor:
+        """(1, 1, L, L) bool, for calls that ``split`` cannot do."""
+        return layout_mask(self.segments)
 
 
 def make_layout(segments: Sequence[Segment], device: torch.device, kernel: str = "auto") -> Layout:
@@ -181,28 +187,36 @@ def layout_attention(
                 f"{type(module).__name__} does not hand the dialogue layout down to its attention. Train this LLM with "
                 "model.layout=sample."
             )
+        # SDPA takes a bias of positions; a sink it would leave out without a word.
+        _refuse(["softcap", "s_aux"], kwargs, "SDPA does not compute. Set model.llm.attn_implementation=eager.")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     layout.calls += 1
     if layout.kernel == "flex_attention":
         return flex_attention_forward(module, query, key, value, layout.mask, scaling, dropout=dropout, **kwargs)
-    special = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
-    if special:
-        raise MsencError(
-            f"the LLM's attention has {', '.join(special)}, which model.llm.attn_implementation={layout.kernel} does "
-            "not compute. Use eager, or model.layout=sample."
-        )
+    _refuse(
+        ["softcap", "position_bias", "s_aux"],
+        kwargs,
+        f"model.llm.attn_implementation={layout.kernel} does not compute. Use eager, or model.layout=sample.",
+    )
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    if layout.kernel == "split" and not dropout:
+    # The flash kernel wants values as wide as keys, which those of latent attention are not.
+    if layout.kernel == "split" and not dropout and value.shape[-1] == query.shape[-1]:
         # In bfloat16 the CPU's flash kernel packs its operands anew in each of the many small calls, and is slower.
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = _SplitAttention.apply(
             query.to(wide), key.to(wide), value.to(wide), layout.segments, scaling or query.shape[-1] ** -0.5
         ).to(query.dtype)
     else:
-        mask = layout.mask if layout.mask.numel() else layout_mask(layout.segments, query.device)
+        mask = layout.mask if layout.kernel == "dense" else layout.of_all_pairs
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(names: Sequence[str], given: Mapping[str, Any], reason: str) -> None:
+    special = [name for name in names if given.get(name) is not None]
+    if special:
+        raise MsencError(f"the LLM's attention has {', '.join(special)}, which {reason}")
 
 
 def _parts(segments: Sequence[Segment]) -> list[tuple[slice, slice | None, bool]]:

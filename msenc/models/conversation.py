@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from msenc.models.attention import NAME, make_layout
+from msenc.models.layout import attend_by_layout, attend_causally, check_layout
 from msenc.types import Batch, MsencError
 
 
@@ -42,6 +42,7 @@ class ConversationModel(nn.Module):
         self.connectors = nn.ModuleDict(connectors)
         self.base_name: str = llm.base_name
         self.base_fingerprint: str = llm.base_fingerprint
+        self._limits: dict[str, int] | None = None
 
     def train(self, mode: bool = True) -> "ConversationModel":
         """Parts without a trainable parameter stay in eval mode: what is frozen has no dropout either."""
@@ -107,7 +108,9 @@ class ConversationModel(nn.Module):
         """
         embeds = self.embed(batch)
         with self._logits_only_at(batch.predictors):
-            logits = self._attend_by_layout(embeds, batch) if batch.segments else self._attend_causally(embeds, batch)
+            logits = (
+                self._attend_by_layout(embeds, batch) if batch.segments else attend_causally(self.llm, embeds, batch)
+            )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (1, K, V)
         nll = cross_entropy(logits[0], batch.labels, reduction="none")
         for name in self.connectors.keys() - batch.streams.keys() if self.training else ():
@@ -116,32 +119,25 @@ class ConversationModel(nn.Module):
             nll = nll + 0.0 * sum(p.sum() for p in self.connectors[name].parameters() if p.requires_grad)
         return TokenScores(nll=nll, correct=logits[0].argmax(-1) == batch.labels)
 
-    def _attend_causally(self, embeds: Tensor, batch: Batch) -> Tensor:
-        return self.llm(
-            inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-        ).logits
+    def check_layout(self) -> None:
+        """Refuse an LLM whose packed rows would not be its single samples; heard once, before the first of them.
+
+        Raises:
+            MsencError: it says what to choose instead.
+        """
+        if self._limits is None:
+            self.llm.attention_kernel, self._limits = check_layout(self.llm)
 
     def _attend_by_layout(self, embeds: Tensor, batch: Batch) -> Tensor:
-        kernel = self.llm.attention_kernel
-        self._check_layers(max(max(s.trunk, *(cut + tokens for tokens, cut in s.branches), 0) for s in batch.segments))
-        layout = make_layout(batch.segments, embeds.device, kernel)
-        inputs = {"inputs_embeds": embeds, "position_ids": batch.position_ids, "use_cache": False}
-        if self.llm.config._attn_implementation != NAME:  # eager: it adds its mask to the scores
-            mask = torch.zeros(layout.mask.shape, dtype=embeds.dtype, device=embeds.device)
-            return self.llm(**inputs, attention_mask=mask.masked_fill(~layout.mask, torch.finfo(mask.dtype).min)).logits
-        try:
-            logits = self.llm(**inputs, attention_mask=layout.mask, layout=layout).logits
-        except TypeError as e:
-            if "layout" not in str(e):
-                raise
-            layout.calls, logits = 0, None  # an LLM that hands no keywords on
-        num_layers = self.llm.config.num_hidden_layers
-        if layout.calls < num_layers:
-            raise MsencError(
-                f"{type(self.llm).__name__}: only {layout.calls} of {num_layers} layers attend by the "
-                "dialogue layout's mask. Train this LLM with model.layout=sample."
-            )
-        return logits
+        self.check_layout()
+        longest = max(max(s.trunk, *(cut + tokens for tokens, cut in s.branches), 0) for s in batch.segments)
+        for key, most in self._limits.items():
+            if longest > most:
+                raise MsencError(
+                    f"the LLM's {key} is {most} tokens, and this batch has samples of {longest}: they would not be "
+                    "computed as it was trained. Use model.layout=sample, or lower data.max_history_tokens."
+                )
+        return attend_by_layout(self.llm, embeds, batch, self.llm.attention_kernel)
 
     @contextmanager
     def _logits_only_at(self, predictors: Tensor) -> Iterator[None]:
@@ -156,20 +152,3 @@ class ConversationModel(nn.Module):
             yield
         finally:
             hook.remove()
-
-    def _check_layers(self, longest: int) -> None:
-        """Refuse an LLM with layers that would see less of a row than the layout shows them."""
-        config = self.llm.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            raise MsencError(
-                f"the LLM has layers of the type {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}, "
-                "which take no mask. Train it with model.layout=sample."
-            )
-        if "sliding_attention" in kinds and window is not None and longest > window:
-            raise MsencError(
-                f"the LLM attends to a sliding window of {window} tokens, and this batch has samples of {longest}: "
-                "its masks would not be the ones it was trained with. Use model.layout=sample, or lower "
-                "data.max_history_tokens."
-            )

@@ -3,8 +3,10 @@
 Batch of trunks -> key-value cache -> one row of it per reply, cut at its history -> `generate` -> token ids
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -255,9 +257,16 @@ def _generate(model: ConversationModel, wanted: Sequence[Wanted], decoding: Deco
     processors = LogitsProcessorList(decoding.processors)
     if decoding.is_sampled:
         processors.append(_Draw(_uniforms(wanted, decoding), inputs["inputs_embeds"].device))
-    ids = model.llm.generate(**inputs, generation_config=decoding.search, logits_processor=processors).tolist()
-    end = decoding.search.eos_token_id
-    return [row[: row.index(end)] if end in row else row for row in ids]
+    search = copy.deepcopy(decoding.search)
+    search.eos_token_id = sorted(_ends(model, decoding))
+    ids = model.llm.generate(**inputs, generation_config=search, logits_processor=processors).tolist()
+    return [list(takewhile(lambda id: id not in search.eos_token_id, row)) for row in ids]
+
+
+def _ends(model: ConversationModel, decoding: Decoding) -> set[int]:
+    """The end token of training, and those that the LLM's own generation config names: chat models have several."""
+    own = model.llm.generation_config.eos_token_id
+    return {decoding.search.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
 
 
 def _uniforms(wanted: Sequence[Wanted], decoding: Decoding) -> np.ndarray:

@@ -5,6 +5,7 @@ name or folder -> PreTrainedModel or PeftModel; its tokenizer
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from msenc.files import read_json, reason_of
-from msenc.models.attention import KERNELS, register
+from msenc.models.attention import KERNELS, NAME, register
+from msenc.models.layout import choose_attention
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
 
@@ -25,12 +27,16 @@ FINGERPRINT_VALUES = 256
 """Values of each tensor that enter a fingerprint, evenly spread."""
 
 LORA_SETTINGS = (
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "target_parameters", "bias"),
-    *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora"),
-    *("use_dora", "lora_bias", "fan_in_fan_out", "init_lora_weights", "trainable_token_indices"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "trainable_token_indices"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    "ensure_weight_tying",
 )
-"""Settings of PEFT's ``LoraConfig`` that a config may hold: numbers and names of layers. Others import what they name
-(``megatron_core``), or read files."""
+"""What of PEFT's LoraConfig is taken: numbers and names of layers, and what is trained with them is exported, resumed
+and loaded as it was. Others import what they name (``megatron_core``), or read files."""
+
+LORA_STARTS = (True, False, "gaussian", "orthogonal")
+"""Ways to initialise adapters that leave the base weights as they are, and need neither data nor gradients."""
 
 ADAPTER_FACTS = ("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 """What else an adapter's config says; nothing is read where it points to."""
@@ -67,7 +73,8 @@ def load_llm(
         dropout: share of what each feed-forward block adds to a token that is zeroed in training, the rest scaled up to
             match. It is there that an LLM that trains as a whole learns by heart. (LoRA has its own, ``lora_dropout``.)
         dtype: of the base weights; LoRA's stay float32, and compute in this type (`compute_lora_in_base_type`).
-        attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``.
+        attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``: the
+            LLM's own attention, which ``auto`` takes where the others would not compute the same.
         gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
         round_to: narrower type whose values the base weights take, to compute in `dtype` what a model of that type was
             trained to be; None leaves them as they are.
@@ -77,7 +84,8 @@ def load_llm(
         A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`), ``attention_kernel``.
 
     Raises:
-        MsencError: it cannot be loaded, PEFT refuses the LoRA arguments, or `dropout` is no share or finds no block.
+        MsencError: it cannot be loaded, it is no causal LM, `check_lora` or PEFT refuses the LoRA arguments, or
+            `dropout` is no share or finds no block.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -85,16 +93,26 @@ def load_llm(
         raise MsencError(
             f"model.llm.attn_implementation={attn_implementation}: expected one of {', '.join(KERNELS)}, eager."
         )
+    register()
+    config = load_pretrained(AutoConfig, name_or_path)
+    fitting = choose_attention(config)
+    if attn_implementation == "auto" and fitting == "eager":
+        attn_implementation = "eager"
     is_eager = attn_implementation == "eager"
-    options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else register()}
+    if fitting == "eager" and not is_eager:
+        raise MsencError(
+            f"model.llm.attn_implementation={attn_implementation}: {name_or_path} ({config.model_type}) has an "
+            "attention of its own, which only eager computes. Use eager, or auto."
+        )
+    options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else NAME}
     if empty:
         with torch.device("meta"):
-            config = load_pretrained(AutoConfig, name_or_path)
             llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     else:
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
-    llm.generation_config = GenerationConfig()
+    # Which tokens end a reply is no such setting.
+    llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
     if round_to is not None:
         with torch.no_grad():
             for parameter in llm.parameters():
@@ -134,11 +152,35 @@ def _dropped_out(share: float, block: nn.Module, _: Any, added: Any) -> Any:
     return torch.nn.functional.dropout(added, share, block.training)
 
 
+def check_lora(lora: Mapping[str, Any]) -> None:
+    """Refuse what PEFT would take, and what would not come back from a checkpoint or an export.
+
+    Raises:
+        MsencError: it names the key.
+    """
+    from peft import LoraConfig
+
+    defaults = {f.name: f.default for f in fields(LoraConfig)}
+    for key, value in lora.items():
+        if key not in defaults:
+            raise MsencError(f"model.llm.lora.{key}: no such setting. Expected some of {', '.join(LORA_SETTINGS)}.")
+        if key not in LORA_SETTINGS and value not in (None, {}, defaults[key]):
+            raise MsencError(
+                f"model.llm.lora.{key}={value}: not taken, as what is trained with it would not be exported or resumed "
+                f"as it was. Leave it out; taken are {', '.join(LORA_SETTINGS)}."
+            )
+    start = lora.get("init_lora_weights", True)
+    if start not in LORA_STARTS:
+        raise MsencError(
+            f"model.llm.lora.init_lora_weights={start}: such adapters begin with a change of the base weights, or with "
+            f"data, which neither checkpoint nor export would keep. Take one of {', '.join(map(str, LORA_STARTS))}."
+        )
+
+
 def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    for key in sorted(set(lora) - set(LORA_SETTINGS)):
-        raise MsencError(f"model.llm.lora.{key}: no such setting. Expected some of {', '.join(LORA_SETTINGS)}.")
+    check_lora(lora)
     try:
         adapted = get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **lora))
     except (TypeError, ValueError) as e:
@@ -168,6 +210,7 @@ def with_adapter(llm: nn.Module, folder: Path) -> nn.Module:
     if not (folder / "adapter_model.safetensors").is_file():
         raise MsencError(f"{folder}: no adapter_model.safetensors. Expected an adapter that PEFT wrote as safetensors.")
     settings = {key: stored[key] for key in LORA_SETTINGS if key in stored}
+    check_lora(settings)
     try:
         adapted = PeftModel.from_pretrained(llm, str(folder), config=LoraConfig(task_type="CAUSAL_LM", **settings))
     except Exception as error:  # PEFT, torch and safetensors each raise their own

@@ -157,11 +157,11 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     data, stage = config["data"], config.get("stage")
     labels = data["labels"]
     if data["recordings"] is None:
-        return read_meld(root, data["name"], labels)
+        return read_meld(root, data["name"], labels, data["encoding"])
     split = data["recordings"]["split"]
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
-        return read_table(table, data["name"], split, labels)
+        return read_table(table, data["name"], split, labels, data["encoding"])
 
     def make_part(name: str) -> Callable[[], Any]:
         return build({**data["recordings"][name], "_partial_": True}, f"data.recordings.{name}")

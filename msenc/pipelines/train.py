@@ -283,6 +283,8 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         is_asked_for = any(f"{key}.".startswith(f"{name}.") for key in asked_for)
         if is_asked_for and name not in {group["name"] for group in groups}:
             console.print(f"optimizer.groups.{name}: nothing of it trains in this run; it is left out.")
+    for note in datamodule.tokenizer.notes:
+        console.print(note, soft_wrap=True)
     spelling = _spelling(config, datamodule)
     for text in spelling:
         _warn(text)

@@ -17,9 +17,11 @@ import pandas as pd
 
 from msenc.files import content_hash
 from msenc.files.kinds import is_below
+from msenc.raw.encoding import decode_table, repair_encoding
 from msenc.raw.marks import parse_marks
 from msenc.raw.media import part_of, split_part
 from msenc.raw.splits import split_dialogues
+from msenc.raw.timestamps import clock_seconds
 from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance
 
 # split -> (annotation file, folder of its clips), as MELD's release names them
@@ -34,12 +36,6 @@ TABLE_OPTIONS = ("speaker", "start", "end", "split", "description")
 
 NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 """Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
-
-_TIME = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
-# UTF-8 that was read as cp1252 (or Latin-1) and saved again: curly quotes and dashes start with "â€", Latin letters
-# with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
-_DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
-_C1 = re.compile("[\x80-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,9 @@ class Annotations:
         return len(self.repaired)
 
 
-def read_meld(root: Path, dataset: str = "meld", labels: Sequence[str] | None = None) -> Annotations:
+def read_meld(
+    root: Path, dataset: str = "meld", labels: Sequence[str] | None = None, encoding: str | None = None
+) -> Annotations:
     """Read a folder with MELD's CSV files; its clips need not be there.
 
     The turns of a dialogue keep the order of their rows. `Utterance.clip` follows from the naming rule
@@ -78,6 +76,7 @@ def read_meld(root: Path, dataset: str = "meld", labels: Sequence[str] | None = 
         root: the folder that holds the three files.
         dataset: first part of the dialogue ids.
         labels: columns to keep as labels; None keeps all that are read as nothing else.
+        encoding: of the files; None finds it out (`encoding.decode_table`).
 
     Raises:
         MsencError: if a file is missing or not such a table, lacks a column, has no usable row, or holds an id that
@@ -91,7 +90,7 @@ def read_meld(root: Path, dataset: str = "meld", labels: Sequence[str] | None = 
     for split, (name, clip_folder) in MELD_FILES.items():
         path = Path(root) / name
         turns: dict[int, dict[int, Utterance]] = {}
-        for row, values, is_repaired in _read_rows(path, MELD_COLUMNS, ("Utterance", "Speaker")):
+        for row, values, is_repaired in _read_rows(path, MELD_COLUMNS, ("Utterance", "Speaker"), encoding=encoding):
             dia, utt = (_whole_number(values[c], c, path, row) for c in ("Dialogue_ID", "Utterance_ID"))
             utterance_id = f"{dataset}/{split}/dia{dia}/utt{utt}"
             if is_repaired:
@@ -123,7 +122,13 @@ def read_meld(root: Path, dataset: str = "meld", labels: Sequence[str] | None = 
     return Annotations(dialogues, rejections, repaired, recordings, kept)
 
 
-def read_table(path: Path, dataset: str, split: Mapping[str, Any], labels: Sequence[str] | None = None) -> Annotations:
+def read_table(
+    path: Path,
+    dataset: str,
+    split: Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+    encoding: str | None = None,
+) -> Annotations:
     """Read a table with a row per utterance; its clips need not be there.
 
     Columns: ``clip`` (a file below the dataset's root, may be empty), ``dialogue`` and ``text``; and, where they exist,
@@ -136,6 +141,7 @@ def read_table(path: Path, dataset: str, split: Mapping[str, Any], labels: Seque
         dataset: first part of the dialogue ids.
         split: `split_dialogues`'s rule, fractions and seed, where the table has no column ``split``.
         labels: columns to keep as labels; None keeps all that are read as nothing else.
+        encoding: of the files; None finds it out (`encoding.decode_table`).
 
     Raises:
         MsencError: if the file is missing or not such a table, has no usable row, names another split, or puts a
@@ -145,7 +151,7 @@ def read_table(path: Path, dataset: str, split: Mapping[str, Any], labels: Seque
     rejections: list[Rejection] = []
     repaired: list[str] = []
     turns: dict[str, list[tuple[int, dict[str, str], bool]]] = {}
-    for row, values, is_repaired in _read_rows(path, TABLE_COLUMNS, ("text", "speaker"), TABLE_OPTIONS):
+    for row, values, is_repaired in _read_rows(path, TABLE_COLUMNS, ("text", "speaker"), TABLE_OPTIONS, encoding):
         if not re.fullmatch(r"[\w-]+", values["dialogue"]):
             raise MsencError(
                 f"{path}, row {row}: dialogue is {values['dialogue']!r}; expected a name that all its turns share, of "
@@ -245,7 +251,7 @@ def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rej
 
 def _table_seconds(time: str) -> float | None:
     """``12.5``, or ``0:00:12.5``."""
-    if (seconds := _seconds(time)) is not None:
+    if (seconds := clock_seconds(time)) is not None:
         return seconds
     try:
         seconds = float(time.replace(",", "."))
@@ -254,27 +260,12 @@ def _table_seconds(time: str) -> float | None:
     return round(seconds, 6) if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def repair_encoding(text: str) -> str:
-    r"""Undo double encoding, map C1 control characters through cp1252, make no-break spaces plain.
-
-    Example:
-        >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85")
-        'a café—at noon…'
-    """
-    text = _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)
-    text = _C1.sub(lambda match: match[0].encode("latin-1").decode("cp1252", errors="ignore"), text)
-    return text.replace("\u00a0", " ")
-
-
-def _decode_again(text: str) -> str:
-    try:
-        return b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in text).decode("utf-8")
-    except UnicodeError:
-        return text  # looked like it, and was not
-
-
 def _read_rows(
-    path: Path, columns: Sequence[str], texts: Sequence[str], options: Sequence[str] = ()
+    path: Path,
+    columns: Sequence[str],
+    texts: Sequence[str],
+    options: Sequence[str] = (),
+    encoding: str | None = None,
 ) -> list[tuple[int, dict[str, str], bool]]:
     """Line number, repaired values by column, and whether a repair was needed, for every row that is not blank."""
     try:
@@ -286,15 +277,13 @@ def _read_rows(
         raise MsencError(f"{path}: no such file. Expected {expected}, or copy the file there.") from error
     except OSError as error:
         raise MsencError(f"{path}: cannot be read ({error.strerror}). Expected a readable CSV file.") from error
-    try:
-        text, is_utf8 = data.decode("utf-8-sig"), True
-    except UnicodeDecodeError:
-        text, is_utf8 = data.decode("latin-1"), False  # cp1252's own characters arrive as C1 controls, repaired below
+    text, recoded = decode_table(data, path, encoding)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
             table = pd.read_csv(
                 io.StringIO(text, newline=""),
+                sep=_separator(text, columns),
                 dtype=str,
                 keep_default_na=False,
                 skip_blank_lines=False,
@@ -311,18 +300,27 @@ def _read_rows(
     rows, line = [], 2  # the header is line 1
     for raw in table.to_dict("records"):
         values = {str(c): repair_encoding(v).strip() for c, v in raw.items()}
-        # in a file that is not UTF-8, every character beyond ASCII was repaired
-        is_repaired = any(
-            repair_encoding(raw[c]) != raw[c] or not (is_utf8 or raw[c].isascii()) for c in texts if c in values
+        next_line = line + 1 + sum(len(re.findall(r"\r\n|\r|\n", v)) for v in raw.values())  # of a quoted field
+        is_repaired = any(repair_encoding(raw[c]) != raw[c] for c in texts if c in values) or any(
+            number in recoded for number in range(line, next_line)
         )
         if any(values.values()):
             rows.append((line, values, is_repaired))
-        line += 1 + sum(len(re.findall(r"\r\n|\r|\n", v)) for v in raw.values())  # quoted fields may span lines
+        line = next_line
     if not rows:
         raise MsencError(
             f"{path}: found a header and no row. Expected one row per utterance. Put the complete file there."
         )
     return rows
+
+
+def _separator(text: str, columns: Sequence[str]) -> str:
+    """What stands between the header's names: a comma, unless the columns are found with another sign alone."""
+    header = text.lstrip("\r\n").splitlines()[0] if text.strip() else ""
+    for separator in ",;\t|":
+        if set(columns) <= {name.strip(' "') for name in header.split(separator)}:
+            return separator
+    return ","
 
 
 def _check_columns(path: Path, found: list[str], columns: Sequence[str], options: Sequence[str]) -> None:
@@ -374,19 +372,11 @@ def _utterance(values: dict[str, str], id: str, clip: str, path: Path, row: int)
         speaker=values["Speaker"],
         text=values["Utterance"],
         description=description,
-        start_s=_seconds(values["StartTime"]),
-        end_s=_seconds(values["EndTime"]),
+        start_s=clock_seconds(values["StartTime"]),
+        end_s=clock_seconds(values["EndTime"]),
         clip=clip,
         marks=marks,
     )
-
-
-def _seconds(time: str) -> float | None:
-    match = _TIME.fullmatch(time)
-    if match is None:
-        return None
-    hours, minutes, seconds = int(match[1]), int(match[2]), float(match[3].replace(",", "."))
-    return round(3600 * hours + 60 * minutes + seconds, 6)
 
 
 def content_digest(dialogues: Iterable[Dialogue]) -> str:

@@ -5,6 +5,7 @@ The file maps a video's name to the spans of its dialogues, ``[[start, end], ...
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def read_timestamps(path: Path) -> Timestamps:
         latest_s = 0.0
         for number, entry in enumerate(entries):
             id = f"{video}, span {number}"
+            if isinstance(entry, list):
+                entry = [clock_seconds(t) if isinstance(t, str) and ":" in t else t for t in entry]
             if fault := _span_fault(entry):
                 rejections.append(Rejection(id, "dialogue", fault, path.name, found=_short(entry)))
                 continue
@@ -121,6 +124,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _DuplicateError(repr(name))
         table[name] = value
     return table
+
+
+_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
+
+
+def clock_seconds(time: str) -> float | None:
+    """Seconds of ``1:02:03,5`` or ``2:03.5``; None of anything else.
+
+    Example:
+        >>> clock_seconds("0:02"), clock_seconds("1:00:02.5"), clock_seconds("2")
+        (2.0, 3602.5, None)
+    """
+    match = _CLOCK.fullmatch(time.strip())
+    if match is None:
+        return None
+    hours, minutes, seconds = int(match[1] or 0), int(match[2]), float(match[3].replace(",", "."))
+    return round(3600 * hours + 60 * minutes + seconds, 6)
 
 
 def _span_fault(entry: Any) -> str | None:

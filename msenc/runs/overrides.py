@@ -37,14 +37,23 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     return [*own, *given, f"resume={quoted_value(str(folder.resolve()))}", "hydra.mode=RUN"]
 
 
+ALWAYS_THERE = ("r", "lora_alpha", "lora_dropout")
+"""Keys of ``model.llm.lora`` wherever it is not null; an override of one that finds null stays refused."""
+
+
 def spelt_out(arguments: Sequence[str]) -> list[str]:
-    """``init_from=RUN`` -> ``init_from.run=RUN``: a run to take everything from is the short form.
+    """Short forms as Hydra takes them.
+
+    ``init_from=RUN`` -> ``init_from.run=RUN``: a run to take everything from. And a key of ``model.llm.lora`` that no
+    YAML lists is one of PEFT's all the same: it gets the ``++`` that Hydra asks for.
 
     Example:
-        >>> spelt_out(["init_from=runs/single/A", "seed=2"])
-        ['init_from.run=runs/single/A', 'seed=2']
+        >>> spelt_out(["init_from=runs/single/A", "seed=2", "model.llm.lora.use_dora=true"])
+        ['init_from.run=runs/single/A', 'seed=2', '++model.llm.lora.use_dora=true']
     """
-    return [a.replace("init_from=", "init_from.run=", 1) if a.startswith("init_from=") else a for a in arguments]
+    found = [a.replace("init_from=", "init_from.run=", 1) if a.startswith("init_from=") else a for a in arguments]
+    lora = re.compile(rf"model\.llm\.lora\.(?!({'|'.join(ALWAYS_THERE)})=)[\w.]+=")
+    return [f"++{a}" if lora.match(a) else a for a in found]
 
 
 def key_of(override: str) -> str:

@@ -65,7 +65,7 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
     """
     model = config["model"]
     llm = build({**model["llm"], "empty": empty}, "model.llm")
-    width = llm.get_input_embeddings().embedding_dim
+    width = llm.get_input_embeddings().weight.shape[1]
     connector = model["connector"]
     if empty and connector and "init" in connector:
         connector = {**connector, "init": None}
@@ -76,7 +76,10 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
         }
     if model["tie_connectors"]:
         tie(connectors)
-    return ConversationModel(llm, connectors)
+    built = ConversationModel(llm, connectors)
+    if model["layout"] == "dialogue":
+        built.check_layout()
+    return built
 
 
 def build_optimizer(config: Mapping[str, Any]) -> Callable[..., Optimizer]:

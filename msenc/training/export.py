@@ -64,7 +64,11 @@ def _write_parts(
     content = {
         "format_version": FORMAT_VERSION,
         "base_llm": {"name": model.base_name, "fingerprint": model.base_fingerprint},
-        "llm": {"trained": trained, **{k: llm[k] for k in ("dtype", "attn_implementation") if k in llm}},
+        "llm": {
+            "trained": trained,
+            "lora": llm.get("lora") if trained == "adapter" else None,
+            **{k: llm[k] for k in ("dtype", "attn_implementation", "round_to") if k in llm},
+        },
         "streams": {
             name: {
                 "encoder_name": stream["name"],
@@ -104,6 +108,8 @@ class _Llm:
     trained: Literal["adapter", "llm"] | None
     dtype: str = ""
     attn_implementation: str = ""
+    round_to: str | None = None
+    lora: dict[str, Any] | None = None
 
 
 class _Export(TypedDict):
@@ -154,7 +160,7 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     if content["streams"] and content["connector"] is None:
         raise MsencError(f"{path}, connector: found null, expected one, as there are streams. {ADVICE}")
     trained = content["llm"]["trained"]
-    options = {k: v for k, v in content["llm"].items() if k != "trained"}
+    options = {k: v for k, v in content["llm"].items() if k not in ("trained", "lora")}
     name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
     with _readable(path):  # settings that no LLM takes
         llm = load_llm(name, freeze=True, **options)
@@ -172,7 +178,7 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
             llm = with_adapter(llm, folder / "adapter")
         check_tensors({k: v for k, v in llm.state_dict().items() if "lora_" in k}, str(folder / "adapter"))
         llm.base_name, llm.base_fingerprint = base_name, base_fingerprint
-    width = llm.get_input_embeddings().embedding_dim
+    width = llm.get_input_embeddings().weight.shape[1]
     connectors = {}
     for stream, facts in content["streams"].items():
         node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}

@@ -353,3 +353,14 @@ def test_an_llm_without_keys_and_values_per_token_is_refused(tmp_path):
     with pytest.raises(MsencError, match=r"keeps its past as LinearAttention.*cannot be cut .*layout=sample"):
         write_from_trunks(model, batch, wanted, read(**GREEDY))
     assert write_from_rows(model, alone[0], wanted[:1], read(**GREEDY)) == [greedily(model, alone[0])]
+
+
+def test_a_reply_stops_at_each_end_token_that_the_llm_names(tiny_models):
+    model = build_conversation(tiny_models["llama"]).eval()
+    batch, wanted, _ = draw_trunks()
+    before = write_from_trunks(model, batch, wanted, read(**GREEDY))
+    other = next(reply[2] for reply in before if len(reply) > 4)
+    model.llm.generation_config.eos_token_id = [END, other]
+    after = write_from_trunks(model, batch, wanted, read(**GREEDY))
+    assert after == [reply[: reply.index(other)] if other in reply else reply for reply in before]
+    assert after != before

@@ -35,10 +35,12 @@ def test_freeze_lora_and_full_decide_what_trains(tiny_models, family):
 def test_what_a_checkpoint_recommends_for_decoding_is_not_taken(tiny_models, tmp_path):
     folder = tmp_path / "opinionated"
     shutil.copytree(tiny_models["llama"], folder)
+    ends = [2, 7]
     settings = {"do_sample": True, "temperature": 0.1, "repetition_penalty": 9.0, "max_new_tokens": 1}
-    GenerationConfig(**settings).save_pretrained(folder)
+    GenerationConfig(**settings, eos_token_id=ends).save_pretrained(folder)
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.repetition_penalty == 9.0
     found = load_llm(str(folder)).generation_config.to_dict()
+    assert found["eos_token_id"] == ends  # but where a reply ends is no taste
     assert {name: found.get(name) for name in settings} == dict.fromkeys(settings)
 
 

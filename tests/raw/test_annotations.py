@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from msenc.raw.annotations import MELD_FILES, read_meld, read_table, repair_encoding
+from msenc.raw.annotations import MELD_FILES, read_meld, read_table
+from msenc.raw.encoding import repair_encoding
 from msenc.types import Mark, MsencError
 
 HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
@@ -211,7 +212,7 @@ def test_a_table_without_splits_is_split_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clip;dialogue;text\na;b;c", r"row 1: no column clip, dialogue, text.*found clip;dialogue;text.*Rename"),
+        ("clip:dialogue:text\na:b:c", r"row 1: no column clip, dialogue, text.*found clip:dialogue:text.*Rename"),
         ("clip,dialog,text\na,b,c", r"no column dialogue \(nearest: dialog\)"),
         ("clip,dialogue,text,speakers\na,b,c,d", r"no column speaker \(nearest: speakers\)"),
         ("clip,dialogue,text\na,b c,hi", r"row 2: dialogue is 'b c'; expected a name"),

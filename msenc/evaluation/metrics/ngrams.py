@@ -34,7 +34,7 @@ def bleu(replies: Sequence[str], references: Sequence[str]) -> Scores:
     return Scores({f"bleu_{n}": bleu_score(list(replies), wanted, n_gram=n).item() for n in range(1, 5)}, {})
 
 
-def make_sacrebleu() -> Scorer:
+def make_sacrebleu(tokenize: str = "13a") -> Scorer:
     """SacreBLEU in its default setting: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp; 0..100, higher is better.
 
     By sacrebleu itself. Per item its sentence BLEU (``sacrebleu_sentence``: eff:yes), whose mean is not the corpus's.
@@ -51,7 +51,7 @@ def make_sacrebleu() -> Scorer:
     """
     with needing("the metric sacrebleu", "metrics"):
         from sacrebleu.metrics import BLEU
-    corpus, sentence = BLEU(), BLEU(effective_order=True)
+    corpus, sentence = BLEU(tokenize=tokenize), BLEU(tokenize=tokenize, effective_order=True)
 
     def score(replies: Sequence[str], references: Sequence[str]) -> Scores:
         items = [sentence.sentence_score(*pair).score for pair in zip(replies, ([r] for r in references), strict=True)]
@@ -73,10 +73,24 @@ def rouge_l(replies: Sequence[str], references: Sequence[str]) -> Scores:
         >>> rouge_l(["you look happy"], ["You look sad!"]).corpus
         {'rouge_l': 0.6666666865348816}
     """
+    return _rouge_l(replies, references)
+
+
+def rouge_l_of_words(replies: Sequence[str], references: Sequence[str]) -> Scores:
+    """`rouge_l` of what stands between white space, as it is.
+
+    Example:
+        >>> rouge_l_of_words(["да нет"], ["да нет"]).corpus
+        {'rouge_l': 1.0}
+    """
+    return _rouge_l(replies, references, normalizer=str, tokenizer=str.split)
+
+
+def _rouge_l(replies: Sequence[str], references: Sequence[str], **cut: Any) -> Scores:
     from torchmetrics.functional.text import rouge_score
 
     items = [
-        rouge_score(reply, reference, rouge_keys="rougeL")["rougeL_fmeasure"].item()
+        rouge_score(reply, reference, rouge_keys="rougeL", **cut)["rougeL_fmeasure"].item()
         for reply, reference in zip(replies, references, strict=True)
     ]
     return mean_scores("rouge_l", items)

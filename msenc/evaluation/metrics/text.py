@@ -14,17 +14,19 @@ from msenc.evaluation.metrics.ngrams import (
     make_sacrebleu,
     repetition,
     rouge_l,
+    rouge_l_of_words,
 )
 from msenc.evaluation.metrics.scores import Scorer
+from msenc.evaluation.metrics.words import with_tokenizer
 from msenc.types import MsencError, Reply
 
 TEXT_METRICS: dict[str, Callable[..., Scorer]] = {
-    "bleu": lambda: bleu,
-    "sacrebleu": make_sacrebleu,
-    "rouge_l": lambda: rouge_l,
+    "bleu": lambda tokenizer="auto": with_tokenizer(bleu, tokenizer),
+    "sacrebleu": lambda tokenizer="auto": with_tokenizer(make_sacrebleu(), tokenizer, make_sacrebleu("none")),
+    "rouge_l": lambda tokenizer="auto": with_tokenizer(rouge_l, tokenizer, rouge_l_of_words),
     "meteor": partial(make_meteor, with_wordnet=True),
     "meteor_no_wordnet": partial(make_meteor, with_wordnet=False),
-    "cider": lambda: cider,
+    "cider": lambda tokenizer="auto": with_tokenizer(cider, tokenizer),
     "embedding_similarity": EmbeddingSimilarity,
     "bertscore": BertScore,
     "distinct": lambda: distinct,

@@ -1,0 +1,185 @@
+# ruff: noqa: RUF001, RUF002 (the signs of an encoding)
+"""Bytes of a table -> its text: which encoding it has, which rows had another, and what is refused rather than guessed.
+
+Called by `annotations`; what cannot be told from the bytes, ``data.encoding`` says.
+"""
+
+import codecs
+import re
+import unicodedata
+from pathlib import Path
+
+from msenc.types import MsencError
+
+SCRIPTS = {
+    "euc_kr": ("HANGUL",),
+    "shift_jis": ("HIRAGANA", "KATAKANA", "CJK"),
+    "euc_jp": ("HIRAGANA", "KATAKANA", "CJK"),
+    "gb18030": ("CJK",),
+    "big5": ("CJK",),
+    "cp1251": ("CYRILLIC",),
+    "koi8_r": ("CYRILLIC",),
+    "cp1253": ("GREEK",),
+    "cp1255": ("HEBREW",),
+    "cp1256": ("ARABIC",),
+    "cp874": ("THAI",),
+    "cp1250": ("LATIN",),
+}
+"""Encodings that are proposed, and the first words of their letters' names in Unicode."""
+
+TYPOGRAPHIC = frozenset("€‚„…†‡‰‹›‘’“”•–—™¡¢£¥§©ª«®°±²³´µ¶·¹º»¼½¾¿×÷\u00a0")
+"""Signs that stand in texts in cp1252, beside its letters."""
+LONGEST_RUN = 3
+"""Characters beyond ASCII in a row, as in ``é…”``; other encodings' texts have whole words of them."""
+
+# UTF-8 that was read as cp1252 (or Latin-1) and saved again: curly quotes and dashes start with "â€", Latin letters
+# with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
+_DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
+_C1 = re.compile("[\x80-\x9f]")
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def decode_table(data: bytes, path: Path, encoding: str | None = None) -> tuple[str, set[int]]:
+    """The text of a table, and the numbers of the lines whose encoding was repaired (the first is 1).
+
+    Lines of valid UTF-8 stay as they are. A line with other bytes is repaired alone, as cp1252, if what comes out looks
+    like a text in it.
+
+    Args:
+        data: the file.
+        path: of the file, for messages.
+        encoding: what the file is in, by its user's word.
+
+    Raises:
+        MsencError: an unknown or wrong `encoding`, or lines that cannot be cp1252; it names what would fit.
+    """
+    mark = next((name for start, name in _MARKS.items() if data.startswith(start)), None)
+    if encoding is None and mark is None and (wide := _wide(data)):
+        mark = wide
+    if encoding or mark:
+        try:
+            return data.decode(encoding or mark).removeprefix("\ufeff"), set()
+        except LookupError as error:
+            raise MsencError(f"data.encoding={encoding}: Python knows no such encoding.") from error
+        except UnicodeDecodeError as error:
+            if mark != "utf-8-sig":
+                line = data[: error.start].count(b"\n") + 1
+                raise MsencError(
+                    f"{path}, row {line}: not in the encoding {encoding or mark}. Correct data.encoding, or save the "
+                    "file as UTF-8."
+                ) from error
+            data = data.removeprefix(codecs.BOM_UTF8)
+    parts = re.split(rb"(\r\n|\r|\n)", data)
+    lines, repaired, wrong = [], set(), []
+    for number, part in enumerate(parts[::2], start=1):
+        try:
+            lines.append(part.decode())
+        except UnicodeDecodeError:
+            lines.append(_as_cp1252(part))
+            repaired.add(number)
+            if not is_plausible(lines[-1]):
+                wrong.append((number, part))
+    if wrong:
+        fitting = fitting_encodings([part for _, part in wrong])
+        fits = f"The bytes fit {', '.join(fitting)}. " if fitting else ""
+        proposed = f"{fits}Say it: data.encoding={fitting[0] if fitting else 'NAME'}"
+        raise MsencError(
+            f"{path}, row {wrong[0][0]}: neither UTF-8 nor text in cp1252 ({len(wrong)} such rows). {proposed}, or "
+            "save the file as UTF-8."
+        )
+    ends = [end.decode() for end in parts[1::2]] + [""]
+    return "".join(line + end for line, end in zip(lines, ends, strict=True)), repaired
+
+
+def _wide(data: bytes) -> str | None:
+    """UTF-16 without a mark has a zero byte in nearly every second place."""
+    zeros = [data[i:4096:2].count(0) for i in (0, 1)]
+    most = max(zeros)
+    if most < len(data[:4096]) / 5 or min(zeros) > most / 20:
+        return None
+    return "utf-16-be" if zeros[0] == most else "utf-16-le"
+
+
+def _as_cp1252(line: bytes) -> str:
+    """The line's valid UTF-8 as it is, other bytes by cp1252; those that cp1252 lacks as C1 controls."""
+    text = line.decode("utf-8", errors="surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda m: _one(ord(m[0]) - 0xDC00), text)
+
+
+def _one(byte: int) -> str:
+    try:
+        return bytes([byte]).decode("cp1252")
+    except UnicodeDecodeError:
+        return chr(byte)
+
+
+def is_plausible(text: str) -> bool:
+    """Whether what cp1252 made of a line looks like a text in it.
+
+    Example:
+        >>> is_plausible("“L’été à Zoé…”"), is_plausible("Ïðèâåò, êàê äåëà?"), is_plausible("ÄãºÃ")
+        (True, False, False)
+    """
+    if any(not c.isalpha() and c not in TYPOGRAPHIC for c in text if not c.isascii() and ord(c) < 256):
+        return False
+    if re.search(rf"[^\x00-\x7f]{{{LONGEST_RUN + 1},}}", text):
+        return False
+    words = re.findall(r"[^\W\d_]+", text)
+    return not any(len(word) > 1 and not re.search("[A-Za-z]", word) and not word.isascii() for word in words)
+
+
+def fitting_encodings(lines: list[bytes]) -> list[str]:
+    """Encodings in which lines are words of a script, the likeliest first.
+
+    Example:
+        >>> fitting_encodings(["Привет, как у тебя дела сегодня?".encode("cp1251")])[0]
+        'cp1251'
+    """
+    found = []
+    for name, scripts in SCRIPTS.items():
+        try:
+            text = b"\n".join(lines).decode(name)
+        except UnicodeDecodeError:
+            continue
+        beyond = [c for c in text if not c.isascii() and not unicodedata.category(c).startswith("P")]
+        own = [c for c in beyond if unicodedata.name(c, "").partition(" ")[0] in scripts]
+        common = sum(map(_is_common, own))
+        if beyond and len(own) > 0.8 * len(beyond):
+            found.append((len(own) / len(beyond) + common / len(own), name))
+    return [name for _, name in sorted(found, key=lambda pair: -pair[0])][:3]
+
+
+def _is_common(letter: str) -> bool:
+    """A wrong encoding of the same script turns small letters into capitals, and common signs into rare ones."""
+    if not "\u4e00" <= letter <= "\u9fff":
+        return letter.islower() or letter.lower() == letter.upper()
+    for name, last in (("gb2312", 0xD7), ("big5", 0xC6)):  # the more frequent half of each
+        try:
+            if letter.encode(name)[0] <= last:
+                return True
+        except UnicodeEncodeError:
+            continue
+    return False
+
+
+def repair_encoding(text: str) -> str:
+    r"""Undo double encoding, map C1 control characters through cp1252, make no-break spaces plain.
+
+    A text of nothing but controls and characters without width is empty.
+
+    Example:
+        >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85"), repair_encoding("\u200b\ufeff")
+        ('a café—at noon…', '')
+    """
+    text = _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)
+    text = _C1.sub(lambda match: match[0].encode("latin-1").decode("cp1252", errors="ignore"), text)
+    if all(unicodedata.category(c)[0] in "CZ" for c in text):
+        return ""
+    return text.replace("\u00a0", " ")
+
+
+def _decode_again(text: str) -> str:
+    try:
+        return b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in text).decode("utf-8")
+    except UnicodeError:
+        return text  # looked like it, and was not
