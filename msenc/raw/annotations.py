@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 
 from msenc.files import content_hash
+from msenc.raw.container import part_of, split_part
 from msenc.raw.marks import parse_marks
-from msenc.raw.media import part_of, split_part
 from msenc.raw.splits import split_dialogues
 from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance
 

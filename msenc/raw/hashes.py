@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from msenc.files import write_text
-from msenc.raw.media import split_part
+from msenc.raw.container import split_part
 from msenc.store.location import hash_file
 from msenc.types import MsencError
 
