@@ -20,7 +20,8 @@ from msenc.prepare.dataset import prepare_dataset
 from msenc.prepare.features import StreamRecipe
 from msenc.raw.annotations import MELD_FILES, read_meld, read_table
 from msenc.raw.audit import audit_dataset
-from msenc.raw.media import MediaError, read_audio, read_frames, read_properties
+from msenc.raw.container import MediaError
+from msenc.raw.media import read_audio, read_frames, read_properties
 from msenc.raw.probe import probe_clip, probe_clips
 from msenc.raw.timestamps import read_timestamps
 from msenc.store.manifest import DatasetManifest, read_rejections

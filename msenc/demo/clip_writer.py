@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msenc.raw.media import load_av
+from msenc.raw.container import load_av
 
 
 def write_clip(path: Path, frames: np.ndarray, samples: np.ndarray, fps: int, sample_rate: int) -> None:

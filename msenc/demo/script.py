@@ -23,7 +23,7 @@ from msenc.demo.frame import (
     pick,
 )
 from msenc.demo.ideal import Belief, Cue, said_bit
-from msenc.raw.media import load_av
+from msenc.raw.container import load_av
 from msenc.types import SPLITS, Dialogue, Mark, Utterance
 
 COLUMNS = ("Audio", "Video", "AudioX", "VideoX", "AudioLevel", "VideoLevel")

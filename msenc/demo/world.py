@@ -26,7 +26,7 @@ from msenc.demo.frame import (
     write_folder,
 )
 from msenc.demo.ideal import Belief
-from msenc.raw.media import load_av
+from msenc.raw.container import load_av
 from msenc.speech.libespeak import VoiceSettings, load_espeak, speak_in_turn
 from msenc.types import SPLITS, Dialogue, Mark, Utterance
 

@@ -145,7 +145,7 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
         num_queries=dict.fromkeys(streams, connector["num_queries"] if connector else 0),
         budget=own["data"]["max_history_tokens"],
         layout=own["model"]["layout"],
-        recognise=_Recognise(config["recogniser"]),
+        recognise=_Recognise(config["recogniser"], config["max_clip_s"]),
         max_clip_s=config["max_clip_s"],
         speakers=known_speakers(record),
     )
@@ -154,8 +154,9 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
 class _Recognise:
     """A sound file -> its words; the recogniser is loaded when it is first needed."""
 
-    def __init__(self, name_or_path: str) -> None:
+    def __init__(self, name_or_path: str, max_clip_s: float) -> None:
         self.name_or_path = name_or_path
+        self.max_clip_s = max_clip_s
 
     @cached_property
     def recogniser(self) -> Recogniser:
@@ -168,7 +169,7 @@ class _Recognise:
             ) from error
 
     def __call__(self, path: Path) -> str:
-        return self.recogniser.text(read_audio(path, self.recogniser.sample_rate))
+        return self.recogniser.text(read_audio(path, self.recogniser.sample_rate, max_s=self.max_clip_s))
 
 
 def write_replies_to(

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from msenc.files import content_hash, inside
 from msenc.prepare.describe import describe_dialogues, describe_settings, measure_items, run_measures
-from msenc.prepare.features import StreamRecipe, feature_items, make_extract, read_features
+from msenc.prepare.features import VERSION, StreamRecipe, feature_items, make_extract, read_features
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.hashes import hash_clips
 from msenc.speech.attributes import VoiceSettings
@@ -217,7 +217,7 @@ def _stream_settings(
 ) -> dict[str, Any]:
     """What a stream is made of, but for the turns."""
     clips = content_hash((u.clip, hashes.get(u.clip)) for d in dialogues for u in d.utterances)
-    return {**recipe.settings, "dim": recipe.dim, "clips": clips}
+    return {**recipe.settings, "dim": recipe.dim, "clips": clips, "version": VERSION}
 
 
 def _hashes(root: Path, dialogues: Iterable[Dialogue], folder: Path, num_workers: int) -> dict[str, str | None]:

@@ -15,8 +15,10 @@ from typing import Any, NotRequired, TypedDict
 
 from msenc.files import digest, inside, parse_json, read_json, write_text
 from msenc.files.kinds import Sha256
+from msenc.raw import container
+from msenc.raw.container import MediaError
 from msenc.raw.hashes import hash_clips
-from msenc.raw.media import MediaError, read_audio
+from msenc.raw.media import read_audio
 from msenc.speech.attributes import (
     Bin,
     MeasuredTurn,
@@ -33,6 +35,9 @@ from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, measure
 from msenc.store.labels import VOICE_TURNS
 from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
 from msenc.work.items import Item, Members, Part, read_result, run_items
+
+MADE_BY = [VERSION, container.VERSION]
+"""What an outcome depends on beside its clip; of other measures, or other decoding, it is none."""
 
 CACHE = "voice-cache.jsonl"
 BINS = "voice-bins.json"
@@ -107,7 +112,7 @@ class _Bins(TypedDict):
 
 class _Outcome(TypedDict):
     sha256: Sha256
-    version: int
+    version: list[int]
     reason: NotRequired[str]
     measures: NotRequired[VoiceMeasures]
 
@@ -183,7 +188,7 @@ def measure_items(hashes: Mapping[str, str | None], root: Path, folder: Path) ->
     return [
         Item(
             id=f"{group[0][1]} .. {group[-1][1]}",
-            key=digest([VERSION, [sha256 for sha256, _ in group]], length=64),
+            key=digest([MADE_BY, [sha256 for sha256, _ in group]], length=64),
             input=[(digest, root / clip) for digest, clip in group],
             size=len(group),
         )
@@ -212,7 +217,7 @@ def _measure_all(
     for item in items:
         outcomes |= read_result(item, inside(folder, ITEMS))["outcomes.json"]
     wanted = dict.fromkeys(digest for digest in hashes.values() if digest is not None)
-    lines = ({**outcomes[digest], "sha256": digest, "version": VERSION} for digest in wanted)
+    lines = ({**outcomes[digest], "sha256": digest, "version": MADE_BY} for digest in wanted)
     write_text(folder / CACHE, "".join(json.dumps(line) + "\n" for line in lines))
     shutil.rmtree(inside(folder, ITEMS), ignore_errors=True)
     measures = {}
@@ -242,6 +247,6 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
         with suppress(MsencError):
             entry = parse_json(line, number, _Outcome)
-            if entry["version"] == VERSION and ("reason" in entry or "measures" in entry):
+            if entry["version"] == MADE_BY and ("reason" in entry or "measures" in entry):
                 cache[entry["sha256"]] = entry
     return cache

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from msenc.files import digest
-from msenc.raw.media import MediaError, read_audio, read_frames
+from msenc.raw import container
+from msenc.raw.container import MAX_CLIP_S, MediaError
+from msenc.raw.media import read_audio, read_frames
 from msenc.types import Dialogue, MsencError, Rejection, Utterance
 from msenc.work.items import Item, Members, read_result
 from msenc.work.threads import one_thread
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-VERSION = 1
-"""Of how clips are decoded and features stored; raised whenever equal clips and settings give other features."""
+VERSION = [1, container.VERSION]
+"""Of how features are stored, and how clips are decoded; with another one, equal clips may give other features."""
 
 MIN_ITEM_UTTERANCES = 16
 # Clips that are held and encoded together, while the next ones are decoded.
@@ -136,7 +138,9 @@ def make_extract(root: Path, recipe: StreamRecipe) -> Callable[[Sequence[Dialogu
     return partial(extract, root=root, encoder=encoder, kind=recipe.kind)
 
 
-def extract(dialogues: Sequence[Dialogue], root: Path, encoder: "Encoder", kind: str) -> Members:
+def extract(
+    dialogues: Sequence[Dialogue], root: Path, encoder: "Encoder", kind: str, max_s: float = MAX_CLIP_S
+) -> Members:
     """Features of the utterances, one after another, with offsets and rejections.
 
     An utterance without the stream gets length zero, and a rejection. Clips are decoded in a thread while those before
@@ -147,6 +151,7 @@ def extract(dialogues: Sequence[Dialogue], root: Path, encoder: "Encoder", kind:
         root: folder that the clips' paths start from.
         encoder: of this kind.
         kind: ``audio`` or ``video``.
+        max_s: a longer clip is rejected.
 
     Raises:
         MsencError: the encoder gives what float16 cannot hold, or another width than it says.
@@ -156,7 +161,7 @@ def extract(dialogues: Sequence[Dialogue], root: Path, encoder: "Encoder", kind:
     features = [empty] * len(turns)  # each (T, D)
     reasons: dict[int, str] = {}
     with one_thread(), ThreadPoolExecutor(1) as pool:
-        for batch in _one_ahead(pool, _decode([u for _, u in turns], root, encoder, kind, reasons)):
+        for batch in _one_ahead(pool, _decode([u for _, u in turns], root, encoder, kind, reasons, max_s)):
             for place, encoded in zip(batch, encoder.encode(list(batch.values())), strict=True):
                 features[place] = _checked(np.asarray(encoded), encoder, turns[place][0])
                 if len(encoded) == 0:
@@ -172,27 +177,27 @@ def extract(dialogues: Sequence[Dialogue], root: Path, encoder: "Encoder", kind:
     }
 
 
-def encode_clip(path: Path, encoder: "Encoder", kind: str) -> np.ndarray:
+def encode_clip(path: Path, encoder: "Encoder", kind: str, max_s: float = MAX_CLIP_S) -> np.ndarray:
     """One clip's features, (T, D) float16, made as `extract` makes them.
 
     Raises:
-        MediaError: the clip lacks the stream, or is too short for the encoder.
+        MediaError: the clip lacks the stream, is too short for the encoder, or longer than `max_s`.
     """
     clip = Utterance("0", "", "", clip=str(Path(path).resolve()))
-    members = extract([Dialogue(str(path), "test", (clip,))], Path(), encoder, kind)
+    members = extract([Dialogue(str(path), "test", (clip,))], Path(), encoder, kind, max_s)
     for rejection in members["rejections.json"]:
         raise MediaError(rejection["reason"])
     return members["features.npy"]
 
 
 def _decode(
-    utterances: Sequence[Utterance], root: Path, encoder: "Encoder", kind: str, reasons: dict[int, str]
+    utterances: Sequence[Utterance], root: Path, encoder: "Encoder", kind: str, reasons: dict[int, str], max_s: float
 ) -> Iterator[dict[int, np.ndarray]]:
     """Batches of decoded clips by their place among the utterances; why there is none goes into `reasons`."""
     batch: dict[int, np.ndarray] = {}
     for place, utterance in enumerate(utterances):
         try:
-            batch[place] = _read(utterance.clip, root, encoder, kind)
+            batch[place] = _read(utterance.clip, root, encoder, kind, max_s)
         except MediaError as error:
             reasons[place] = error.reason
         if len(batch) == MAX_BATCH_CLIPS or sum(clip.nbytes for clip in batch.values()) > MAX_BATCH_BYTES:
@@ -202,12 +207,12 @@ def _decode(
         yield batch
 
 
-def _read(clip: str | None, root: Path, encoder: "Encoder", kind: str) -> np.ndarray:
+def _read(clip: str | None, root: Path, encoder: "Encoder", kind: str, max_s: float) -> np.ndarray:
     if clip is None:
         raise MediaError("clip missing")
     if kind == "audio":
-        return read_audio(root / clip, encoder.sample_rate)
-    return read_frames(root / clip, encoder.fps)
+        return read_audio(root / clip, encoder.sample_rate, max_s=max_s)
+    return read_frames(root / clip, encoder.fps, max_s=max_s)
 
 
 def _checked(features: np.ndarray, encoder: "Encoder", where: str) -> np.ndarray:

@@ -17,9 +17,9 @@ import pandas as pd
 
 from msenc.files import content_hash
 from msenc.files.kinds import is_below
+from msenc.raw.container import part_of, split_part
 from msenc.raw.encoding import decode_table, repair_encoding
 from msenc.raw.marks import parse_marks
-from msenc.raw.media import part_of, split_part
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import clock_seconds
 from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance

@@ -18,7 +18,7 @@ import numpy as np
 from msenc.files import inside, write_text
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.audit_page import render_page
-from msenc.raw.media import SUFFIXES, split_part
+from msenc.raw.container import SUFFIXES, split_part
 from msenc.raw.probe import ClipFacts, probe_clips
 from msenc.store.flags import AUDIT, SCHEMA_VERSION, Audit, Flag, flags_csv
 from msenc.store.manifest import MANIFEST, DatasetManifest, write_rejections
@@ -41,6 +41,10 @@ REASON_FLAGS = {
     "no sound": "sound_missing",
     "silent": "silent",
     "no picture": "picture_missing",
+    "playlist": "playlist",
+    "clip too long": "clip_too_long",
+    "clip too large": "clip_too_large",
+    "bad sample rate": "bad_sample_rate",
 }
 """Reason of a rejection -> the flag that a filter can name."""
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from msenc.pages.render import data_uri, render
-from msenc.raw.media import MediaError, read_frames
+from msenc.raw.container import MediaError
+from msenc.raw.media import read_frames
 from msenc.raw.probe import ClipFacts
 from msenc.store.flags import FLAGS, Audit
 from msenc.types import Dialogue, MsencError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msenc.files import read_json, write_text
 from msenc.files.kinds import Count, Sha256
-from msenc.raw.media import split_part
+from msenc.raw.container import split_part
 from msenc.store.location import hash_file
 from msenc.types import MsencError
 

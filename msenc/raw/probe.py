@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from msenc.files import inside, parse_json, write_text
-from msenc.raw.media import ClipProperties, MediaError, read_audio, read_frames, read_properties, split_part
+from msenc.raw.container import VERSION, Findings, MediaError, split_part
+from msenc.raw.media import ClipProperties, read_audio, read_frames, read_properties
 from msenc.store.location import hash_file
 from msenc.types import MsencError
 from msenc.work.pool import pool_of, progress_bar
 
-PROBE_VERSION = 1
-"""Of what `probe_clip` finds; another number makes every cached clip unknown."""
+PROBE_VERSION = [2, VERSION]
+"""Of what `probe_clip` finds, and of how it decodes; another one makes every cached clip unknown."""
 
 SAMPLE_RATE = 16000
 PROBE_FPS = 0.2  # every picture is decoded, few are kept
@@ -43,7 +44,7 @@ class ClipFacts:
 
 
 class _Line(TypedDict):
-    version: int
+    version: list[int]
     clip: str
     stamp: tuple[int, int]
     facts: ClipFacts
@@ -60,15 +61,19 @@ def probe_clip(path: Path) -> ClipFacts:
     """
     reasons: dict[str, str | None] = {"audio": None, "video": None}
     duration_s = None
+    of_audio, of_video = Findings(), Findings()
     try:
-        duration_s = round(len(read_audio(path, SAMPLE_RATE)) / SAMPLE_RATE, 3)
+        duration_s = round(len(read_audio(path, SAMPLE_RATE, findings=of_audio)) / SAMPLE_RATE, 3)
     except MediaError as error:
         reasons["audio"] = error.reason
     try:
-        read_frames(path, PROBE_FPS)
+        read_frames(path, PROBE_FPS, findings=of_video)
     except MediaError as error:
         reasons["video"] = error.reason
-    notes = []
+    found: dict[str, list[str]] = {}
+    for flag, what in (*of_audio.notes.items(), *of_video.notes.items()):
+        found.setdefault(flag, []).append(what)
+    notes = [(flag, "; ".join(what)) for flag, what in found.items()]
     name, span = split_part(str(path))
     path, sha256 = Path(name), _hash(Path(name)) if span is None else ""
     try:
@@ -79,6 +84,8 @@ def probe_clip(path: Path) -> ClipFacts:
         notes.append(("surround_sound", f"{properties.channels} channels"))
     if 0 < properties.sample_rate < SAMPLE_RATE:
         notes.append(("low_sample_rate", f"{properties.sample_rate} Hz"))
+    if properties.tracks > 1:
+        notes.append(("several_tracks", f"{properties.tracks} of audio"))
     if properties.rotation:
         notes.append(("rotated", f"{properties.rotation} degrees"))
     if properties.is_variable:
@@ -101,7 +108,11 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-_OTHER_NAMES = {"mkv": ("matroska",), "m4v": ("mp4",), "wmv": ("asf",), "opus": ("ogg",), "mpg": ("mpeg",)}
+_OTHER_NAMES = {
+    **{"mkv": ("matroska",), "m4v": ("mp4",), "wmv": ("asf",), "wma": ("asf",), "opus": ("ogg",), "oga": ("ogg",)},
+    **{"mpg": ("mpeg",), "vob": ("mpeg",), "ts": ("mpegts",), "mts": ("mpegts",), "m2ts": ("mpegts",)},
+    **{"aif": ("aiff",), "mp2": ("mp3",), "m2v": ("mpegvideo",), "m1v": ("mpegvideo",), "sph": ("nistsphere",)},
+}
 """File extension -> FFmpeg's name of the format, where that is another word."""
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from msenc.files import digest, inside, write_text
-from msenc.raw import segment, speakers
+from msenc.raw import container, segment, speakers
+from msenc.raw.container import SUFFIXES, MediaError
 from msenc.raw.hashes import hash_clips
-from msenc.raw.media import SUFFIXES, MediaError, read_audio
+from msenc.raw.media import read_audio
 from msenc.raw.segment import (
     SAMPLE_RATE,
     SegmentSettings,
@@ -202,7 +203,7 @@ def _item(
     }[stage]
     return Item(
         id=f"dia{number} ({span.video})",
-        key=digest([stage, place, settings, columns[:1]], length=64),
+        key=digest([stage, container.VERSION, place, settings, columns[:1]], length=64),
         input=(span, columns[0] if columns else None),
     )
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from msenc.raw.media import MediaError, Span, iterate_frames
+from msenc.raw.container import MediaError, Span
+from msenc.raw.media import iterate_frames
 from msenc.types import MsencError, needing
 
 VERSION = 1  # raised whenever equal input and settings give other utterances

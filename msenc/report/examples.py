@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from msenc.config.stored import read_config
 from msenc.pages.render import data_uri
 from msenc.raw.audit_page import thumbnail
-from msenc.raw.media import MediaError, read_audio
+from msenc.raw.container import MediaError
+from msenc.raw.media import read_audio
 from msenc.report.compare import Configuration
 from msenc.speech.wav import to_wav
 from msenc.store.location import is_url

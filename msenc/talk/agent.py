@@ -19,7 +19,8 @@ from msenc.models.conversation import ConversationModel
 from msenc.models.encoders import Encoder
 from msenc.prepare.features import encode_clip
 from msenc.prompt import DialogueTokenizer
-from msenc.raw.media import MediaError, read_properties
+from msenc.raw.container import MediaError
+from msenc.raw.media import read_properties
 from msenc.speech.description import parse
 from msenc.speech.synthesis import Synthesizer
 from msenc.types import Dialogue, MsencError, Utterance, VoiceAttributes
@@ -34,6 +35,10 @@ NO_CLIP = {
     "silent": "its sound is silent",
     "no picture": "it has no moving picture",
     "clip too short": "it is too short for the encoder",
+    "clip too long": "it is too long",
+    "clip too large": "its picture is too large",
+    "bad sample rate": "its sample rate is none of sound",
+    "playlist": "it is a list of other files, which is not opened",
 }
 """Why a clip is of no use, in a sentence."""
 
@@ -166,12 +171,12 @@ class Agent:
                 notices.append(f"The run was trained with {stream}, this turn has none: it is answered without.")
                 continue
             try:
-                features[stream] = encode_clip(path, encoder, stream)
+                features[stream] = encode_clip(path, encoder, stream, self.max_clip_s)
             except MediaError as error:
-                if path == turn.video and stream == "audio":
+                if path == turn.video and stream == "audio" and error.reason != "clip too long":
                     notices.append(f"{path}: {NO_CLIP[error.reason]}; the turn is answered without audio.")
                 else:
-                    raise _refusal(stream, path, error.reason) from error
+                    raise self._refusal(stream, path, error.reason) from error
         notices += [
             f"The run was trained without {stream}: {getattr(turn, stream)} is not used"
             + (", but for its words." if stream == "audio" and not turn.text else ".")
@@ -184,7 +189,10 @@ class Agent:
             if turn.sound is None:
                 raise MsencError("Nothing is said: give text=..., or sound in which something is said.")
             began = time.perf_counter()
-            text = " ".join(self.recognise(turn.sound).split())
+            try:
+                text = " ".join(self.recognise(turn.sound).split())
+            except MediaError as error:
+                raise self._refusal("audio", turn.sound, error.reason) from error
             seconds["recognition"] = time.perf_counter() - began
             if not text:
                 raise MsencError(f"{turn.sound}: no words were recognised in it. Give them: text=...")
@@ -245,18 +253,17 @@ class Agent:
 
     def _check_clip(self, name: str, path: Path) -> None:
         try:
-            length_s = read_properties(path).duration_s
+            read_properties(path)
         except MediaError as error:
-            raise _refusal(name, path, error.reason) from error
-        if length_s is not None and length_s > self.max_clip_s:
-            raise MsencError(
-                f"{name}={path}: lasts {length_s:.0f} s; a turn may last {self.max_clip_s:g} s. Cut it, or raise "
-                "max_clip_s."
+            raise self._refusal(name, path, error.reason) from error
+
+    def _refusal(self, name: str, path: Path, reason: str) -> MsencError:
+        if reason == "clip too long":
+            return MsencError(
+                f"{name}={path}: lasts longer than {self.max_clip_s:g} s; a turn may last {self.max_clip_s:g} s. Cut "
+                "it, or raise max_clip_s."
             )
-
-
-def _refusal(name: str, path: Path, reason: str) -> MsencError:
-    return MsencError(f"{name}={path}: {NO_CLIP[reason]} ({reason}). Give a sound or video file that plays.")
+        return MsencError(f"{name}={path}: {NO_CLIP[reason]} ({reason}). Give a sound or video file that plays.")
 
 
 def known_speakers(record: Mapping[str, Any]) -> tuple[str, str]:

@@ -225,7 +225,7 @@ def test_the_next_clips_are_decoded_while_some_are_encoded(root, monkeypatch):
     monkeypatch.setattr(stage, "MAX_BATCH_CLIPS", 1)
     decoded, seen = [], []
 
-    def read(path, sample_rate):
+    def read(path, sample_rate, max_s):
         decoded.append(path.name)
         return np.ones(RATE, np.float32)
 
