@@ -25,7 +25,8 @@ CHOICE = re.compile(r"\w[\w-]*(/\w[\w-]*)*")
 REFERENCE = re.compile(r"\$\{(?:[\w.\[\]-]+\}|oc\.env:MSENC_\w+[,}]|hydra:runtime\.output_dir\})")
 """What a stored config may refer to: its own keys, variables of msenc's, and the folder of the run (earlier runs)."""
 
-URL = re.compile(r"[^\s/]*://")
+URL = re.compile(r"(?!(?:file|memory)://)[^\s/]*://")
+"""Where somebody else is asked; the two reach this machine alone, as paths do."""
 
 
 def read_yaml(path: Path) -> Any:
