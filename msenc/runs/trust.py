@@ -20,7 +20,8 @@ from msenc.types import MsencError
 CHOICE = re.compile(r"\w[\w-]*(/\w[\w-]*)*")
 """A file of a group: no path that leaves ``configs/``."""
 
-URL = re.compile(r"[^\s/]*://")
+URL = re.compile(r"(?!(?:file|memory)://)[^\s/]*://")
+"""Where somebody else is asked; the two reach this machine alone, as paths do."""
 
 
 def check_urls(config: Any, named: Iterable[str], path: Path) -> None:

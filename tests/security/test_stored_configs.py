@@ -212,7 +212,7 @@ def test_a_file_that_is_no_config_is_refused(content, stored_run, guard):
 @pytest.mark.parametrize(
     "key", ["data.dir", "model.llm.name_or_path", "paths.runs_dir", "logger.csv.save_dir", "model.connector.init"]
 )
-@pytest.mark.parametrize("scheme", ["http", "s3", "hf", "file", "simplecache::http", "memory"])
+@pytest.mark.parametrize("scheme", ["http", "s3", "hf", "ftp", "simplecache::http", "filecache::memory"])
 def test_an_address_of_a_stored_config_is_not_asked(key, scheme, stored_run, guard, no_server, compose):
     change(stored_run, key, f"{scheme}://{no_server.partition('://')[2]}/demo")
     text = guard.refuses(lambda: evaluate(compose([f"run_dir={stored_run}"], "evaluate")))
@@ -224,6 +224,12 @@ def test_what_is_fetched_goes_where_the_user_keeps_it_and_not_where_a_run_says(s
     change(stored_run, "paths.cache_dir", f"{no_server}/demo")
     with guard.on():
         assert evaluate(compose([f"run_dir={stored_run}", "generate=false"], "evaluate"))
+
+
+@pytest.mark.parametrize("place", ["file:///data/demo", "memory://demo", "data/demo", "See http://a: it says more."])
+def test_what_lies_on_this_machine_or_is_text_is_no_address(place, stored_run):
+    change(stored_run, "data.dir", place)
+    assert open_run(stored_run, None)[1]["data"]["dir"] == place
 
 
 def test_no_address_is_put_together_from_parts(stored_run, guard, no_server, monkeypatch):
