@@ -152,10 +152,12 @@ def rows_with_something(*paths: Path) -> int:
     for path in paths:
         data = path.read_bytes()
         try:
-            text = data.decode("utf-8-sig")
+            text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
         except UnicodeDecodeError:
             text = data.decode("latin-1")
-        count += sum(any(v.strip() for v in row) for row in csv.reader(io.StringIO(text, newline=""))) - 1
+        delimiter = max(",;\t|", key=(text.splitlines() or [""])[0].count)
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        count += sum(any(v.strip() for v in row) for row in rows) - 1
     return count
 
 

@@ -223,3 +223,25 @@ def test_the_raw_demo_is_found_out_by_real_models(home, tmp_path):
     assert figures["boundaries F1 at 0.25 s"] >= 0.9
     assert figures["word error rate"] <= 0.25
     assert figures["speakers right"] >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda line: not line.rstrip().endswith("val"), "no dialogue is in the split val"),
+        (
+            lambda line: not line.rstrip().endswith("val") or "Turn 0." in line,
+            "no dialogue of the split val has a target",
+        ),
+    ],
+)
+def test_a_split_without_a_target_is_said_by_audit_and_prepare_and_by_training(
+    prepare, train, tmp_path, capsys, change, found
+):
+    path = write_table(tmp_path / "raw", is_cut=False) / "utterances.csv"
+    path.write_text("".join(filter(change, path.read_text().splitlines(keepends=True))))
+    for stage in ("stage=audit", "stage=null"):
+        prepare(path.parent, "modality=text", stage)
+        assert "Without a target (a dialogue of two turns): val." in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(MsencError, match=rf"{found}.*targets found: train: 5,.*split=val.*prepare anew"):
+        train(["data=folder", "modality=text", "prompt.target=text", *TINY, *places(tmp_path)[:2]])

@@ -153,6 +153,32 @@ class DialogueDataModule(L.LightningDataModule):
         for id in turns.ids:
             yield Dialogue.from_json(turns.read(id)["turns.json"])
 
+    def check_split(self, split: str) -> None:
+        """Refuse a split without a target.
+
+        Raises:
+            MsencError: it says why there is none, and what to do.
+        """
+        facts = self.manifest.splits.get(split)
+        if (
+            facts is not None
+            and facts.samples
+            and (not self.left_out or any(d.num_samples for d in self.dialogues(split)))
+        ):
+            return
+        has = ", ".join(f"{name}: {n.samples:,}" for name, n in self.manifest.splits.items())
+        if facts is None:
+            found = f"no dialogue is in the split {split}"
+        elif not facts.samples:
+            found = f"no dialogue of the split {split} has a target (a second turn)"
+        else:
+            found = f"data.filter leaves out every target of the split {split}"
+        raise MsencError(
+            f"{self.folder}: {found}; targets found: {has}. Mark rows of the table with split={split}, or leave its "
+            "column split out to have the dialogues split (data.recordings.split.fractions), and prepare anew."
+            + (" Or train without a last evaluation: evaluate=null." if split == "test" else "")
+        )
+
     def lengths(self, split: str) -> list[DialogueLengths]:
         """Tokens of the split's dialogues; see `split_lengths`.
 

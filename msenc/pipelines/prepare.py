@@ -1,6 +1,7 @@
 """What prepare.py does: raw material -> shards, or what is wrong with it."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -27,7 +28,7 @@ from msenc.store.labels import VOICE_TURNS
 from msenc.store.location import Place, is_url, local_folder
 from msenc.store.manifest import MANIFEST, DatasetManifest
 from msenc.training.assembly import GIVEN
-from msenc.types import MsencError
+from msenc.types import SPLITS, MsencError
 from msenc.work.console import console, quieten, shown
 from msenc.work.items import Part
 from msenc.work.pool import beside
@@ -74,7 +75,11 @@ def _audit(config: Mapping[str, Any]) -> Audit:
     root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
     with folder_lock(folder):
         _generate(data, root, workers)
-        audit = audit_dataset(data["name"], _annotations(config, root, folder, None), root, folder, workers)
+        annotations = _annotations(config, root, folder, None)
+        audit = audit_dataset(data["name"], annotations, root, folder, workers)
+    targets = Counter[str]()
+    for dialogue in annotations.dialogues:
+        targets[dialogue.split] += dialogue.num_samples
     table = Table(title=f"{data['name']}, audited")
     for column in ("found", *audit.columns):
         table.add_column(column, justify="left" if column == "found" else "right")
@@ -93,6 +98,7 @@ def _audit(config: Mapping[str, Any]) -> Audit:
             found = [counts.get(split, 0) for split in audit.columns]
             table.add_row(f"  {name}", *("" if n is None else n if isinstance(n, str) else f"{n:,}" for n in found))
     console.print(table)
+    _warn_of_splits(targets)
     written = ", ".join(str(shown(folder / "audit" / f)) for f in ("rejected.csv", "audit.csv", "audit.html"))
     console.print(f"Nothing was dropped; data.filter=no_<flag> leaves out what carries a flag. Written: {written}")
     return audit
@@ -334,10 +340,22 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
         _print_bins(folder)
     if manifest.num_repaired:
         console.print(f"Text with repaired encoding: {manifest.num_repaired:,} rows.")
+    _warn_of_splits({split: n.samples for split, n in manifest.splits.items()})
     for reason, count in manifest.rejected.items():
         console.print(f"Not used: {count:,} x {reason}")
     files = f"{shown(folder / 'dataset.json')}, {shown(folder / 'rejected.csv')}"
     console.print(f"Written: {files}, one folder per stream beside them.", soft_wrap=True)
+
+
+def _warn_of_splits(targets: Mapping[str, int]) -> None:
+    """Say which splits have nothing to learn or to measure; a folder for evaluation alone has but one."""
+    empty = [split for split in SPLITS if not targets.get(split)]
+    if targets.get("train") and empty:
+        console.print(
+            f"[yellow]Without a target (a dialogue of two turns): {', '.join(empty)}.[/yellow] train.py needs train "
+            "and val, and test unless evaluate=null. Mark rows with split=..., or leave the column out.",
+            soft_wrap=True,
+        )
 
 
 def _print_bins(folder: Path) -> None:

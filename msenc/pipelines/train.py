@@ -242,6 +242,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
             "Prepare with describe=true, or train on the words alone: prompt.target=text."
         )
     for split in ("train", "val", *evaluated):
+        datamodule.check_split(split)
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     read_controls(config["control"], datamodule.streams)
     loss_weights = config["loss"]["weights"]

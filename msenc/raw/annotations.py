@@ -208,7 +208,8 @@ def _splits_of(
     first_rows = [rows[0][1] for rows in turns.values()]
     if "split" not in first_rows[0]:
         files = [split_part(values["clip"])[0] for values in first_rows]
-        return dict(zip(turns, split_dialogues(videos=files, **split), strict=True))
+        has_target = [sum(bool(values["text"]) for _, values, _ in rows) > 1 for rows in turns.values()]
+        return dict(zip(turns, split_dialogues(videos=files, has_target=has_target, **split), strict=True))
     for name, rows in turns.items():
         for row, values, _ in rows:
             if values["split"] not in SPLITS:

@@ -32,6 +32,9 @@ TYPOGRAPHIC = frozenset("€‚„…†‡‰‹›‘’“”•–—™¡¢
 LONGEST_RUN = 3
 """Characters beyond ASCII in a row, as in ``é…”``; other encodings' texts have whole words of them."""
 
+MOST_PROPOSED = 5
+"""Encodings that a refusal names."""
+
 # UTF-8 that was read as cp1252 (or Latin-1) and saved again: curly quotes and dashes start with "â€", Latin letters
 # with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
 _DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
@@ -132,7 +135,7 @@ def fitting_encodings(lines: list[bytes]) -> list[str]:
     """Encodings in which lines are words of a script, the likeliest first.
 
     Example:
-        >>> fitting_encodings(["Привет, как у тебя дела сегодня?".encode("cp1251")])[0]
+        >>> fitting_encodings(["Привет, как дела? Всё хорошо.".encode("cp1251")])[0]
         'cp1251'
     """
     found = []
@@ -143,10 +146,11 @@ def fitting_encodings(lines: list[bytes]) -> list[str]:
             continue
         beyond = [c for c in text if not c.isascii() and not unicodedata.category(c).startswith("P")]
         own = [c for c in beyond if unicodedata.name(c, "").partition(" ")[0] in scripts]
-        common = sum(map(_is_common, own))
+        # Of letters without case and of a byte each, nothing tells whether they are common.
+        common = len(own) / 2 if scripts[0] in ("HEBREW", "ARABIC", "THAI") else sum(map(_is_common, own))
         if beyond and len(own) > 0.8 * len(beyond):
             found.append((len(own) / len(beyond) + common / len(own), name))
-    return [name for _, name in sorted(found, key=lambda pair: -pair[0])][:3]
+    return [name for _, name in sorted(found, key=lambda pair: -pair[0])][:MOST_PROPOSED]
 
 
 def _is_common(letter: str) -> bool:

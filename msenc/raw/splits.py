@@ -12,7 +12,13 @@ _OFFICIAL_SEED = 123
 _OFFICIAL_TRAIN, _OFFICIAL_VAL = 0.8, 0.9
 
 
-def split_dialogues(rule: str, videos: Sequence[str], fractions: Mapping[str, float], seed: int) -> list[str]:
+def split_dialogues(
+    rule: str,
+    videos: Sequence[str],
+    fractions: Mapping[str, float],
+    seed: int,
+    has_target: Sequence[bool] | None = None,
+) -> list[str]:
     """The split of every dialogue, of which only the video that it comes from is known.
 
     Args:
@@ -21,6 +27,8 @@ def split_dialogues(rule: str, videos: Sequence[str], fractions: Mapping[str, fl
         videos: of each dialogue, in the dialogues' order.
         fractions: wanted share of dialogues per split, summing to 1; `official` has its own.
         seed: of the drawing; `official` has its own.
+        has_target: whether each dialogue has one, two turns or more; None: all have. ``random`` gives every
+            wanted split its share of those, and its share of the others.
 
     Returns:
         ``train``, ``val`` or ``test``, for each dialogue.
@@ -33,7 +41,16 @@ def split_dialogues(rule: str, videos: Sequence[str], fractions: Mapping[str, fl
     if rule == "by_video":
         return _split_groups(videos, fractions, seed, "videos")
     if rule == "random":
-        return _split_groups(range(len(videos)), fractions, seed, "dialogues")
+        kinds = has_target or [True] * len(videos)
+        if sum(kinds) < sum(fraction > 0 for fraction in fractions.values()):
+            kinds = [True] * len(videos)  # too few for every split, whoever gets them
+        found: dict[int, str] = {}
+        for kind in (True, False):
+            numbers = [number for number, has in enumerate(kinds) if has == kind]
+            if kind or numbers:
+                splits = _split_groups(numbers, fractions, seed, "dialogues", may_lack=not kind)
+                found |= zip(numbers, splits, strict=True)
+        return [found[number] for number in range(len(videos))]
     raise MsencError(f"data.recordings.split.rule={rule}: no such rule. Expected one of {', '.join(RULES)}.")
 
 
@@ -43,7 +60,9 @@ def _official_splits(num: int) -> list[str]:
     return ["train" if d < _OFFICIAL_TRAIN else "val" if d > _OFFICIAL_VAL else "test" for d in draws]
 
 
-def _split_groups(groups: Sequence[Hashable], fractions: Mapping[str, float], seed: int, what: str) -> list[str]:
+def _split_groups(
+    groups: Sequence[Hashable], fractions: Mapping[str, float], seed: int, what: str, may_lack: bool = False
+) -> list[str]:
     """Groups in random order, each to the split that is filled least so far; so every wanted split gets one."""
     wanted = {split: fractions.get(split, 0) for split in SPLITS}
     if set(fractions) - set(SPLITS) or min(wanted.values()) < 0 or abs(sum(wanted.values()) - 1) > 1e-6:
@@ -53,7 +72,7 @@ def _split_groups(groups: Sequence[Hashable], fractions: Mapping[str, float], se
         )
     wanted = {split: fraction for split, fraction in wanted.items() if fraction > 0}
     sizes = Counter(groups)
-    if len(sizes) < len(wanted):
+    if not may_lack and len(sizes) < len(wanted):
         raise MsencError(
             f"data.recordings.split: found {len(sizes)} {what}; expected at least one for each of {', '.join(wanted)}. "
             "Add material, set a share to 0, or take data.recordings.split.rule=random, which splits single dialogues."

@@ -79,3 +79,13 @@ def test_an_encoding_that_is_wrong_is_refused(tmp_path, encoding):
 @pytest.mark.parametrize("encoding", FOREIGN)
 def test_the_right_encoding_comes_first(encoding):
     assert fitting_encodings([FOREIGN[encoding].encode(encoding)])[0] == encoding
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("cp1255", "שלום, מה שלומך היום?"), ("cp874", "สวัสดีครับ")])
+def test_encodings_that_bytes_alone_do_not_tell_apart_are_all_proposed(encoding, text):
+    assert encoding in fitting_encodings([text.encode(encoding)])
+
+
+def test_a_short_text_has_its_encoding_among_those_proposed():
+    for text in ("Да", "Нет, спасибо.", "Всё хорошо!"):
+        assert "cp1251" in fitting_encodings([text.encode("cp1251")])

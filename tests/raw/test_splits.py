@@ -78,3 +78,14 @@ def test_a_share_of_zero_leaves_a_split_empty():
 def test_wishes_that_cannot_be_met_are_refused(rule, videos, fractions, expected):
     with pytest.raises(MsencError, match=expected):
         split_dialogues(rule, videos, fractions, seed=1)
+
+
+def test_every_split_gets_its_share_of_the_dialogues_that_have_a_target():
+    has_target = [number % 10 == 0 for number in range(300)]
+    for seed in range(5):
+        splits = split_dialogues("random", ["a.mp4"] * 300, FRACTIONS, seed, has_target)
+        counts = Counter(split for split, has in zip(splits, has_target, strict=True) if has)
+        assert counts == {"train": 24, "val": 3, "test": 3}
+        assert Counter(splits) == {"train": 240, "val": 30, "test": 30}
+    few = [True, True, False, False]
+    assert set(split_dialogues("random", ["a.mp4"] * 4, FRACTIONS, 1, few)) == {"train", "val", "test"}
