@@ -102,6 +102,7 @@ class DataConfig:
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
         table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
         recordings: how recordings become utterances; None: `root` is in MELD's layout.
+        audio_track: number of the track of audio that is read, from 1 on; None: the one marked as default.
         labels: columns of the table that `prepare.py` keeps for connectors to be aligned to; None keeps all that are
             read as nothing else.
         voice: how `prepare.py` describes voices.
@@ -120,6 +121,7 @@ class DataConfig:
     generate: Any = None
     table: str | None = None
     recordings: RecordingsConfig | None = None
+    audio_track: int | None = None
     labels: list[str] | None = None
     voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None

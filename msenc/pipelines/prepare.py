@@ -157,19 +157,22 @@ def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
 def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
     """What the tables say; recordings without one are listened to first. None where that is not complete, or asked."""
     data, stage = config["data"], config.get("stage")
-    labels = data["labels"]
+    labels, track = data["labels"], data["audio_track"]
+    if track is not None and track < 1:
+        raise MsencError(f"data.audio_track={track}: expected the number of a track, from 1 on, or null.")
     if data["recordings"] is None:
-        return read_meld(root, data["name"], labels)
+        return read_meld(root, data["name"], labels).with_track(track)
     split = data["recordings"]["split"]
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
-        return read_table(table, data["name"], split, labels)
+        return read_table(table, data["name"], split, labels).with_track(track)
     recipe = Recipe(
         segment=build(data["recordings"]["segment"]),
         make_recogniser=build({**data["recordings"]["recogniser"], "_partial_": True}),
         make_encoder=build({**data["recordings"]["speaker_encoder"], "_partial_": True}),
         settings={key: data["recordings"][key] for key in ("recogniser", "speaker_encoder")},
         split=split,
+        track=track,
     )
     last = stage if stage in STAGES else None
     made = transcribe_recordings(data["name"], root, folder, recipe, config["prepare_workers"], last, part)
@@ -179,7 +182,7 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     _print_transcript(made)
     if stage in STAGES:
         return None
-    annotations = read_table(made.file, data["name"], split)
+    annotations = read_table(made.file, data["name"], split).with_track(track)
     return replace(annotations, rejections=[*made.rejections, *annotations.rejections])
 
 
