@@ -477,7 +477,7 @@ def test_a_file_is_checked_before_anything_is_built(yaml, message, train, tmp_pa
     ("override", "message"),
     [
         ("+seeed=2", "seeed: no such key. Did you mean 'seed'?"),
-        ("+data.size=2", r"data\.size: no such key\. Valid: batch"),
+        ("+data.size=2", r"data\.size: no such key\. Valid: audio_track, batch"),
     ],
 )
 def test_a_plus_adds_no_key_that_no_schema_has(override, message, train):

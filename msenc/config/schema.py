@@ -103,6 +103,7 @@ class DataConfig:
         table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
         encoding: of the tables (``gb18030``, ``cp1251``, ...); None: UTF-8 or UTF-16, with rows of cp1252 repaired.
         recordings: how recordings become utterances; None: `root` is in MELD's layout.
+        audio_track: number of the track of audio that is read, from 1 on; None: the one marked as default.
         labels: columns of the table that `prepare.py` keeps for connectors to be aligned to; None keeps all that are
             read as nothing else.
         voice: how `prepare.py` describes voices.
@@ -122,6 +123,7 @@ class DataConfig:
     table: str | None = None
     encoding: str | None = None
     recordings: RecordingsConfig | None = None
+    audio_track: int | None = None
     labels: list[str] | None = None
     voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None

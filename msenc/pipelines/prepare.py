@@ -161,13 +161,15 @@ def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
 def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
     """What the tables say; recordings without one are listened to first. None where that is not complete, or asked."""
     data, stage = config["data"], config.get("stage")
-    labels = data["labels"]
+    labels, track = data["labels"], data["audio_track"]
+    if track is not None and track < 1:
+        raise MsencError(f"data.audio_track={track}: expected the number of a track, from 1 on, or null.")
     if data["recordings"] is None:
-        return read_meld(root, data["name"], labels, data["encoding"])
+        return read_meld(root, data["name"], labels, data["encoding"]).with_track(track)
     split = data["recordings"]["split"]
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
-        return read_table(table, data["name"], split, labels, data["encoding"])
+        return read_table(table, data["name"], split, labels, data["encoding"]).with_track(track)
 
     def make_part(name: str) -> Callable[[], Any]:
         return build({**data["recordings"][name], "_partial_": True}, f"data.recordings.{name}")
@@ -178,6 +180,7 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
         make_encoder=make_part("speaker_encoder"),
         settings={key: data["recordings"][key] for key in ("recogniser", "speaker_encoder")},
         split=split,
+        track=track,
     )
     last = stage if stage in STAGES else None
     made = transcribe_recordings(data["name"], root, folder, recipe, config["prepare_workers"], last, part)
@@ -187,7 +190,7 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     _print_transcript(made)
     if stage in STAGES:
         return None
-    annotations = read_table(made.file, data["name"], split)
+    annotations = read_table(made.file, data["name"], split).with_track(track)
     return replace(annotations, rejections=[*made.rejections, *annotations.rejections])
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from msenc.files import content_hash
 from msenc.files.kinds import is_below
-from msenc.raw.container import part_of, split_part
+from msenc.raw.container import part_of, split_part, with_track
 from msenc.raw.encoding import decode_table, repair_encoding
 from msenc.raw.marks import parse_marks
 from msenc.raw.splits import split_dialogues
@@ -60,6 +60,16 @@ class Annotations:
     def num_repaired(self) -> int:
         """Rows whose encoding was repaired."""
         return len(self.repaired)
+
+    def with_track(self, track: int | None) -> "Annotations":
+        """The same, with clips that name a track of their files' audio, from 1 on; None leaves them."""
+        if track is None:
+            return self
+        dialogues = [
+            replace(d, utterances=tuple(replace(u, clip=u.clip and with_track(u.clip, track)) for u in d.utterances))
+            for d in self.dialogues
+        ]
+        return replace(self, dialogues=dialogues)
 
 
 def read_meld(
@@ -238,7 +248,7 @@ def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rej
         rejections.append(Rejection(id, "clip", "no span of time", path.name, row, f"{times[0]!r} to {times[1]!r}"))
         clip = start_s = end_s = None
     elif any(times) and clip is not None:
-        clip = part_of(split_part(clip)[0], start_s, end_s)
+        clip = part_of(clip, start_s, end_s)
     return Utterance(
         id=id.rpartition("/utt")[2],
         speaker=values.get("speaker") or UNKNOWN_SPEAKER,

@@ -42,6 +42,7 @@ REASON_FLAGS = {
     "silent": "silent",
     "no picture": "picture_missing",
     "playlist": "playlist",
+    "no such track": "track_missing",
     "clip too long": "clip_too_long",
     "clip too large": "clip_too_large",
     "bad sample rate": "bad_sample_rate",

@@ -73,25 +73,51 @@ class MediaError(Exception):
 Span = tuple[float, float | None]
 """Seconds of a longer recording, by its own clock (`origin_of`); None is its end."""
 
-_PART = re.compile(r"(.+)#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", re.DOTALL)
+_PART = re.compile(r"(.+)#(?=[tc])(?:t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?))?(&?track=\d+)?(&?channel=\d+)?", re.DOTALL)
 
 
 def part_of(file: str, start_s: float, end_s: float) -> str:
-    """Name a part of a recording as a clip, in the way of W3C's Media Fragments.
+    """Name a part of a recording as a clip, in the way of W3C's Media Fragments; what it says of tracks stays.
 
     Example:
         >>> part_of("talks/1.mp4", 12.5, 14)
         'talks/1.mp4#t=12.500,14.000'
         >>> split_part("talks/1.mp4#t=12.500,14.000")
         ('talks/1.mp4', (12.5, 14.0))
+        >>> part_of("talks/1.wav#channel=2", 0, 1)
+        'talks/1.wav#t=0.000,1.000&channel=2'
     """
-    return f"{file}#t={start_s:.3f},{end_s:.3f}"
+    name, _ = split_part(file)
+    return f"{name}#t={start_s:.3f},{end_s:.3f}" + "".join(f"&{key}={n}" for key, n in tracks_of(file).items())
 
 
 def split_part(clip: str) -> tuple[str, Span | None]:
     """A clip's file, and which part of it the clip is; None where it is the whole file."""
     match = _PART.fullmatch(clip)
-    return (match[1], (float(match[2]), float(match[3]))) if match else (clip, None)
+    if match is None:
+        return clip, None
+    return match[1], None if match[2] is None else (float(match[2]), float(match[3]))
+
+
+def tracks_of(clip: str) -> dict[str, int]:
+    """Which ``track`` of a file's audio a clip's name asks for, and which ``channel`` of it, both from 1 on."""
+    match = _PART.fullmatch(clip)
+    named = [part.lstrip("&").split("=") for part in match.groups()[3:] if part] if match else []
+    return {key: int(number) for key, number in named}
+
+
+def with_track(clip: str, track: int) -> str:
+    """Name the same clip with another track of its file's audio.
+
+    Example:
+        >>> with_track("a.mkv", 2), with_track("a.mkv#t=0.000,1.000&channel=1", 2)
+        ('a.mkv#track=2', 'a.mkv#t=0.000,1.000&track=2&channel=1')
+    """
+    file, span = split_part(clip)
+    channel = tracks_of(clip).get("channel")
+    parts = [] if span is None else [f"t={span[0]:.3f},{span[1]:.3f}"]
+    parts += [f"track={track}"] + ([] if channel is None else [f"channel={channel}"])
+    return f"{file}#{'&'.join(parts)}"
 
 
 @dataclass
@@ -158,15 +184,16 @@ def _is_playlist(path: Path, head: bytes) -> bool:
     return text.startswith(b"<") and any(element in text for element in _PLAYLIST_ELEMENTS)
 
 
-def choose_stream(streams: list[Any], lacking: str) -> Any:
-    """The stream that is marked as the default one, else the first.
+def choose_stream(streams: list[Any], lacking: str, track: int | None = None) -> Any:
+    """The stream of that number, from 1 on; else the one that is marked as the default one, else the first.
 
     Raises:
         MediaError: `lacking`, where there is none; or nothing decodes it.
     """
-    if not streams:
-        raise MediaError(lacking)
-    stream = next((s for s in streams if s.disposition & s.disposition.default), streams[0])
+    if not streams or not 1 <= (track or 1) <= len(streams):
+        raise MediaError(lacking if not streams else "no such track")
+    default = next((s for s in streams if s.disposition & s.disposition.default), streams[0])
+    stream = streams[track - 1] if track else default
     if stream.codec_context is None:
         raise MediaError("clip corrupt")  # nothing decodes what its header names
     if stream.type == "video":

@@ -49,9 +49,12 @@ def hash_clips(root: Path, clips: Iterable[str | None], folder: Path, num_worker
 
 
 def _stamp(path: Path) -> list[int] | None:
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            return None
+        stat = path.stat()
+    except OSError:  # a name that is too long, or a folder that may not be entered
         return None
-    stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
 

@@ -37,6 +37,7 @@ from msenc.raw.container import (
     read_packets,
     split_part,
     stated_length,
+    tracks_of,
 )
 
 SILENCE_PEAK = 10 ** (-90 / 20)  # -90 dBFS: about the last bit of 16-bit sound
@@ -93,22 +94,25 @@ def read_audio(
     Raises:
         MediaError: if there is no such clip, no audio in it (or in that part), nothing to hear, or too much of it.
     """
+    tracks = tracks_of(str(path))
     path, span = _located(path, span)
     findings = Findings() if findings is None else findings
-    mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, findings)
-    samples = _decode_audio(path, span, mixdown)
+    channel = tracks["channel"] - 1 if "channel" in tracks else None
+    mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, findings, channel)
+    samples = _decode_audio(path, span, tracks.get("track"), mixdown)
     if (channel := mixdown.loudest_of_cancelled()) is not None:
         findings.notes["channels_cancel"] = f"channel {channel + 1} is taken"
-        samples = _decode_audio(path, span, _Mixdown(sample_rate, span or (0.0, None), max_s, Findings(), channel))
+        mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, Findings(), channel)
+        samples = _decode_audio(path, span, tracks.get("track"), mixdown)
     if np.abs(samples).max(initial=0.0) < SILENCE_PEAK:
         raise MediaError("silent")
     return samples
 
 
-def _decode_audio(path: Path, span: Span | None, mixdown: "_Mixdown") -> np.ndarray:
+def _decode_audio(path: Path, span: Span | None, track: int | None, mixdown: "_Mixdown") -> np.ndarray:
     for lead_s in (CODEC_LEAD_S, None):
         with open_clip(path) as container:
-            stream = choose_stream(list(container.streams.audio), "no sound")
+            stream = choose_stream(list(container.streams.audio), "no sound", track)
             is_sought = _is_seekable(container, stream, path, span, lead_s)
             if is_sought and not _seek(container, stream, span, lead_s):
                 continue
@@ -256,6 +260,8 @@ class _Mixdown:
             self.findings.notes["format_change"] = f"{frame.layout.name} at {rate} Hz from {time_s:.2f} s on"
         self._key = key
         if self._resampler is None:
+            if self.channel is not None and not 0 <= self.channel < frame.layout.nb_channels and not self._parts:
+                raise MediaError("no such track")
             # FFmpeg keeps the sum of a mix in range for whole numbers only: mixing floats would clip
             layout = "mono" if self.channel is None else frame.layout.name
             self._resampler = load_av().AudioResampler(format="s32p", layout=layout, rate=self.rate)

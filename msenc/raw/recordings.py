@@ -18,7 +18,7 @@ import numpy as np
 
 from msenc.files import digest, inside, write_text
 from msenc.raw import container, segment, speakers
-from msenc.raw.container import SUFFIXES, MediaError
+from msenc.raw.container import SUFFIXES, MediaError, with_track
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import read_audio
 from msenc.raw.segment import (
@@ -55,6 +55,7 @@ class Recipe:
         make_encoder: builds what tells voices apart; picklable.
         settings: the configs of both, by ``recogniser`` and ``speaker_encoder``: work is done anew where they change.
         split: `msenc.raw.splits.split_dialogues`'s rule, fractions and seed.
+        track: of the recordings' audio, from 1 on; None: the one marked as default.
     """
 
     segment: SegmentSettings
@@ -62,6 +63,7 @@ class Recipe:
     make_encoder: Callable[[], SpeakerEncoder]
     settings: Mapping[str, Any]
     split: Mapping[str, Any]
+    track: int | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _item(
     recipe: Recipe,
     columns: Sequence[Any],
 ) -> Item:
-    place = [hashes[span.video], span.start_s, span.end_s]
+    place = [hashes[span.video], span.start_s, span.end_s, recipe.track]
     settings = {
         "segment": [segment.VERSION, asdict(recipe.segment), recipe.settings["speaker_encoder"]],
         "transcribe": [recipe.settings["recogniser"]],
@@ -210,23 +212,25 @@ def _item(
 
 def _make_work(stage: str, root: Path, recipe: Recipe) -> Callable[[], Callable[[Any], Members]]:
     if stage == "segment":
-        return partial(SegmentWork, root, recipe.segment, recipe.make_encoder)
+        return partial(SegmentWork, root, recipe.track, recipe.segment, recipe.make_encoder)
     if stage == "transcribe":
-        return partial(TranscribeWork, root, recipe.make_recogniser)
-    return partial(SpeakerWork, root, recipe.make_encoder)
+        return partial(TranscribeWork, root, recipe.track, recipe.make_recogniser)
+    return partial(SpeakerWork, root, recipe.track, recipe.make_encoder)
 
 
 class _Work:
     """A dialogue -> what a stage finds in it, or why it cannot be used."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, track: int | None) -> None:
         self.root = root
+        self.track = track
 
     def __call__(self, input: tuple[DialogueSpan, Spans | None]) -> Members:
         span, utterances = input
         try:
             with one_thread():
-                sound = read_audio(self.root / span.video, SAMPLE_RATE, (span.start_s, span.end_s))
+                video = span.video if self.track is None else with_track(span.video, self.track)
+                sound = read_audio(self.root / video, SAMPLE_RATE, (span.start_s, span.end_s))
                 return {"outcome.json": {"found": self.find(span, sound, utterances)}}
         except MediaError as error:
             return {"outcome.json": {"rejected": error.reason}}
@@ -238,8 +242,14 @@ class _Work:
 class SegmentWork(_Work):
     """A dialogue -> [start, end] of its utterances, in seconds of the recording."""
 
-    def __init__(self, root: Path, settings: SegmentSettings, make_encoder: Callable[[], SpeakerEncoder]) -> None:
-        super().__init__(root)
+    def __init__(
+        self,
+        root: Path,
+        track: int | None,
+        settings: SegmentSettings,
+        make_encoder: Callable[[], SpeakerEncoder],
+    ) -> None:
+        super().__init__(root, track)
         self.settings = settings
         self.detect = load_speech_detector()
         self.encode = make_encoder()
@@ -262,8 +272,8 @@ class SegmentWork(_Work):
 class TranscribeWork(_Work):
     """A dialogue's utterances -> their words."""
 
-    def __init__(self, root: Path, make_recogniser: Callable[[], Any]) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, track: int | None, make_recogniser: Callable[[], Any]) -> None:
+        super().__init__(root, track)
         self.recogniser = make_recogniser()
 
     def find(self, span: DialogueSpan, sound: np.ndarray, utterances: Spans | None) -> list[Any]:
@@ -283,8 +293,8 @@ class TranscribeWork(_Work):
 class SpeakerWork(_Work):
     """A dialogue's utterances -> their speakers."""
 
-    def __init__(self, root: Path, make_encoder: Callable[[], SpeakerEncoder]) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, track: int | None, make_encoder: Callable[[], SpeakerEncoder]) -> None:
+        super().__init__(root, track)
         self.encode = make_encoder()
 
     def find(self, span: DialogueSpan, sound: np.ndarray, utterances: Spans | None) -> list[Any]:

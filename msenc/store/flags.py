@@ -34,6 +34,7 @@ FLAGS = {
     "sound_missing": "the clip has no sound",
     "silent": "nothing to hear in the clip's sound",
     "picture_missing": "the clip has no picture",
+    "track_missing": "fewer tracks of audio, or channels of it, than `data.audio_track` or the clip's name asks for",
     "playlist": "a list of other files, which is never opened",
     "clip_too_long": "more than 4 hours, whatever the header says",
     "clip_too_large": "pictures of more than 8192 x 8192 pixels, or more of them than fit into memory",

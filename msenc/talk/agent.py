@@ -38,6 +38,7 @@ NO_CLIP = {
     "clip too long": "it is too long",
     "clip too large": "its picture is too large",
     "bad sample rate": "its sample rate is none of sound",
+    "no such track": "it has no such track",
     "playlist": "it is a list of other files, which is not opened",
 }
 """Why a clip is of no use, in a sentence."""

@@ -10,6 +10,8 @@ import pytest
 from media import RATE, Track, Video, cases, tone, write, write_two
 
 from msenc.raw import media
+from msenc.raw.annotations import read_table
+from msenc.raw.audit import REASON_FLAGS, audit_dataset
 from msenc.raw.container import Findings, MediaError, decode_packets, open_clip, part_of
 from msenc.raw.media import iterate_frames, read_audio, read_frames
 from msenc.raw.probe import probe_clip
@@ -175,10 +177,58 @@ def test_all_grid_clips_have_audio_and_so_have_their_parts():
         assert (facts.audio, facts.video) == (None, None)
 
 
+def test_the_audit_of_a_mixed_folder_names_each_oddity_and_drops_what_cannot_be_used(tmp_path):
+    root = tmp_path / "raw"
+    root.mkdir()
+    plain = [case for case in CASES.values() if (case.audio, case.video, case.flags) == (None, None, ())][:6]
+    odd = [case for case in CASES.values() if case.flags or case.audio][::2][:20]
+    assert (len(plain), len(odd)) == (6, 20)
+    names = {f"{n}-{case.file}": case for n, case in enumerate(5 * plain + odd)}
+    for number, (name, case) in enumerate(names.items()):
+        case.write(root / name)
+        with (root / name).open("ab") as file:
+            file.write(bytes(0 if case in odd else number))  # no two clips alike
+    rows = "".join(f"{name},dia{n // 5},A,words {n},train\n" for n, name in enumerate(names))
+    (root / "utterances.csv").write_text("clip,dialogue,speaker,text,split\n" + rows)
+    annotations = read_table(root / "utterances.csv", "mine", {"rule": "random"})
+    audit = audit_dataset("mine", annotations, root, tmp_path / "out", num_workers=0)
+    rejected = {(r.file, r.what): r.reason for r in audit.rejections}
+    flags: dict[str, set[str]] = {}
+    for flag in audit.flags:
+        flags.setdefault(flag.file, set()).add(flag.flag)
+    for name, case in names.items():
+        assert (rejected.get((name, "audio")), rejected.get((name, "video"))) == (case.audio, case.video)
+        expected = {*case.flags, *(REASON_FLAGS[reason] for reason in (case.audio, case.video) if reason)}
+        assert flags.get(name, set()) - {"duplicate_clip"} == expected
+
+
 @pytest.mark.parametrize("file", ["tracks.mkv", "tracks.mp4"])
 def test_the_default_track_is_read(file, tmp_path):
     CASES[file].write(tmp_path / file)
     assert level(read_audio(tmp_path / file, RATE), 1760) > 0.35
+    assert level(read_audio(tmp_path / f"{file}#track=1", RATE), 440) > 0.35
+    with pytest.raises(MediaError, match="no such track"):
+        read_audio(tmp_path / f"{file}#track=3", RATE)
+
+
+def test_a_table_is_read_with_another_track_and_by_channels(tmp_path):
+    table = tmp_path / "utterances.csv"
+    table.write_text(
+        "clip,dialogue,speaker,text,start,end,split\na.wav#channel=2,d,A,Hi,0.5,1,train\nb.mkv,d,B,Yes,,,train\n"
+    )
+    annotations = read_table(table, "mine", {"rule": "random"})
+    clips = [[u.clip for u in a.dialogues[0].utterances] for a in (annotations, annotations.with_track(2))]
+    assert clips == [
+        ["a.wav#t=0.500,1.000&channel=2", "b.mkv"],
+        ["a.wav#t=0.500,1.000&track=2&channel=2", "b.mkv#track=2"],
+    ]
+    alone = np.concatenate([tone(440, 1, (1, 0.5)), tone(1760, 1, (0, 1))], axis=1)
+    write(tmp_path / "a.wav", Track([(0.0, alone)], "pcm_s16le"))
+    samples = read_audio(tmp_path / "a.wav#channel=2", RATE)
+    assert level(part(samples, 0, 1), 440) == pytest.approx(0.2, abs=0.01)
+    np.testing.assert_array_equal(read_audio(tmp_path / clips[0][0], RATE), part(samples, 0.5, 1.0))
+    with pytest.raises(MediaError, match="no such track"):
+        read_audio(tmp_path / "a.wav#channel=3", RATE)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "m4a"])
