@@ -27,7 +27,7 @@ from msenc.pipelines.evaluate import evaluate
 from msenc.pipelines.prepare import ensure_llm, prepare, prepare_command
 from msenc.pipelines.train import train
 from msenc.prompt import TOKEN_KINDS
-from msenc.store.manifest import DatasetManifest
+from msenc.store.manifest import DatasetManifest, count_splits
 from msenc.store.shards import write_stream
 from msenc.training import assembly
 from msenc.types import Dialogue, MsencError, Utterance
@@ -452,9 +452,10 @@ def test_what_does_not_fit_the_budget_is_refused_before_training(train, tmp_path
         text = "Well, " * (200 if name == split else 1)
         return Dialogue(f"x/{name}/dia0", name, tuple(Utterance(str(i), "Ana", text, "a man") for i in range(3)))
 
-    samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in map(dialogue, ("train", "val", "test"))]
+    dialogues = [dialogue(name) for name in ("train", "val", "test")]
+    samples = [(d.id, d.split, {"turns.json": d.to_json()}) for d in dialogues]
     index = write_stream(tmp_path / "data" / "turns", samples, {})
-    DatasetManifest("x", {}, {}, turns_hash=index["hash"]).write(tmp_path / "data")
+    DatasetManifest("x", count_splits(dialogues), {}, turns_hash=index["hash"]).write(tmp_path / "data")
     overrides = ["modality=text", f"data.dir={tmp_path / 'data'}", "data.batch_size=null"]
     with pytest.raises(MsencError, match=rf"=300: 2 targets .* the longest is turn 2 of x/{split}/dia0 with"):
         train([*FAST, *overrides, "data.max_tokens_per_batch=300"])

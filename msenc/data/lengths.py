@@ -157,7 +157,8 @@ def _key(turns: ShardReader, streams: Mapping[str, ShardReader], tokenizer: Dial
         "schema_version": SCHEMA_VERSION,
         "turns": turns.hash,
         "streams": {stream: reader.hash for stream, reader in streams.items()},
-        "prompt": asdict(tokenizer.prompt),
+        # What is newer than the schema counts where it is given, so that lengths that were counted before serve.
+        "prompt": {k: v for k, v in asdict(tokenizer.prompt).items() if k != "template_arguments" or v},
         "tokenizer": [
             kind.backend_tokenizer.to_str(),
             kind.chat_template,

@@ -160,21 +160,21 @@ def check_lora(lora: Mapping[str, Any]) -> None:
     """
     from peft import LoraConfig
 
-    defaults = {f.name: f.default for f in fields(LoraConfig)}
-    for key, value in lora.items():
-        if key not in defaults:
-            raise MsencError(f"model.llm.lora.{key}: no such setting. Expected some of {', '.join(LORA_SETTINGS)}.")
-        if key not in LORA_SETTINGS and value not in (None, {}, defaults[key]):
-            raise MsencError(
-                f"model.llm.lora.{key}={value}: not taken, as what is trained with it would not be exported or resumed "
-                f"as it was. Leave it out; taken are {', '.join(LORA_SETTINGS)}."
-            )
     start = lora.get("init_lora_weights", True)
     if start not in LORA_STARTS:
         raise MsencError(
             f"model.llm.lora.init_lora_weights={start}: such adapters begin with a change of the base weights, or with "
             f"data, which neither checkpoint nor export would keep. Take one of {', '.join(map(str, LORA_STARTS))}."
         )
+    defaults = {f.name: f.default for f in fields(LoraConfig)}
+    for key, value in lora.items():
+        if key not in defaults:
+            raise MsencError(f"model.llm.lora.{key}: no such setting. Expected some of {', '.join(LORA_SETTINGS)}.")
+        if key not in LORA_SETTINGS and value not in (None, defaults[key]):
+            raise MsencError(
+                f"model.llm.lora.{key}={value}: not taken, as what is trained with it would not be exported or resumed "
+                f"as it was. Leave it out; taken are {', '.join(LORA_SETTINGS)}."
+            )
 
 
 def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:

@@ -47,7 +47,7 @@ def write_run(folder, name, modality, seed=1, known=1.0, listens=None, unsure=0.
                 nll += [known * seen + (1 - known) * blind + unsure * rng.uniform(0.9, 1.1), 0.0]
                 kinds += 2 * [f"planted_{mark.kind}"]
                 bits[f"planted_{mark.kind}"] = mark.bits
-            common = {"dialogue": one.dialogue.id, "turn": turn, "utterance": str(turn), "speaker": "", "reply": {}}
+            common = {"dialogue": one.dialogue.id, "turn": turn, "utterance": str(turn), "speaker": ""}
             rows.append({**common, "nll": nll, "kinds": kinds, "correct": [1] * len(nll), "bits": bits})
     write_evaluation(folder / "evaluation" / f"{name}-test-ab", {"split": "test", "data": name, "settings": ""}, rows)
     control = {"split": "test", "data": name, "settings": "", "control": "shuffle"}

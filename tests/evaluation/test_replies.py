@@ -1,4 +1,5 @@
 import os
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def write_all(model, samples, decoding, **options):
 
 def one_at_a_time(model, samples, budget, num_queries=NUM_QUERIES, end=END, max_new_tokens=8):
     """What transformers itself writes to each history, without padding, batches or a shared cache."""
-    replies = {}
+    replies, ends = {}, [end, model.llm.generation_config.eos_token_id]
     for tokens, features in samples:
         for row in dialogue_rows(tokens, budget, num_queries, "sample", with_targets=False):
             batch = collate([tokens], [features], [[row]], num_queries)
@@ -49,9 +50,11 @@ def one_at_a_time(model, samples, budget, num_queries=NUM_QUERIES, end=END, max_
                 ids = model.llm.generate(
                     inputs_embeds=model.embed(batch),
                     attention_mask=torch.ones(batch.input_ids.shape, dtype=torch.long),
-                    generation_config=GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=0),
+                    generation_config=GenerationConfig(
+                        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=0
+                    ),
                 )[0].tolist()
-            replies[(tokens.id, row.target_turns[0], 0)] = ids[: ids.index(end)] if end in ids else ids
+            replies[(tokens.id, row.target_turns[0], 0)] = list(takewhile(lambda id: id not in ends, ids))
     return replies
 
 

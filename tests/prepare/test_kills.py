@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def test_kills_change_no_byte_and_lose_the_item_in_hand_alone(root, tmp_path):
     rng = random.Random(1)
-    steps = iter([rng.randint(12, 30) for _ in range(2)] + [rng.randint(23, 28) for _ in range(3)])  # of about 140
+    steps = iter([rng.randint(18, 36) for _ in range(2)] + [rng.randint(29, 34) for _ in range(3)])  # of about 170
     moments = [
         next(steps),
         "os.rename voice-cache.jsonl",

@@ -253,4 +253,4 @@ def test_a_base_that_an_export_names_is_no_address(guard, stored_run, no_server)
 )
 def test_a_config_gives_lora_numbers_and_names_alone(setting, guard, stored_run):
     text = guard.refuses(lambda: load_llm("data/tiny-llm", lora={"r": 2, "target_modules": ["q_proj"], **setting}))
-    assert f"model.llm.lora.{next(iter(setting))}: no such setting" in text
+    assert f"model.llm.lora.{next(iter(setting))}" in text
