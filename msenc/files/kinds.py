@@ -1,8 +1,8 @@
 """What a value from a file must be, as types -> the first place in it that is something else; names of files.
 
 A kind is ``str``, ``int``, ``float``, ``bool``, ``None``, ``list[KIND]``, ``dict[str, KIND]``, ``KIND | KIND``,
-``Literal``, a tuple of kinds, a ``TypedDict`` (which may hold more), a dataclass (which may not), ``Any`` (plain
-values) or ``object`` (unchecked); and ``Annotated[KIND, Must(...)]``. An ``int`` is no bool and fits 64 bits, a
+``Literal``, a tuple of kinds, a ``TypedDict`` (which may hold more plain values), a dataclass (which may not), ``Any``
+(plain values) or ``object`` (unchecked); and ``Annotated[KIND, Must(...)]``. An ``int`` is no bool and fits 64 bits, a
 ``float`` is finite, or such an ``int``.
 """
 
@@ -287,13 +287,10 @@ def _record(kind: Any) -> Callable[[Any], None]:
             there = short(_Words(", ".join(map(str, value)) or "nothing"))
             raise MisfitError(_Words(f"no {missing}"), f"it beside {there}")
         for key, inner in value.items():
-            check_one = checks.get(key)
-            if check_one is None:
-                if is_closed:
-                    raise MisfitError(_Words(f"the key {short(key)}"), f"none but {', '.join(hints)}")
-                continue
+            if is_closed and key not in checks:
+                raise MisfitError(_Words(f"the key {short(key)}"), f"none but {', '.join(hints)}")
             try:
-                check_one(inner)
+                checks.get(key, _check_plain)(inner)
             except MisfitError as misfit:
                 misfit.place.append(key)
                 raise

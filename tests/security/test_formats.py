@@ -259,6 +259,7 @@ PLACES: list[tuple[str, tuple[str | int, ...], Any, str]] = [
     ("index.json", (*SAMPLE, "members"), {"turns.json": [0, 2**62]}, r"turns.json ends behind the end of its shard"),
     ("index.json", (*SAMPLE, "members"), {"turns.json": [0]}, r"turns.json: found a list of 1, expected a list of 2"),
     ("index.json", ("settings",), {"other": 1}, r"index.json: damaged; it does not hold what its hash says"),
+    ("metrics.json", ("seconds_of_others",), 10**400, r"metrics.json, seconds_of_others: found .* 64 bits"),
     ("export.json", ("format_version",), 9, r"export.json: format_version 9"),
     ("export.json", ("streams", "audio", "dim"), "16", r"export.json, streams.audio.dim: found '16'"),
     ("export.json", ("llm", "trained"), "pickle", r"export.json, llm.trained: found 'pickle', expected one of adapter"),
