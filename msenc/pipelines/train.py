@@ -131,10 +131,12 @@ def train(cfg: DictConfig) -> float | None:
             record.add(status="finished", best_loss=loss)
             return loss
         except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
-            by = "SIGTERM" if getattr(e, "code", None) == STOPPED else "the keyboard, or by a signal"
+            is_stopped = getattr(e, "code", None) == STOPPED
+            by = termination.asked_by.name if is_stopped and termination.is_asked else "the keyboard, or by a signal"
             if record is not None:
                 record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
-            if is_elsewhere and getattr(e, "code", None) == STOPPED:
+            termination.ask_for_requeue(is_first_process())
+            if is_elsewhere and is_stopped:
                 return None  # raised, it would have the launcher kill the others before they have saved
             raise
         except Exception as e:

@@ -2,9 +2,10 @@
 
 Checkpoints (callback) -> Trainer.save_checkpoint -> CheckpointFiles (plugin) -> last.ckpt, previous.ckpt, best.ckpt
 
-Two kinds of moments are saved, at which nothing is half done: the start of a batch that begins an optimizer's step,
-and the start of an epoch. So no gradient has to be kept, and no validation is cut in two. Lightning's own counters
-are written as they stand then; what it would restore otherwise is put right before the first resumed batch.
+Two kinds of moments are saved, at which nothing is half done: the start of a batch that begins an optimizer's step
+(always that of the last one before a validation), and the start of an epoch. So no gradient has to be kept, and no
+validation is cut in two. Lightning's own counters are written as they stand then; what it would restore otherwise is
+put right before the first resumed batch.
 """
 
 import math
@@ -295,7 +296,7 @@ class Checkpoints(Checkpoint):
     # ------------------------------------------------------------------------------------------------ when
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """From here on, a SIGTERM waits for a good moment; Lightning, which has taken it over, would not wait."""
+        """From here on, signals wait for a good moment; Lightning, which has taken SIGTERM over, would not wait."""
         self._saved_at = (trainer.global_step, time.monotonic())
         self.termination.listen()
         self.termination.is_held = True
@@ -315,7 +316,7 @@ class Checkpoints(Checkpoint):
             self._restore(trainer, batch_idx)
         if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients are being gathered
-        if self._any(trainer, self.termination.is_asked or self._is_due(trainer)):
+        if self._any(trainer, self.termination.is_asked or self._is_due(trainer)) or _validates_after(trainer):
             if trainer.global_step > self._saved_at[0]:
                 self._save(trainer)
             self._leave_if_asked(trainer)
@@ -343,7 +344,7 @@ class Checkpoints(Checkpoint):
         self.on_saved()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """A validation can be repeated: a SIGTERM ends it at once, and the last checkpoint stands."""
+        """A validation can be repeated: a signal ends it at once, and the checkpoint of a step before stands."""
         self.termination.is_held = False
         if self.termination.is_asked:
             self.termination.leave()
@@ -372,6 +373,15 @@ class Checkpoints(Checkpoint):
         self._save(trainer)
         self.termination.is_held = False
         self._leave_if_asked(trainer)
+
+
+def _validates_after(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the optimizer's step that begins: it may last, and a signal may end it."""
+    loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if not loop._should_check_val_epoch() or every in (None, math.inf):
+        return False
+    done = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
+    return every - done % every <= trainer.accumulate_grad_batches
 
 
 def training_outcome(trainer: L.Trainer) -> dict[str, Any]:
