@@ -44,6 +44,7 @@ from msenc.training.assembly import (
     build_model,
     build_optimizer,
     calibrate_connectors,
+    check_precision,
     check_weights,
     num_parameters,
 )
@@ -289,7 +290,8 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     for note in datamodule.tokenizer.notes:
         console.print(note, soft_wrap=True)
     spelling = _spelling(config, datamodule)
-    for text in spelling:
+    said = [*spelling, *check_precision(model, config["trainer"].get("precision"))]
+    for text in said:
         _warn(text)
     if config["stage"] == ALIGN:
         return _end_with_alignment(config, model, record)
@@ -301,7 +303,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
-    _print_streams(record, spelling)
+    _print_streams(record, said)
     return None
 
 
