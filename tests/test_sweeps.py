@@ -7,15 +7,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import joblib
 import pandas as pd
 import pytest
 from conftest import ROOT, SMALL_DEMO, run_driver
 from filelock import FileLock
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+from omegaconf import OmegaConf
 
 from msenc.files import read_json
-from msenc.runs.sweep import note_run, read_sweep, sweep_name, write_sweep
+from msenc.pipelines import cluster
+from msenc.runs.sweep import note_run, read_submitted, read_sweep, sweep_name, write_submitted, write_sweep
+from msenc.types import MsencError
 
 FAST = ["data.batch_size=4", "trainer.max_epochs=1", "decoding.max_new_tokens=1", "evaluate=val"]
 """Four steps."""
@@ -240,6 +248,133 @@ def test_a_cluster_executor_skips_and_reports_as_well(swept, run_script, tmp_pat
     assert old.run_dir.parent != new.run_dir.parent  # the first is of the copied start
     assert [r["seed"] for r in records(folder)] == [2, 6]
     assert table(folder)["seeds"].tolist() == [2]
+
+
+def test_jobs_that_outlive_the_sweeps_process_are_waited_for(swept, run_script, tmp_path):
+    home, _ = swept
+    runs = tmp_path / "runs"
+    shutil.copytree(home / "whole", runs)
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+    more = ["data.batch_size=2", "trainer.max_epochs=24", "callbacks.checkpoints.every_n_steps=8"]
+    command = [*SWEEP, "modality=text", "seed=1,2", f"paths.runs_dir={runs}", *more, *launcher]
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stdout=-1, stderr=-1)
+    while len(list(runs.glob("sweeps/*/*/?/checkpoints/last.ckpt"))) < 4 + 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    done = run_script("train.py", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
+    assert [(r["status"], r["resumed"]) for r in records(folder)] == [("finished", 0)] * 2
+    assert len(list(folder.glob("*/?/run.json"))) == 2
+    assert table(folder)["seeds"].tolist() == [2]
+
+
+# ------------------------------------------------------------------------------------------------ Slurm
+
+
+class FakeLauncher:
+    """What is asked of the plugin's launcher."""
+
+    _EXECUTOR = "slurm"
+
+
+class FakeJob:
+    def __init__(self, job_id, error=None):
+        self.job_id, self.error = job_id, error
+
+    def results(self):
+        if self.error:
+            raise RuntimeError(self.error)
+        return [None]
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """``slurm(answers, finished)``: submits six jobs of a sweep's; squeue answers in turn -> those submitted."""
+    (tmp_path / "bin").mkdir()
+    queue = tmp_path / "queue"
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(f'#!/bin/sh\nhead -1 {queue} | tr " " "\\n"\nsed -i 1d {queue}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(cluster, "ASK_EVERY", 0)
+    monkeypatch.setattr(submitit_launcher, "BaseSubmititLauncher", FakeLauncher)
+    folder = tmp_path / "sweep"
+    write_sweep(folder, ["seed=0,1,2,3,4,5"], [[f"seed={n}"] for n in range(6)])
+    submitted = []
+
+    def submit(launcher, left):
+        submitted.extend(left)
+        return [FakeJob(f"90_{n}", "node failed\nand more" if n == 5 else None) for n, _ in left]
+
+    monkeypatch.setattr(cluster, "_submit", submit)
+
+    def call(answers, finished=()):
+        queue.write_text("".join(f"{line}\n" for line in answers))
+        runs = {f"seed={n}": tmp_path / "runs" / str(n) for n in finished}
+        cluster.take_over(folder, lambda overrides: runs.get(overrides[0]), False, "test")
+        returned = FakeLauncher().launch([[f"seed={n}"] for n in range(6)], 0)
+        assert [r.return_value for r in returned] == [None] * 6
+        assert queue.read_text() == ""  # every answer was asked for
+        return [number for number, _ in submitted]
+
+    return SimpleNamespace(call=call, folder=folder)
+
+
+def test_what_is_finished_or_in_slurms_queue_is_not_submitted(slurm, capsys):
+    before = {("seed=0",): "7_0", ("seed=1", "detach=true"): "7_1", ("seed=2",): "8", ("seed=3",): "12"}
+    write_submitted(slurm.folder, before)
+    # 8 has left the queue without a result: it is submitted again. 4 is finished, whoever has run it.
+    assert slurm.call(["7_0 7_1 12 77", "7_1 77", "77"], finished=[3, 4]) == [2, 5]
+    said = capsys.readouterr().out
+    assert "job 0: Slurm has it already, as 7_0" in said
+    assert "job 3: finished already" in said
+    assert "job 2: submitted to Slurm as 90_2" in said
+    assert "job 5: node failed" in said
+    assert "and more" not in said
+    assert [job.number for job in read_sweep(slurm.folder) if job.run_dir is not None] == [3, 4]
+    noted = {tuple(overrides): job for overrides, job in read_submitted(slurm.folder)}
+    assert noted == {
+        ("seed=0",): "7_0",
+        ("seed=1",): "7_1",
+        ("seed=2",): "90_2",
+        ("seed=3",): "12",
+        ("seed=5",): "90_5",
+    }
+
+
+def test_without_a_queue_nothing_is_submitted_twice(slurm, monkeypatch, tmp_path):
+    write_submitted(slurm.folder, {("seed=0",): "7"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MsencError, match="squeue does not answer"):
+        slurm.call([])
+
+
+def test_only_slurm_goes_on_by_itself(call_script, tmp_path):
+    for extra in ([], ["hydra/launcher=joblib"], ["hydra/launcher=submitit_local"]):
+        with pytest.raises(SystemExit, match="detach=true: jobs go on by themselves on Slurm alone"):
+            call_script("train.py", *SWEEP, f"hydra.sweep.dir={tmp_path / 'sweep'}", "detach=true", *extra)
+    with pytest.raises(SystemExit, match="detach=true leaves the jobs of a sweep to Slurm, and this is one run"):
+        call_script("train.py", "detach=true")
+
+
+def test_the_launchers_for_slurm_compose():
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = (
+            GlobalHydra.instance()
+            .config_loader()
+            .load_configuration(
+                "train",
+                ["hydra/launcher=slurm_multi_node", "trainer=multi_node", "trainer.devices=4", "trainer.num_nodes=3"],
+                RunMode.MULTIRUN,
+            )
+        )
+        launcher = OmegaConf.to_container(config.hydra.launcher, resolve=False)
+        assert (config.hydra.launcher.nodes, config.hydra.launcher.tasks_per_node) == (3, 4)
+    assert launcher["_target_"].endswith("SlurmLauncher")
+    assert launcher["signal_delay_s"] == 120
+    assert launcher["max_num_timeout"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ the folder

@@ -219,6 +219,7 @@ class TrainConfig:
     Args:
         plan: what the run would take is printed, and nothing trains.
         dry_run: the jobs of the sweep are listed with what they would take, and none starts.
+        detach: the sweep's process ends when its jobs are submitted to Slurm.
         align: how connectors are aligned first; None does not.
         init_from: what another run has trained, to start from.
         stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
@@ -234,6 +235,7 @@ class TrainConfig:
 
     plan: bool = False
     dry_run: bool = False
+    detach: bool = False
     seed: int = 1
     modality: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)

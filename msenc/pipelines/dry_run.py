@@ -1,7 +1,7 @@
 """What train.py does with dry_run=true: the jobs of a sweep, what is done of them, and what the rest would take."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,6 +89,32 @@ def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[
     return rows
 
 
+def finished_run(config: DictConfig) -> Callable[[Sequence[str]], Path | None]:
+    """What tells the finished run of a job, from its overrides; None where it has none, or its data is not there."""
+
+    def find(overrides: Sequence[str]) -> Path | None:
+        try:
+            cfg, own, command = _compose(config, overrides)
+            datamodule = build_datamodule(own, command)
+            datamodule.setup()
+            run = find_run(places_of_runs(config, config.hydra), run_identity(cfg, data_hashes(own, datamodule)))
+        except MsencError:
+            return None  # the job itself says what is wrong, or prepares what is missing
+        return run if run is not None and is_finished(read_facts(run / "run.json")) else None
+
+    return find
+
+
+def _compose(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any], str]:
+    """A job's config, as it is and plain, and the command that prepares its data."""
+    cfg = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    command = prepare_command(cfg.hydra.overrides.task, cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg.hydra
+    cfg.paths.output_dir = "none"
+    return cfg, checked(cfg, GIVEN), command
+
+
 class _Known:
     """What earlier runs and the configs tell of jobs; what jobs share is looked up once."""
 
@@ -101,12 +127,7 @@ class _Known:
         self._peaks: dict[str, int | None] = {}
 
     def expect(self, overrides: Sequence[str]) -> Expectation:
-        cfg = GlobalHydra.instance().config_loader().load_sweep_config(self.config, list(overrides))
-        command = prepare_command(cfg.hydra.overrides.task, cfg.hydra.runtime.choices)
-        with open_dict(cfg):
-            del cfg.hydra
-        cfg.paths.output_dir = "none"
-        config = checked(cfg, GIVEN)
+        cfg, config, command = _compose(self.config, overrides)
         row = Expectation()
         llm, recipe = config["model"]["llm"]["name_or_path"], config["model"]["llm_recipe"]
         try:

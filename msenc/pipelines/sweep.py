@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from msenc.config.schema import ReportConfig
-from msenc.pipelines.dry_run import list_jobs
+from msenc.pipelines.cluster import take_over
+from msenc.pipelines.dry_run import finished_run, list_jobs
 from msenc.pipelines.report import report
 from msenc.runs.overrides import key_of, quoted_value
 from msenc.runs.record import is_finished, read_facts
@@ -48,6 +49,8 @@ def begin_sweep(config: DictConfig) -> None:
             )
         list_jobs(config, jobs, axes)
         sys.exit(0)
+    if config.detach and not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
+        raise MsencError("detach=true: jobs go on by themselves on Slurm alone. Use hydra/launcher=slurm.")
     given = {key_of(o) for o in config.hydra.overrides.hydra}
     if "hydra.sweep.dir" not in given:
         name = sweep_name(config.hydra.runtime.choices.get("sweep"), command, axes)
@@ -64,6 +67,9 @@ def begin_sweep(config: DictConfig) -> None:
         ) from e
     _held.append(lock)
     write_sweep(folder, command, jobs)
+    if "submitit" in config.hydra.launcher._target_:
+        split = None if config.trainer.get("fast_dev_run") else config.evaluate
+        take_over(folder, finished_run(config), config.detach, split)
 
     def stop(number: int, frame: FrameType | None) -> None:
         _stopped_by.append(signal.Signals(number))

@@ -114,6 +114,10 @@ def train(cfg: DictConfig) -> float | None:
         cfg.resume = "auto"  # a sweep is what its jobs are, whenever they ran
     if cfg.dry_run:
         raise MsencError("dry_run=true lists the jobs of a sweep, and this is one run. See what it takes: plan=true")
+    if cfg.detach and not is_job:
+        raise MsencError(
+            "detach=true leaves the jobs of a sweep to Slurm, and this is one run. For one: sbatch (docs/cluster.md)"
+        )
     if cfg.plan:
         return plan_run(cfg, command)
     is_elsewhere = is_job and not hydra.launcher._target_.endswith(".BasicLauncher")
@@ -192,7 +196,8 @@ def _settle(cfg: DictConfig, job: _Job, overrides: list[str], command: str) -> R
     if cfg.resume is not None and is_first_process() and (folder / "run.json").is_file():
         if cfg.resume == "auto":
             check_same_settings(folder, cfg)
-        record = RunRecord.reopen(folder)
+        # A job of a sweep may still run on behalf of a sweep's process that was killed.
+        record = RunRecord.reopen(folder, wait=hydra.mode is RunMode.MULTIRUN)
     else:
         record = _new_record(folder, cfg, overrides, command)
     if is_first_process() and hydra.mode is RunMode.MULTIRUN:

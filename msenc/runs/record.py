@@ -27,6 +27,7 @@ from msenc.config.stored import read_config
 from msenc.files import check_no_way_out, inside, read_json, write_json
 from msenc.files.kinds import Count, Name
 from msenc.types import MsencError
+from msenc.work.console import console, shown
 from msenc.work.processes import is_first_process
 
 SCHEMA_VERSION = 1
@@ -118,8 +119,12 @@ class RunRecord:
         self.add()
 
     @classmethod
-    def reopen(cls, folder: Path) -> "RunRecord":
+    def reopen(cls, folder: Path, wait: bool = False) -> "RunRecord":
         """Open an earlier run's record to continue the run.
+
+        Args:
+            folder: of the run.
+            wait: for another process that works in the folder, until it ends.
 
         Raises:
             MsencError: another process works in the folder, a link in it leads elsewhere, or the record cannot be read.
@@ -127,7 +132,7 @@ class RunRecord:
         record = cls.__new__(cls)
         record.folder = Path(folder)
         check_no_way_out(record.folder)
-        record._hold()
+        record._hold(wait)
         record._continue()
         return record
 
@@ -147,13 +152,18 @@ class RunRecord:
         if is_first_process():
             write_json(self.folder / "run.json", self.facts)
 
-    def _hold(self) -> None:
+    def _hold(self, wait: bool = False) -> None:
         self._lock = None
         if is_first_process():
             lock = FileLock(inside(self.folder, ".lock"), timeout=0)
             try:
                 lock.acquire()
             except Timeout as e:
+                if wait:
+                    console.print(f"Another process works in {shown(self.folder)}: waiting for it.", soft_wrap=True)
+                    lock.acquire(timeout=-1, poll_interval=1)
+                    self._lock = lock
+                    return
                 raise MsencError(
                     f"{self.folder}: another process works in this run's folder. Wait for it, or end it, then repeat."
                 ) from e

@@ -1,14 +1,16 @@
 """A sweep's folder: which jobs it has, and which run each of them is.
 
 - ``sweep.json``: the command and its jobs, written when the sweep starts
+- ``submitted.json``: which Slurm job each of them is, if they are
 - ``jobs/<number>.json``: where the run of a job lies, written by the job; it may lie in another sweep's folder
 - ``<time of a start>/<number>/``: runs that began here
 """
 
 import os
+import re
 import shutil
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -123,6 +125,31 @@ def _is_child(process: int) -> bool:
         return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
         return False
+
+
+class _Submitted(TypedDict):
+    overrides: list[str]
+    job: Annotated[str, Must(lambda job: re.fullmatch(r"[0-9_]{1,40}", job) is not None, "a number of Slurm's")]
+
+
+class _Submissions(TypedDict):
+    jobs: list[_Submitted]
+
+
+def write_submitted(folder: Path, jobs: Mapping[Sequence[str], str]) -> None:
+    """Note which Slurm job each of a sweep's jobs is; it stays when the sweep starts anew."""
+    noted = [{"overrides": list(overrides), "job": job} for overrides, job in jobs.items()]
+    write_json(folder / "submitted.json", {"jobs": noted})
+
+
+def read_submitted(folder: Path) -> list[tuple[list[str], str]]:
+    """Overrides of jobs that were submitted, and the Slurm job of each."""
+    if not (folder / "submitted.json").is_file():
+        return []
+    found = read_json(
+        folder / "submitted.json", _Submissions, "Move it away; jobs that run may be submitted twice then."
+    )
+    return [(entry["overrides"], entry["job"]) for entry in found["jobs"]]
 
 
 class _Sweep(TypedDict):

@@ -2,8 +2,10 @@ import json
 import math
 import os
 import re
+import threading
 
 import pytest
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from msenc.files import digest, read_json, write_json, write_text
@@ -31,6 +33,32 @@ def test_a_record_is_written_at_once_and_whenever_something_is_known(tmp_path):
     assert (second["status"], second["seed"], second["steps"]) == ("finished", 3, 7)
     assert second["seconds"] >= first["seconds"]
     assert second["peak_memory_mib"] > 0
+
+
+def test_a_jobs_run_that_another_process_works_on_is_waited_for(tmp_path, capsys):
+    RunRecord(tmp_path, seed=3).close()
+    other, is_held, may_end = FileLock(tmp_path / ".lock", thread_local=False), threading.Event(), threading.Event()
+
+    def work():
+        with other:
+            is_held.set()
+            may_end.wait()
+            write_json(tmp_path / "run.json", {**read_json(tmp_path / "run.json"), "status": "finished"})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    is_held.wait()
+    with pytest.raises(MsencError, match="another process works in this run's folder"):
+        RunRecord.reopen(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({**read_json(tmp_path / "run.json"), "steps": 9}))
+    threading.Timer(0.3, may_end.set).start()
+    record = RunRecord.reopen(tmp_path, wait=True)
+    worker.join()
+    assert (record.facts["status"], record.facts["steps"], record.facts["resumed"]) == ("finished", 9, 0)
+    assert "waiting for it" in capsys.readouterr().out
+    with pytest.raises(MsencError, match="another process works"):
+        RunRecord.reopen(tmp_path)  # it is held again
+    record.close()
 
 
 def test_a_run_is_read_back(tmp_path):
