@@ -12,7 +12,7 @@ from msenc.work.threads import wait_passively
 
 register_schemas()
 
-LITERAL = ("text", "audio", "video", "history", "speaker", "reply_as", "out", "runs_dir")
+LITERAL = ("text", "audio", "video", "history", "speaker", "reply_as", "out", "runs_dir", "page_password")
 """Keys whose values are typed without Hydra's quotes."""
 
 

@@ -376,7 +376,9 @@ class RespondConfig:
         runs_dir: the runs that the page offers, beside `run_dir`.
         host: address that the page is served at.
         port: of the page; None takes the first free one from 7860 on.
+        page_password: asked of everyone who opens the page; ``none`` asks nobody, whoever reaches it.
         max_upload_mb: largest file that a visitor of the page may upload.
+        max_total_mb: all that visitors of the page leave, together.
         plugins: see `TrainConfig`.
         urls: see `TrainConfig`.
     """
@@ -402,7 +404,9 @@ class RespondConfig:
     runs_dir: str = MISSING
     host: str = "127.0.0.1"
     port: int | None = None
+    page_password: str | None = None
     max_upload_mb: int = 50
+    max_total_mb: int = 2000
     plugins: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
 

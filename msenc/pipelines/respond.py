@@ -27,6 +27,7 @@ from msenc.models.recognition import Recogniser
 from msenc.prompt import DialogueTokenizer
 from msenc.raw.media import read_audio
 from msenc.speech.wav import write_wav
+from msenc.talk.address import is_loopback
 from msenc.talk.agent import (
     Agent,
     Heard,
@@ -95,11 +96,48 @@ def serve_page(config: Mapping[str, Any]) -> None:
         raise MsencError(f"page=true: {', '.join(given or ['num_replies'])} is for one reply. Leave it out.")
     if config["run_dir"] is not None:
         open_run(Path(config["run_dir"]), config["data_dir"], config["urls"])
-    with TemporaryDirectory(prefix="msenc-talk-") as folder, running_page(config, Path(folder)) as address:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nothing would be removed
-        console.print(f"Talk to the run at {address} (Ctrl-C ends it)")
-        with suppress(KeyboardInterrupt):
+    before = signal.signal(signal.SIGTERM, _interrupt)  # else nothing would be removed
+    try:
+        with (
+            suppress(KeyboardInterrupt),
+            TemporaryDirectory(prefix="msenc-talk-") as folder,
+            running_page(config, Path(folder)) as address,
+        ):
+            console.print(f"Talk to the run at {address} (Ctrl-C ends it)")
             threading.Event().wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: Any) -> None:
+    """As Ctrl-C; a second SIGTERM does not keep the first from removing what visitors left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def check_page(config: Mapping[str, Any]) -> None:
+    """Refuse what a page cannot be served with, and warn where others reach it."""
+    host, password = config["host"], config["page_password"]
+    if not host.strip():
+        raise MsencError("host='': no address. Give host=127.0.0.1, or host=0.0.0.0 to let others in.")
+    if password is not None and not password.strip():
+        raise MsencError("page_password='': an empty password keeps nobody out. Give one, or null.")
+    for key in ("max_upload_mb", "max_total_mb"):
+        if config[key] < 1:
+            raise MsencError(f"{key}: found {config[key]}, expected a whole number of 1 or more.")
+    if is_loopback(host):
+        return
+    if password is None:
+        raise MsencError(
+            f"host={host}: whoever reaches this machine could open the page. Give page_password=... (or the variable "
+            "MSENC_PAGE_PASSWORD), or page_password=none to let everyone in."
+        )
+    who = "Whoever reaches this machine" if password == "none" else "Whoever knows the password"
+    console.print(
+        f"[yellow]host={escape(host)}: {who} can open the page. What is said there crosses the network unencrypted."
+        "[/yellow]",
+        soft_wrap=True,
+    )
 
 
 @contextmanager
@@ -115,14 +153,20 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
         socket.create_server((host, port or 0)).close()  # Gradio would try a hundred ports, minutes with some hosts
     except OSError as error:
         raise MsencError(f"host={host} port={port}: cannot be served ({error.strerror}). Give another.") from error
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    check_page(config)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # each event sums up all that it remembers
     with needing("page=true", "talk"):
-        from msenc.talk.page import Host, build_page, launch_page
+        from msenc.talk.page import Host, build_page
+        from msenc.talk.serve import launch_page
     synthesizer = build(config["speech"], "speech") if config["speech"] else None
-    page = build_page(Host(lambda run: load_agent(run, config), synthesizer, config, folder))
+    shared = Host(lambda run: load_agent(run, config), synthesizer, config, folder)
+    page = build_page(shared)
+    threading.Thread(target=shared.visitors.sweep_until_closed, daemon=True).start()
     try:
-        yield launch_page(page, config)
+        yield launch_page(page, config, shared.visitors)
     finally:
+        shared.close()
         page.close(verbose=False)
 
 

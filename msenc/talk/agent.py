@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from torch import Tensor
 
 from msenc.data.collate import Layout, histories
 from msenc.evaluation.replies import decoding_for, write_replies
@@ -26,7 +27,16 @@ from msenc.speech.synthesis import Synthesizer
 from msenc.types import Dialogue, MsencError, Utterance, VoiceAttributes
 
 DEFAULT_SPEAKERS = ("User", "Agent")
-_File = Annotated[str, Must(lambda path: "\0" not in path, "a file")]
+MAX_TURNS = 100
+MAX_CHARACTERS = 2000
+"""Of a turn's words, and of its voice description; whichever way the turn comes in."""
+MAX_NAME = 100
+
+_File = Annotated[str, Must(lambda path: "\0" not in path and len(path) <= MAX_CHARACTERS, "a file")]
+_Words = Annotated[str, Must(lambda text: len(text) <= MAX_CHARACTERS, f"at most {MAX_CHARACTERS:,} characters")]
+_Speaker = Annotated[
+    str, Must(lambda name: name.strip() != "" and len(name) <= MAX_NAME, f"a name of at most {MAX_NAME} characters")
+]
 
 NO_CLIP = {
     "clip missing": "there is no such file",
@@ -42,6 +52,10 @@ NO_CLIP = {
     "playlist": "it is a list of other files, which is not opened",
 }
 """Why a clip is of no use, in a sentence."""
+
+
+class AbandonedError(Exception):
+    """Nobody waits for this reply any more."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +172,9 @@ class Agent:
         """Encode a turn's clips as `prepare.py` does, and recognise its words where it has none.
 
         Raises:
-            MsencError: a clip that cannot be used, or a turn in which nothing is said.
+            MsencError: a clip that cannot be used, a turn in which nothing is said, or one that is too long.
         """
+        _check_length(turn.text)
         for name in ("audio", "video"):
             if (path := getattr(turn, name)) is not None:
                 self._check_clip(name, path)
@@ -197,6 +212,7 @@ class Agent:
             seconds["recognition"] = time.perf_counter() - began
             if not text:
                 raise MsencError(f"{turn.sound}: no words were recognised in it. Give them: text=...")
+            _check_length(text)
             notices.append(f"Recognised: {text}")
         return Heard(replace(turn, text=text), features, tuple(notices), seconds)
 
@@ -207,6 +223,7 @@ class Agent:
         decoding: Mapping[str, Any],
         seed: int = 1,
         num_replies: int = 1,
+        is_wanted: Callable[[], bool] | None = None,
     ) -> tuple[list[Answer], list[str]]:
         """Write the turn that follows.
 
@@ -216,12 +233,14 @@ class Agent:
             decoding: see ``configs/decoding``.
             seed: of what is drawn.
             num_replies: alternatives.
+            is_wanted: asked before every token.
 
         Returns:
             The replies, and notices.
 
         Raises:
             MsencError: no turn, or settings that do not go together.
+            AbandonedError: the reply is not wanted any more.
         """
         if not turns:
             raise MsencError("There is no turn to answer: give text=..., audio=..., video=... or history=...")
@@ -234,11 +253,14 @@ class Agent:
         if history.start:
             notices.append(f"The history is too long: its first {history.start} of {len(turns)} turns are not read.")
         features = {s: [*(h.features.get(s) for h in turns), None] for s in self.encoders}
+        how = decoding_for(decoding, self.tokenizer.tokenizer, seed)
+        if is_wanted is not None:
+            how = replace(how, processors=(*how.processors, _Watch(is_wanted)))
         written = write_replies(
             self.model,
             [tokens],
             lambda _: features,
-            decoding_for(decoding, self.tokenizer.tokenizer, seed),
+            how,
             budget=self.budget,
             num_queries=self.num_queries,
             layout=self.layout,
@@ -265,6 +287,23 @@ class Agent:
                 "it, or raise max_clip_s."
             )
         return MsencError(f"{name}={path}: {NO_CLIP[reason]} ({reason}). Give a sound or video file that plays.")
+
+
+class _Watch:
+    """Ends decoding in mid-reply; it changes no score."""
+
+    def __init__(self, is_wanted: Callable[[], bool]) -> None:
+        self.is_wanted = is_wanted
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.is_wanted():
+            raise AbandonedError
+        return scores
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise MsencError(f"The text has {len(text):,} characters; a turn may have {MAX_CHARACTERS:,}. Shorten it.")
 
 
 def known_speakers(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -320,15 +359,15 @@ def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) 
 class _Turn:
     """`Turn` as it is written."""
 
-    speaker: Annotated[str, Must(lambda name: name.strip() != "", "a name")]
-    text: str | None = None
+    speaker: _Speaker
+    text: _Words | None = None
     audio: _File | None = None
     video: _File | None = None
-    description: str | None = None
+    description: _Words | None = None
 
 
 class _Talk(TypedDict):
-    turns: list[_Turn]
+    turns: Annotated[list[_Turn], Must(lambda turns: len(turns) <= MAX_TURNS, f"at most {MAX_TURNS} turns")]
 
 
 def read_talk(path: Path) -> list[Turn]:
@@ -337,7 +376,7 @@ def read_talk(path: Path) -> list[Turn]:
     Files are relative to the history file. `talk_json` writes such a file.
 
     Raises:
-        MsencError: it is missing, no JSON, or a turn is not as described; it names the turn.
+        MsencError: it is missing, no JSON, too long, or a turn is not as described; it names the turn.
     """
     turns = read_json(path, _Talk, 'Expected {"turns": [...]}, turns with speaker and text.')["turns"]
     return [

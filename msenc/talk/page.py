@@ -1,29 +1,27 @@
 """A page to talk to a run: type, record or upload a turn, hear the reply, and hear it in other voices.
 
-Gradio holds the page, the queue and one `Talk` per visitor; `msenc.talk.agent` hears and answers. Handlers return a new
-`Talk`, so a turn that is refused leaves the talk as it was.
+Gradio holds the page and the queue, `Visitors` one `Talk` per visitor; `msenc.talk.agent` hears and answers. A turn is
+put into the talk when its reply is there: one that is refused, or whose visitor has gone, leaves the talk as it was.
 """
 
 import html
+import mimetypes
 import re
 import shutil
-import tempfile
+import threading
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import gradio as gr
 import numpy as np
-from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from gradio.context import LocalContext
 
-from msenc.files import write_json
-from msenc.pages.render import PAGES, data_uri
+from msenc.pages.render import data_uri
 from msenc.runs.find import run_records
 from msenc.runs.record import is_finished, read_facts, read_run
 from msenc.speech.description import VOCABULARY, describe, parse
@@ -32,49 +30,30 @@ from msenc.speech.synthesis import Synthesizer
 from msenc.speech.voice import track_voice
 from msenc.speech.wav import to_wav, write_wav
 from msenc.talk.agent import (
+    MAX_CHARACTERS,
+    MAX_TURNS,
+    AbandonedError,
     Agent,
     Heard,
     Spoken,
     Turn,
     choose_speakers,
     known_speakers,
-    read_talk,
     speak_answer,
-    talk_json,
 )
+from msenc.talk.saved import read_saved, save_turns
+from msenc.talk.visitors import Talk, Visitors
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
-MAX_CHARACTERS = 2000
-MAX_TURNS = 100
-MAX_WAITING = 20  # visitors in the queue
-HOUR_S = 3600
 ANY = "any"
 
 
-STYLE = PAGES / "talk.css"
-
-
-@dataclass(frozen=True)
-class Talk:
-    """One visitor's talk.
-
-    Args:
-        folder: holds its sounds and pictures; it goes when the visitor has gone.
-        run: whose encoders heard the turns.
-        speakers: the visitor's name and the agent's, from the first turn on.
-        turns: so far, replies included.
-        spoken: the last reply.
-    """
-
-    folder: Path
-    run: str | None = None
-    speakers: tuple[str, str] | None = None
-    turns: tuple[Heard, ...] = ()
-    spoken: Spoken | None = None
+def _always() -> bool:
+    return True
 
 
 class Host:
-    """What all visitors share: the model of one run at a time, loaded once, and the synthesizer.
+    """What all visitors share: the model of one run at a time, loaded once, the synthesizer, and the space.
 
     Args:
         load: run's folder -> its agent.
@@ -90,6 +69,9 @@ class Host:
         self.synthesizer = synthesizer
         self.config = config
         self.folder = folder
+        self.visitors = Visitors(folder, config["max_total_mb"] << 20)
+        self.alone = threading.Lock()
+        """Held by whoever uses the model: a turn that was given up may still be at its last token."""
         self._run: str | None = None
         self._agent: Agent | None = None
 
@@ -112,49 +94,78 @@ class Host:
             found = [given, *(run for run in found if run.resolve() != given.resolve())]
         return [(run_label(run, folder), str(run)) for run in found]
 
+    def check_run(self, run: Any) -> str | None:
+        """A run that a visitor names, if it is one of those that can be chosen."""
+        if run is None or run == self._run or run in {folder for _, folder in self.runs()}:
+            return run
+        raise MsencError("There is no such run here. Choose one of the list.")
+
     def begin(self) -> Talk:
         """An empty talk."""
-        return Talk(Path(tempfile.mkdtemp(dir=self.folder)))
+        return Talk(self.visitors.new_folder())
 
-    def hear(self, talk: Talk, run: str | None, turn: Turn) -> Talk:
+    def hear(self, talk: Talk, run: str | None, turn: Turn, is_wanted: Callable[[], bool] = _always) -> Talk:
         """The talk with one more turn, all of it heard by this run.
 
         Raises:
             MsencError: nothing is said, or a clip is of no use.
+            AbandonedError: the turn is not wanted any more.
         """
         if not turn.text.strip() and turn.sound is None:
             raise MsencError("Nothing is said yet: type something, or record or upload sound or video.")
-        if len(turn.text) > MAX_CHARACTERS:
-            raise MsencError(f"The text has {len(turn.text)} characters; a turn may have {MAX_CHARACTERS}. Shorten it.")
-        if len(talk.turns) >= MAX_TURNS:
-            raise MsencError(f"The talk has {len(talk.turns)} turns, which is the most. Begin a new one.")
+        if len(talk.turns) + 2 > MAX_TURNS:
+            raise MsencError(f"The talk has {len(talk.turns)} turns; {MAX_TURNS} are the most. Begin a new one.")
         agent = self.agent(run)
-        before = talk.turns if talk.run == run else tuple(_hear_again(agent, heard.turn) for heard in talk.turns)
+        before = talk.turns if talk.run == run else _hear_all(agent, [heard.turn for heard in talk.turns], is_wanted)
         speakers = talk.speakers or self.speakers((), agent.speakers)
         heard = agent.hear(replace(turn, speaker=speakers[0]))
-        number = len(talk.turns) + 1
-        files = {
-            name: shutil.copyfile(path, talk.folder / f"{number}-{name}{path.suffix.lower()}")
-            for name in ("audio", "video")
-            if (path := getattr(turn, name)) is not None
-        }
-        heard = replace(heard, turn=replace(heard.turn, **files))
-        return replace(talk, run=run, speakers=speakers, turns=(*before, heard))
+        talk = replace(talk, run=run, speakers=speakers, turns=(*before, heard))
+        self.visitors.make_room(Talk(talk.folder, turns=(heard,)).num_bytes)
+        return talk
 
-    def answer(self, talk: Talk) -> tuple[Talk, list[str], dict[str, float]]:
-        """The talk with a reply, notices, and the seconds that it took."""
+    def answer(self, talk: Talk, is_wanted: Callable[[], bool] = _always) -> tuple[Talk, list[str], dict[str, float]]:
+        """The talk with a reply, its clips in its folder; notices, and the seconds that it took.
+
+        Raises:
+            MsencError: there is no space for it.
+            AbandonedError: the reply is not wanted any more; nothing is left of the turn.
+        """
         assert talk.speakers is not None
         agent, speaker = self.agent(talk.run), talk.speakers[1]
         began = time.perf_counter()
-        (answer, *_), notices = agent.answer(talk.turns, speaker, self.config["decoding"], self.config["seed"])
+        decoding, seed = self.config["decoding"], self.config["seed"]
+        (answer, *_), notices = agent.answer(talk.turns, speaker, decoding, seed, is_wanted=is_wanted)
         seconds = {"writing": time.perf_counter() - began}
         spoken = speak_answer(self.synthesizer, answer, speaker)
-        turn = Turn(speaker, answer.text or "...", description=answer.description)
-        if spoken.sound is not None:
-            seconds["speaking"] = spoken.seconds
-            turn = replace(turn, audio=talk.folder / f"{len(talk.turns) + 1}-reply.wav")
-            write_wav(turn.audio, spoken.sound, spoken.sample_rate)
-        return replace(talk, turns=(*talk.turns, _hear_again(agent, turn)), spoken=spoken), notices, seconds
+        words, description = answer.text or "...", answer.description
+        if len(words) > MAX_CHARACTERS:
+            notices.append(f"The reply has {len(words):,} characters; the talk keeps the first {MAX_CHARACTERS:,}.")
+        turn = Turn(speaker, words[:MAX_CHARACTERS], description=description and description[:MAX_CHARACTERS])
+        reply = talk.folder / f"{len(talk.turns) + 1}-reply.wav"
+        try:
+            if spoken.sound is not None:
+                seconds["speaking"] = spoken.seconds
+                self.visitors.make_room(4 * len(spoken.sound))
+                turn = replace(turn, audio=reply)
+                write_wav(reply, spoken.sound, spoken.sample_rate)
+            heard = _hear_again(agent, turn)
+            if not is_wanted():
+                raise AbandonedError
+            *before, last = talk.turns
+            files = {
+                name: self.visitors.keep(path, talk.folder / f"{len(talk.turns)}-{name}{media_suffix(path)}")
+                for name in ("audio", "video")
+                if (path := getattr(last.turn, name)) is not None
+            }
+        except BaseException as error:
+            reply.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
+            if not is_wanted():
+                raise AbandonedError from error  # the talk was put away meanwhile, and its folder went
+            raise MsencError(f"The reply cannot be kept ({error.strerror}). Begin a new talk.") from error
+        last = replace(last, turn=replace(last.turn, **files))
+        return replace(talk, turns=(*before, last, heard), spoken=spoken), notices, seconds
 
     def say_again(self, talk: Talk | None, description: str) -> Spoken:
         """The last reply in another voice."""
@@ -162,23 +173,37 @@ class Host:
             raise MsencError("There is no reply yet: say something first.")
         if self.synthesizer is None:
             raise MsencError("The page was started without a voice (speech=none).")
+        if len(description) > MAX_CHARACTERS:
+            raise MsencError(f"The description is too long; it may have {MAX_CHARACTERS:,} characters.")
         answer = replace(talk.spoken.answer, description=description, attributes=parse(description))
         return speak_answer(self.synthesizer, answer, talk.turns[-1].turn.speaker)
 
-    def load_talk(self, path: Path, run: str | None) -> Talk:
+    def save_talk(self, talk: Talk) -> Path:
+        """The talk's saved file; see `save_turns`."""
+        turns = [heard.turn for heard in talk.turns]
+        clips = {path for turn in turns for path in (turn.audio, turn.video) if path is not None}
+        (talk.folder / "talk.zip").unlink(missing_ok=True)
+        self.visitors.make_room(sum(path.stat().st_size for path in clips))
+        return save_turns(turns, talk.folder)
+
+    def load_talk(self, path: Path, run: str | None, is_wanted: Callable[[], bool] = _always) -> Talk:
         """Continue from a file that `save_talk` wrote, or a history file without clips.
 
         Raises:
             MsencError: it is no such file, too large, or names files that are not in it.
+            AbandonedError: the talk is not wanted any more.
         """
         talk = self.begin()
         try:
-            turns = read_saved(path, talk.folder / "loaded", int(self.config["max_upload_mb"] * 2**20))
+            most = self.config["max_upload_mb"] << 20
+            self.visitors.make_room(path.stat().st_size)
+            turns = read_saved(path, talk.folder / "loaded", most)
             agent = self.agent(run)
-            heard = tuple(_hear_again(agent, turn) for turn in turns)
+            heard = _hear_all(agent, turns, is_wanted)
+            self.visitors.make_room(Talk(talk.folder, turns=heard).num_bytes)
             return replace(talk, run=run, speakers=self.speakers(turns, agent.speakers), turns=heard)
-        except MsencError:
-            shutil.rmtree(talk.folder)
+        except (MsencError, AbandonedError):
+            shutil.rmtree(talk.folder, ignore_errors=True)
             raise
 
     def speakers(self, before: Sequence[Turn], known: tuple[str, str]) -> tuple[str, str]:
@@ -189,14 +214,37 @@ class Host:
         """A message that calls files of visitors by their names alone."""
         return re.sub(rf"{re.escape(str(self.folder))}/(\S*/)?", "", str(message))
 
+    def close(self) -> None:
+        """Let nobody begin anything more, and wait for the turn that is under way."""
+        self.visitors.is_closed.set()
+        if self.alone.acquire(timeout=10.0):
+            self.alone.release()
+
+
+def _hear_all(agent: Agent, turns: Sequence[Turn], is_wanted: Callable[[], bool]) -> tuple[Heard, ...]:
+    found = []
+    for turn in turns:
+        if not is_wanted():
+            raise AbandonedError
+        found.append(_hear_again(agent, turn))
+    return tuple(found)
+
 
 def _hear_again(agent: Agent, turn: Turn) -> Heard:
     """A turn that was taken before. A clip that this run cannot use is left out, and said; all else was said then."""
     try:
         return replace(agent.hear(turn), notices=())
     except MsencError as error:
+        if turn.sound is None:
+            raise
         heard = agent.hear(replace(turn, audio=None, video=None))
         return replace(heard, turn=turn, notices=(f"{error} The turn is read without.",))
+
+
+def media_suffix(path: Path) -> str:
+    """A file's suffix, if it is one of audio or video."""
+    kind = mimetypes.guess_type(f"x{path.suffix}")[0] or ""
+    return path.suffix.lower() if kind.startswith(("audio/", "video/")) else ".bin"
 
 
 # ---------------------------------------------------------------------------------------------------- runs and files
@@ -212,57 +260,6 @@ def run_label(run: Path, runs_dir: Path) -> str:
     """A run as a person tells it from others: its folder, and what it reads."""
     name = run.relative_to(runs_dir) if run.is_relative_to(runs_dir) else run
     return f"{name} ({read_facts(run / 'run.json').get('modality', 'unknown')})"
-
-
-def save_talk(talk: Talk) -> Path:
-    """Write the talk as a history file, which `respond.py` takes; with clips, a ZIP of it and them."""
-    turns, files = talk_json([heard.turn for heard in talk.turns])["turns"], {}
-    for number, turn in enumerate(turns, start=1):
-        for name in {"audio", "video"} & turn.keys():
-            file = Path(turn[name])
-            turn[name] = f"{number}-{name}{file.suffix}"
-            files[turn[name]] = file
-    path = talk.folder / "talk.json"
-    write_json(path, {"turns": turns})
-    if not files:
-        return path
-    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:  # stored, as clips are compressed already
-        for name, file in {path.name: path, **files}.items():
-            archive.write(file, name)
-    return path.with_suffix(".zip")
-
-
-def read_saved(path: Path, folder: Path, max_bytes: int) -> list[Turn]:
-    """The turns of a file of `save_talk`, its clips unpacked into a folder.
-
-    Raises:
-        MsencError: it is no such file, larger than `max_bytes` when unpacked, too long, or names files that are not in
-            it: a visitor must not reach those of this machine.
-    """
-    if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                found = archive.infolist()
-                if sum(info.file_size for info in found) > max_bytes or len(found) > 2 * MAX_TURNS + 1:
-                    raise MsencError(
-                        f"{path.name}: holds {len(found)} files, or more than {max_bytes >> 20} MiB. Cut the talk, or "
-                        "raise max_upload_mb."
-                    )
-                archive.extractall(folder)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
-            raise MsencError(f"{path.name}: cannot be unpacked ({error}).") from error
-        path = folder / "talk.json"
-    turns = read_talk(path)
-    if len(turns) > MAX_TURNS:
-        raise MsencError(f"{path.name}: has {len(turns)} turns; a talk may have {MAX_TURNS}.")
-    for number, turn in enumerate(turns, start=1):
-        for file in (turn.audio, turn.video):
-            if file is not None and not file.resolve().is_relative_to(folder.resolve()):
-                raise MsencError(
-                    f"{path.name}, turn {number}: {file.name} is not in the file. Give the ZIP that the page saved, or "
-                    "turns without clips."
-                )
-    return turns
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -349,9 +346,10 @@ def build_page(host: Host) -> gr.Blocks:
         return gr.Dropdown(runs, value=value), on_run(value)
 
     def on_run(run: str | None) -> str:
-        if run is None:
-            return show_status(refusal=f"No finished run in {host.config['runs_dir']}. Train one: make train")
         try:
+            run = host.check_run(run)
+            if run is None:
+                return show_status(refusal=f"No finished run in {host.config['runs_dir']}. Train one: make train")
             record, own = read_run(run)
         except MsencError as error:
             return show_status(refusal=str(error))
@@ -359,44 +357,70 @@ def build_page(host: Host) -> gr.Blocks:
         streams = _listed(["text", *own.model.streams])
         return show_status([f"This run reads {streams}. You speak as {user}, it replies as {agent}."])
 
+    def watch(session: str, moment: int) -> Callable[[], bool]:
+        """Whether somebody waits for what the handler that asks is doing: Gradio drops events of who has gone."""
+        events, id = page._queue.event_ids_to_events, LocalContext.event_id.get(None)
+
+        def is_wanted() -> bool:
+            event = events.get(id)
+            return (
+                event is not None
+                and event.alive
+                and not host.visitors.is_closed.is_set()
+                and host.visitors.moment(session) == moment
+            )
+
+        return is_wanted
+
     def on_send(
-        talk: Talk | None,
         run: str | None,
         text: str,
-        audio: str | None,
-        video: str | None,
+        audio: dict[str, Any] | None,
+        video: dict[str, Any] | None,
+        request: gr.Request,
         progress: Any = gr.Progress(),  # noqa: B008 (Gradio finds it there)
     ) -> Iterator[dict[Any, Any]]:
-        before = talk or host.begin()
+        session, before, talk, is_put = str(request.session_hash), None, None, False
         try:
+            moment, before = host.visitors.moment(session), host.visitors.talk(session)
+            is_wanted = watch(session, moment)
             progress(0.1, "Hearing the turn")
-            talk = host.hear(before, run, Turn("", text, *(Path(file) if file else None for file in (audio, video))))
-            heard = talk.turns[-1]
-            yield {chat: show_talk(talk), text_box: "", audio_box: None, video_box: None, status: ""}
+            clips = [uploaded(host, file) for file in (audio, video)]
+            with host.alone:
+                talk = before or host.begin()
+                turn = Turn("", str(text or ""), *clips)
+                now = host.hear(talk, host.check_run(run), turn, is_wanted)
+            yield {chat: show_talk(now), text_box: "", audio_box: None, video_box: None, status: ""}
             progress(0.5, "Writing and speaking the reply")
-            talk, notices, seconds = host.answer(talk)
+            with host.alone:
+                after, notices, seconds = host.answer(now, is_wanted)
+            is_put = host.visitors.replace(session, moment, after)
         except MsencError as error:
-            given = {text_box: text, audio_box: audio, video_box: video}
-            refusal = show_status(refusal=host.without_folders(error))
-            yield {state: before, chat: show_talk(before), **given, status: refusal}
+            given = {text_box: text, audio_box: path_of(audio), video_box: path_of(video)}
+            yield {chat: show_talk(before), **given, status: show_status(refusal=host.without_folders(error))}
+        except AbandonedError:
+            pass
+        finally:
+            if talk is not None and before is None and not is_put:
+                shutil.rmtree(talk.folder, ignore_errors=True)
+        if not is_put:
             return
-        shown = show_voice("The reply's voice", talk.spoken, {**heard.seconds, **seconds})
-        attributes = asdict(talk.spoken.answer.attributes)
-        notices = [host.without_folders(n) for n in (*heard.notices, *notices, *talk.turns[-1].notices)]
+        heard, reply = after.turns[-2:]
+        attributes = asdict(after.spoken.answer.attributes)
         yield {
-            state: talk,
-            chat: show_talk(talk),
-            voice: shown,
+            chat: show_talk(after),
+            voice: show_voice("The reply's voice", after.spoken, {**heard.seconds, **seconds}),
             other_voice: "",
-            description_box: talk.spoken.answer.description or "",
-            status: show_status(notices),
+            description_box: after.spoken.answer.description or "",
+            status: show_status([host.without_folders(n) for n in (*heard.notices, *notices, *reply.notices)]),
             saved: gr.File(visible=False),
             **{box: attributes[name] for name, box in attribute_boxes.items()},
         }
 
-    def on_say_again(talk: Talk | None, description: str) -> dict[Any, Any]:
+    def on_say_again(description: str, request: gr.Request) -> dict[Any, Any]:
         try:
-            spoken = host.say_again(talk, description)
+            with host.alone:
+                spoken = host.say_again(host.visitors.talk(str(request.session_hash)), str(description or ""))
         except MsencError as error:
             return {status: show_status(refusal=str(error))}
         attributes = asdict(spoken.answer.attributes)
@@ -407,29 +431,54 @@ def build_page(host: Host) -> gr.Blocks:
         }
 
     def on_attributes(*words: str) -> str:
-        return describe(VoiceAttributes(**dict(zip(attribute_boxes, words, strict=True))), Random(0))
+        known = {name: [*VOCABULARY[name], ANY, UNKNOWN] for name in attribute_boxes}
+        chosen = {n: word if word in known[n] else UNKNOWN for n, word in zip(attribute_boxes, words, strict=True)}
+        return describe(VoiceAttributes(**chosen), Random(0))
 
-    def on_new(talk: Talk | None) -> dict[Any, Any]:
-        if talk:
-            shutil.rmtree(talk.folder, ignore_errors=True)
-        return {state: None, chat: [], voice: "", other_voice: "", status: "", saved: gr.File(visible=False)}
+    def on_new(request: gr.Request) -> dict[Any, Any]:
+        session = str(request.session_hash)
+        with suppress(MsencError):  # too many visitors: this one has no talk
+            host.visitors.replace(session, host.visitors.moment(session), None)
+        return {chat: [], voice: "", other_voice: "", status: "", saved: gr.File(visible=False)}
 
-    def on_save(talk: Talk | None) -> dict[Any, Any]:
+    def on_save(request: gr.Request) -> dict[Any, Any]:
+        talk = host.visitors.talk(str(request.session_hash))
         if not talk or not talk.turns:
             return {status: show_status(refusal="There is nothing to save yet: say something first.")}
-        return {saved: gr.File(str(save_talk(talk)), visible=True)}
-
-    def on_continue(file: str, run: str | None) -> dict[Any, Any]:
         try:
-            talk = host.load_talk(Path(file), run)
+            return {saved: gr.File(str(host.save_talk(talk)), visible=True)}
+        except MsencError as error:
+            return {status: show_status(refusal=str(error))}
+
+    def on_continue(file: dict[str, Any] | None, run: str | None, request: gr.Request) -> dict[Any, Any]:
+        session, path = str(request.session_hash), None
+        try:
+            moment = host.visitors.moment(session)
+            path = uploaded(host, file)
+            if path is None:
+                raise MsencError("No file has arrived. Choose one that the page saved.")
+            with host.alone:
+                talk = host.load_talk(path, host.check_run(run), watch(session, moment))
+            if not host.visitors.replace(session, moment, talk):
+                return {status: ""}
         except MsencError as error:
             return {status: show_status(refusal=host.without_folders(error))}
-        notices = [f"{Path(file).name}: {len(talk.turns)} turns. Say how it goes on."]
+        except AbandonedError:
+            return {status: ""}
+        finally:
+            if path is not None:
+                host.visitors.drop(path)
+        notices = [f"{path.name}: {len(talk.turns)} turns. Say how it goes on."]
         notices += [host.without_folders(notice) for heard in talk.turns for notice in heard.notices]
-        return {state: talk, chat: show_talk(talk), voice: "", other_voice: "", status: show_status(notices)}
+        return {
+            chat: show_talk(talk),
+            voice: "",
+            other_voice: "",
+            status: show_status(notices),
+            saved: gr.File(visible=False),
+        }
 
-    with gr.Blocks(title="Talk to a run", analytics_enabled=False, delete_cache=(HOUR_S, 24 * HOUR_S)) as page:
-        state = gr.State(None, delete_callback=lambda talk: talk and shutil.rmtree(talk.folder, ignore_errors=True))
+    with gr.Blocks(title="Talk to a run", analytics_enabled=False) as page:
         gr.Markdown("# Talk to a run")
         run_box = gr.Dropdown(label="Run", elem_id="run")
         with gr.Row():
@@ -494,62 +543,43 @@ def build_page(host: Host) -> gr.Blocks:
                 again = gr.Button("Say it again", variant="primary", elem_id="again")
                 other_voice = gr.HTML(elem_id="other-voice")
 
-        # One at a time: model and synthesizer serve all visitors.
-        alone = {
-            "concurrency_limit": 1,
-            "concurrency_id": "model",
-            "show_progress_on": status,
-            "api_visibility": "private",
-        }
-        everything = [state, chat, status, voice, other_voice, saved, text_box, audio_box, video_box, description_box]
+        # Values come as they are sent, and are checked here: Gradio would fetch and copy files. What takes the model
+        # waits in the queue, one at a time; all else is answered at once, beside it.
+        raw = {"preprocess": False, "api_visibility": "private"}
+        alone = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress_on": status, **raw}
+        quiet = {"queue": False, "show_progress": "hidden", **raw}
+        everything = [chat, status, voice, other_voice, saved, text_box, audio_box, video_box, description_box]
         everything += attribute_boxes.values()
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
         page.load(on_open, None, [run_box, status], **quiet)
         run_box.input(on_run, run_box, status, **quiet)
-        text_box.submit(on_send, [state, run_box, text_box, audio_box, video_box], everything, **alone)
-        gr.on([again.click, description_box.submit], on_say_again, [state, description_box], everything, **alone)
+        text_box.submit(on_send, [run_box, text_box, audio_box, video_box], everything, **alone)
+        gr.on([again.click, description_box.submit], on_say_again, description_box, everything, **alone)
         for box in attribute_boxes.values():
             box.input(on_attributes, [*attribute_boxes.values()], description_box, **quiet)
-        gr.on([new.click, chat.clear], on_new, state, everything, **quiet)
-        save.click(on_save, state, everything, **quiet)
+        gr.on([new.click, chat.clear], on_new, None, everything, **quiet)
+        save.click(on_save, None, everything, **quiet)
         load.upload(on_continue, [load, run_box], everything, **alone)
     return page
 
 
-def launch_page(page: gr.Blocks, config: Mapping[str, Any]) -> str:
-    """Serve the page, and return its address; `page.close()` ends it."""
-    _, address, _ = page.queue(max_size=MAX_WAITING).launch(
-        server_name=config["host"],
-        server_port=config["port"],
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        footer_links=[],
-        max_file_size=f"{config['max_upload_mb']}mb",
-        app_kwargs={"middleware": [Middleware(_KeepRequestsHere)]},
-        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css_paths=STYLE,
-    )
-    return address
+def path_of(file: Any) -> str | None:
+    """The path of an uploaded file, as the browser names it."""
+    path = file.get("path") if isinstance(file, dict) else None
+    return path if isinstance(path, str) else None
 
 
-class _KeepRequestsHere:
-    """Tells the browser to fetch nothing from elsewhere, whatever a model writes or a part of Gradio asks for."""
+def uploaded(host: Host, file: Any) -> Path | None:
+    """An uploaded file, or None where nothing is given.
 
-    POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", self.POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+    Raises:
+        MsencError: it is none, or was removed because it was not used.
+    """
+    if file is None:
+        return None
+    path = path_of(file)
+    if path is None or not host.visitors.is_upload(Path(path)):
+        raise MsencError("The uploaded file is not there any more. Remove it, and upload it again.")
+    return Path(path)
 
 
 def _listed(names: Sequence[str]) -> str:
