@@ -283,8 +283,8 @@ class Agent:
     def _refusal(self, name: str, path: Path, reason: str) -> MsencError:
         if reason == "clip too long":
             return MsencError(
-                f"{name}={path}: lasts longer than {self.max_clip_s:g} s; a turn may last {self.max_clip_s:g} s. Cut "
-                "it, or raise max_clip_s."
+                f"{name}={path}: lasts longer than {self.max_clip_s:g} s, which is the most for a turn. Cut it, "
+                "or raise max_clip_s."
             )
         return MsencError(f"{name}={path}: {NO_CLIP[reason]} ({reason}). Give a sound or video file that plays.")
 

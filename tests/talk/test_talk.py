@@ -139,7 +139,7 @@ def test_speakers_take_turns():
         ([], "There is no turn to answer"),
         (["audio=nowhere.wav", "text=Hi"], r"audio=nowhere.wav: there is no such file"),
         (["audio={text}", "text=Hi"], "it cannot be decoded as sound or video"),
-        (["video={clip}", "text=Hi", "max_clip_s=0.1"], "a turn may last 0.1 s"),
+        (["video={clip}", "text=Hi", "max_clip_s=0.1"], "lasts longer than 0.1 s, which is the most for a turn"),
         (["audio={clip}", "recogniser={text}"], "what recognises it cannot be loaded. Give text="),
         (["history={text}"], "cannot be read as JSON"),
         (["text=Hi", "num_replies=2"], "decoding=sample"),

@@ -147,7 +147,7 @@ def test_the_reply_is_heard_in_another_voice(browser):
 @needs_browser
 def test_a_talk_is_saved_and_continued(browser, address, clip, tmp_path):
     give(browser, "video", clip)
-    say(browser, "Hello!")
+    say(browser, "Hello, how are you?")
     browser.wait(ANSWERED)
     browser.click("#save")
     browser.wait("!!document.querySelector('#saved a')")
@@ -156,7 +156,7 @@ def test_a_talk_is_saved_and_continued(browser, address, clip, tmp_path):
     with zipfile.ZipFile(saved) as archive:
         archive.extractall(tmp_path / "talk")
     user, agent = read_talk(tmp_path / "talk" / "talk.json")
-    assert (user.speaker, user.text, agent.speaker) == ("User", "Hello!", "Agent")
+    assert (user.speaker, user.text, agent.speaker) == ("User", "Hello, how are you?", "Agent")
     assert user.video.read_bytes() == clip.read_bytes()
     assert agent.audio.is_file()
 
@@ -167,7 +167,7 @@ def test_a_talk_is_saved_and_continued(browser, address, clip, tmp_path):
     say(browser, "Where were we?")
     browser.wait(ANSWERED)
     browser.wait("document.querySelectorAll('#chat .bot').length == 2")
-    assert browser.evaluate("document.querySelector('#chat .user').innerText").startswith("Hello!")
+    assert browser.evaluate("document.querySelector('#chat .user').innerText").startswith("Hello, how are you?")
 
 
 @needs_browser
@@ -181,7 +181,7 @@ def test_what_cannot_be_used_is_said_and_the_talk_goes_on(browser, tmp_path):
     browser.wait("document.querySelector('#status').innerText.includes('Nothing is said yet')")
     for path, message in [
         (text, "text.wav: it cannot be decoded"),
-        (long, "long.wav: lasts 30 s; a turn may last 20 s"),
+        (long, "long.wav: lasts longer than 20 s, which is the most for a turn"),
     ]:
         give(browser, "audio", path)
         say(browser, "Hello!")
