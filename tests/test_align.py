@@ -213,7 +213,7 @@ def test_a_text_run_takes_the_adapter_alone(train, trained):
     ("overrides", "argument", "said"),
     [
         (["model.llm.lora.r=8"], "run", r"model\.llm\.lora\): r=4 there, 8 here"),
-        (["model/connector=conv"], "connectors", r"connectors are built otherwise: _target_="),
+        (["model/connector=conv"], "connectors", r"connectors have different settings: _target_="),
         (["model.connector.hidden_dim=64"], "connectors", r"hidden_dim=128 there, 64 here"),
         (["model.llm.freeze=true"], "adapter", r"nothing of the LLM trains"),
         (["align=column"], "connectors", r"init_from and align: both say"),

@@ -418,7 +418,7 @@ def test_unfit_checkpoints_are_refused(spoilt, compose):
         measure(compose, run)
     for content in ([1, 2], {"weights": torch.zeros(2)}, {"state_dict": None}):
         torch.save(content, run / "checkpoints" / "best.ckpt")
-        with pytest.raises(MsencError, match=r"best\.ckpt: no checkpoint of train\.py"):
+        with pytest.raises(MsencError, match=r"best\.ckpt: not a checkpoint of train\.py"):
             measure(compose, run)
 
 

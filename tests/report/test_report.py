@@ -234,12 +234,12 @@ def test_runs_that_were_trained_with_weights_are_named(tmp_path):
 
 def test_what_a_run_warned_of_and_a_shared_alignment_are_named(tmp_path):
     aligned = {"audio": {"hash": "abc", "used": True}, "video": {"hash": "def", "used": False}}
-    for seed, warnings in ((1, []), (2, ["audio: the connector says the same of every utterance"])):
+    for seed, warnings in ((1, []), (2, ["audio: the connector's output is nearly the same for every utterance"])):
         facts = {"seed": seed, "warnings": warnings, "alignments": aligned}
         write_run(tmp_path / str(seed), [f"seed={seed}"], metrics={"nll": 1.0}, **facts)
     notes = summarise(collect_runs(tmp_path)).notes
     assert [note for note in notes if "says the same" in note] == [
-        "2: audio: the connector says the same of every utterance"
+        "2: audio: the connector's output is nearly the same for every utterance"
     ]
     assert any("start from one alignment (audio)," in note for note in notes)
 

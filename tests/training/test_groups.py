@@ -172,7 +172,7 @@ def test_weights_that_cannot_be_meant_are_refused(override, message, compose):
 
 def test_weights_under_which_nothing_of_the_data_counts_are_refused(train):
     zero = [f"loss.weights.{kind}=0" for kind in TOKEN_KINDS if kind != "begin"]
-    with pytest.raises(MsencError, match=r"kinds reply, description, end, planted_text.* each of these weighs 0"):
+    with pytest.raises(MsencError, match=r"kinds reply, description, end, planted_text.* all with weight 0"):
         train([*FAST, "modality=text", *zero])
 
 
