@@ -93,7 +93,7 @@ def test_a_run_that_never_had_a_model_is_refused(runs, compose):
 def test_folders_without_a_finished_run_are_refused(runs, tmp_path):
     for job in ("2", "10"):
         shutil.rmtree(runs / job)
-    with pytest.raises(MsencError, match=r"no finished run below it\. Found 2: 0 \(failed\), 1 \(running\)"):
+    with pytest.raises(MsencError, match=r"no finished run in it\. Found 2: 0 \(failed\), 1 \(running\)"):
         find_runs([str(runs)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(MsencError, match="is not a run's folder"):

@@ -631,7 +631,7 @@ def test_replies_are_spoken(finished, compose):
     files = {row["speech"] for row in rows if row["speech"]}
     assert metrics["speech/spoken"] == sum(row["speech"] is not None for row in rows) > 0
     assert files == {f"speech/{path.name}" for path in (folder / "speech").iterdir()}
-    with pytest.raises(MsencError, match="generate=false, expected replies to speak"):
+    with pytest.raises(MsencError, match="generate=false, so there are no replies"):
         measure(compose, finished.run, "speech=espeak", "generate=false")
     before = len(list((finished.run / "evaluation").iterdir()))
     with pytest.raises(MsencError, match="expected an address"):  # before anything is scored

@@ -195,7 +195,7 @@ def test_what_was_evaluated_when_it_was_killed_is_not_trained_again(killed):
     for name in ("one_step_per_batch", "so_many_steps_in_workers"):  # killed before metrics.json, and after it
         folder, starts = killed[name]
         before, after = starts[-2]["record"], starts[-1]["record"]
-        assert "Training goes on" not in starts[-1]["said"]
+        assert "Training resumes" not in starts[-1]["said"]
         assert ("stop_reason" in before) == (name == "so_many_steps_in_workers")
         assert after["steps"] == json.loads((folder / "run.json").read_text())["steps"]
 
@@ -277,7 +277,7 @@ def test_an_unreadable_checkpoint_gives_way_to_the_previous_one(begun, call_scri
     assert all(torch.equal(before["state_dict"][k], after["state_dict"][k]) for k in before["state_dict"])
     capsys.readouterr()
     call_script("train.py", f"resume={begun}")
-    assert "Finished already" in capsys.readouterr().out
+    assert "Already finished" in capsys.readouterr().out
 
 
 def test_it_goes_on_with_the_threads_it_had(begun, call_script, monkeypatch, capsys):
@@ -347,7 +347,7 @@ def test_changed_code_is_reported(begun, call_script, capsys):
     path = begun / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "commit": "0123456"}))
     call_script("train.py", f"resume={begun}")
-    assert "The code changed: the run began with commit 0123456" in " ".join(capsys.readouterr().out.split())
+    assert "The code has changed: the run started with commit 0123456" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_job_of_a_sweep_is_skipped_where_it_is_finished(begun, call_script, demo_home, capsys):
@@ -363,8 +363,8 @@ def test_a_job_of_a_sweep_is_skipped_where_it_is_finished(begun, call_script, de
         f"paths.runs_dir={begun.parent}",
         f"hydra.sweep.dir={sweep}",
     )
-    assert capsys.readouterr().out.count("Finished already") == 1
+    assert capsys.readouterr().out.count("Already finished") == 1
     assert [p.parent.name for p in sweep.glob("*/*/run.json")] == ["1"]
     (job,) = sweep.glob("*/1")
     call_script("train.py", f"resume={job}")  # a sweep's job by itself is one run
-    assert "Finished already" in capsys.readouterr().out
+    assert "Already finished" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What happens before and after the jobs of a sweep: its folder or, in a dry run, their list; then the report."""
+"""Before and after the jobs of a sweep: its folder, or their list in a dry run; then the report."""
 
 import signal
 import sys
@@ -24,14 +24,14 @@ from msenc.work.console import console, shown
 from msenc.work.signals import STOPPED
 
 _held: list[FileLock] = []
-"""Of the sweep that this process runs; a hook of Hydra's could not keep it, as it is sent to other processes."""
+"""State of the sweep that this process runs; Hydra's callback cannot hold it, as it is sent to other processes."""
 
 
 def begin_sweep(config: DictConfig) -> None:
-    """Give a multirun the folder that the same command had before, and note its jobs there.
+    """Give a multirun the folder that the same command used before, and record its jobs there.
 
     Args:
-        config: that all jobs start from; what is set in it reaches them.
+        config: common to all jobs; values set in it reach them.
 
     Raises:
         MsencError: another process runs the sweep.
@@ -41,7 +41,7 @@ def begin_sweep(config: DictConfig) -> None:
     if config.dry_run:
         if jobs is None:
             raise MsencError(
-                "dry_run=true: this hydra/sweeper chooses its jobs as it goes. Only basic's can be listed."
+                "dry_run=true: this hydra/sweeper chooses its jobs as it runs. Only those of basic can be listed."
             )
         list_jobs(config, jobs, axes)
         sys.exit(0)
@@ -63,14 +63,14 @@ def begin_sweep(config: DictConfig) -> None:
     write_sweep(folder, command, jobs)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if not stop_jobs(folder):  # none runs, or they run elsewhere
+        if not stop_jobs(folder):  # no job runs, or they run elsewhere
             sys.exit(STOPPED)
 
-    signal.signal(signal.SIGTERM, stop)  # jobs of this process itself take it over, each while it runs
+    signal.signal(signal.SIGTERM, stop)  # a job in this process replaces the handler while it runs
 
 
 def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
-    """The overrides of each job, as Hydra's basic sweeper will make them (None for another one), and what varies."""
+    """The overrides of each job, as by Hydra's basic sweeper (None for other sweepers), and the varied keys."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     overrides = parser.parse_overrides([*params, *config.hydra.overrides.task])
@@ -88,11 +88,13 @@ def _set(config: DictConfig, key: str, value: str) -> None:
 
 
 def end_sweep(config: DictConfig) -> None:
-    """Report on a multirun, name what failed in it, and exit with status 1 if anything did."""
+    """Report on a multirun, name failed jobs, and exit with status 1 if there are any."""
     folder = Path(config.hydra.sweep.dir)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if is_stopping(folder):
-        console.print(f"Stopped by SIGTERM; the same command goes on. Sweep folder: {shown(folder)}", soft_wrap=True)
+        console.print(
+            f"Stopped by SIGTERM; run the same command to continue. Sweep folder: {shown(folder)}", soft_wrap=True
+        )
         _let_go()
         sys.exit(STOPPED)
     jobs = read_sweep(folder) or []
@@ -109,7 +111,7 @@ def end_sweep(config: DictConfig) -> None:
         console.print(f"[red]{len(failed)} of {len(jobs)} jobs did not finish:[/red]")
         for job, how in failed.items():
             console.print(f"  job {job.number} ({' '.join(job.overrides)}): {escape(how)}", soft_wrap=True)
-        console.print("The same command again runs them again, and skips the others.")
+        console.print("Run the same command to retry them; it skips the others.")
     _let_go()
     if failed or not has_report:
         sys.exit(1)
@@ -121,7 +123,7 @@ def _let_go() -> None:
 
 
 def _failure(run_dir: Path | None) -> str | None:
-    """Why a job's run has no result; None where it has."""
+    """Why a job's run has no result; None if it has one."""
     if run_dir is None:
         return "it did not start"
     if not (run_dir / "run.json").is_file():

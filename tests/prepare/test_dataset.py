@@ -334,7 +334,7 @@ def test_the_last_part_makes_the_shards(root, compose, tmp_path, capsys, monkeyp
     said = capsys.readouterr().out
     assert "Part 1/2 is done." in said
     assert "audio-logmel: 1 of 2 items remain, of the parts 2/2" in said
-    assert "The job that does the last of them makes the shards" in said
+    assert "The job that completes the last one writes the shards" in said
     last = prepare(compose([*arguments, "part=2/2"], "prepare"))
     assert last == DatasetManifest.read(tmp_path / "out")
     assert list(tmp_path.glob(".out.part-*")) == []

@@ -238,7 +238,7 @@ def test_what_a_run_warned_of_and_a_shared_alignment_are_named(tmp_path):
         facts = {"seed": seed, "warnings": warnings, "alignments": aligned}
         write_run(tmp_path / str(seed), [f"seed={seed}"], metrics={"nll": 1.0}, **facts)
     notes = summarise(collect_runs(tmp_path)).notes
-    assert [note for note in notes if "says the same" in note] == [
+    assert [note for note in notes if "nearly the same" in note] == [
         "2: audio: the connector's output is nearly the same for every utterance"
     ]
     assert any("start from one alignment (audio)," in note for note in notes)

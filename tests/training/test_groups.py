@@ -256,7 +256,7 @@ def test_a_run_says_which_groups_it_has_nothing_of(train, capsys):
     groups = ["optimizer.groups.connectors.lr=0.003", "optimizer.groups.llm.lr=0.01"]
     train([*FAST, "modality=text", *groups])
     said = " ".join(capsys.readouterr().out.split())
-    assert "optimizer.groups.connectors: nothing of it trains in this run; it is left out." in said
+    assert "optimizer.groups.connectors: no part of it trains in this run, so it is ignored." in said
     assert "optimizer.groups.llm: nothing" not in said
 
 

@@ -172,7 +172,7 @@ def test_a_plan_is_printed_and_leaves_no_run(train, capsys, monkeypatch):
     filled = int(found["tokens per epoch"].replace(",", "")) / 500 / batches
     assert found["budget filled"] == f"{100 * filled:.1f} %"
     assert found["padding"] == "0.0 %"
-    assert not found["history over budget"].startswith("0 targets")
+    assert not found["truncated histories"].startswith("0 targets")
     parts = ("base weights", "trainable weights", "gradients", "optimizer state", "activations", "average of weights")
     sizes = [float(found[name].removesuffix(" MiB")) for name in (*parts, "predicted peak memory")]
     assert min(sizes) > 0
