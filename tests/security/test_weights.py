@@ -68,7 +68,7 @@ def with_code(folder, payload, **config) -> str:
 def test_a_folder_that_wants_its_own_code_is_refused(kind, guard, payload, tmp_path, capsys):
     folder = with_code(tmp_path / "evil", payload, model_type="evil", tokenizer_class="Evil")
     text = guard.refuses(lambda: LOADERS[kind](folder))
-    assert "it wants code of its own to be run" in text
+    assert "it requires running its own code" in text
     assert "trust_remote_code" not in text
     assert "[y/N]" not in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_a_quantization_that_is_not_here_is_a_refusal(method, guard, stored_run)
 @pytest.mark.parametrize("scheme", ["http", "hf", "file"])
 def test_the_name_of_a_model_is_no_address(kind, scheme, guard, no_server):
     address = f"{scheme}://{no_server.partition('://')[2]}/model"
-    assert f"{address!r} is an address" in guard.refuses(lambda: LOADERS[kind](address))
+    assert f"{address!r} is a URL" in guard.refuses(lambda: LOADERS[kind](address))
 
 
 # Pickles
@@ -245,7 +245,7 @@ def test_a_base_that_an_export_names_is_no_address(guard, stored_run, no_server)
     content = read_json(file)
     content["base_llm"]["name"] = f"{no_server}/llm"
     file.write_text(json.dumps(content))
-    assert "is an address" in guard.refuses(lambda: load_export(stored_run / "export"))
+    assert "is a URL" in guard.refuses(lambda: load_export(stored_run / "export"))
 
 
 @pytest.mark.parametrize(
