@@ -236,7 +236,7 @@ def test_an_llm_that_does_not_attend_by_the_layout_is_refused(tiny_models):
     ):
         model(batch)
     layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)  # a layer that does not attend
-    with pytest.raises(MsencError, match=r"only 1 of 2 layers attend .*model\.layout=sample"):
+    with pytest.raises(MsencError, match=r"only 1 of 2 layers follow .*model\.layout=sample"):
         model(batch)
     layer.forward = own
     model(batch)
