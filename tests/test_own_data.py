@@ -243,5 +243,5 @@ def test_a_split_without_a_target_is_said_by_audit_and_prepare_and_by_training(
     for stage in ("stage=audit", "stage=null"):
         prepare(path.parent, "modality=text", stage)
         assert "Without a target (a dialogue of two turns): val." in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(MsencError, match=rf"{found}.*targets found: train: 5,.*split=val.*prepare anew"):
+    with pytest.raises(MsencError, match=rf"{found}.*targets found: train: 5,.*split=val.*prepare again"):
         train(["data=folder", "modality=text", "prompt.target=text", *TINY, *places(tmp_path)[:2]])

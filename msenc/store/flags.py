@@ -1,4 +1,4 @@
-"""What an audit found, beside the streams in ``audit/``, and the filter that leaves out what carries a flag.
+"""The results of an audit, next to the streams in ``audit/``, and the filter that excludes flagged items.
 
 ``audit/audit.csv``: one line per flag; ``audit/audit.json``: its hash, which ``dataset.json`` and runs record.
 `left_out` -> ids -> `FilteredReader`, which reads shards as if those ids had never been in them.
@@ -75,12 +75,12 @@ FLAGS = {
     "leakage": "a val or test dialogue within 30 s of a train dialogue in the same recording, or overlapping it",
     "text_in_train": "an utterance of val or test that occurs word for word in train",
 }
-"""Flag -> what it means. The filter ``no_<flag>`` leaves out what carries it."""
+"""Flag -> what it means. The filter ``no_<flag>`` excludes items with that flag."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One finding about something that is usable all the same, or usable in part.
+    """A finding about an item that is still usable, at least in part.
 
     Args:
         id: the dialogue or utterance; empty for a file that belongs to none.
@@ -122,7 +122,7 @@ def find_audit(folder: Path, content: str) -> str:
 
 
 def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, hint: str = "") -> frozenset[str]:
-    """Ids of the dialogues and utterances that filters leave out.
+    """Ids of the dialogues and utterances that filters exclude.
 
     Args:
         folder: prepared data that were audited.
@@ -148,8 +148,7 @@ def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, h
     text = read_text(path, AGAIN)
     if record["hash"] != manifest.audit_hash or hashlib.sha256(text.encode()).hexdigest() != record["flags"]:
         raise MsencError(
-            f"{path}: not the audit that dataset.json records. {wanted} would leave out other things than it says. "
-            f"{AGAIN}"
+            f"{path}: not the audit that dataset.json records. {wanted} would exclude the wrong items. {AGAIN}"
         )
     flags = {name.removeprefix("no_") for name in filters}
     rows = parse_csv(text, path, [f.name for f in fields(Flag)], AGAIN)
@@ -157,7 +156,7 @@ def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, h
 
 
 def count_left_out(ids: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Split -> how many dialogues, and how many utterances of other dialogues, `left_out` leaves out.
+    """Split -> how many dialogues, and how many utterances of other dialogues, `left_out` excludes.
 
     Example:
         >>> count_left_out({"meld/test/dia3", "meld/test/dia3/utt1", "meld/test/dia4/utt0"})
@@ -186,7 +185,7 @@ class FilteredReader:
     Args:
         reader: of turns, or of one stream's features.
         turns: of the same split, which name the utterances; `reader` itself where that reads turns.
-        ids: what to leave out: dialogue ids, and ``<dialogue id>/utt<utterance id>``.
+        ids: to exclude: dialogue ids, and ``<dialogue id>/utt<utterance id>``.
     """
 
     def __init__(self, reader: ShardReader, turns: ShardReader, ids: frozenset[str]) -> None:
@@ -212,7 +211,7 @@ class FilteredReader:
         return len(self.ids)
 
     def read(self, id: str) -> dict[str, Any]:
-        """As `ShardReader.read`, without what is left out."""
+        """As `ShardReader.read`, without excluded items."""
         members = self.reader.read(id)
         if id not in self._kept:
             return members
@@ -239,7 +238,7 @@ class Audit:
     """What was found.
 
     Args:
-        rejections: what cannot be used: rows, and streams of utterances.
+        rejections: unusable items: rows, and streams of utterances.
         flags: everything else.
         facts: split -> name -> number.
         hash: of all of it, and of the annotations.
@@ -251,7 +250,7 @@ class Audit:
     hash: str
 
     def rejected_by_split(self) -> dict[str, dict[str, int]]:
-        """``what: reason`` -> split -> number; what came into no split stands under ``unknown``."""
+        """``what: reason`` -> split -> number; items in no split are under ``unknown``."""
         return _table((f"{r.what}: {r.reason}", _split_of(r.id)) for r in self.rejections)
 
     def flagged_by_split(self) -> dict[str, dict[str, int]]:

@@ -271,7 +271,7 @@ def test_new_turns_beside_old_features_are_refused_until_prepared_again(root, tm
     with pytest.raises(Killed):
         prepare(root, out, audio(Failing), video())
     specs = {"audio": StreamSpec("logmel", 8, 2)}
-    with pytest.raises(MsencError, match=r"turns: found shards with hash .* a preparation ended before its time"):
+    with pytest.raises(MsencError, match=r"turns: found shards with hash .* a preparation was interrupted"):
         DialogueDataModule(out, specs, tokenizer=None, batch_size=1).setup()
     prepare(root, out, audio())
     DialogueDataModule(out, specs, tokenizer=None, batch_size=1).setup()

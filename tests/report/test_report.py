@@ -241,7 +241,7 @@ def test_what_a_run_warned_of_and_a_shared_alignment_are_named(tmp_path):
     assert [note for note in notes if "nearly the same" in note] == [
         "2: audio: the connector's output is nearly the same for every utterance"
     ]
-    assert any("start from one alignment (audio)," in note for note in notes)
+    assert any("share one alignment (audio)," in note for note in notes)
 
 
 def test_no_folder_and_no_run_are_refused(tmp_path):
@@ -273,7 +273,7 @@ def test_different_tasks_of_equal_overrides_are_refused(tmp_path):
     write_run(tmp_path / "0", [], metrics={"nll": 1.0})
     write_run(tmp_path / "1", [], seed=1, metrics={"nll": 1.0}, task_hash="t2", turns_hash="h2")
     message = refusal(tmp_path)
-    assert "overrides agree, so the data was prepared anew" in message
+    assert "overrides agree, so the data was prepared again" in message
     assert "turns_hash: None (0), h2 (1)" in message
 
 

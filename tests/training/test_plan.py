@@ -196,7 +196,7 @@ def test_a_sweep_of_plans_makes_no_report(call_script, tmp_path, capsys):
 
 
 def test_a_refused_plan_leaves_no_run_either(train, tmp_path):
-    with pytest.raises(MsencError, match=r"data\.max_tokens_per_batch=20: \d+ targets take more by themselves"):
+    with pytest.raises(MsencError, match=r"data\.max_tokens_per_batch=20: \d+ targets exceed it on their own"):
         train(["plan=true", "modality=text", "data.batch_size=null", "data.max_tokens_per_batch=20"])
     assert not (tmp_path / "run").exists()
 
