@@ -320,12 +320,12 @@ def test_another_run_is_not_continued(begun, call_script, tmp_path):
     for several in ("-m", "sweep=modality"):
         with pytest.raises(SystemExit, match="a multirun makes many runs"):
             call_script("train.py", several, f"resume={begun}")
-    with pytest.raises(SystemExit, match=r"holds a run already.*resume="):
+    with pytest.raises(SystemExit, match=r"already has a run.*resume="):
         call_script("train.py", *SHORT, f"paths.output_dir={begun}")
     before = (begun / "run.json").read_text()
     same = [*SHORT, "resume=auto", f"paths.runs_dir={begun.parent}", f"paths.output_dir={tmp_path / 'other'}"]
     for command in ([f"resume={begun}"], same):
-        with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process works in this run's folder"):
+        with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process is using this run's folder"):
             call_script("train.py", *command)
     assert (begun / "run.json").read_text() == before  # it is the other's
     assert json.loads((begun / "run.json").read_text())["status"] == "running"

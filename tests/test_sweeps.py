@@ -143,7 +143,7 @@ def test_a_job_whose_earlier_run_is_worked_on_fails_alone(call_script, tmp_path,
     assert end.value.code == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "1 of 2 jobs did not finish" in said
-    assert "another process works in this run's folder" in said
+    assert "another process is using this run's folder" in said
     assert (earlier / "run.json").read_text() == before
     states = {read_json(path)["status"] for path in (tmp_path / "sweeps").rglob("run.json")}
     assert states == {"failed", "finished"}

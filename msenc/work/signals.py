@@ -1,4 +1,4 @@
-"""SIGTERM, as a cluster sends it before it takes a machine away: leave at a good moment, with a status of its own."""
+"""SIGTERM, which clusters send before they take a machine away: exit at a safe point, with a special status."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ STOPPED = os.EX_TEMPFAIL
 
 
 class Termination:
-    """While it is entered, SIGTERM ends the process with status `STOPPED`: at once, or, while `is_held`, later.
+    """While entered, SIGTERM ends the process with status `STOPPED`: at once, or later while `is_held`.
 
     Attributes:
-        is_asked: SIGTERM has come.
-        is_held: do not leave in the middle of what is going on; who holds it looks at `is_asked` and calls `leave`.
+        is_asked: SIGTERM has been received.
+        is_held: defer the exit; the holder checks `is_asked` and calls `leave`.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Termination:
             signal.signal(signal.SIGTERM, self._before)
 
     def listen(self) -> None:
-        """Take SIGTERM over, from whoever has taken it since; only a process's main thread can."""
+        """Install the handler again, replacing any other; only possible in the main thread."""
         if _is_main_thread():
             signal.signal(signal.SIGTERM, self._note)
 
@@ -42,14 +42,14 @@ class Termination:
         raise SystemExit(STOPPED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # A second one, from the group's leader as well as to the group, must not cut short what leaving takes.
+        # A second SIGTERM (to the group, and from its leader) must not interrupt the exit.
         is_first, self.is_asked = not self.is_asked, True
         if is_first and not self.is_held:
             self.leave()
 
 
 def ignore_termination(worker: int) -> None:
-    """For loader processes: a SIGTERM to the whole group must leave them to the process that they load for."""
+    """For loader processes: ignore a SIGTERM to the whole group; their parent ends them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

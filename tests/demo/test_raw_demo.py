@@ -64,5 +64,5 @@ def test_other_settings_and_numbers_are_refused(raw_demo, tmp_path):
         write_raw_demo(tmp_path / "a", num_videos=0, dialogues_per_video=2, seed=4)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "other.txt").write_text(json.dumps({}))
-    with pytest.raises(MsencError, match="holds no generated data"):
+    with pytest.raises(MsencError, match="is not generated data"):
         write_raw_demo(tmp_path / "b", num_videos=1, dialogues_per_video=1, seed=4)

@@ -379,7 +379,7 @@ def test_another_process_that_prepares_the_folder_is_refused(demo_home, compose,
         other.stdin.close()
         assert other.wait(30) == 0
     with pytest.raises(
-        MsencError, match=r"holds generated data with .*sizes"
+        MsencError, match=r"has generated data with .*sizes"
     ):  # the lock is free; the small demo is another
         prepare(cfg)
 

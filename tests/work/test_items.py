@@ -152,7 +152,7 @@ def test_parts_make_the_whole(folder, log):
 
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "a/b", "1/", "-1/2", "1/2/3", "1.0/2"])
 def test_no_part(text):
-    with pytest.raises(MsencError, match=r"expected the number of a part and of all parts, as in part=3/16"):
+    with pytest.raises(MsencError, match=r"expected the part's number and the number of parts, as in part=3/16"):
         Part.parse(text)
 
 
