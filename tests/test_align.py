@@ -124,7 +124,7 @@ def spoil_other(folder):
     ("spoil", "overrides", "said"),
     [
         (spoil_missing, [], r"labels\.jsonl: missing.*prepare\.py"),
-        (spoil_one, [], r"align\.labels\.video: all .* have the one label 'joy'"),
+        (spoil_one, [], r"align\.labels\.video: all .* have the same label 'joy'"),
         (spoil_other, [], r"no utterance of the train split has a label.*labels of meld/.*the data has demo/"),
         (None, ["align.labels.video.column=Emotoin"], r"column=Emotoin: no such column.*Did you mean 'Emotion'"),
         (None, ["align.labels.video.source=colunm"], r"source: 'colunm'.*Did you mean 'column'"),

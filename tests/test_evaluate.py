@@ -236,8 +236,8 @@ def test_other_data_need_the_runs_encoders(runs, compose, other):
     manifest = DatasetManifest.read(other.folder)
     info = manifest.streams["audio-logmel"]
     for streams, message in (
-        ({}, r"prepared is no audio features; the config wants audio-logmel \(80 wide\)"),
-        ({"audio-wavlm": {**vars(info), "dim": 1024}}, r"audio-wavlm \(1024 wide\); the config wants audio-logmel"),
+        ({}, r"found no audio features; the config needs audio-logmel \(80 wide\)"),
+        ({"audio-wavlm": {**vars(info), "dim": 1024}}, r"audio-wavlm \(1024 wide\); the config needs audio-logmel"),
         ({"audio-logmel": {**vars(info), "dim": 40}}, r"audio-logmel are 40 wide, the config says .*dim=80"),
     ):
         value = read(other.folder / "dataset.json") | {"streams": streams}

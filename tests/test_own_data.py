@@ -228,7 +228,7 @@ def test_the_raw_demo_is_found_out_by_real_models(home, tmp_path):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda line: not line.rstrip().endswith("val"), "no dialogue is in the split val"),
+        (lambda line: not line.rstrip().endswith("val"), "the split val has no dialogues"),
         (
             lambda line: not line.rstrip().endswith("val") or "Turn 0." in line,
             "no dialogue of the split val has a target",

@@ -666,7 +666,7 @@ def test_the_llm_is_pretrained_while_the_demo_is_made(demo_home, compose, tmp_pa
     assert (data / "demo" / "dataset.json").is_file()
     # One of two processes draws the clips; the other one made the LLM, which this one finds.
     assert made == [("write_demo", 1, 2), ("pretrain", None, 1)]
-    assert "tiny LLM, what is not told" in capsys.readouterr().out
+    assert "tiny LLM, unrevealed words" in capsys.readouterr().out
     for file in (demo_home / "data" / "tiny-llm").iterdir():  # made alone, without another process
         assert (data / "tiny-llm" / file.name).read_bytes() == file.read_bytes(), file.name
 

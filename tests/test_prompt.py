@@ -360,7 +360,7 @@ def test_unfit_tokenizers_are_refused(tokenizer):
     class Slow:
         is_fast = False
 
-    with pytest.raises(MsencError, match=r"tokenizer Slow is not a fast one.*tokenizer\.json"):
+    with pytest.raises(MsencError, match=r"tokenizer Slow is not a fast tokenizer.*tokenizer\.json"):
         DialogueTokenizer(prompt_of("default"), Slow())
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None

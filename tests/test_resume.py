@@ -226,7 +226,7 @@ def test_a_termination_is_a_checkpoint_and_a_status_of_its_own(stopped):
         assert start["record"]["status"] == "interrupted"
         assert "SIGTERM" in start["record"]["error"]
     assert starts[0]["files"] == ["last.ckpt"]  # no epoch has ended, no other rule asks for it
-    assert "goes on from step 4 (last.ckpt)" in starts[1]["said"]
+    assert "resumes from step 4 (last.ckpt)" in starts[1]["said"]
     assert_same_run(folder, stopped["whole"][0])
 
 

@@ -231,9 +231,7 @@ def test_an_llm_that_does_not_attend_by_the_layout_is_refused(tiny_models):
     layer = model.llm.get_base_model().model.layers[0].self_attn
     own = layer.forward
     layer.forward = lambda *args, layout, **kwargs: own(*args, **kwargs)
-    with pytest.raises(
-        MsencError, match=r"LlamaAttention does not hand the dialogue layout down.*model\.layout=sample"
-    ):
+    with pytest.raises(MsencError, match=r"LlamaAttention does not pass the dialogue layout.*model\.layout=sample"):
         model(batch)
     layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)  # a layer that does not attend
     with pytest.raises(MsencError, match=r"only 1 of 2 layers follow .*model\.layout=sample"):

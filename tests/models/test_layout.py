@@ -86,7 +86,7 @@ def test_a_family_that_does_not_is_refused_and_trains_with_the_layout_sample(tmp
 
 def test_a_language_model_that_is_not_causal_is_refused(tmp_path):
     folder = save(tmp_path / "bert", "bert", {})
-    with pytest.raises(MsencError, match=r"BertLMHeadModel: its tokens see those that come after.*causal"):
+    with pytest.raises(MsencError, match=r"BertLMHeadModel: its tokens attend to later tokens.*causal"):
         load_llm(str(folder))
 
 

@@ -87,7 +87,7 @@ def test_failed_and_unfinished_runs_are_listed_with_their_error(sweep):
     table = summarise(collect_runs(sweep))
     assert table.left_out == ["10: failed: MsencError: no shard of audio", "11: running: no error was recorded"]
     shown = printed(table, 200)
-    assert shown.index("Left out: 10: failed: MsencError: no shard of audio") > shown.index("text_audio")
+    assert shown.index("Excluded: 10: failed: MsencError: no shard of audio") > shown.index("text_audio")
 
 
 def test_single_run_has_no_deviation(tmp_path):
@@ -129,7 +129,7 @@ def test_written_files_hold_the_table_and_replace_earlier_ones(sweep):
     assert sorted(path.name for path in (sweep / "report").iterdir()) == names
     lines = markdown.read_text().splitlines()
     assert "| text | 3 | 3.000 ± 6.572† | 0.250 ± 0.000† | 30.0 ± 65.7† | 0.0 ± 0.0† | 1,234 | 60 | 0 |" in lines
-    assert "- Left out: 11: running: no error was recorded" in lines
+    assert "- Excluded: 11: running: no error was recorded" in lines
     rows = list(csv.DictReader(values.read_text().splitlines()))
     assert rows[0]["modality"] == "text"
     assert float(rows[0]["nll high"]) == pytest.approx(9.572, abs=1e-3)

@@ -47,7 +47,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         read_run(tmp_path / "empty")
     for name in ("0", "1"):
         make_run(tmp_path / "sweep" / name)
-    with pytest.raises(MsencError, match=r"sweep: is not a run's folder .* It holds runs, though: 0, 1\."):
+    with pytest.raises(MsencError, match=r"sweep: is not a run's folder .* It contains runs, though: 0, 1\."):
         read_run(tmp_path / "sweep")
     broken = make_run(tmp_path / "broken")
     (broken / ".hydra" / "config.yaml").unlink()

@@ -73,7 +73,7 @@ def test_parts_and_patterns_pick_parameters_and_the_rest_comes_first():
         ({"a": {"pattern": "llm*"}, "b": {"pattern": "*norm*"}}, r"1 parameters .* llm\.norm\.weight in a and b"),
         (
             {"wide": {"pattern": "*lora_B*"}},
-            r"groups\.wide: no parameter that trains matches '\*lora_B\*'.* such as llm\.q\.lora_A, connectors\.aud",
+            r"groups\.wide: no trainable parameter matches '\*lora_B\*'.* names: llm\.q\.lora_A, connectors\.aud",
         ),
     ],
 )
