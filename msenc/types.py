@@ -255,3 +255,10 @@ class Batch:
     targets: Tensor
     streams: dict[str, StreamBatch]
     target_ids: list[tuple[str, int]]
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while it computes; torch's loaders call it."""
+        import torch
+        from lightning.fabric.utilities.apply_func import apply_to_collection
+
+        return apply_to_collection(self, torch.Tensor, torch.Tensor.pin_memory)

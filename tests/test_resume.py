@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -215,6 +216,7 @@ def stopped(drive):
     return drive(
         ("whole", workers, [], by_folder),
         ("stopped", workers, moments, same_command),
+        ("signalled", workers, ["usr1 setup", "usr2 batch 0 3", "usr1 validation 0", "usr2 batch 2 0"], by_folder),
         ("done", workers, ["stop batch 0 3"], lambda folder: [*same_command(folder), "seed=2"]),
     )
 
@@ -227,6 +229,18 @@ def test_a_termination_is_a_checkpoint_and_a_status_of_its_own(stopped):
         assert "SIGTERM" in start["record"]["error"]
     assert starts[0]["files"] == ["last.ckpt"]  # no epoch has ended, no other rule asks for it
     assert "resumes from step 4 (last.ckpt)" in starts[1]["said"]
+    assert_same_run(folder, stopped["whole"][0])
+
+
+def test_what_a_launcher_sends_before_a_time_limit_costs_no_step_but_the_one_in_hand(stopped):
+    folder, starts = stopped["signalled"]
+    by = ["SIGUSR1", "SIGUSR2", "SIGUSR1", "SIGUSR2"]
+    for name, start in zip(by, starts[:-1], strict=True):
+        assert start["record"]["status"] == "interrupted"
+        assert name in start["record"]["error"]
+    assert starts[0]["files"] == []
+    goes_on = [re.findall("resumes from step ([0-9]+)", start["said"]) for start in starts]
+    assert goes_on == [[], [], ["4"], ["7"], ["17"]]  # 8 steps in an epoch; one is repeated before its validation
     assert_same_run(folder, stopped["whole"][0])
 
 

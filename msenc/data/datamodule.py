@@ -236,7 +236,9 @@ class DialogueDataModule(L.LightningDataModule):
     def train_dataloader(self) -> EpochLoader:
         """Shuffled anew each epoch; each process gets its share of every batch. Resumes in the middle of an epoch."""
         batches = self.train_batches(*self._process())
-        return EpochLoader(self._unit_dataset("train"), batches.batches_of, self.collate_fn(), self.num_workers)
+        return EpochLoader(
+            self._unit_dataset("train"), batches.batches_of, self.collate_fn(), self.num_workers, self._is_for_gpu()
+        )
 
     def val_dataloader(self) -> DataLoader:
         """In the order of the shards; each process gets its share of every batch."""
@@ -269,7 +271,10 @@ class DialogueDataModule(L.LightningDataModule):
         return UnitDataset(self.dataset(split), self.units(split))
 
     def _eval_loader(self, split: str, batches: Sequence[list[int]]) -> DataLoader:
-        return make_loader(self._unit_dataset(split), batches, self.collate_fn(), self.num_workers)
+        return make_loader(self._unit_dataset(split), batches, self.collate_fn(), self.num_workers, self._is_for_gpu())
+
+    def _is_for_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def dropped_turns(self, split: str) -> dict[str, int]:
         """How many turns of history the split's targets have, and how many of them are truncated."""

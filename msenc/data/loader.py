@@ -65,6 +65,7 @@ class EpochLoader:
         batches_of: epoch -> its batches, as indices; every epoch has the same number of them.
         collate: samples -> batch.
         num_workers: loader processes, which live as long as the loader.
+        pin_memory: see `make_loader`.
 
     Example:
         >>> loader = EpochLoader([1, 2, 3, 4], lambda epoch: [[0, epoch], [2, 3]], list)
@@ -82,6 +83,7 @@ class EpochLoader:
         batches_of: Callable[[int], list[list[int]]],
         collate: Callable[[list], Any],
         num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         self.batches_of = batches_of
         self.epoch = 0
@@ -89,7 +91,7 @@ class EpochLoader:
         self._first = 0
         self._length = len(batches_of(0))
         self._batches: list[list[int]] = []
-        self._loader = make_loader(dataset, self._batches, collate, num_workers)
+        self._loader = make_loader(dataset, self._batches, collate, num_workers, pin_memory)
 
     @property
     def sampler(self) -> "EpochLoader":
@@ -124,15 +126,27 @@ class EpochLoader:
 
 
 def make_loader(
-    dataset: Any, batches: Sequence[list[int]], collate: Callable[[list], Any], num_workers: int
+    dataset: Any,
+    batches: Sequence[list[int]],
+    collate: Callable[[list], Any],
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> DataLoader:
-    """A loader of the batches in their order, which does not use the process's random generator."""
+    """A loader of the batches in their order, which does not use the process's random generator.
+
+    Args:
+        dataset: index -> item.
+        batches: indices of each.
+        collate: items -> batch.
+        num_workers: loader processes.
+        pin_memory: batches go to a GPU, and are copied there while it computes.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_termination,
         # Each iterator draws a seed for its workers, which need none: without its own generator it would draw

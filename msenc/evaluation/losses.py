@@ -178,7 +178,8 @@ def _score(model: ConversationModel, batches: Iterable[Batch]) -> dict[tuple[str
     device = next(model.parameters()).device
     scored: dict[tuple[str, int], _Scores] = defaultdict(lambda: _Scores([], [], []))
     for batch in batches:
-        scores = model(move_data_to_device(batch, device))
+        with model.computing():
+            scores = model(move_data_to_device(batch, device))
         rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
         for target, *row in rows:
             for values, value in zip(scored[batch.target_ids[target]], row, strict=True):

@@ -105,7 +105,8 @@ def write_replies(
             for turn, alternative, cut in trunk.replies:
                 keys.append((trunk.dialogue, turn, alternative))
                 wanted.append(Wanted(tokens.id, turn, alternative, row, cut, tokens.responses[turn - 1]))
-        ids = write(model, move_data_to_device(batch, device), wanted, decoding)
+        with model.computing():
+            ids = write(model, move_data_to_device(batch, device), wanted, decoding)
         written += [Written(*key, reply) for key, reply in zip(keys, ids, strict=True)]
     return sorted(written)
 

@@ -6,9 +6,9 @@ transformers allows registering a function that then computes the attention of a
 `layout_attention` is that function. It gets the layout as a keyword, which the models pass to every layer; if
 there is none (padded rows, generation), it is plain SDPA.
 
-Kernels: ``split`` attends within trunks, from branches to trunks, and within branches, each by a call of the flash
-kernel, so masked pairs are never computed; it is the fastest on CPUs (docs/performance.md).
-``dense`` gives SDPA a mask of all pairs; it runs everywhere. ``flex_attention`` compiles a block mask, for GPUs.
+Kernels: ``split`` attends within trunks, from branches to trunks, and within branches, each by calls of the flash
+kernel, so masked pairs are never computed; it is the fastest on CPUs (docs/performance.md), and `flash` does it on
+GPUs. ``dense`` gives SDPA a mask of all pairs; it runs everywhere. ``flex_attention`` compiles a block mask, for GPUs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from msenc.models.flash import Calls, attend_split, plan_calls, takes, works
 from msenc.types import MsencError, Segment
 
 NAME = "msenc_layout"
@@ -58,7 +59,12 @@ class Layout:
     @cached_property
     def of_all_pairs(self) -> Tensor:
         """(1, 1, L, L) bool, for calls that ``split`` cannot do."""
-        return layout_mask(self.segments)
+        return layout_mask(self.segments, self.mask.device)
+
+    @cached_property
+    def on_gpu(self) -> Calls:
+        """Calls of the GPU's flash kernel."""
+        return plan_calls(self.segments, self.mask.device)
 
 
 def make_layout(segments: Sequence[Segment], device: torch.device, kernel: str = "auto") -> Layout:
@@ -67,26 +73,36 @@ def make_layout(segments: Sequence[Segment], device: torch.device, kernel: str =
     Args:
         segments: the packed samples, from the first token to the last.
         device: where the line is.
-        kernel: one of `KERNELS`; ``auto`` is ``split`` on a CPU, else ``dense``.
+        kernel: one of `KERNELS`; ``auto`` is ``split`` on a CPU, and on a GPU where that works, else ``dense``.
 
     Raises:
-        MsencError: ``split`` on another device than a CPU: its calls are of the CPU's flash kernel.
+        MsencError: ``split`` on a device without a flash kernel.
     """
-    if kernel == "auto":
-        kernel = "split" if device.type == "cpu" else "dense"
-    if kernel == "split":
-        if device.type != "cpu":
+    if kernel in ("auto", "split"):
+        # A branch that sees nothing of its trunk has no sum of exponentials there.
+        has_flash = device.type == "cuda" and all(cut for s in segments for _, cut in s.branches) and works(device)
+        if device.type == "cpu" or has_flash:
+            return Layout(segments, "split", torch.empty(1, 1, 0, 0, device=device))
+        if kernel == "split":
             raise MsencError(
-                f"model.llm.attn_implementation=split runs on a CPU, found the device {device}. Use auto, dense or "
-                "flex_attention."
+                f"model.llm.attn_implementation=split: found the device {device}, on which its flash kernel does not "
+                "work. Use auto, dense or flex_attention."
             )
-        return Layout(segments, kernel, torch.empty(1, 1, 0, 0))
+        kernel = "dense"
     if kernel == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
         tokens = token_limits(segments, device)
         length = segments[-1].stop
-        mask = create_block_mask(lambda b, h, q, k: is_visible(tokens, q, k), 1, 1, length, length, device=device)
+        mask = create_block_mask(
+            lambda b, h, q, k: is_visible(tokens, q, k),
+            1,
+            1,
+            length,
+            length,
+            device=device,
+            _compile=device.type == "cuda",  # else it makes all L x L pairs first
+        )
         return Layout(segments, kernel, mask)
     return Layout(segments, kernel, layout_mask(segments, device))
 
@@ -198,10 +214,13 @@ def layout_attention(
         kwargs,
         f"model.llm.attn_implementation={layout.kernel} does not compute. Use eager, or model.layout=sample.",
     )
+    if layout.kernel == "split" and query.is_cuda and takes(query, value, dropout):
+        out = attend_split(query, key, value, layout.on_gpu, scaling or query.shape[-1] ** -0.5)
+        return out.transpose(1, 2).contiguous(), None
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     # The flash kernel needs values as wide as keys, unlike in latent attention.
-    if layout.kernel == "split" and not dropout and value.shape[-1] == query.shape[-1]:
+    if layout.kernel == "split" and not (query.is_cuda or dropout) and value.shape[-1] == query.shape[-1]:
         # In bfloat16, the CPU's flash kernel repacks its operands in each of the many small calls, and is slower.
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = _SplitAttention.apply(

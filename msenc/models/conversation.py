@@ -4,8 +4,9 @@ Batch -> (connector per stream -> token places) -> LLM -> loss of every target t
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class ConversationModel(nn.Module):
     Args:
         llm: a causal LM of transformers, with or without PEFT adapters.
         connectors: stream name -> module (N, T, D), (N, T) -> (N, Q, H).
+
+    Attributes:
+        mixed: the type that `computing` computes in where that is safe, as the run was trained; None: that of the
+            weights.
     """
 
     def __init__(self, llm: nn.Module, connectors: Mapping[str, nn.Module]) -> None:
@@ -42,7 +47,14 @@ class ConversationModel(nn.Module):
         self.connectors = nn.ModuleDict(connectors)
         self.base_name: str = llm.base_name
         self.base_fingerprint: str = llm.base_fingerprint
+        self.mixed: torch.dtype | None = None
         self._limits: dict[str, int] | None = None
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The precision of evaluation and of replies: that of the training, in which the best checkpoint was chosen."""
+        if self.mixed is None:
+            return nullcontext()
+        return torch.autocast(next(self.parameters()).device.type, self.mixed)
 
     def train(self, mode: bool = True) -> "ConversationModel":
         """Parts without a trainable parameter stay in eval mode, so frozen parts have no dropout."""

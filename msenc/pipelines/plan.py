@@ -10,7 +10,7 @@ from rich.table import Table
 from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared
-from msenc.training.assembly import GIVEN, build_datamodule, build_model, build_optimizer
+from msenc.training.assembly import GIVEN, HALVED, MIXED, build_datamodule, build_model, build_optimizer
 from msenc.training.plan import count_batches, largest_batch, predict_memory
 from msenc.work.console import console, quieten
 
@@ -55,10 +55,12 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
     if not sum(model.trainable_parameters().values()):
         return {}
     if model.llm.attention_kernel != "eager":
-        # Shapes are traced on a CPU, with the CPU kernel that stores what the device's kernel stores.
+        # Shapes are traced on a CPU, with the CPU kernel that stores what the device's kernel stores. A GPU only splits
+        # in half precision.
         on_gpu = trainer["accelerator"] in ("gpu", "cuda")
         on_gpu |= trainer["accelerator"] == "auto" and torch.cuda.is_available()
-        kept = {"flex_attention": "split", "auto": "dense" if on_gpu else "split"}
+        is_half = str(trainer["precision"]) in (*MIXED, *HALVED)
+        kept = {"flex_attention": "split", "auto": "dense" if on_gpu and not is_half else "split"}
         model.llm.attention_kernel = kept.get(model.llm.attention_kernel, model.llm.attention_kernel)
     processes = num_processes(trainer)
     batch = largest_batch(datamodule, processes)

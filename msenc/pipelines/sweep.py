@@ -21,10 +21,13 @@ from msenc.runs.record import is_finished, read_facts
 from msenc.runs.sweep import is_stopping, read_sweep, stop_jobs, sweep_name, write_sweep
 from msenc.types import MsencError
 from msenc.work.console import console, shown
-from msenc.work.signals import STOPPED
+from msenc.work.signals import HEARD, STOPPED, requeue_slurm_job
 
 _held: list[FileLock] = []
 """State of the sweep that this process runs; Hydra's callback cannot hold it, as it is sent to other processes."""
+
+_stopped_by: list[signal.Signals] = []
+"""The signal that ended this process's sweep, if one has."""
 
 
 def begin_sweep(config: DictConfig) -> None:
@@ -63,10 +66,13 @@ def begin_sweep(config: DictConfig) -> None:
     write_sweep(folder, command, jobs)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        _stopped_by.append(signal.Signals(number))
         if not stop_jobs(folder):  # no job runs, or they run elsewhere
+            _requeue()
             sys.exit(STOPPED)
 
-    signal.signal(signal.SIGTERM, stop)  # a job in this process replaces the handler while it runs
+    for number in HEARD:
+        signal.signal(number, stop)  # a job in this process replaces the handlers while it runs
 
 
 def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
@@ -90,12 +96,15 @@ def _set(config: DictConfig, key: str, value: str) -> None:
 def end_sweep(config: DictConfig) -> None:
     """Report on a multirun, name failed jobs, and exit with status 1 if there are any."""
     folder = Path(config.hydra.sweep.dir)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in HEARD:
+        signal.signal(number, signal.SIG_DFL)
     if is_stopping(folder):
+        by = _stopped_by[0].name if _stopped_by else "a signal"
         console.print(
-            f"Stopped by SIGTERM; run the same command to continue. Sweep folder: {shown(folder)}", soft_wrap=True
+            f"Stopped by {by}; run the same command to continue. Sweep folder: {shown(folder)}", soft_wrap=True
         )
         _let_go()
+        _requeue()
         sys.exit(STOPPED)
     jobs = read_sweep(folder) or []
     has_report = config.evaluate is None or bool(config.trainer.get("fast_dev_run"))
@@ -115,6 +124,11 @@ def end_sweep(config: DictConfig) -> None:
     _let_go()
     if failed or not has_report:
         sys.exit(1)
+
+
+def _requeue() -> None:
+    if _stopped_by and _stopped_by[0] != signal.SIGTERM:
+        requeue_slurm_job()
 
 
 def _let_go() -> None:

@@ -44,6 +44,7 @@ from msenc.training.assembly import (
     build_model,
     build_optimizer,
     calibrate_connectors,
+    check_precision,
     check_weights,
     num_parameters,
 )
@@ -133,10 +134,12 @@ def train(cfg: DictConfig) -> float | None:
             record.add(status="finished", best_loss=loss)
             return loss
         except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
-            by = "SIGTERM" if getattr(e, "code", None) == STOPPED else "the keyboard, or by a signal"
+            is_stopped = getattr(e, "code", None) == STOPPED
+            by = termination.asked_by.name if is_stopped and termination.is_asked else "the keyboard, or by a signal"
             if record is not None:
                 record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
-            if is_elsewhere and getattr(e, "code", None) == STOPPED:
+            termination.ask_for_requeue(is_first_process())
+            if is_elsewhere and is_stopped:
                 return None  # if raised, the launcher would kill the other jobs before they have saved
             raise
         except Exception as e:
@@ -289,7 +292,8 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     for note in datamodule.tokenizer.notes:
         console.print(note, soft_wrap=True)
     spelling = _spelling(config, datamodule)
-    for text in spelling:
+    said = [*spelling, *check_precision(model, config["trainer"].get("precision"))]
+    for text in said:
         _warn(text)
     if config["stage"] == ALIGN:
         return _end_with_alignment(config, model, record)
@@ -301,7 +305,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         console.print("Nothing to train (frozen LLM, no connector); the LLM is evaluated as it is.")
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
-    _print_streams(record, spelling)
+    _print_streams(record, said)
     return None
 
 

@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -53,6 +54,7 @@ class Facts(TypedDict):
     resumed: NotRequired[Count]
     seconds: NotRequired[float]
     peak_memory_mib: NotRequired[float]
+    peak_gpu_memory_mib: NotRequired[float]
     threads: NotRequired[Count]
     steps: NotRequired[Count]
     epochs: NotRequired[Count]
@@ -140,6 +142,8 @@ class RunRecord:
         self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._start, 2)
         memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         self.facts["peak_memory_mib"] = max(self._memory_before, memory)
+        if (gpu := gpu_memory()) is not None:
+            self.facts["peak_gpu_memory_mib"] = max(self.facts.get("peak_gpu_memory_mib", 0), gpu)
         if is_first_process():
             write_json(self.folder / "run.json", self.facts)
 
@@ -159,6 +163,8 @@ class RunRecord:
     def _begin(self, seconds_before: float, memory_before: int) -> None:
         with suppress(OSError):  # Linux: reset the peak, which may be from an earlier job in this process
             Path("/proc/self/clear_refs").write_text("5")
+        if gpu_memory() is not None:
+            sys.modules["torch"].cuda.reset_peak_memory_stats()
         self._start = time.monotonic()
         self._seconds_before = seconds_before
         self._memory_before = memory_before
@@ -172,8 +178,18 @@ class RunRecord:
 
 
 def machine() -> str:
-    """What kind of machine this is."""
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    """What kind of machine this is, its GPU included."""
+    torch = sys.modules.get("torch")  # who has not imported it has nothing on a GPU
+    gpu = f", {torch.cuda.get_device_name()}" if torch is not None and torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
+
+
+def gpu_memory() -> int | None:
+    """The most memory that this process has taken on its GPU so far, in MiB; None where it uses none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**20)
 
 
 def is_finished(facts: Mapping[str, Any]) -> bool:

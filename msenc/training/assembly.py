@@ -25,6 +25,10 @@ GIVEN = {
 }
 """Arguments that the pipelines add to a node when they build it."""
 
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALVED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Values of trainer.precision under which activations, or weights too, take half the bytes."""
+
 CALIBRATION_UTTERANCES = 1000
 """Training utterances used to calibrate a new connector: tens of thousands of frames for each mean."""
 
@@ -105,6 +109,30 @@ def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) 
             f"loss.weights: the training data only has tokens of the kinds {kinds}, all with weight 0. Give one of "
             "them a weight above 0."
         )
+
+
+def check_precision(model: ConversationModel, precision: str | None) -> list[str]:
+    """Refuse weights that cannot be trained in their type; what can be, but badly, is returned as warnings.
+
+    Raises:
+        MsencError: float16, in which small gradients vanish and GradScaler refuses to work.
+    """
+    becomes = HALVED.get(precision)
+    types = {name: becomes or p.dtype for name, p in model.trainable().items() if p.is_floating_point()}
+    half = [name for name, dtype in types.items() if dtype == torch.float16]
+    if half:
+        raise MsencError(
+            f"{len(half):,} trainable tensors are float16 ({half[0]}), in which gradients vanish. Keep what trains in "
+            "float32 (model.llm.dtype=float32), and compute in halves: trainer.precision=16-mixed, or bf16-mixed."
+        )
+    rounded = [name for name, dtype in types.items() if dtype == torch.bfloat16]
+    if not rounded:
+        return []
+    return [
+        f"{len(rounded):,} trainable tensors are bfloat16 ({rounded[0]}), of 8 bits: the optimizer's steps "
+        "are rounded away where they are smaller than 1/256 of a weight. Keep what trains in float32, with "
+        "trainer.precision=bf16-mixed, or train an adapter: model.llm.lora={r: 16, lora_alpha: 32}."
+    ]
 
 
 def num_parameters(model: torch.nn.Module) -> int:

@@ -3,8 +3,9 @@
 Checkpoints (callback) -> Trainer.save_checkpoint -> CheckpointFiles (plugin) -> last.ckpt, previous.ckpt, best.ckpt
 
 Checkpoints are written at two points, where nothing is in progress: at the start of a batch that begins an optimizer
-step, and at the start of an epoch. So no gradients have to be saved, and no validation is split. Lightning's counters
-are saved as of that point; what it would restore differently is corrected before the first resumed batch.
+step (always the last one before a validation), and at the start of an epoch. So no gradients have to be saved, and no
+validation is split. Lightning's counters are saved as of that point; what it would restore differently is corrected
+before the first resumed batch.
 """
 
 import math
@@ -297,7 +298,7 @@ class Checkpoints(Checkpoint):
     # ------------------------------------------------------------------------------------------------ when
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """From here on, SIGTERM is deferred to a safe point; Lightning's own handler would not wait."""
+        """From here on, signals are deferred to a safe point; Lightning's own handler of SIGTERM would not wait."""
         self._saved_at = (trainer.global_step, time.monotonic())
         self.termination.listen()
         self.termination.is_held = True
@@ -317,7 +318,7 @@ class Checkpoints(Checkpoint):
             self._restore(trainer, batch_idx)
         if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients are being gathered
-        if self._any(trainer, self.termination.is_asked or self._is_due(trainer)):
+        if self._any(trainer, self.termination.is_asked or self._is_due(trainer)) or _validates_after(trainer):
             if trainer.global_step > self._saved_at[0]:
                 self._save(trainer)
             self._leave_if_asked(trainer)
@@ -345,7 +346,7 @@ class Checkpoints(Checkpoint):
         self.on_saved()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """A validation can be repeated: SIGTERM ends it at once, and the last checkpoint remains."""
+        """A validation can be repeated: a signal ends it at once, and the checkpoint of a step before remains."""
         self.termination.is_held = False
         if self.termination.is_asked:
             self.termination.leave()
@@ -374,6 +375,15 @@ class Checkpoints(Checkpoint):
         self._save(trainer)
         self.termination.is_held = False
         self._leave_if_asked(trainer)
+
+
+def _validates_after(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the optimizer's step that begins: it may last, and a signal may end it."""
+    loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if not loop._should_check_val_epoch() or every in (None, math.inf):
+        return False
+    done = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
+    return every - done % every <= trainer.accumulate_grad_batches
 
 
 def training_outcome(trainer: L.Trainer) -> dict[str, Any]:

@@ -18,6 +18,12 @@ from msenc.models.groups import ParameterGroup, gradient_norms, partition
 from msenc.prompt import TOKEN_KINDS
 from msenc.types import Batch, MsencError
 
+FP16_DIVISOR = 1024.0
+"""Of a batch's summed loss where gradients are float16: GradScaler starts at 65,536, and 65,504 is the largest number.
+
+A power of two, and undone in float32: nothing is rounded by it.
+"""
+
 
 class ConversationModule(L.LightningModule):
     """Trains a ConversationModel on the cross entropy of its target tokens.
@@ -51,8 +57,13 @@ class ConversationModule(L.LightningModule):
         self.strict_loading = False  # checkpoints only hold trained tensors; `on_load_checkpoint` checks the rest
         weights = loss_weights or {}
         self._kind_weights = torch.tensor([weights.get(kind, 1.0) for kind in TOKEN_KINDS])
+        self._divisor = 1.0
         self._step_sums = torch.zeros(2)  # weighted loss and sum of weights since the last optimizer step
         self._validation_sums = torch.zeros(3)  # loss, correct top-1 tokens, target tokens
+
+    def on_fit_start(self) -> None:
+        """Keep float16's gradients within its range."""
+        self._divisor = FP16_DIVISOR if self.trainer.precision == "16-mixed" else 1.0
 
     def training_step(self, batch: Batch) -> Tensor:
         """Sum of the batch's token losses, each weighted by its kind."""
@@ -60,7 +71,7 @@ class ConversationModule(L.LightningModule):
         weights = self._kind_weights.to(loss)[batch.kinds]
         loss = loss * weights
         self._step_sums = self._step_sums.to(loss.device) + torch.stack([loss.detach().sum(), weights.sum()])
-        return loss.sum()
+        return loss.sum() / self._divisor
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the gradient of summed losses into the gradient per target token of the global batch.
@@ -72,7 +83,7 @@ class ConversationModule(L.LightningModule):
         self._step_sums = torch.zeros(2)
         self.log("train/loss", loss / weights, prog_bar=True)
         # Lightning has divided each loss by the number of accumulated batches, and DDP averaged over processes.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / weights
+        scale = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size / weights
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

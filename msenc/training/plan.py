@@ -22,11 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.lengths import row_tokens
 from msenc.models.conversation import ConversationModel
+from msenc.training.assembly import HALVED, MIXED
 from msenc.types import Batch
-
-MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-HALVED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""Values of trainer.precision with which activations, or weights as well, take half the bytes."""
 
 
 def batch_tokens(datamodule: DialogueDataModule, units: Sequence[int]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from msenc.files import reason_of
 from msenc.models.conversation import ConversationModel
 from msenc.runs.record import read_run
 from msenc.runs.trust import check_urls
-from msenc.training.assembly import GIVEN, build_model
+from msenc.training.assembly import GIVEN, HALVED, MIXED, build_model
 from msenc.training.averaging import learned_state
 from msenc.training.checkpoints import read_checkpoint
 from msenc.training.module import ConversationModule
@@ -60,7 +60,7 @@ def trains(record: Mapping[str, Any]) -> bool:
 def load_trained(
     run_dir: Path, checkpoint: str, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> ConversationModel:
-    """The trained model of a run (the initial one if nothing trains), in eval mode.
+    """The trained model of a run (the initial one if nothing trains), in eval mode and in its precision.
 
     Args:
         run_dir: the run.
@@ -71,6 +71,10 @@ def load_trained(
     model = build_model(config)
     if trains(record):
         load_checkpoint(ConversationModule(model), run_dir, checkpoint)
+    precision = config["trainer"].get("precision")
+    model.mixed = MIXED.get(precision)
+    if precision in HALVED:
+        model.to(HALVED[precision])
     return model.eval()
 
 

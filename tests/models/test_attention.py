@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from msenc.models.attention import layout_attention, layout_mask, make_layout
+from msenc.models import flash
+from msenc.models.attention import Layout, layout_attention, layout_mask, make_layout
 from msenc.types import MsencError, Segment
 
 CPU = torch.device("cpu")
@@ -82,6 +83,90 @@ def test_split_equals_dense(seed):
             torch.testing.assert_close(one, other, rtol=bound, atol=bound)
 
 
+def rows(call):
+    """(queries, keys) of each row of a call."""
+    for n in range(len(call.query_starts) - 1):
+        yield tuple(
+            places[starts[n] : starts[n + 1]]
+            for places, starts in ((call.queries, call.query_starts), (call.keys, call.key_starts))
+        )
+
+
+def scores_of(query, key, call, q, k, scale):
+    """(heads, q, k): what the flash kernel makes of one row; a key head serves several heads."""
+    repeats = query.shape[1] // key.shape[1]
+    scores = scale * torch.einsum("qhd,khd->hqk", query[q], key[k].repeat_interleave(repeats, 1))
+    return scores.masked_fill(~torch.ones(len(q), len(k)).tril().bool(), -torch.inf) if call.is_causal else scores
+
+
+def reference_attend(query, key, value, call, scale):
+    """What the GPU's flash kernel says of itself, row by row."""
+    repeats = query.shape[1] // key.shape[1]
+    out, sums = [], []
+    for q, k in rows(call):
+        assert len(q) <= call.longest_query
+        assert len(k) <= call.longest_keys
+        scores = scores_of(query, key, call, q, k, scale)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[k].repeat_interleave(repeats, 1)))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(out), torch.cat(sums, 1)
+
+
+def reference_backward(grad, query, key, value, out, sums, call, scale):
+    """Likewise backward: the weights come from the sums that it is given, and not from its own keys."""
+    repeats = query.shape[1] // key.shape[1]
+    parts = []
+    for q, k in rows(call):
+        weights = (scores_of(query, key, call, q, k, scale) - sums[:, q, None]).exp()
+        keys, values = (tensor[k].repeat_interleave(repeats, 1) for tensor in (key, value))
+        to_scores = torch.einsum("qhd,khd->hqk", grad[q], values) - (grad[q] * out[q]).sum(-1).T[..., None]
+        to_scores = scale * weights * to_scores
+        to_keys, to_values = (
+            torch.einsum("hqk,qhd->khd", *pair).unflatten(1, (-1, repeats)).sum(2)
+            for pair in ((to_scores, query[q]), (weights, grad[q]))
+        )
+        parts.append((torch.einsum("hqk,khd->qhd", to_scores, keys), to_keys, to_values))
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_three_calls_of_a_gpu_give_what_dense_gives(seed, monkeypatch):
+    monkeypatch.setattr(flash, "_attend", reference_attend)
+    monkeypatch.setattr(flash, "_attend_backward", reference_backward)
+    segments = draw_segments(seed)
+    expected = attend(segments, "dense")
+    torch.manual_seed(0)
+    length = segments[-1].stop
+    states = [torch.randn(1, length, h, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for h in (4, 2, 2)]
+    out = flash.attend_split(*states, Layout(segments, "split", torch.empty(0)).on_gpu, 0.3).transpose(1, 2)
+    out.backward(torch.randn(out.shape, dtype=torch.float64))
+    for one, other in zip((out, *(state.grad for state in states)), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gpu_whose_kernel_does_not_work_takes_the_dense_mask(caplog):
+    flash.works.cache_clear()
+    assert not flash.works(CPU)  # which has no such kernel
+    assert "takes a dense mask" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "dtype", "dropout", "is_taken"),
+    [
+        (4, 64, torch.bfloat16, 0.0, True),
+        (4, 64, torch.float16, 0.0, True),
+        (4, 64, torch.float32, 0.0, False),
+        (4, 64, torch.bfloat16, 0.1, False),
+        (4, 60, torch.bfloat16, 0.0, False),
+        (4, 512, torch.bfloat16, 0.0, False),
+    ],
+)
+def test_what_the_gpus_kernel_takes(heads, width, dtype, dropout, is_taken):
+    state = torch.empty(1, heads, 5, width, dtype=dtype)
+    assert flash.takes(state, state, dropout) == is_taken
+    assert not flash.takes(state, state[..., : width // 2], dropout)  # values narrower than keys
+
+
 def test_dropout_of_weights_takes_the_dense_kernel():
     segments = draw_segments(1)
     torch.testing.assert_close(attend(segments, "split", dropout=0.5), attend(segments, "dense", dropout=0.5))
@@ -92,7 +177,7 @@ def test_on_a_cpu_auto_is_split_and_elsewhere_dense():
     segments = draw_segments(0)
     assert make_layout(segments, CPU).kernel == "split"
     assert make_layout(segments, torch.device("meta")).kernel == "dense"
-    with pytest.raises(MsencError, match=r"attn_implementation=split runs on a CPU, found the device meta"):
+    with pytest.raises(MsencError, match=r"attn_implementation=split: found the device meta, on which .* does not"):
         make_layout(segments, torch.device("meta"), "split")
 
 

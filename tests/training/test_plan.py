@@ -40,6 +40,9 @@ def test_a_run_on_the_cpu_is_planned_with_the_kernel_of_the_cpu(demo_home, compo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert peak("trainer.accelerator=cpu") == split
     assert peak("trainer.accelerator=auto") == peak("trainer.accelerator=gpu") == dense
+    half = "trainer.precision=bf16-mixed"  # which a GPU's flash kernel takes
+    split, dense = (peak(half, f"model.llm.attn_implementation={kernel}") for kernel in ("split", "dense"))
+    assert peak(half, "trainer.accelerator=gpu") == split < dense
 
 
 BUDGETS = ["data.batch_size=null", "data.max_tokens_per_batch=500"]
