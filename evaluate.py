@@ -1,4 +1,4 @@
-"""Measure finished runs: python evaluate.py run_dir=RUN [split=test] [decoding=greedy]."""
+"""Evaluate finished runs: python evaluate.py run_dir=RUN [split=test] [decoding=greedy]."""
 
 import hydra
 from omegaconf import DictConfig

@@ -1,6 +1,6 @@
 """Raw clips and annotations -> shards: python prepare.py data=demo|meld [data.root=FOLDER] [modality=...].
 
-With stage=audit: what is wrong with them.
+With stage=audit: find defects in them.
 """
 
 import hydra
@@ -15,7 +15,7 @@ register_schemas()
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="prepare")
 def main(cfg: DictConfig) -> None:
-    """Prepare what is missing of a data set."""
+    """Prepare the missing parts of a data set."""
     from msenc.pipelines.prepare import prepare  # imported here: --help must not wait for torch
 
     prepare(cfg)

@@ -11,7 +11,7 @@ register_schemas()
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="report")
 def main(cfg: DictConfig) -> None:
-    """Compare all runs below a folder, or several."""
+    """Compare all runs in one or more folders."""
     from msenc.pipelines.report import report  # imported here: --help must not wait for torch
 
     report(cfg)

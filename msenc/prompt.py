@@ -1,10 +1,10 @@
 """dialogue -> token layout with media slots; generated text -> Reply.
 
-Sits above `types` and below `models`: it knows tokenizers, and no tensor.
+Above `types` and below `models`: it uses tokenizers, but no tensors.
 
-A prompt is four templates. The *instruction* opens every sample; each *turn* of the history follows with its speaker,
-media slots and text; the *response* asks for the next turn, and the *target* is what the LLM has to write. A template
-is cut into pieces at its media slots, and each piece is tokenized by itself, so that the tokens of a turn do not
+A prompt has four templates. The *instruction* starts every sample; each *turn* of the history follows with its speaker,
+media slots and text; the *response* asks for the next turn, and the *target* is what the LLM has to generate. A
+template is split at its media slots, and each piece is tokenized separately, so that the tokens of a turn do not
 depend on its neighbours and every layout of a dialogue uses the same ones.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 from msenc.types import Dialogue, MsencError, Reply, Utterance
 
 TOKEN_KINDS = ("reply", "description", "end", "planted_text", "planted_audio", "planted_video", "planted_both", "begin")
-"""What a target token belongs to; predictions store the index."""
+"""Kinds of target tokens; predictions store the index."""
 
-MOST_KNOWN = 100_000  # texts whose tokens are remembered
+MOST_KNOWN = 100_000  # number of texts whose tokens are cached
 SLOTS = ("video", "audio")
 _FIELDS = ("speaker", "text", *SLOTS)
 _FIELD = re.compile(r"\{(\w*)\}")
@@ -26,13 +26,13 @@ _FIELD = re.compile(r"\{(\w*)\}")
 
 @dataclass(frozen=True)
 class Slot:
-    """A place of the layout that a stream's connector fills with its query outputs."""
+    """A place in the layout that a stream's connector fills with its query vectors."""
 
     stream: str
 
 
 class Span(NamedTuple):
-    """Characters of a target whose information is known."""
+    """A span of a target with known information."""
 
     start: int
     end: int
@@ -42,12 +42,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """What the LLM has to write for one turn.
+    """The tokens the LLM has to generate for one turn.
 
     Args:
         ids: token ids, the end token last.
         kinds: index into `TOKEN_KINDS` of each token.
-        bits: planted bits by kind (`planted_audio`: 1.0); empty where nothing is planted.
+        bits: planted bits by kind (`planted_audio`: 1.0); empty if nothing is planted.
         words: tokens before the description part.
     """
 
@@ -58,11 +58,11 @@ class Target:
 
 
 class History(NamedTuple):
-    """Where a target's history begins.
+    """The start of a target's history.
 
     Args:
-        start: the first turn that it keeps.
-        skips: (stream, frames) that a window cuts off the beginning of that turn's features.
+        start: the first turn kept.
+        skips: (stream, frames) that a window cuts off the start of that turn's features.
     """
 
     start: int
@@ -71,16 +71,16 @@ class History(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizedDialogue:
-    """A dialogue in tokens, cut at its turns.
+    """A tokenized dialogue, split at its turns.
 
     Args:
         id: the dialogue's id.
         instruction: tokens before the first turn.
         turns: per turn its block in the history: runs of tokens and media slots.
         responses: per target (turn 1, 2, ...) the tokens that ask for it.
-        targets: per target the tokens to write.
-        turn_tokens: text tokens of each turn's block, slots not counted: what the history rule counts.
-        windows: per target the history that the prompt's windows leave; empty without windows.
+        targets: per target the tokens to generate.
+        turn_tokens: text tokens of each turn's block, without slots, as counted for history truncation.
+        windows: per target the history within the prompt's windows; empty without windows.
     """
 
     id: str
@@ -100,17 +100,17 @@ class Prompt:
         instruction: text before the first turn.
         turn: one turn of the history; fields ``{speaker}``, ``{text}`` and the media slots ``{video}``, ``{audio}``.
         response: text that asks for the next turn; field ``{speaker}``.
-        response_text: the same where the target is text alone; `response` if None.
+        response_text: the same for targets without a description; `response` if None.
         target: ``text_description`` (text, then the voice description in brackets) or ``text``.
         target_format: the target's shape with ``{text}`` and ``{description}``; the description stands in round
             brackets at the end, which is how `parse` finds it again.
         speakers: ``names`` as the data has them, or ``numbers`` in order of appearance.
         chat: wrap instruction and turns in the tokenizer's chat template (system and user message).
-        piecewise: cut the turn at its media slots whether they are filled or not, and tokenize every piece, the target
-            included, as a text of its own, so that each begins with BOS where the tokenizer adds one.
+        piecewise: split the turn at its media slots whether they are filled or not, and tokenize every piece, the
+            target included, separately, so that each begins with BOS if the tokenizer adds one.
         windows: stream -> frames; of all frames of a target's history, only the last so many are read, and turns whose
             frames all fall out of a stream's window are dropped, text included. None: no window.
-        template_arguments: what the chat template takes beside the messages, such as ``enable_thinking: false``.
+        template_arguments: of the chat template besides the messages, such as ``enable_thinking: false``.
     """
 
     instruction: str
@@ -126,7 +126,7 @@ class Prompt:
     template_arguments: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse templates that could not be filled or read back."""
+        """Refuse templates that cannot be filled or parsed."""
         if self.target not in ("text", "text_description"):
             raise MsencError(f"prompt.target: found {self.target!r}, expected 'text' or 'text_description'.")
         if self.speakers not in ("names", "numbers"):
@@ -141,7 +141,7 @@ class Prompt:
         if not re.fullmatch(r"\s*\{text\}\s*\(\{description\}\)", self.target_format):
             raise MsencError(
                 f"prompt.target_format: {self.target_format!r} must be '{{text}} ({{description}})', with or without "
-                "spaces before its parts: a reply's text and description are found again by the brackets alone."
+                "spaces before its parts: the brackets are needed to parse text and description of a reply."
             )
         for stream, frames in (self.windows or {}).items():
             if stream not in SLOTS or not isinstance(frames, int) or frames < 1:
@@ -149,10 +149,10 @@ class Prompt:
                     f"prompt.windows: found {stream}: {frames!r}, expected audio or video: frames, 1 or more."
                 )
         if self.template_arguments and not self.chat:
-            raise MsencError("prompt.template_arguments: only a chat template takes them. Take prompt=chat.")
+            raise MsencError("prompt.template_arguments: only chat templates take them. Set prompt=chat.")
         if self.piecewise and self.chat:
             raise MsencError(
-                "prompt: chat and piecewise exclude each other: a chat template writes one text. Drop one."
+                "prompt: chat and piecewise exclude each other: a chat template produces a single text. Remove one."
             )
 
     def speaker_labels(self, dialogue: Dialogue) -> list[str]:
@@ -178,8 +178,8 @@ class Prompt:
         Args:
             speaker: the speaker's label.
             text: what is said.
-            streams: streams that this turn has and the model reads; other slots vanish.
-            words: text that stands in a stream's slot in place of a slot (the tiny LLM is pre-trained so).
+            streams: streams that this turn has and the model reads; other slots are removed.
+            words: text that replaces a stream's slot (used to pre-train the tiny LLM).
         """
         piece, at = "", 0
         for match in _FIELD.finditer(self.turn):
@@ -203,14 +203,14 @@ class Prompt:
             yield piece
 
     def format_target(self, utterance: Utterance) -> tuple[str, int, list[Span]]:
-        """The target's string, where its description begins, and its planted spans.
+        """The target's string, the start of its description, and its planted spans.
 
         Returns:
             The string without the end token; the first character of the description part, bracket included (the
-            string's length where there is none); the planted spans.
+            string's length if there is none); the planted spans.
 
         Raises:
-            MsencError: a description that holds brackets itself.
+            MsencError: the description contains brackets.
         """
         before, _, rest = self.target_format.partition("{text}")
         text, description = utterance.text, utterance.description
@@ -221,7 +221,7 @@ class Prompt:
             if "(" in description or ")" in description:
                 raise MsencError(
                     f"utterance {utterance.id}: brackets in the voice description {description!r}. A target ends in "
-                    "its description in brackets, so the description must hold none."
+                    "its description in brackets, so the description must not contain any."
                 )
             opening, _, closing = rest.partition("{description}")
             start["description"] = split + len(opening)
@@ -234,7 +234,7 @@ class Prompt:
         return string, split, spans
 
     def parse(self, generated: str) -> Reply:
-        """Read a generated target back.
+        """Parse a generated target.
 
         The description is the last bracket group, if the string ends in one; brackets elsewhere belong to the text,
         and a bracket that was opened and never closed stays in the text too, so nothing that was generated is lost.
@@ -256,7 +256,7 @@ class Prompt:
 
 
 def window_histories(frames: Sequence[Mapping[str, int]], windows: Mapping[str, int]) -> tuple[History, ...]:
-    """What windows over the whole history leave of it, for targets 1, 2, ... (every turn but the first).
+    """The history within the windows, for targets 1, 2, ... (every turn but the first).
 
     Args:
         frames: per turn the frames of its streams.
@@ -299,18 +299,18 @@ class DialogueTokenizer:
     def __init__(self, prompt: Prompt, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise MsencError(
-                f"tokenizer {type(tokenizer).__name__} is not a fast one: token kinds need character offsets. "
-                "Use a model whose folder holds a tokenizer.json."
+                f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer: token kinds need character offsets. "
+                "Use a model with a tokenizer.json."
             )
         self.notes: list[str] = []
-        """What a user should know of how this tokenizer writes the prompt."""
+        """Notes for the user on how this tokenizer handles the prompt."""
         normalizer = tokenizer.backend_tokenizer.normalizer
         if normalizer is not None and normalizer.normalize_str("e\u0301") == "\u00e9":
             self.notes.append(
-                "The LLM's tokenizer composes characters (NFC): replies are written so, whichever form the data has."
+                "The LLM's tokenizer normalizes text (NFC): replies are normalized too, whichever form the data has."
             )
         if tokenizer.eos_token_id is None:
-            raise MsencError("the tokenizer has no end token (eos_token): a reply could not end.")
+            raise MsencError("the tokenizer has no end token (eos_token): replies could not end.")
         self.prompt = prompt
         self.tokenizer = tokenizer
         self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
@@ -325,18 +325,18 @@ class DialogueTokenizer:
 
     @property
     def instruction(self) -> tuple[int, ...]:
-        """The tokens that open every sample."""
+        """The tokens at the start of every sample."""
         return self._instruction
 
     def tokens_per_word(self, dialogues: Iterable[Dialogue]) -> float:
-        """How many tokens a word of these dialogues takes: well above 2 where the LLM spells; 0.0 without a word."""
+        """Tokens per word of these dialogues: well above 2 if the LLM spells them out; 0.0 without a word."""
         texts = [utterance.text for dialogue in dialogues for utterance in dialogue.utterances]
         words = sum(len(text.split()) for text in texts)
         tokens = sum(len(self.tokenizer(f" {text}", add_special_tokens=False).input_ids) for text in texts)
         return tokens / words if words else 0.0
 
     def _chat_frame(self) -> tuple[str, str]:
-        """What the chat template writes before the turns, and between the turns and the reply."""
+        """The chat template's text before the turns, and between the turns and the reply."""
         from jinja2 import TemplateError  # comes with torch and transformers
 
         if not self.tokenizer.chat_template:
@@ -359,10 +359,10 @@ class DialogueTokenizer:
                 found = f" ({e})"
                 continue
             opening, has_turns, closing = frame.partition(mark)
-            if has_turns and instruction in opening:  # some templates drop a system message without a word
+            if has_turns and instruction in opening:  # some templates silently drop a system message
                 if messages is joined:
                     self.notes.append(
-                        "The LLM's chat template has no system role: the instruction begins the user's message."
+                        "The LLM's chat template has no system role: the instruction starts the user's message."
                     )
                 return opening, closing
         raise MsencError(
@@ -371,7 +371,7 @@ class DialogueTokenizer:
         )
 
     def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Refuse an argument that the template never reads: it would change nothing, without a word."""
+        """Refuse an argument that the template never reads: it would silently have no effect."""
         from jinja2 import Environment, TemplateSyntaxError, meta
 
         templates = self.tokenizer.chat_template
@@ -397,16 +397,16 @@ class DialogueTokenizer:
         # Speaker labels and response prompts come again and again; a tokenizer call costs far more than a look-up.
         key = (text, allow_special)
         if key not in self._known:
-            # What people say may hold the characters of a control token; it stays text.
+            # An utterance may contain the characters of a control token; it stays text.
             piecewise = self.prompt.piecewise
             ids = self.tokenizer(text, add_special_tokens=piecewise, split_special_tokens=not allow_special).input_ids
-            if len(self._known) >= MOST_KNOWN:  # a page may run for weeks
+            if len(self._known) >= MOST_KNOWN:  # a server may run for weeks
                 self._known.clear()
             self._known[key] = tuple(self._without_end(ids) if piecewise else ids)
         return self._known[key]
 
     def _without_end(self, ids: list[int]) -> list[int]:
-        """A tokenizer that adds special tokens may close each text; the sample goes on."""
+        """A tokenizer that adds special tokens may end each text with one; remove it, as the sample continues."""
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         return ids[:-1] if ids and ids[-1] == end != begin else ids
 
@@ -432,7 +432,7 @@ class DialogueTokenizer:
             pieces = self.prompt.turn_pieces(label, utterance.text, streams[k], words[k] if words else None)
             block = tuple(p if isinstance(p, Slot) else self._ids(p) for p in pieces)
             turns.append(block)
-            # Counted as if no slot had cut the text, so that every modality keeps the same turns.
+            # Counted as if no slot had split the text, so that every modality keeps the same turns.
             turn_tokens.append(sum(len(self._ids(p)) for p in self.prompt.turn_pieces(label, utterance.text, ())))
         replies = list(zip(labels, dialogue.utterances, strict=True))[1:]
         responses = tuple(
@@ -440,8 +440,8 @@ class DialogueTokenizer:
         )
         if not all(responses):
             raise MsencError(
-                f"prompt.response: {self._response!r} gives no token in dialogue {dialogue.id}. A target's first token "
-                "is predicted from its response prompt: give it a word or a sign."
+                f"prompt.response: {self._response!r} has no token in dialogue {dialogue.id}. A target's first token "
+                "is predicted from its response prompt: add a word or a character."
             )
         return TokenizedDialogue(
             id=dialogue.id,

@@ -1,4 +1,4 @@
-"""The shapes that every layer shares; nothing here imports the rest of msenc.
+"""The data types that all layers share; nothing here imports the rest of msenc.
 
 Letters used in all docstrings and shape comments:
 
@@ -22,32 +22,32 @@ UNKNOWN_SPEAKER = "-1"
 
 
 class MsencError(Exception):
-    """A refusal: says what was found, what was expected, and what to do. Shown without a traceback."""
+    """An error for the user: what was found, what was expected, and what to do. Shown without a traceback."""
 
 
 @contextmanager
 def needing(what: str, extra: str) -> Iterator[None]:
-    """Turn a missing package into a refusal that names it, what needs it, and the extra of msenc that brings it."""
+    """Turn a missing package into an error that names it, what needs it, and the extra of msenc that installs it."""
     try:
         yield
     except ImportError as error:
         package = f"the package {error.name.partition('.')[0]}" if error.name else "a package"
         raise MsencError(
-            f"{what} needs {package}, which cannot be imported ({error}). It comes with an extra of msenc: "
+            f"{what} needs {package}, which cannot be imported ({error}). Install it with an extra of msenc: "
             f"pip install -e '.[{extra}]'"
         ) from error
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A span of a target whose information is known, so that a model can be scored on it alone.
+    """A span of a target with known information content, on which a model can be scored separately.
 
     Args:
-        kind: what tells this span's content: ``text``, ``audio``, ``video`` or ``both``.
-        field: which part of the target holds it: ``text`` or ``description``.
+        kind: the stream that reveals this span's content: ``text``, ``audio``, ``video`` or ``both``.
+        field: the part of the target it is in: ``text`` or ``description``.
         start: first character of the span in that field.
         end: one past the last character.
-        bits: information of the span in bits, given all that stands before it in the target.
+        bits: information of the span in bits, given everything before it in the target.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class VoiceAttributes:
-    """How something is spoken, in words; ``unknown`` for what was not measured or not said.
+    """How something is spoken, in words; ``unknown`` if not measured or not stated.
 
     `msenc.speech.description` has the words of each attribute, and turns them into sentences and back.
 
@@ -70,7 +70,7 @@ class VoiceAttributes:
         rate: syllables per second of speech.
         loudness: level of the speech.
         pauses: share of silence between the first and the last word.
-        noise: what is heard beside the speech.
+        noise: level of background noise.
     """
 
     gender: str = UNKNOWN
@@ -84,19 +84,19 @@ class VoiceAttributes:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One turn of a dialogue.
+    """What one speaker says in one turn of a dialogue.
 
     Args:
-        id: the utterance's own id in its dataset, unique in its dialogue.
-        speaker: name or number of who speaks, as the dataset writes it.
+        id: the utterance's id in its data set, unique in its dialogue.
+        speaker: name or number of the speaker, as in the data set.
         text: what is said; never empty.
-        description: how it is said (the voice description), or None where the dataset has none.
-        start_s: start in the source recording, in seconds, or None where unknown.
-        end_s: end in the source recording, in seconds.
+        description: how it is said (the voice description), or None if the data set has none.
+        start_s: start in the source recording, in seconds, or None if unknown.
+        end_s: end in the source recording, in seconds, or None if unknown.
         clip: the media file, relative to the dataset's root, or a part of one (``talk.mp4#t=1.500,3.000``: from second
-            1.5 to 3); None where there is none.
-        marks: spans of known information, when this utterance is a target (only the demo has them).
-        attributes: what the description says, word by word, or None where nothing was described.
+            1.5 to 3); None if there is none.
+        marks: spans of known information, for when this utterance is a target (only generated data have them).
+        attributes: the description's attributes, or None if there is no description.
     """
 
     id: str
@@ -112,7 +112,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns in order: the unit of storage, shuffling and split.
+    """Turns in order: the unit of storage, shuffling and splitting.
 
     Args:
         id: ``dataset/split/dialogue``, for example ``meld/train/dia12``.
@@ -133,7 +133,7 @@ class Dialogue:
         """The dialogue as plain values; `from_json` reads it back to an equal object."""
         value = asdict(self)
         for utterance in value["utterances"]:
-            if utterance["attributes"] is None:  # data that was never described keeps its bytes and its hash
+            if utterance["attributes"] is None:  # data without descriptions keeps its bytes and its hash
                 del utterance["attributes"]
         return value
 
@@ -159,7 +159,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the agent says: words, and how they are spoken (None where no description is given)."""
+    """What the agent says: words, and how they are spoken (None without a description)."""
 
     text: str
     description: str | None = None
@@ -167,12 +167,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Something of a dataset that was not used, and why. Listed in ``rejected.csv``, counted by `reason`.
+    """An unusable item of a data set, and why. Listed in ``rejected.csv``, counted by `reason`.
 
     Args:
         id: the utterance or dialogue, as far as it is known.
         what: ``row`` (the utterance is dropped) or the stream that it lacks (``audio``, ``video``).
-        reason: a short fixed phrase, the same for all of one kind, for counting.
+        reason: a short fixed phrase, by which rejections are counted.
         file: the file it concerns.
         row: line of that file (the header is line 1), or None.
         found: what was found there.
@@ -187,7 +187,7 @@ class Rejection:
 
 
 class Segment(NamedTuple):
-    """Where one row of a packed batch stands, and how it branches: a trunk, then its branches one after another.
+    """The position and structure of one row of a packed batch: a trunk, then its branches one after another.
 
     Args:
         start: first token of the trunk.
@@ -208,9 +208,9 @@ class Segment(NamedTuple):
 
 @dataclass
 class StreamBatch:
-    """One stream's features of a batch, each utterance once, and the places that its queries fill.
+    """One stream's features in a batch, each utterance once, and the positions that its query vectors fill.
 
-    Utterances of similar length stand together in a group, so that little of a group is padding.
+    Utterances of similar length are grouped, so that there is little padding.
 
     Args:
         features: per group (N, T, D) float16, padded with zeros.
@@ -227,10 +227,10 @@ class StreamBatch:
 
 @dataclass
 class Batch:
-    """Dialogues in token form, and the K tokens that are to be predicted.
+    """Tokenized dialogues, and the K tokens to be predicted.
 
-    Packed, all rows stand one after another in a single line (B = 1) without padding, and `segments` says who sees
-    whom. Otherwise each row is a plain causal sequence, padded, and `attention_mask` says which tokens are real.
+    Packed: all rows follow each other in a single line (B = 1) without padding, and `segments` defines which tokens
+    attend to which. Otherwise each row is a plain causal sequence, padded, and `attention_mask` marks real tokens.
 
     Args:
         input_ids: (B, L) token ids, 0 where a media slot or padding stands.
@@ -241,7 +241,7 @@ class Batch:
         labels: (K,) the target tokens.
         kinds: (K,) index into `prompt.TOKEN_KINDS`.
         targets: (K,) index into `target_ids`.
-        streams: stream name -> its features and places; streams without any utterance are left out.
+        streams: stream name -> its features and positions; streams without any utterance are omitted.
         target_ids: (dialogue id, turn) of each target.
     """
 

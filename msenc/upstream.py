@@ -1,8 +1,8 @@
 """Upstream's checkpoint -> a run's folder: python -m msenc.upstream checkpoint=FILE llm=FOLDER out=RUN [key=value ...].
 
-FILE is a ``.tar`` with ``model_state_dict``, FOLDER (or a hub id) the LLM that it was trained on, RUN a new folder that
-evaluate.py takes. Further overrides are those of train.py, on top of experiment=paper_msenc: modality=text leaves out
-what that modality does not read, model.connector.num_layers=2 is for a smaller Q-Former. docs/upstream.md says more.
+FILE is a ``.tar`` with ``model_state_dict``, FOLDER (or a hub id) the LLM it was trained on, RUN a new folder for
+evaluate.py. Further overrides are those of train.py, on top of experiment=paper_msenc: modality=text omits
+what that modality does not read, model.connector.num_layers=2 is for a smaller Q-Former. See docs/upstream.md.
 """
 
 import sys
@@ -21,15 +21,15 @@ if TYPE_CHECKING:  # --help must not wait for torch
     from msenc.models.conversation import ConversationModel
 
 OVERRIDES = ("experiment=paper_msenc", "+model.llm.round_to=bfloat16")
-"""What a run of upstream's weights is made of: its settings, and its LLM, which it loads in bfloat16."""
+"""The overrides of a run with upstream's weights: its settings, and its LLM, which it loads in bfloat16."""
 
 OWN = ("checkpoint", "llm", "out")
 
 LLM_VIEWS = ("generator_model.", "lora_model.base_model.model.", "generator_mode.")
-"""The places at which upstream's file holds the one LLM, its LoRA included; without LoRA, the first alone."""
+"""Prefixes under which upstream's file has copies of the LLM with its LoRA; without LoRA, only the first."""
 
 QFORMER_VIEWS = ("video_q_former.", "audio_q_former.")
-"""The places of the connectors: linear maps of their own around one Q-Former with one set of queries."""
+"""Prefixes of the connectors: separate linear maps around one Q-Former with one set of queries."""
 
 CONNECTOR_NAMES = {
     "in_proj.": "feature_proj.",
@@ -37,7 +37,7 @@ CONNECTOR_NAMES = {
     "core.qformer.": "qformer.",
     "out_proj.": "out_proj.",
 }
-"""How names of `connector.QFormer` begin, here and in upstream's file."""
+"""Prefixes of `connector.QFormer`'s names, here and in upstream's file."""
 
 MANY_NAMES = 20
 
@@ -47,12 +47,12 @@ def import_run(checkpoint: Path, llm: str, out: Path, overrides: list[str]) -> N
 
     Args:
         checkpoint: upstream's file.
-        llm: folder or hub id of the LLM that it was trained on.
-        out: the folder to make.
+        llm: folder or hub id of the LLM it was trained on.
+        out: the folder to create.
         overrides: as of train.py, on top of `OVERRIDES`.
 
     Raises:
-        MsencError: the folder holds something, the file is no such checkpoint, or it does not fit the composed model.
+        MsencError: the folder is not empty, the file is not such a checkpoint, or it does not fit the composed model.
     """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf, open_dict
@@ -67,7 +67,7 @@ def import_run(checkpoint: Path, llm: str, out: Path, overrides: list[str]) -> N
     from msenc.work.console import quieten
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MsencError(f"out={out}: there is something already. Give a folder that does not exist, or is empty.")
+        raise MsencError(f"out={out}: is not empty. Give a new or empty folder.")
     overrides = [*OVERRIDES, *overrides]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
@@ -111,10 +111,10 @@ def import_run(checkpoint: Path, llm: str, out: Path, overrides: list[str]) -> N
 
 
 def read_tensors(path: Path) -> dict[str, "Tensor"]:
-    """The tensors of ``model_state_dict``, left on disk until they are used; nothing that is pickled is executed.
+    """The tensors of ``model_state_dict``, memory-mapped; no pickled code is executed.
 
     Raises:
-        MsencError: no such file, or one that holds anything but tensors and plain containers.
+        MsencError: no such file, or it contains anything but tensors and plain containers.
     """
     import torch
 
@@ -125,18 +125,19 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
     try:
         saved = load_torch_file(path)
     except ValueError as e:
-        raise MsencError(f"checkpoint={path}: {e}. Expected upstream's file; msenc executes nothing of one.") from e
+        raise MsencError(f"checkpoint={path}: {e}. Expected upstream's file; msenc never executes code from it.") from e
     tensors = saved.get("model_state_dict") if isinstance(saved, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         found = ", ".join(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise MsencError(
-            f"checkpoint={path}: found {found}; expected model_state_dict, a dictionary of tensors. Is it upstream's?"
+            f"checkpoint={path}: found {found}; expected model_state_dict, a dictionary of tensors. Is it from "
+            "upstream?"
         )
     return tensors
 
 
 def check_views(tensors: Mapping[str, "Tensor"], path: Path) -> None:
-    """Refuse a file in which two views of one tensor differ: which of them upstream's model used is not known.
+    """Refuse a file in which two copies of one tensor differ: it is unknown which one upstream's model used.
 
     Raises:
         MsencError: names the pairs.
@@ -154,13 +155,13 @@ def check_views(tensors: Mapping[str, "Tensor"], path: Path) -> None:
                     unequal.append(f"{first}{name} and {other}{name}")
     if unequal:
         raise MsencError(
-            f"checkpoint={path}: {len(unequal)} pairs of tensors differ that are one tensor in upstream's model: "
+            f"checkpoint={path}: {len(unequal)} pairs of tensors differ that are the same tensor in upstream's model: "
             f"{_named(unequal)}. The file is damaged, or was not written by upstream's code."
         )
 
 
 def fill(model: "ConversationModel", tensors: Mapping[str, "Tensor"], path: Path) -> None:
-    """Copy what trained into the model, and compare the base weights with the model's.
+    """Copy the trained tensors into the model, and compare the base weights with the model's.
 
     Args:
         model: changed in place.
@@ -168,7 +169,7 @@ def fill(model: "ConversationModel", tensors: Mapping[str, "Tensor"], path: Path
         path: the file, for messages.
 
     Raises:
-        MsencError: names the tensors that are missing, unknown or of another shape, and base weights that differ.
+        MsencError: names missing or unknown tensors, wrong shapes, and differing base weights.
     """
     import torch
 
@@ -189,9 +190,9 @@ def fill(model: "ConversationModel", tensors: Mapping[str, "Tensor"], path: Path
     lines = [f"{len(names)} tensors {kind}: {_named(names)}" for kind, names in faults.items() if names]
     if lines:
         raise MsencError(
-            f"checkpoint={path}: does not fit the model that the config describes.\n"
+            f"checkpoint={path}: does not fit the model in the config.\n"
             + "".join(f"  {line}\n" for line in lines)
-            + "  do: give llm= the LLM that it was trained on, and the sizes of its parts: "
+            + "  do: set llm= to the LLM it was trained on, and the sizes of its parts: "
             "model.connector.num_layers=..., model.connector.intermediate_dim=..., model.streams.audio.dim=..., "
             "model.llm.lora.r=..."
         )
@@ -199,8 +200,8 @@ def fill(model: "ConversationModel", tensors: Mapping[str, "Tensor"], path: Path
     other_base = [name for name in own.keys() - trained if not _is_equal(own[name], tensors[places[name][0]])]
     if other_base:
         raise MsencError(
-            f"checkpoint={path}: {len(other_base)} tensors of its base LLM have other values than the LLM loaded here: "
-            f"{_named(sorted(places[name][0] for name in other_base))}. Give llm= the LLM that it was trained on."
+            f"checkpoint={path}: {len(other_base)} tensors of its base LLM differ from the LLM loaded here: "
+            f"{_named(sorted(places[name][0] for name in other_base))}. Set llm= to the LLM it was trained on."
         )
     with torch.no_grad():
         for name in trained:
@@ -208,7 +209,7 @@ def fill(model: "ConversationModel", tensors: Mapping[str, "Tensor"], path: Path
 
 
 def _places(name: str) -> list[str]:
-    """The names under which upstream's file holds a tensor of `ConversationModel`."""
+    """The names in upstream's file of a tensor of `ConversationModel`."""
     part, _, rest = name.partition(".")
     if part == "llm":
         has_lora = rest.startswith("base_model.model.")
@@ -219,7 +220,7 @@ def _places(name: str) -> list[str]:
 
 
 def _is_equal(one: "Tensor", other: "Tensor") -> bool:
-    """Equal values, as far as the narrower type of the two tells."""
+    """Whether values are equal at the precision of the narrower type."""
     import torch
 
     dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
@@ -233,7 +234,7 @@ def _named(names: list[str]) -> str:
 
 
 def save_checkpoints(module: Any, folder: Path) -> None:
-    """Write what trained as train.py does, as the best and as the last checkpoint."""
+    """Write the trained tensors as train.py does, as the best and the last checkpoint."""
     import torch
 
     checkpoint = {"state_dict": module.state_dict()}
@@ -256,7 +257,7 @@ def main(arguments: list[str]) -> None:
         raise MsencError(f"{missing[0]}: no value. Give it: {missing[0]}=...{near}")
     overrides = [a for a in arguments if a.partition("=")[0] not in OWN]
     import_run(Path(given["checkpoint"]), given["llm"], Path(given["out"]), overrides)
-    print(f"Written: {given['out']}. Measure it: python evaluate.py run_dir={given['out']}")
+    print(f"Written: {given['out']}. Evaluate it: python evaluate.py run_dir={given['out']}")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def spoil_other(folder):
     ("spoil", "overrides", "said"),
     [
         (spoil_missing, [], r"labels\.jsonl: missing.*prepare\.py"),
-        (spoil_one, [], r"align\.labels\.video: all .* have the one label 'joy'"),
+        (spoil_one, [], r"align\.labels\.video: all .* have the same label 'joy'"),
         (spoil_other, [], r"no utterance of the train split has a label.*labels of meld/.*the data has demo/"),
         (None, ["align.labels.video.column=Emotoin"], r"column=Emotoin: no such column.*Did you mean 'Emotion'"),
         (None, ["align.labels.video.source=colunm"], r"source: 'colunm'.*Did you mean 'column'"),
@@ -136,7 +136,7 @@ def spoil_other(folder):
             ["~align.labels.video", "stage=align"],
             r"stage=align: found modality=text_video has no stream to align",
         ),
-        (None, ["model.tie_connectors=true"], r"tied cannot be aligned"),
+        (None, ["model.tie_connectors=true"], r"tied connectors cannot be aligned"),
     ],
 )
 def test_labels_and_settings_that_teach_nothing_are_refused(fresh, own_data, spoil, overrides, said):
@@ -213,10 +213,10 @@ def test_a_text_run_takes_the_adapter_alone(train, trained):
     ("overrides", "argument", "said"),
     [
         (["model.llm.lora.r=8"], "run", r"model\.llm\.lora\): r=4 there, 8 here"),
-        (["model/connector=conv"], "connectors", r"connectors are built otherwise: _target_="),
+        (["model/connector=conv"], "connectors", r"connectors have different settings: _target_="),
         (["model.connector.hidden_dim=64"], "connectors", r"hidden_dim=128 there, 64 here"),
-        (["model.llm.freeze=true"], "adapter", r"nothing of the LLM trains"),
-        (["align=column"], "connectors", r"init_from and align: both say"),
+        (["model.llm.freeze=true"], "adapter", r"no part of the LLM trains"),
+        (["align=column"], "connectors", r"init_from and align both initialize"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_sides(train, trained, overrides, argument, said):

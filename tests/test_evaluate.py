@@ -93,7 +93,7 @@ def test_a_run_that_never_had_a_model_is_refused(runs, compose):
 def test_folders_without_a_finished_run_are_refused(runs, tmp_path):
     for job in ("2", "10"):
         shutil.rmtree(runs / job)
-    with pytest.raises(MsencError, match=r"no finished run below it\. Found 2: 0 \(failed\), 1 \(running\)"):
+    with pytest.raises(MsencError, match=r"no finished run in it\. Found 2: 0 \(failed\), 1 \(running\)"):
         find_runs([str(runs)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(MsencError, match="is not a run's folder"):
@@ -236,8 +236,8 @@ def test_other_data_need_the_runs_encoders(runs, compose, other):
     manifest = DatasetManifest.read(other.folder)
     info = manifest.streams["audio-logmel"]
     for streams, message in (
-        ({}, r"prepared is no audio features; the config wants audio-logmel \(80 wide\)"),
-        ({"audio-wavlm": {**vars(info), "dim": 1024}}, r"audio-wavlm \(1024 wide\); the config wants audio-logmel"),
+        ({}, r"found no audio features; the config needs audio-logmel \(80 wide\)"),
+        ({"audio-wavlm": {**vars(info), "dim": 1024}}, r"audio-wavlm \(1024 wide\); the config needs audio-logmel"),
         ({"audio-logmel": {**vars(info), "dim": 40}}, r"audio-logmel are 40 wide, the config says .*dim=80"),
     ):
         value = read(other.folder / "dataset.json") | {"streams": streams}

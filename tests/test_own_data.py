@@ -88,7 +88,7 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
     assert audit.flagged_by_split()["leakage"] == {"val": 1, "test": 1}  # the same recording, seconds apart
     capsys.readouterr()
     manifest = prepare(root)
-    assert "No clip has a voice to measure" in capsys.readouterr().out  # it is noise, and nobody asked for voices
+    assert "No clip has a measurable voice" in capsys.readouterr().out  # it is noise, and nobody asked for voices
     assert manifest.audit_hash == audit.hash
     assert manifest.rejected == {"audio: no sound": 1, "video: no picture": 3 * TURNS}
     assert manifest.streams["audio-logmel"].utterances == {"train": TURNS, "val": TURNS, "test": TURNS - 1}
@@ -172,7 +172,7 @@ def test_recordings_become_shards_by_way_of_a_table(prepare, raw_demo, listening
     said = " ".join(capsys.readouterr().out.split())
     truth = read_truth(raw_demo)
     num_turns = sum(len(d.utterances) for d in truth)
-    assert f"{num_turns} utterances in 3 dialogues; of 0 it is not known who speaks" in said
+    assert f"{num_turns} utterances in 3 dialogues; 0 have an unknown speaker" in said
     assert sum(c.utterances for c in manifest.splits.values()) == num_turns
     assert manifest.streams["video-pixels"].utterances == {s: c.utterances for s, c in manifest.splits.items()}
     turns = ShardReader(tmp_path / "mine" / "turns", "train")[0]["turns.json"]["utterances"]
@@ -228,7 +228,7 @@ def test_the_raw_demo_is_found_out_by_real_models(home, tmp_path):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda line: not line.rstrip().endswith("val"), "no dialogue is in the split val"),
+        (lambda line: not line.rstrip().endswith("val"), "the split val has no dialogues"),
         (
             lambda line: not line.rstrip().endswith("val") or "Turn 0." in line,
             "no dialogue of the split val has a target",
@@ -243,5 +243,5 @@ def test_a_split_without_a_target_is_said_by_audit_and_prepare_and_by_training(
     for stage in ("stage=audit", "stage=null"):
         prepare(path.parent, "modality=text", stage)
         assert "Without a target (a dialogue of two turns): val." in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(MsencError, match=rf"{found}.*targets found: train: 5,.*split=val.*prepare anew"):
+    with pytest.raises(MsencError, match=rf"{found}.*targets found: train: 5,.*split=val.*prepare again"):
         train(["data=folder", "modality=text", "prompt.target=text", *TINY, *places(tmp_path)[:2]])

@@ -418,7 +418,7 @@ def test_unfit_checkpoints_are_refused(spoilt, compose):
         measure(compose, run)
     for content in ([1, 2], {"weights": torch.zeros(2)}, {"state_dict": None}):
         torch.save(content, run / "checkpoints" / "best.ckpt")
-        with pytest.raises(MsencError, match=r"best\.ckpt: no checkpoint of train\.py"):
+        with pytest.raises(MsencError, match=r"best\.ckpt: not a checkpoint of train\.py"):
             measure(compose, run)
 
 
@@ -631,7 +631,7 @@ def test_replies_are_spoken(finished, compose):
     files = {row["speech"] for row in rows if row["speech"]}
     assert metrics["speech/spoken"] == sum(row["speech"] is not None for row in rows) > 0
     assert files == {f"speech/{path.name}" for path in (folder / "speech").iterdir()}
-    with pytest.raises(MsencError, match="generate=false, expected replies to speak"):
+    with pytest.raises(MsencError, match="generate=false, so there are no replies"):
         measure(compose, finished.run, "speech=espeak", "generate=false")
     before = len(list((finished.run / "evaluation").iterdir()))
     with pytest.raises(MsencError, match="expected an address"):  # before anything is scored
@@ -666,7 +666,7 @@ def test_the_llm_is_pretrained_while_the_demo_is_made(demo_home, compose, tmp_pa
     assert (data / "demo" / "dataset.json").is_file()
     # One of two processes draws the clips; the other one made the LLM, which this one finds.
     assert made == [("write_demo", 1, 2), ("pretrain", None, 1)]
-    assert "tiny LLM, what is not told" in capsys.readouterr().out
+    assert "tiny LLM, unrevealed words" in capsys.readouterr().out
     for file in (demo_home / "data" / "tiny-llm").iterdir():  # made alone, without another process
         assert (data / "tiny-llm" / file.name).read_bytes() == file.read_bytes(), file.name
 

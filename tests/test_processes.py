@@ -119,7 +119,7 @@ def test_a_run_of_two_processes_that_is_stopped_goes_on_in_its_own_folder(demo_h
     last = start(starter, stopped)
     said, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors
-    assert f"goes on from step {steps[-1]}" in said
+    assert f"resumes from step {steps[-1]}" in said
     (record,) = stopped.rglob("run.json")
     assert [folder.name for folder in (stopped / "single").iterdir()] == [record.parent.name]
     assert read_json(record)["status"] == "finished"

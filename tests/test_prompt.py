@@ -360,7 +360,7 @@ def test_unfit_tokenizers_are_refused(tokenizer):
     class Slow:
         is_fast = False
 
-    with pytest.raises(MsencError, match=r"tokenizer Slow is not a fast one.*tokenizer\.json"):
+    with pytest.raises(MsencError, match=r"tokenizer Slow is not a fast tokenizer.*tokenizer\.json"):
         DialogueTokenizer(prompt_of("default"), Slow())
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
@@ -423,7 +423,7 @@ def test_arguments_of_the_template_are_handed_on(tokenizer):
 def test_an_argument_that_the_template_never_reads_is_refused(tokenizer):
     with pytest.raises(MsencError, match=r"template_arguments\.enable_thoughts: .*reads no such.*enable_thinking"):
         chat_of(tokenizer, THINKING, enable_thoughts=False)
-    with pytest.raises(MsencError, match=r"prompt\.template_arguments: only a chat template"):
+    with pytest.raises(MsencError, match=r"prompt\.template_arguments: only chat templates"):
         dataclasses.replace(prompt_of("default"), template_arguments={"a": 1})
 
 

@@ -196,7 +196,7 @@ def test_what_was_evaluated_when_it_was_killed_is_not_trained_again(killed):
     for name in ("one_step_per_batch", "so_many_steps_in_workers"):  # killed before metrics.json, and after it
         folder, starts = killed[name]
         before, after = starts[-2]["record"], starts[-1]["record"]
-        assert "Training goes on" not in starts[-1]["said"]
+        assert "Training resumes" not in starts[-1]["said"]
         assert ("stop_reason" in before) == (name == "so_many_steps_in_workers")
         assert after["steps"] == json.loads((folder / "run.json").read_text())["steps"]
 
@@ -228,7 +228,7 @@ def test_a_termination_is_a_checkpoint_and_a_status_of_its_own(stopped):
         assert start["record"]["status"] == "interrupted"
         assert "SIGTERM" in start["record"]["error"]
     assert starts[0]["files"] == ["last.ckpt"]  # no epoch has ended, no other rule asks for it
-    assert "goes on from step 4 (last.ckpt)" in starts[1]["said"]
+    assert "resumes from step 4 (last.ckpt)" in starts[1]["said"]
     assert_same_run(folder, stopped["whole"][0])
 
 
@@ -239,7 +239,7 @@ def test_what_a_launcher_sends_before_a_time_limit_costs_no_step_but_the_one_in_
         assert start["record"]["status"] == "interrupted"
         assert name in start["record"]["error"]
     assert starts[0]["files"] == []
-    goes_on = [re.findall("goes on from step ([0-9]+)", start["said"]) for start in starts]
+    goes_on = [re.findall("resumes from step ([0-9]+)", start["said"]) for start in starts]
     assert goes_on == [[], [], ["4"], ["7"], ["17"]]  # 8 steps in an epoch; one is repeated before its validation
     assert_same_run(folder, stopped["whole"][0])
 
@@ -291,7 +291,7 @@ def test_an_unreadable_checkpoint_gives_way_to_the_previous_one(begun, call_scri
     assert all(torch.equal(before["state_dict"][k], after["state_dict"][k]) for k in before["state_dict"])
     capsys.readouterr()
     call_script("train.py", f"resume={begun}")
-    assert "Finished already" in capsys.readouterr().out
+    assert "Already finished" in capsys.readouterr().out
 
 
 def test_it_goes_on_with_the_threads_it_had(begun, call_script, monkeypatch, capsys):
@@ -334,12 +334,12 @@ def test_another_run_is_not_continued(begun, call_script, tmp_path):
     for several in ("-m", "sweep=modality"):
         with pytest.raises(SystemExit, match="a multirun makes many runs"):
             call_script("train.py", several, f"resume={begun}")
-    with pytest.raises(SystemExit, match=r"holds a run already.*resume="):
+    with pytest.raises(SystemExit, match=r"already has a run.*resume="):
         call_script("train.py", *SHORT, f"paths.output_dir={begun}")
     before = (begun / "run.json").read_text()
     same = [*SHORT, "resume=auto", f"paths.runs_dir={begun.parent}", f"paths.output_dir={tmp_path / 'other'}"]
     for command in ([f"resume={begun}"], same):
-        with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process works in this run's folder"):
+        with FileLock(begun / ".lock"), pytest.raises(SystemExit, match="another process is using this run's folder"):
             call_script("train.py", *command)
     assert (begun / "run.json").read_text() == before  # it is the other's
     assert json.loads((begun / "run.json").read_text())["status"] == "running"
@@ -361,7 +361,7 @@ def test_changed_code_is_reported(begun, call_script, capsys):
     path = begun / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "commit": "0123456"}))
     call_script("train.py", f"resume={begun}")
-    assert "The code changed: the run began with commit 0123456" in " ".join(capsys.readouterr().out.split())
+    assert "The code has changed: the run started with commit 0123456" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_job_of_a_sweep_is_skipped_where_it_is_finished(begun, call_script, demo_home, capsys):
@@ -377,8 +377,8 @@ def test_a_job_of_a_sweep_is_skipped_where_it_is_finished(begun, call_script, de
         f"paths.runs_dir={begun.parent}",
         f"hydra.sweep.dir={sweep}",
     )
-    assert capsys.readouterr().out.count("Finished already") == 1
+    assert capsys.readouterr().out.count("Already finished") == 1
     assert [p.parent.name for p in sweep.glob("*/*/run.json")] == ["1"]
     (job,) = sweep.glob("*/1")
     call_script("train.py", f"resume={job}")  # a sweep's job by itself is one run
-    assert "Finished already" in capsys.readouterr().out
+    assert "Already finished" in capsys.readouterr().out

@@ -63,8 +63,8 @@ def table(folder):
 
 def test_a_sweep_killed_in_its_third_job_goes_on_there(swept):
     home, said = swept
-    assert said.count("Finished already") == 2
-    assert said.count("Resuming") == said.count("Training goes on from step 2") == 1
+    assert said.count("Already finished") == 2
+    assert said.count("Resuming") == said.count("Training resumes from step 2") == 1
     killed, whole = sweep_folder(home / "killed"), sweep_folder(home / "whole")
     assert killed.name == whole.name
     assert [r["resumed"] for r in records(killed)] == [0, 0, 1, 0]
@@ -84,7 +84,7 @@ def test_seeds_that_are_added_join_what_is_there(swept, call_script, capsys):
     shutil.copytree(home / "whole", runs)
     capsys.readouterr()
     call_script("train.py", *SWEEP, "modality=text", "seed=1,4,2", f"paths.runs_dir={runs}")
-    assert capsys.readouterr().out.count("Finished already") == 2
+    assert capsys.readouterr().out.count("Already finished") == 2
     assert [r["seed"] for r in records(sweep_folder(runs))] == [1, 4, 2]
     assert table(sweep_folder(runs))["seeds"].tolist() == [3]
     call_script("train.py", *SWEEP, "seed=1", f"paths.runs_dir={runs}")  # the report is of what was asked for
@@ -109,14 +109,14 @@ def test_a_dry_run_says_what_is_left(swept, call_script, capsys):
             call_script("train.py", *command, *more)
         assert not end.value.code
     said = capsys.readouterr().out
-    first, second = said.split("2 jobs; none was started")[1:]
+    first, second = said.split("2 jobs; none started")[1:]
     one, other = (line for line in first.splitlines() if "seed=" in line)
     assert "finished" in one
     assert "new" in other
     assert "MiB" in other
-    assert "mean of 2 finished runs that differ in the seed alone" in first
+    assert "mean of 2 finished runs that differ only in the seed" in first
     assert second.count("new") == 2
-    assert "Time of jobs 0, 1: by the step, from 2 finished runs" in second
+    assert "Time of jobs 0, 1: per step, from 2 finished runs" in second
     assert files_of(home) == before
 
 
@@ -129,14 +129,14 @@ def test_a_dry_run_lists_what_is_not_prepared(call_script, capsys, tmp_path):
     with pytest.raises(SystemExit):
         call_script("train.py", "sweep=llm_freeze", *paths, "dry_run=true")
     said = " ".join(capsys.readouterr().out.split())
-    assert "6 jobs; none was started" in said
+    assert "6 jobs; none started" in said
     assert "Unknown of jobs 0, 1, 2, 3, 4, 5:" in said
-    assert "this LLM is not there yet; prepare.py makes it" in said
+    assert "this LLM does not exist yet; prepare.py or the first job" in said
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_of_one_run_is_refused(call_script, tmp_path):
-    with pytest.raises(SystemExit, match="this is one run"):
+    with pytest.raises(SystemExit, match="this is a single run"):
         call_script("train.py", "modality=text", "dry_run=true", f"paths.output_dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
@@ -151,7 +151,7 @@ def test_a_job_whose_earlier_run_is_worked_on_fails_alone(call_script, tmp_path,
     assert end.value.code == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "1 of 2 jobs did not finish" in said
-    assert "another process works in this run's folder" in said
+    assert "another process is using this run's folder" in said
     assert (earlier / "run.json").read_text() == before
     states = {read_json(path)["status"] for path in (tmp_path / "sweeps").rglob("run.json")}
     assert states == {"failed", "finished"}
@@ -175,7 +175,7 @@ def test_a_failed_job_is_named_and_tried_again(call_script, demo_home, tmp_path,
     shutil.copytree(good, late)
     call_script("train.py", *command)
     assert [r["status"] for r in records(folder)] == ["finished", "finished"]
-    assert capsys.readouterr().out.count("Finished already") == 1
+    assert capsys.readouterr().out.count("Already finished") == 1
     assert table(folder)["seeds"].tolist() == [1, 1]
 
 
@@ -210,7 +210,7 @@ def test_jobs_side_by_side_stop_together_and_go_on(swept, run_script, demo_home,
     process.send_signal(signal.SIGTERM)
     said = "".join(process.communicate(timeout=100))
     assert process.returncode == 75, said
-    assert "Stopped by SIGTERM; the same command goes on" in said
+    assert "Stopped by SIGTERM; run the same command to continue" in said
     (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
     assert [job.run_dir is None for job in read_sweep(folder)] == [False, False, True]
     stopped = [read_json(path) for path in folder.glob("*/?/run.json")]
@@ -355,7 +355,7 @@ def test_only_slurm_goes_on_by_itself(call_script, tmp_path):
     for extra in ([], ["hydra/launcher=joblib"], ["hydra/launcher=submitit_local"]):
         with pytest.raises(SystemExit, match="detach=true: jobs go on by themselves on Slurm alone"):
             call_script("train.py", *SWEEP, f"hydra.sweep.dir={tmp_path / 'sweep'}", "detach=true", *extra)
-    with pytest.raises(SystemExit, match="detach=true leaves the jobs of a sweep to Slurm, and this is one run"):
+    with pytest.raises(SystemExit, match="detach=true leaves the jobs of a sweep to Slurm, but this is a single run"):
         call_script("train.py", "detach=true")
 
 

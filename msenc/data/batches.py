@@ -1,4 +1,4 @@
-"""What each batch of an epoch holds: a function of (seed, epoch) alone, the same on every process and machine.
+"""The batches of an epoch: a function of (seed, epoch) alone, the same on every process and machine.
 
 DialogueLengths -> units -> batches of all processes together -> the share of each process
 """
@@ -15,11 +15,11 @@ from msenc.data.lengths import DialogueLengths, row_tokens
 from msenc.types import MsencError
 
 BUCKET_RATIO, BUCKET_SIZE = 1.03, 4
-"""Units are exchangeable whose lengths differ by no more than this ratio, and always with some of their like."""
+"""Units whose lengths differ by at most this ratio are exchangeable, as are always a few similar ones."""
 
 
 class Unit(NamedTuple):
-    """What enters a batch as a whole.
+    """Something that enters a batch as a whole.
 
     Args:
         dialogue: index into the split's dialogues.
@@ -52,8 +52,8 @@ def budget_units(
 ) -> list[Unit]:
     """Units of at most `max_tokens`.
 
-    In the dialogue layout a unit is a dialogue, or a run of its targets where all of them are too long; what a target
-    sees of the history is the same either way. In the sample layout every target is a unit, so that rows of like
+    In the dialogue layout a unit is a dialogue, or a run of its targets if all of them together are too long; the
+    history of a target is the same either way. In the sample layout every target is a unit, so that rows of similar
     length can be padded together.
 
     Args:
@@ -90,8 +90,8 @@ def budget_units(
     if too_long:
         most, id, turn = max(too_long)
         raise MsencError(
-            f"data.max_tokens_per_batch={max_tokens}: {len(too_long)} targets take more by themselves; the longest is "
-            f"turn {turn} of {id} with {most} tokens (history, media queries, reply). Set "
+            f"data.max_tokens_per_batch={max_tokens}: {len(too_long)} targets exceed it on their own; the longest is "
+            f"turn {turn} of {id} with {most} tokens (history, query vectors, reply). Set "
             f"data.max_tokens_per_batch={most} or more, or a lower data.max_history_tokens (now {max_history_tokens})."
         )
     return units
@@ -158,7 +158,7 @@ def budget_batches(tokens: Sequence[int], max_tokens: int, seed: int, is_padded:
         tokens: of each unit, none above the budget.
         max_tokens: the budget.
         seed: of the pattern and of the order.
-        is_padded: a batch costs its units times its longest one, so like lengths go together; else it costs the sum
+        is_padded: a batch costs its units times its longest one, so similar lengths go together; else it costs the sum
             of its units, and any lengths go together.
     """
     buckets: list[list[int]] = []
@@ -220,7 +220,7 @@ def budget_in_order(tokens: Sequence[int], max_tokens: int, is_padded: bool) -> 
 
 
 def share(batch: Sequence[int], tokens: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """What one of several processes takes of a batch; some get nothing where units are fewer than processes.
+    """One process's share of a batch; empty for some processes if there are fewer units than processes.
 
     The longest first, each to the process with the fewest tokens so far.
 

@@ -24,16 +24,16 @@ MIN_FILL = 0.75
 
 
 def history_starts(turn_tokens: Sequence[int], budget: int) -> list[int]:
-    """The first turn that each target's history keeps.
+    """History truncation: the first turn kept in each target's history.
 
-    The oldest turns are dropped first, whole turns only, and the turn before the target always stays. When the
-    history outgrows the budget, the start moves on until at most half of the budget is used, and then rests: so
-    several targets in a row share one history, and one trunk. The count is of text tokens alone; it is the same
-    whatever streams are on, so modalities are compared on the same turns.
+    The oldest turns are dropped first, only whole turns, and the turn before the target is always kept. When the
+    history exceeds the budget, the start moves until at most half of the budget is used, and then stays fixed: so
+    several consecutive targets share one history start, and one trunk. Only text tokens count, so the result is the
+    same for all streams, and modalities are compared on the same turns.
 
     Args:
         turn_tokens: text tokens of each turn.
-        budget: most text tokens of a history.
+        budget: maximum number of text tokens in a history.
 
     Returns:
         For targets 1, 2, ... (every turn but the first) the index of the first turn kept.
@@ -56,7 +56,7 @@ def history_starts(turn_tokens: Sequence[int], budget: int) -> list[int]:
 def histories(
     turn_tokens: Sequence[int], budget: int, windows: Sequence[tuple[int, Sequence[tuple[str, int]]]] = ()
 ) -> list[History]:
-    """Where the history of each target (turn 1, 2, ...) begins: the later of what budget and windows say.
+    """The start of each target's history (turn 1, 2, ...): the later of those by budget and by windows.
 
     Args:
         turn_tokens: see `history_starts`.
@@ -97,14 +97,14 @@ class Row:
     Args:
         ids: token ids, 0 where a media slot stands.
         positions: each token's position in its own sample.
-        trunk: how many of the tokens are trunk; they stand first.
+        trunk: number of tokens in the trunk; they come first.
         branches: (tokens, cut) of each branch, see `types.Segment`.
         predictors: for each token to be predicted, the place of the one before it.
         labels: the tokens to be predicted.
         kinds: index into `prompt.TOKEN_KINDS` of each.
         owners: the branch of each.
         slots: (stream, turn, frames to skip, first token) of each media slot.
-        target_turns: the turn that each branch asks for.
+        target_turns: the target turn of each branch.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Row:
         return not self.branches or (len(self.branches) == 1 and self.branches[0][1] == self.trunk)
 
     def segment(self, start: int) -> Segment:
-        """How the row attends, standing at `start` of a packed line."""
+        """How the row attends when placed at `start` of a packed line."""
         return Segment(start, len(self.ids)) if self.is_causal else Segment(start, self.trunk, tuple(self.branches))
 
 
@@ -136,7 +136,7 @@ def dialogue_rows(
     turns: Sequence[int] | None = None,
     with_targets: bool = True,
 ) -> list[Row]:
-    """Lay a dialogue out.
+    """Lay out a dialogue as rows.
 
     Args:
         dialogue: its tokens.
@@ -144,7 +144,7 @@ def dialogue_rows(
         num_queries: tokens that each stream's slot takes.
         layout: ``dialogue`` puts all targets with the same history start into one row; ``sample`` gives each its own.
         turns: the targets wanted (turn numbers from 1); all if None.
-        with_targets: False leaves the reply out, for generation.
+        with_targets: False omits the reply, for generation.
     """
     starts = histories(dialogue.turn_tokens, budget, dialogue.windows)
     return [
@@ -199,7 +199,7 @@ def collate(
         features: for each, its frames.
         rows: for each, its rows from `dialogue_rows`.
         num_queries: tokens that each stream's slot takes.
-        pack: all rows on one line; else one line per row, each of which has to be causal (`Row.is_causal`).
+        pack: all rows on one line; else one line per row, all of which have to be causal (`Row.is_causal`).
         padding_side: of lines; ``left`` for generation, so that every row ends where the reply begins.
     """
     flat = [(d, row) for d, dialogue_rows_ in enumerate(rows) for row in dialogue_rows_]

@@ -1,4 +1,4 @@
-"""Take a stream's content away and keep its form: what a model loses by it is what it had used.
+"""Controls replace a stream's content but keep its form: what a model loses is what it had used.
 
 sample of a `DialogueDataset` -> the same sample, its stream from another dialogue, zero, or noise. Targets stay, and so
 do the turns that make up each history, and which of them have the stream.
@@ -23,10 +23,10 @@ KINDS = {
     "zero": "zeros",
     "noise": "normal noise with the training data's mean and spread in each dimension",
 }
-"""What stands in the stream's place."""
+"""Kind of control -> what replaces the stream."""
 
 MOMENT_UTTERANCES = 1000
-"""Training utterances that a stream's mean and spread are taken from."""
+"""Number of training utterances from which a stream's mean and standard deviation are computed."""
 
 Moments = tuple[np.ndarray, np.ndarray]
 """Mean and standard deviation of a stream's features, (D,) float32 each."""
@@ -34,7 +34,7 @@ Moments = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Control:
-    """What is done to which stream.
+    """Which stream is replaced by what.
 
     Args:
         kind: one of `KINDS`.
@@ -49,15 +49,15 @@ class Control:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether it comes out differently each time."""
+        """Whether its draws differ."""
         return self.kind != "zero"
 
 
 def read_controls(given: str | Sequence[str] | None, streams: Iterable[str]) -> list[Control]:
-    """Names of controls, or ``shuffle`` for `shuffle_<stream>` of the words and of every stream.
+    """Names of controls, or ``shuffle`` for `shuffle_<stream>` of the text and of every stream.
 
     Raises:
-        MsencError: an unknown control, or one of a stream that the run does not have; it names those that exist.
+        MsencError: an unknown control, or one of a stream that the run lacks; names those that exist.
 
     Example:
         >>> [str(c) for c in read_controls("shuffle", ["audio"])], read_controls(None, ["audio"])
@@ -80,7 +80,7 @@ def read_controls(given: str | Sequence[str] | None, streams: Iterable[str]) -> 
 
 
 def moments(features: Iterable[Features], stream: str) -> Moments:
-    """Mean and spread of a stream over the first `MOMENT_UTTERANCES` utterances that have it."""
+    """Mean and standard deviation of a stream over the first `MOMENT_UTTERANCES` utterances that have it."""
     present = (frames for one in features for frames in one[stream] if frames is not None)
     count, total, squares = 0, 0.0, 0.0
     for frames in islice(present, MOMENT_UTTERANCES):
@@ -97,14 +97,14 @@ class ControlledDialogues(Dataset):
 
     Args:
         dialogues: of the split.
-        control: what is done to which stream.
-        seed: of what is drawn.
+        control: which stream is replaced by what.
+        seed: of the draws.
         draw: which of several draws; for ``shuffle``, no two of them take a turn from the same dialogue, as far as the
             split has enough dialogues.
         moments: of the stream; ``noise`` needs them.
 
     Raises:
-        MsencError: ``shuffle``, and fewer than two dialogues have the stream.
+        MsencError: ``shuffle`` with fewer than two dialogues that have the stream.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class ControlledDialogues(Dataset):
         self._donors = self._choose_donors() if control.kind == "shuffle" else {}
 
     def _choose_donors(self) -> dict[int, int]:
-        """Index -> the dialogue whose stream it gets: a cycle through all that have any, in an order of chance."""
+        """Index -> the dialogue whose stream it gets: a random cycle through all dialogues that have the stream."""
         having = np.arange(len(self.ids))
         if self.control.stream != "text":
             having = np.array([i for i in having if any(self.control.stream in turn for turn in self.frames(i))], int)
         if len(having) < 2:
             raise MsencError(
                 f"{self.control}: dialogues of the split {self.split!r} that have {self.control.stream}: "
-                f"{len(having)}, expected two or more, so that there is another one to take it from."
+                f"{len(having)}, expected two or more, to swap between."
             )
         order = np.random.default_rng(self.seed).permutation(having)
         step = 1 + self.draw % (len(order) - 1)
@@ -177,7 +177,7 @@ class ControlledDialogues(Dataset):
             return list(turns)
         donor = [f for f in self.dialogues.features(self._donors[index])[self.control.stream] if f is not None]
         replaced = [None if frames is None else donor[k % len(donor)] for k, frames in enumerate(turns)]
-        if keep_lengths:  # the prompt's windows count frames, and the same turns are to stay in them
+        if keep_lengths:  # the prompt's windows count frames, and should keep the same turns
             pairs = zip(turns, replaced, strict=True)
             replaced = [f if f is None else np.resize(f, (len(own), f.shape[1])) for own, f in pairs]
         return replaced
@@ -191,8 +191,8 @@ class ControlledDialogues(Dataset):
         ]
 
     def _shuffle_words(self, tokens: TokenizedDialogue, index: int) -> TokenizedDialogue:
-        """What was said comes from another dialogue; who said it, and what is to be said now, stay."""
+        """The words come from another dialogue; the speakers and the target stay."""
         dialogue, donor = self.dialogue(index), self.dialogue(self._donors[index]).utterances
         said = tuple(replace(u, text=donor[k % len(donor)].text) for k, u in enumerate(dialogue.utterances))
-        # `turn_tokens` and `windows` stay those of the dialogue's own words: the same turns make up the history.
+        # `turn_tokens` and `windows` stay those of the dialogue's own words, so the history has the same turns.
         return replace(tokens, turns=self.tokenizer(replace(dialogue, utterances=said), self.frames(index)).turns)

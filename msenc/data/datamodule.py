@@ -1,4 +1,4 @@
-"""Prepared shards -> batches. Checks at `setup` that what was prepared is what the model expects.
+"""Prepared shards -> batches. `setup` checks that the prepared data match the model.
 
 turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 """
@@ -33,9 +33,9 @@ from msenc.store.manifest import DatasetManifest
 from msenc.store.shards import ShardReader, read_index
 from msenc.types import SPLITS, Batch, Dialogue, MsencError
 
-NAMED_DIALOGUES = 1000  # names that are common are found in these
+NAMED_DIALOGUES = 1000  # the most frequent names are counted in these
 RUN_ONLY = ("device", "batch_s", "batch_frames")
-"""Settings of encoders that change how fast features are made, and not what they are."""
+"""Encoder settings that affect the speed of extraction, but not the features."""
 
 
 class DialogueDataModule(L.LightningDataModule):
@@ -43,19 +43,19 @@ class DialogueDataModule(L.LightningDataModule):
 
     Args:
         folder: the prepared data (`prepare.py` wrote it), or a copy of it behind a URL.
-        streams: what the model expects; checked against what was prepared.
+        streams: expected by the model; checked against the prepared data.
         tokenizer: of the run's prompt and LLM.
         layout: see `collate.dialogue_rows`.
-        batch_size: dialogues per batch of all processes together, or None where `max_tokens_per_batch` is given.
+        batch_size: dialogues per batch of all processes together, or None if `max_tokens_per_batch` is given.
         max_tokens_per_batch: tokens per batch of all processes together, media queries and padding included; a
             dialogue that takes more is split between its targets.
         num_workers: loader processes.
         max_history_tokens: see `collate.history_starts`.
         seed: of the order of training dialogues.
         verify: hash the shards before their first use.
-        filters: ``no_<flag>`` each; what carries a flag is left out.
-        control: what is done to a stream in all that is read, training included; see `data.controls`.
-        prepare_command: what to run where data is missing, for messages.
+        filters: ``no_<flag>`` each; flagged items are excluded.
+        control: replaces a stream in everything that is read, including training; see `data.controls`.
+        prepare_command: command that creates missing data, for messages.
     """
 
     def __init__(
@@ -103,13 +103,13 @@ class DialogueDataModule(L.LightningDataModule):
 
     @cached_property
     def left_out(self) -> frozenset[str]:
-        """Ids that the filters leave out."""
+        """Ids excluded by the filters."""
         if not self.filters:
             return frozenset()
         return left_out(self.folder, self.filters, DatasetManifest.read(self.folder, self.hint), self.hint)
 
     def setup(self, stage: str | None = None) -> None:
-        """Check what was prepared, before any weight is loaded."""
+        """Check the prepared data, before any weight is loaded."""
         self.manifest = check_prepared(self.folder, self.streams, self.hint)
         self.left_out  # noqa: B018 (a filter that cannot be applied is refused here)
 
@@ -141,9 +141,9 @@ class DialogueDataModule(L.LightningDataModule):
         return ControlledDialogues(dialogues, control, self.seed, draw, self._moments.get(stream))
 
     def dialogues(self, split: str) -> Iterator[Dialogue]:
-        """The split's dialogues as they were annotated, none where the data has no such split.
+        """The split's dialogues as annotated; none if the data has no such split.
 
-        Opens the turns alone: no stream's file.
+        Only opens the turns, no stream's files.
         """
         if self.manifest.splits.get(split) is None:
             return
@@ -157,7 +157,7 @@ class DialogueDataModule(L.LightningDataModule):
         """Refuse a split without a target.
 
         Raises:
-            MsencError: it says why there is none, and what to do.
+            MsencError: says why there is none, and what to do.
         """
         facts = self.manifest.splits.get(split)
         if (
@@ -168,15 +168,15 @@ class DialogueDataModule(L.LightningDataModule):
             return
         has = ", ".join(f"{name}: {n.samples:,}" for name, n in self.manifest.splits.items())
         if facts is None:
-            found = f"no dialogue is in the split {split}"
+            found = f"the split {split} has no dialogues"
         elif not facts.samples:
             found = f"no dialogue of the split {split} has a target (a second turn)"
         else:
-            found = f"data.filter leaves out every target of the split {split}"
+            found = f"data.filter excludes every target of the split {split}"
         raise MsencError(
-            f"{self.folder}: {found}; targets found: {has}. Mark rows of the table with split={split}, or leave its "
-            "column split out to have the dialogues split (data.recordings.split.fractions), and prepare anew."
-            + (" Or train without a last evaluation: evaluate=null." if split == "test" else "")
+            f"{self.folder}: {found}; targets found: {has}. Set split={split} in rows of the table, or remove its "
+            "column split to split dialogues automatically (data.recordings.split.fractions), and prepare again."
+            + (" Or train without the final evaluation: evaluate=null." if split == "test" else "")
         )
 
     def lengths(self, split: str) -> list[DialogueLengths]:
@@ -189,8 +189,8 @@ class DialogueDataModule(L.LightningDataModule):
             unread = sorted((self.tokenizer.prompt.windows or {}).keys() - self.streams.keys())
             if unread:
                 raise MsencError(
-                    f"prompt.windows: {', '.join(unread)} is no stream of this modality, so its frames cannot be "
-                    "counted, and other turns would be kept than with it. Take a modality that has it, or "
+                    f"prompt.windows: {', '.join(unread)} is not a stream of this modality, so its frames cannot be "
+                    "counted, and different turns would be kept. Choose a modality that has it, or "
                     "prompt.windows=null."
                 )
             dataset = self.dataset(split)
@@ -200,7 +200,7 @@ class DialogueDataModule(L.LightningDataModule):
         return self._lengths[split]
 
     def units(self, split: str) -> list[Unit]:
-        """What enters the split's batches as a whole: dialogues, or parts of them under a token budget.
+        """The units of the split's batches: dialogues, or parts of them under a token budget.
 
         Raises:
             MsencError: a target that takes more than the budget by itself.
@@ -277,7 +277,7 @@ class DialogueDataModule(L.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def dropped_turns(self, split: str) -> dict[str, int]:
-        """How many turns of history the split's targets have, and how many of them the history rule drops."""
+        """How many turns of history the split's targets have, and how many of them are truncated."""
         count = {"targets": 0, "targets_cut": 0, "history_turns": 0, "dropped_turns": 0}
         for known in self.lengths(split):
             starts = histories(known.turn_tokens, self.max_history_tokens, known.windows)
@@ -293,7 +293,7 @@ class DialogueDataModule(L.LightningDataModule):
         return sum(known.described for known in self.lengths(split))
 
     def common_speakers(self, split: str) -> list[str]:
-        """The names that speak most, most first, in the split's first dialogues."""
+        """The most frequent speakers in the split's first dialogues, most frequent first."""
         dataset = self.dataset(split)
         dialogues = (dataset.dialogue(index) for index in range(min(len(dataset), NAMED_DIALOGUES)))
         turns = Counter(utterance.speaker for dialogue in dialogues for utterance in dialogue.utterances)
@@ -304,7 +304,7 @@ def _check_size(batch_size: int | None, max_tokens_per_batch: int | None) -> Non
     given = f"data.batch_size={batch_size} and data.max_tokens_per_batch={max_tokens_per_batch}"
     if (batch_size is None) == (max_tokens_per_batch is None):
         raise MsencError(
-            f"{given.replace('None', 'null')}: exactly one of them says how large a batch is. For a token budget: "
+            f"{given.replace('None', 'null')}: set exactly one of them as the size of a batch. For a token budget: "
             "data.batch_size=null data.max_tokens_per_batch=4096"
         )
     for name, value in (("batch_size", batch_size), ("max_tokens_per_batch", max_tokens_per_batch)):
@@ -313,7 +313,7 @@ def _check_size(batch_size: int | None, max_tokens_per_batch: int | None) -> Non
 
 
 def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) -> DatasetManifest:
-    """Compare what was prepared with what the model expects.
+    """Compare the prepared data with what the model expects.
 
     Raises:
         MsencError: nothing prepared, a stream that was not, or for no clip; features of another width or made
@@ -326,11 +326,11 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
         prepared = {name: info.dim for name, info in manifest.streams.items() if info.kind == stream}
         if wanted not in prepared:
             there = ", ".join(f"{name} ({dim} wide)" for name, dim in prepared.items()) or f"no {stream} features"
-            raise MsencError(f"{folder}: prepared is {there}; the config wants {wanted} ({spec.dim} wide). {hint}")
+            raise MsencError(f"{folder}: found {there}; the config needs {wanted} ({spec.dim} wide). {hint}")
         if prepared[wanted] != spec.dim:
             raise MsencError(
                 f"{folder}: the features {wanted} are {prepared[wanted]} wide, the config says "
-                f"model.streams.{stream}.dim={spec.dim}. Correct the config, or prepare anew. {hint}"
+                f"model.streams.{stream}.dim={spec.dim}. Correct the config, or prepare again. {hint}"
             )
         made_with = manifest.streams[wanted].settings
         differ = [
@@ -341,16 +341,16 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
         if differ:
             raise MsencError(
                 f"{folder}: the features {wanted} were made with {'; '.join(differ)}. Correct the config, or prepare "
-                f"them anew, under another model.streams.{stream}.name if the old ones are to stay. {hint}"
+                f"again, under another model.streams.{stream}.name to keep the old ones. {hint}"
             )
         counts = manifest.streams[wanted].utterances
-        # Without a train split, the data are for evaluation alone.
+        # Without a train split, the data are only for evaluation.
         is_for_training = "train" in manifest.splits
         if not (counts.get("train") if is_for_training else any(counts.values())):
             where = "the split train" if is_for_training else "any split"
             raise MsencError(
                 f"{folder}: no utterance of {where} has {stream}: {folder / 'rejected.csv'} says why. Does "
-                "data.root name the folder that holds the clips?"
+                "data.root name the folder of the clips?"
             )
         hashes[wanted] = manifest.streams[wanted].hash
     dialogues: dict[str, dict[str, tuple[str, int]]] = {}  # by stream: id -> split, utterances
@@ -360,7 +360,7 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
         if found != expected:
             raise MsencError(
                 f"{folder / name}: found shards with hash {found[:12]}, dataset.json expects {expected[:12]}: a "
-                f"preparation ended before its time, so turns and features may not belong together. {hint}"
+                f"preparation was interrupted, so turns and features may not belong together. {hint}"
             )
         utterances = Counter()
         for sample in index["samples"]:
@@ -375,6 +375,6 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
         if lacking:
             raise MsencError(
                 f"{folder / name}: its index has no dialogue {lacking[0]} of {dialogues['turns'][lacking[0]][1]} "
-                f"utterances, though that of the turns has. Prepare the data again. {hint}"
+                f"utterances, though the index of the turns does. Prepare the data again. {hint}"
             )
     return manifest

@@ -20,7 +20,7 @@ class StreamSpec:
     """What the model expects of a stream.
 
     Args:
-        name: the encoder's name; features lie in ``<stream>-<name>/``.
+        name: the encoder's name; features are in ``<stream>-<name>/``.
         dim: their width D.
         num_queries: tokens Q that its connector gives per utterance.
         settings: the encoder's config; the features must have been made with the same, but for `RUN_ONLY`.
@@ -36,16 +36,16 @@ Sample = tuple[TokenizedDialogue, Features]
 
 
 class DialogueDataset(Dataset):
-    """The dialogues of a split that hold a target: index -> (tokens, features).
+    """The dialogues of a split that have a target: index -> (tokens, features).
 
     Args:
         folder: the prepared data.
         split: ``train``, ``val`` or ``test``.
         streams: the streams to read; no other stream's file is opened.
-        tokenizer: makes tokens of turns; every dialogue is tokenized once per process.
+        tokenizer: for the turns; every dialogue is tokenized once per process.
         verify: hash the shards first.
-        hint: what to do where something is missing, for messages.
-        left_out: ids that a filter leaves out; see `msenc.store.flags.left_out`.
+        hint: what to do if something is missing, for messages.
+        left_out: ids excluded by a filter; see `msenc.store.flags.left_out`.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class DialogueDataset(Dataset):
         self.ids = [id for id, lengths in zip(self.turns.ids, self.turns.lengths, strict=True) if len(lengths) > 1]
         if not self.ids:
             raise MsencError(
-                f"{folder}: the split {split!r} holds no dialogue of two turns or more"
-                f"{' that data.filter keeps' if left_out else ''}, so nothing to learn or measure."
+                f"{folder}: the split {split!r} has no dialogue of two or more turns"
+                f"{' that data.filter keeps' if left_out else ''}, so there is nothing to train or evaluate on."
             )
         self._lengths = {s: dict(zip(r.ids, r.lengths, strict=True)) for s, r in self.streams.items()}
         self._dims = {stream: spec.dim for stream, spec in streams.items()}

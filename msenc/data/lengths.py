@@ -22,7 +22,7 @@ from msenc.store.shards import ShardReader
 from msenc.types import Dialogue, MsencError
 
 SCHEMA_VERSION = 2
-"""Of the cached files; another number makes all of them unknown."""
+"""Version of the cached files; changing it invalidates them."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class DialogueLengths:
         turns: per turn the text tokens of its block, cut at its slots as they are.
         slots: per turn the streams of its slots.
         responses: per target the tokens that ask for it.
-        targets: per target the tokens to write.
-        turn_tokens: what the history rule counts; see `TokenizedDialogue`.
+        targets: per target the tokens to generate.
+        turn_tokens: counted for history truncation; see `TokenizedDialogue`.
         described: number of targets with a voice description.
         windows: see `TokenizedDialogue`.
     """
@@ -108,7 +108,7 @@ def split_lengths(
 ) -> list[DialogueLengths]:
     """Lengths of a split's dialogues; tokenized once per data, prompt, tokenizer and set of streams.
 
-    They are kept in ``lengths/`` of the prepared data, or of its cache; where that cannot be written, nothing is kept.
+    Cached in ``lengths/`` of the prepared data, or of its cache, if that is writable.
 
     Args:
         folder: the prepared data.
@@ -120,7 +120,7 @@ def split_lengths(
     local = folder.copy if isinstance(folder, RemotePath) else folder
     name = f"{turns.split}-{_key(turns, streams, tokenizer)}.json"
     path = local / "lengths" / name
-    with suppress(MsencError, KeyError):  # unreadable is as good as absent
+    with suppress(MsencError, KeyError):  # unreadable counts as absent
         known = read_json(path, dict[str, _Lengths])
         turns_of = dict(zip(turns.ids, turns.lengths, strict=True))
         found = [DialogueLengths(**known[id]) for id in ids]
@@ -128,7 +128,7 @@ def split_lengths(
             return found
     frames = {stream: dict(zip(reader.ids, reader.lengths, strict=True)) for stream, reader in streams.items()}
     lengths = {}
-    # A bar that leaves no trace: most data take a moment, some take minutes.
+    # A transient bar: most data take a moment, some take minutes.
     hide = rank_zero_only.rank != 0
     for id in track(ids, f"counting tokens of {turns.split}", transient=True, disable=hide):
         dialogue = Dialogue.from_json(turns.read(id)["turns.json"])
@@ -151,13 +151,13 @@ def _fits(lengths: DialogueLengths, num_turns: int, streams: Collection[str]) ->
 
 
 def _key(turns: ShardReader, streams: Mapping[str, ShardReader], tokenizer: DialogueTokenizer) -> str:
-    """A hash of all that lengths depend on."""
+    """A hash of everything that lengths depend on."""
     kind = tokenizer.tokenizer
     value = {
         "schema_version": SCHEMA_VERSION,
         "turns": turns.hash,
         "streams": {stream: reader.hash for stream, reader in streams.items()},
-        # What is newer than the schema counts where it is given, so that lengths that were counted before serve.
+        # Fields newer than the schema only count if set, so that existing caches stay valid.
         "prompt": {k: v for k, v in asdict(tokenizer.prompt).items() if k != "template_arguments" or v},
         "tokenizer": [
             kind.backend_tokenizer.to_str(),

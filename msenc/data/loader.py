@@ -1,4 +1,4 @@
-"""Units of dialogues -> batches of an epoch, from the middle of it where a run goes on."""
+"""Units of dialogues -> batches of an epoch, from its middle if a run is resumed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -43,8 +43,8 @@ def collate_units(
 ) -> Batch:
     """Units -> training batch: every target of every unit.
 
-    A process that has no unit of a batch gets one token without a target: its loss is zero, and so are its gradients,
-    which the other processes wait for.
+    A process without a unit gets one token without a target: its loss is zero, and so are its gradients,
+    for which the other processes wait.
     """
     if not samples:
         return collate([], [], [[Row(ids=[0], positions=[0], trunk=1)]], num_queries, pack=layout == "dialogue")
@@ -56,8 +56,8 @@ def collate_units(
 class EpochLoader:
     """Iterates over the batches of an epoch, from the first one or, resumed, from the first that is not done yet.
 
-    The order is `batches_of` alone, so a position is all that has to be saved; loader processes change neither.
-    A batch counts as done when the next one is asked for. So `state_dict` is right at the start of a batch, which is
+    The order is given by `batches_of`, so only the position has to be saved; loader processes affect neither.
+    A batch counts as done when the next one is requested. So `state_dict` is correct at the start of a batch, which is
     where `checkpoints.Checkpoints` saves.
 
     Args:
@@ -104,7 +104,7 @@ class EpochLoader:
             self.epoch, self.batches_done, self._first = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Which epoch, and how many of its batches are done."""
+        """The epoch, and the number of its batches that are done."""
         return {"epoch": self.epoch, "batches_done": self.batches_done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -116,7 +116,7 @@ class EpochLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        """The epoch's batches that are left. Which epoch is decided when the first batch is asked for."""
+        """The epoch's remaining batches. The epoch is determined when the first batch is requested."""
         first, self._first = self._first, 0
         self.batches_done = first
         self._batches[:] = self.batches_of(self.epoch)[first:]
@@ -132,7 +132,7 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """A loader of the batches in their order, which takes nothing from the process's random numbers.
+    """A loader of the batches in their order, which does not use the process's random generator.
 
     Args:
         dataset: index -> item.
@@ -149,7 +149,7 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_termination,
-        # Each iterator draws a seed for its workers, which draw nothing: without a generator of its own it would take
-        # it from the process's, and dropout would depend on when an iterator was made.
+        # Each iterator draws a seed for its workers, which need none: without its own generator it would draw
+        # from the process's, and dropout would depend on when an iterator was created.
         generator=torch.Generator(),
     )

@@ -1,4 +1,4 @@
-"""Frames and samples -> one MP4 (H.264 picture, AAC sound). Used by the demo's generator."""
+"""Frames and a waveform -> one MP4 (H.264 video, AAC audio). Used by the demo's generator."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -13,9 +13,9 @@ def write_clip(path: Path, frames: np.ndarray, samples: np.ndarray, fps: int, sa
 
     Args:
         path: the file to write, ending in ``.mp4``.
-        frames: RGB pictures, uint8, shape (T, height, width, 3) with even height and width.
-        samples: mono sound, float32 in [-1, 1], shape (N,).
-        fps: pictures per second.
+        frames: RGB, uint8, shape (T, height, width, 3) with even height and width.
+        samples: mono waveform, float32 in [-1, 1], shape (N,).
+        fps: frames per second.
         sample_rate: samples per second.
 
     Raises:
@@ -30,7 +30,7 @@ def write_clip(path: Path, frames: np.ndarray, samples: np.ndarray, fps: int, sa
         # One thread: with more, the result may depend on their timing.
         picture.codec_context.thread_count = 1
         # No look-ahead, tree or B-frames either: on pictures this small, x264's fast path through them reads memory
-        # that nothing has written, so equal pictures came out unequal now and then.
+        # that nothing has written, so equal frames occasionally came out unequal.
         picture.options = {
             "preset": "veryfast",
             "crf": "18",

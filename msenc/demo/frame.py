@@ -1,8 +1,8 @@
-"""The frame of all generated worlds: words and hidden states are drawn, rendered, and written in MELD's shape.
+"""Generates worlds: draws words and hidden states, renders them, and writes them in MELD's format.
 
-    chance -> DrawnDialogue (words, states, marks) -> frames and samples -> three CSV files and a clip per turn
+    seed -> DrawnDialogue (words, states, marks) -> frames and waveforms -> three CSV files and a clip per turn
 
-A world brings what is said, what is hidden, and how it looks and sounds (`World`); the demo is one of them.
+A `World` defines the words, the hidden states, and how they are rendered; the demo is one of them.
 """
 
 import csv
@@ -42,19 +42,19 @@ MELD_COLUMNS = (
 )
 TARGET_COLUMNS = ("Description", "Marks")
 
-# A seed gives several independent streams of chance. Their place in this list is part of the data: append only.
+# A seed gives several independent random streams. Their order in this list affects the data: append only.
 _STREAMS = (*SPLITS, "transcripts", "raw")
 _GAP_MS = 250
 DRAW, SOUND, PICTURE = 1, 2, 3
-"""What a stream of chance is for: `chance`'s last argument."""
+"""The purpose of a random stream: the last argument of `chance`."""
 
 
 @dataclass(frozen=True)
 class DrawnDialogue:
     """A dialogue and, for each of its utterances, the world's hidden states.
 
-    Each turn has ``told``: what a transcript may write in place of a stream, by stream; empty where a world never
-    writes its cues out.
+    Each turn has ``told``: text that replaces each stream in transcripts; empty if a world never
+    spells out its cues.
     """
 
     dialogue: Dialogue
@@ -63,19 +63,19 @@ class DrawnDialogue:
 
 @dataclass(frozen=True)
 class World:
-    """What a generated world consists of.
+    """A generated world.
 
     Args:
-        name: begins every dialogue's id.
+        name: prefix of every dialogue's id.
         columns: of the CSV files, with the hidden truth, behind MELD's and `TARGET_COLUMNS`.
         draw: ``(stream, number, seed)`` -> one dialogue; depends on nothing else.
         render: ``(utterance, turn, sound, picture)`` -> frames, uint8, (T, height, width, 3), and samples, float32,
-            (N,); `sound` and `picture` are chance for one stream each.
-        annotate: turn -> its emotion and sentiment, as who sees the video would note them.
+            (N,); `sound` and `picture` are one random generator per stream.
+        annotate: turn -> its emotion and sentiment, as annotated from the video.
         hidden: turn -> the values of `columns`.
         read_bits: ``columns`` of a row -> the audio bit and the video bit.
-        belief: how likely the bits are, and what the streams tell of them.
-        check: refuses where a package is missing.
+        belief: the probabilities of the bits, and how the streams reveal them.
+        check: raises if a package is missing.
     """
 
     name: str
@@ -90,30 +90,30 @@ class World:
 
 
 def chance(seed: int, stream: str, dialogue: int, turn: int, purpose: int) -> np.random.Generator:
-    """A stream of random numbers that depends on its arguments alone.
+    """A random generator that depends only on its arguments.
 
     Raises:
         MsencError: for a negative seed.
     """
     if seed < 0:
-        raise MsencError(f"Found the seed {seed}; expected a whole number that is not negative.")
+        raise MsencError(f"Found the seed {seed}; expected a non-negative integer.")
     return np.random.default_rng([seed, _STREAMS.index(stream), dialogue, turn, purpose])
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """One of the options, each as likely."""
+    """One of the options, with equal probability."""
     return options[int(rng.integers(len(options)))]
 
 
 def clip_path(stream: str, number: int, turn: int) -> str | None:
-    """Where a turn's clip lies below the root; None in streams that have no clips."""
+    """The path of a turn's clip below the root; None for streams without clips."""
     return f"{CLIP_FOLDERS[stream]}/dia{number}_utt{turn}.mp4" if stream in CLIP_FOLDERS else None
 
 
 def draw_split(world: World, split: str, num: int, seed: int) -> list[DrawnDialogue]:
     """Words and hidden states of a split's first `num` dialogues; no media.
 
-    A dialogue depends on seed, split and its number alone, so a smaller split is the beginning of a larger one.
+    A dialogue depends only on seed, split and number, so a smaller split is a prefix of a larger one.
 
     Raises:
         MsencError: for another split, or a negative seed.
@@ -124,7 +124,7 @@ def draw_split(world: World, split: str, num: int, seed: int) -> list[DrawnDialo
 
 
 def draw_transcripts(world: World, num: int, seed: int) -> list[DrawnDialogue]:
-    """Dialogues from a stream of chance of their own, for pre-training an LLM on text.
+    """Dialogues from a separate random stream, for pre-training an LLM on text.
 
     They share no dialogue with any split, carry the ids ``<world>/transcripts/dia<N>``, and have no clips.
     """
@@ -134,20 +134,20 @@ def draw_transcripts(world: World, num: int, seed: int) -> list[DrawnDialogue]:
 def write_folder(
     world: World, root: Path, marker: str, settings: Mapping[str, Any], sizes: Mapping[str, int], num_workers: int
 ) -> None:
-    """Write a world as a folder in MELD's shape: three CSV files and a clip per utterance.
+    """Write a world as a folder in MELD's format: three CSV files and a clip per utterance.
 
-    The folder appears at `root` when it is whole and not before. A folder with equal settings is left as it is.
+    The folder appears at `root` only when complete. An existing one with equal settings is reused.
 
     Args:
         world: what to write.
         root: the folder to write.
-        marker: name of the JSON file in it that keeps the settings.
-        settings: all that the folder follows from, ``seed`` among them; `sizes` is added.
+        marker: name of the JSON file in it with the settings.
+        settings: everything that determines the folder, including ``seed``; `sizes` is added.
         sizes: dialogues per split: ``{"train": 600, "val": 60, "test": 150}``.
-        num_workers: processes that render; 0 does it in this one. The data does not depend on it.
+        num_workers: rendering processes; 0 renders in this one. The data does not depend on it.
 
     Raises:
-        MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.
+        MsencError: `root` has other content, the sizes are wrong, a package is missing, or writing failed.
     """
     if set(sizes) != set(SPLITS) or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
         raise MsencError(
@@ -171,7 +171,7 @@ def _fill(world: World, root: Path, settings: Mapping[str, Any], num_workers: in
         rendered = map_in_order(render, jobs, max(num_workers, 0), f"writing {world.name}", advice)
         stack.callback(rendered.close)
         durations = dict(
-            zip(jobs, track(rendered, f"{world.name}: speaking and drawing", total=len(jobs)), strict=True),
+            zip(jobs, track(rendered, f"{world.name}: rendering clips", total=len(jobs)), strict=True),
         )
     for split in SPLITS:
         drawn = draw_split(world, split, sizes[split], seed)
@@ -229,7 +229,7 @@ def write_table(world: World, path: Path, drawn: list[DrawnDialogue], num_frames
 
 
 def _clock(milliseconds: int) -> str:
-    """MELD's way of writing a time.
+    """A time in MELD's format.
 
     Example:
         >>> _clock(976_059)

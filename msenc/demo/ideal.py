@@ -1,9 +1,9 @@
-"""The best possible listener of a generated world: what a modality can know of a planted word, by Bayes' rule.
+"""The ideal listener of a generated world: what a modality can know about a planted word, by Bayes' rule.
 
 cues of a turn, streams that are seen -> P(audio bit, video bit) -> loss of the word that follows from them
 
-A stream shows its bit outright, or shows a number x that is drawn from N(-d/2, 1) for bit 0 and from N(d/2, 1) for
-bit 1. The level d is drawn for each turn and stream and shown to no one, so an ideal listener sums over all levels.
+A stream reveals its bit fully, or shows a number x that is drawn from N(-d/2, 1) for bit 0 and from N(d/2, 1) for
+bit 1. The level d is drawn for each turn and stream and hidden, so an ideal listener sums over all levels.
 """
 
 import math
@@ -19,12 +19,12 @@ _GRID = np.arange(-9, 9.001, 0.05)
 
 @dataclass(frozen=True)
 class Cue:
-    """What one stream of one turn hides and shows.
+    """The hidden bit and visible cue of one stream in one turn.
 
     Args:
-        bit: what it hides.
-        x: what it shows: a number whose sign leans to the bit; -1 or 1 where the bit is shown outright.
-        level: distance d of the two means that x was drawn around; infinite where the bit is shown outright.
+        bit: hidden.
+        x: visible: a number whose sign depends on the bit; -1 or 1 if the bit is fully revealed.
+        level: distance d between the two means of x; infinite if the bit is fully revealed.
     """
 
     bit: bool
@@ -34,12 +34,12 @@ class Cue:
 
 @dataclass(frozen=True)
 class Belief:
-    """How likely a turn's two bits are, and what follows from them.
+    """The probabilities of a turn's two bits, and the words that follow from them.
 
     Args:
         prior: P(audio bit, video bit), indexed in this order.
         both: the bit that a reply about both states, indexed in the same way.
-        levels: values of d, each as likely; none where the streams show their bits outright.
+        levels: equally likely values of d; none if the streams fully reveal their bits.
     """
 
     prior: tuple[tuple[float, float], tuple[float, float]]
@@ -59,7 +59,7 @@ class Belief:
         return Cue(bit, sign * level / 2 + float(rng.standard_normal()), level)
 
     def bits(self, kind: str) -> float:
-        """Information of a planted word in bits, before any stream and the place of the text are seen.
+        """Information of a planted word in bits, before any stream and the text's place are known.
 
         Example:
             >>> fair = Belief(((0.25, 0.25), (0.25, 0.25)), ((0, 0), (0, 1)))
@@ -75,16 +75,16 @@ def said_bit(belief: Belief, kind: str, audio: bool, video: bool) -> bool:
 
 
 def ideal_loss(belief: Belief, kind: str, streams: Collection[str], audio: Cue, video: Cue) -> float:
-    """Loss, in nats, of a planted word to a listener who knows the world and sees these streams of the turn before.
+    """Loss, in nats, of a planted word for a listener who knows the world and gets these streams of the previous turn.
 
-    The value is that of this very item: no test split is too small for it.
+    The value is exact for this item, so it holds for test splits of any size.
 
     Args:
         belief: of the world.
         kind: of the planted word: ``text``, ``audio``, ``video`` or ``both``.
-        streams: what is seen beside the text: of ``audio`` and ``video``.
+        streams: available besides the text: of ``audio`` and ``video``.
         audio: cue of the turn that is asked about.
-        video: the same of the picture.
+        video: its video cue.
 
     Example:
         >>> fair = Belief(((0.25, 0.25), (0.25, 0.25)), ((0, 0), (0, 1)))
@@ -103,14 +103,14 @@ def ideal_loss(belief: Belief, kind: str, streams: Collection[str], audio: Cue, 
 
 
 def expected_share(belief: Belief, kind: str, streams: Collection[str], level: float | None = None) -> float:
-    """Share of a kind's planted bits that the ideal listener recovers, in the mean over all turns.
+    """Share of a kind's planted bits that the ideal listener recovers, averaged over all turns.
 
     Args:
         belief: of the world.
         kind: of the planted word.
-        streams: what is seen beside the text.
+        streams: available besides the text.
         level: only turns whose own stream (of ``audio`` and ``video``) was drawn at this level; None: all turns. The
-            listener does not know it, so where a cue tells nothing the share may lie below 0.
+            listener does not know it, so the share may be below 0 for uninformative cues.
 
     Example:
         >>> fair = Belief(((0.25, 0.25), (0.25, 0.25)), ((0, 0), (0, 1)))
@@ -158,5 +158,5 @@ def _marginal(belief: Belief, kind: str, joint: np.ndarray) -> np.ndarray:
 
 
 def _entropy(p: float) -> float:
-    """Of a coin, in nats."""
+    """Entropy of a coin, in nats."""
     return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)

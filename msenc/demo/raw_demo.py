@@ -1,8 +1,8 @@
-"""The raw demo: demo conversations as long videos, several to a file, with the truth beside them.
+"""The raw demo: demo conversations as long videos, several per file, with the ground truth.
 
-What a segmentation has to find out is known here: where dialogues, scenes and utterances begin and end, who speaks, and
-what is said. Two people talk by turns, a woman and a man; each keeps voice and mood, and the picture cuts to whoever
-speaks. Between dialogues there is silence and an empty picture.
+Everything that segmentation has to find is known here: where dialogues, scenes and utterances start and end, who
+speaks, and what is said. A woman and a man take turns; each keeps voice and mood, and the video cuts to the
+speaker. Between dialogues there is silence and an empty frame.
 """
 
 import json
@@ -40,7 +40,7 @@ _SOUND, _PICTURE = 2, 3
 
 @dataclass(frozen=True)
 class TrueUtterance:
-    """One turn in a long video: when in it, in seconds, who, and what."""
+    """One turn in a long video: its times in seconds, speaker, and words."""
 
     start_s: float
     end_s: float
@@ -62,11 +62,11 @@ def write_raw_demo(root: Path, num_videos: int, dialogues_per_video: int, seed: 
     """Write long videos, ``timestamp.json`` with their dialogues, and ``truth.json``.
 
     Args:
-        root: the folder; it appears when it is whole, and is left as it is where it has equal settings.
+        root: the folder; it appears only when complete, and is reused if it has equal settings.
         num_videos: files ``video0.mp4`` and so on.
         dialogues_per_video: dialogues in each.
         seed: not negative.
-        num_workers: taken for the sake of other generators; this one works in one process.
+        num_workers: for compatibility with other generators; this one works in one process.
 
     Raises:
         MsencError: if `root` holds something else, a number is none, a package is missing, or writing fails.
@@ -98,7 +98,7 @@ def read_truth(root: Path) -> list[TrueDialogue]:
 def _write_videos(num_videos: int, dialogues_per_video: int, seed: int, root: Path) -> None:
     truth: list[TrueDialogue] = []
     with progress_bar("dialogues") as progress:
-        bar = progress.add_task("raw demo: speaking and drawing", total=num_videos * dialogues_per_video)
+        bar = progress.add_task("raw demo: rendering videos", total=num_videos * dialogues_per_video)
         numbers = _two_voiced(seed)
         for video in range(num_videos):
             name = f"video{video}.mp4"
@@ -137,7 +137,7 @@ def _two_voiced(seed: int) -> Iterator[tuple[int, DrawnDialogue]]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Pictures (T, h, w, 3) and sound of the same length; and, for a turn, what is said from when to when in it."""
+    """Frames (T, h, w, 3) and audio of the same length; for a turn, also its words and their times."""
 
     frames: np.ndarray
     samples: np.ndarray
@@ -168,7 +168,7 @@ def _render_dialogue(number: int, demo: DrawnDialogue, seed: int) -> Iterator[_P
 
 
 def _placed(video: str, start_s: float, pieces: list[_Piece]) -> TrueDialogue:
-    """The dialogue on the video's clock; its span is that of the pieces in which somebody speaks."""
+    """The dialogue on the video's timeline, from the first piece with speech to the last."""
     utterances = []
     at_s = start_s
     for piece in pieces:
@@ -186,7 +186,7 @@ def _empty(rng: np.random.Generator) -> _Piece:
 
 
 def _noise(num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Faint noise for so many pictures: no recording is without."""
+    """Faint noise for a number of frames, as in any real recording."""
     return rng.normal(0, _NOISE_LEVEL, _num_samples(num_frames)).astype(np.float32)
 
 

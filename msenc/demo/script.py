@@ -1,7 +1,7 @@
-"""Worlds as data: who speaks, what is asked, and which words state the hidden bits -> dialogues.
+"""Worlds as data: speakers, questions, and words that state the hidden bits -> dialogues.
 
-The turns of such a world are: an answer to the turn before, a statement whose object tells the text bit, a question.
-One word of an answer is planted. What the cues mean is never written out, not in the transcripts either.
+A turn in such a world has an answer to the previous turn, a statement whose object reveals the text bit, and a
+question. One word of an answer is planted. The meaning of the cues is never spelled out, not even in the transcripts.
 """
 
 import math
@@ -60,12 +60,12 @@ class Script:
 
     Args:
         name: of the world.
-        people: name of a speaker -> who speaks how; a speaker's place is the number that is rendered.
+        people: name of a speaker -> gender and intonation; the speaker's index is passed to the renderer.
         openings: answers of the first turn.
         statements: with ``{}`` for an object.
-        objects: that tell the text bit 0, and 1.
-        questions: by what tells the answer: ``audio``, ``video``, ``both``, ``text``.
-        belief: how the bits are drawn and shown.
+        objects: that reveal text bit 0, and 1.
+        questions: by what reveals the answer: ``audio``, ``video``, ``both``, ``text``.
+        belief: how the bits are drawn and revealed.
     """
 
     name: str
@@ -82,10 +82,10 @@ class ScriptTurn:
     """The hidden states of one turn.
 
     Args:
-        audio: what the sound hides and shows.
-        video: what the picture does.
+        audio: the audio's bit and cue.
+        video: the video's.
         object: the text bit.
-        question: what tells the answer to the turn's question; None in the last turn.
+        question: what reveals the answer to the turn's question; None in the last turn.
     """
 
     audio: Cue
@@ -95,12 +95,12 @@ class ScriptTurn:
 
     @property
     def told(self) -> dict[str, str]:
-        """Nothing: a transcript never writes a cue out."""
+        """Empty: a transcript never spells out a cue."""
         return {}
 
 
 def make_world(script: Script, say: Render, show: Render) -> World:
-    """A world of a script and two functions that render one stream each, of whose cue the other knows nothing."""
+    """A world from a script and two functions that each render one stream, independently of the other's cue."""
     return World(
         name=script.name,
         columns=COLUMNS,
@@ -178,7 +178,7 @@ def _render(
     picture: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     speaker = names.index(utterance.speaker)
-    num_frames = int(sound.integers(*_FRAMES))  # before either cue is looked at
+    num_frames = int(sound.integers(*_FRAMES))  # before either cue is used
     return show(speaker, turn.video, num_frames, picture), say(speaker, turn.audio, num_frames, sound)
 
 
@@ -202,6 +202,6 @@ def seconds_of(num_frames: int) -> np.ndarray:
 
 
 def at_level(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Samples as float32 at a loudness drawn by chance, which tells nothing of them: -27 dB, give or take 3 dB."""
+    """A float32 waveform at a random, uninformative loudness: -27 dB ± 3 dB."""
     level = 0.045 * 10 ** (rng.uniform(-3, 3) / 20)
     return np.clip(samples * level / np.sqrt(np.mean(samples**2)), -1, 1).astype(np.float32)

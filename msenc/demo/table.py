@@ -45,6 +45,6 @@ def write_world(root: Path, world: str, sizes: dict[str, int], seed: int, varian
     if world not in MAKERS:
         raise MsencError(f"Found the world {world!r} in data.generate; expected one of {', '.join(MAKERS)}.")
     if variant < 0:
-        raise MsencError(f"Found the variant {variant}; expected a whole number that is not negative.")
+        raise MsencError(f"Found the variant {variant}; expected a non-negative integer.")
     settings = {"world": world, "version": MAKERS[world][1], "seed": seed, "variant": variant}
     write_folder(find_world(world, variant), root, "world.json", settings, sizes, num_workers)

@@ -1,9 +1,9 @@
-"""Pre-train a world's LLM: of the demo, a small Llama that has read how moods, written out in words, shape replies.
+"""Pre-train a world's LLM: for the demo, a small Llama on transcripts that spell out moods in words.
 
     transcripts in words -> tokenizer and Llama -> a transformers folder
 
-It stands in for what a large LLM brings along: the language of the task, and what follows from a mood. It has never
-met a feature of sound or picture. The connectors have to say with their vectors what the transcripts say in words.
+It stands in for the knowledge of a large LLM: the language of the task, and the consequences of a mood. It has never
+seen audio or video features. The connectors have to express as vectors what the transcripts express in words.
 """
 
 import itertools
@@ -28,9 +28,9 @@ from msenc.prompt import SLOTS, TOKEN_KINDS, DialogueTokenizer, Prompt, Tokenize
 from msenc.types import Batch
 from msenc.work.pool import lone_bar
 
-# Few words of a reply depend on anything but the reply; without weight they would not be learned in a minute. A word
-# that nothing tells (see `silence`) counts once: its loss stays a coin's, and weighted, it would drown the others. Only
-# the last stage weighs it, too: by then the others are learned, and the LLM is far too sure of what it cannot know.
+# Few words of a reply depend on the history; without extra weight they would not be learned in a minute. A word
+# that nothing reveals (see `silence`) has weight 1: its loss stays that of a coin and would drown the others. Only
+# the last stage weights it, too: by then the others are learned, and the LLM is overconfident about it.
 WEIGHTS = {
     "description": 2.0,
     "planted_text": 50.0,
@@ -45,14 +45,14 @@ every run starts from the same LLM."""
 
 RECIPE = "recipe.json"
 UNSEEN = 300
-"""Transcripts that are kept apart to see what was learned."""
+"""Number of held-out transcripts."""
 LEARNED = 0.02
 """Nats per token below which a kind of planted words counts as learned; a guess costs 0.69. Connectors find the parity
 on top of an LLM with 0.01 nats, and do not on top of one with 0.09."""
 FIRST_LESSONS = 0.3
 """Share of the transcripts that are cut into pairs of turns."""
 MISLEADING = 4
-"""How often more than others a pair is read whose turn answers about a place and asks about another."""
+"""Oversampling of pairs whose turn answers about a place and asks about another."""
 EASY_PAIRS = 0.33
 """Share that is read of the pairs whose reply holds neither the parity nor a place: these two are learned last."""
 
@@ -61,7 +61,7 @@ LAST_SILENCE = 0.5
 LAST_RATE = 0.05
 """Learning rate of the last stage, as a share of the others'."""
 VERSION = 3
-"""Of what stands in this file, and not in a recipe's settings."""
+"""Version of this file's recipe, apart from its settings."""
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -80,12 +80,12 @@ def pretrain(
     attempts: int = 4,
     world: str = "demo",
 ) -> None:
-    """Make the folder of a tiny LLM, unless it is there; it appears whole or not at all.
+    """Create the folder of a tiny LLM, atomically, unless it exists.
 
     The objective is the language model's: every token of the history counts, and every reply.
 
     Args:
-        folder: where it goes, in ``save_pretrained``'s layout.
+        folder: to create, in ``save_pretrained``'s layout.
         num_dialogues: transcripts; they are drawn apart from every split of the demo.
         hidden_size: width H.
         num_layers: layers of the Llama.
@@ -144,15 +144,15 @@ def pretrain(
             candidate = LlamaForCausalLM(config)
         _fit(candidate, pairs, "pairs of turns", batch_size, learning_rate)
         _fit(candidate, whole, "whole dialogues", batch_size, learning_rate)
-        _fit(candidate, doubts, "what is not told", batch_size, LAST_RATE * learning_rate)
-        # Whether the parity is found hangs on the weights drawn, and on rounding: it comes or it does not.
+        _fit(candidate, doubts, "unrevealed words", batch_size, LAST_RATE * learning_rate)
+        # Whether the parity is found depends on the initial weights, and on rounding.
         loss = _planted_loss(candidate, unseen, batch_size)
         if loss < lowest:
             llm, lowest = candidate, loss
         if lowest < LEARNED:
             break
     if lowest >= LEARNED:
-        Console().print(f"The tiny LLM has not learned all planted words: the worst kind's loss is {lowest:.2f} nats.")
+        Console().print(f"The tiny LLM has not learned all planted words: the worst kind costs {lowest:.2f} nats.")
     llm.set_attn_implementation("sdpa")
     with whole_folder(target) as partial:
         llm.save_pretrained(partial)
@@ -165,7 +165,7 @@ def _note_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     made_by = read_json(path, dict[str, Any]) if path.is_file() else {}
     differ = [f"{k}={made_by.get(k)}, not {v}" for k, v in recipe.items() if made_by.get(k) != v]
     if differ:
-        Console().print(f"{folder} was made with {'; '.join(differ)}. It is used as it is; remove it to make it anew.")
+        Console().print(f"{folder} was made with {'; '.join(differ)}. It is used as it is; remove it to recreate it.")
 
 
 def train_tokenizer(dialogues: Sequence[DrawnDialogue], prompt: Prompt, vocab_size: int) -> Any:
@@ -249,7 +249,7 @@ def _fit(
 
 @torch.inference_mode()
 def _planted_loss(llm: torch.nn.Module, dialogues: list[TokenizedDialogue], batch_size: int) -> float:
-    """The mean loss of the kind of planted words that is known worst."""
+    """The mean loss of the worst kind of planted words."""
     losses, kinds = [], []
     for at in range(0, len(dialogues), batch_size):
         batch, logits = _run(llm, dialogues[at : at + batch_size])

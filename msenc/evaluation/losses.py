@@ -1,4 +1,4 @@
-"""A model and a split -> metrics and predictions. Sits beside the module: it trains nothing.
+"""A model and a split -> metrics and predictions.
 
 Every target is scored under teacher forcing (its own token losses) and, if wanted, generated freely.
 """
@@ -34,7 +34,7 @@ from msenc.types import UNKNOWN, MsencError, Reply, Utterance, VoiceAttributes
 LN2 = math.log(2)
 AGAIN = "Evaluate the run again (evaluate.py run_dir=... overwrite=true), or move the evaluation's folder away."
 OF_REPLIES = {"reply", "scores", "attributes", "reply_attributes", "speech"}
-"""Keys of a prediction that a control, which measures losses alone, leaves out."""
+"""Keys of a prediction that a control omits, since it only measures losses."""
 
 
 def evaluate_split(
@@ -53,8 +53,8 @@ def evaluate_split(
         datamodule: of the run.
         split: ``train``, ``val`` or ``test``.
         decoding: see `models.generation.read_decoding`; None generates nothing.
-        seed: of what is drawn while decoding.
-        limit: first dialogues of the split.
+        seed: for sampling in decoding.
+        limit: number of dialogues, from the start of the split.
         metrics: of replies, from `metrics.text.build_text_metrics`.
 
     Returns:
@@ -89,20 +89,20 @@ def evaluate_control(
     draws: int,
     limit: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a control costs: losses of the same targets, and how much they rise.
+    """Measure a control: losses of the same targets, and how much they rise.
 
-    A model that uses a stream believes another dialogue's too: one draw makes it confidently wrong, and its loss rises
-    without bound. So the loss is that of the mean probability over several draws, which is what the model would say if
-    it knew the stream's distribution alone. Its rise estimates the information that the model takes from the stream.
+    A model that uses a stream also trusts another dialogue's: one draw makes it confidently wrong, and its loss rises
+    without bound. So the loss is that of the mean probability over several draws, which is what the model would predict
+    if it knew only the stream's distribution. Its rise estimates the information that the model takes from the stream.
 
     Args:
         model: in eval mode, on its device.
         datamodule: of the run.
         split: ``train``, ``val`` or ``test``.
-        control: what is done to which stream.
+        control: what replaces which stream.
         plain: predictions of the same targets without the control.
         draws: of what the control draws, 1 or more.
-        limit: first dialogues of the split.
+        limit: number of dialogues, from the start of the split.
 
     Returns:
         Flat metrics, with ``control/delta`` (nats per token, with its interval) and ``control/verdict``; predictions
@@ -146,9 +146,9 @@ def _advance(batches: Iterable[Batch], progress: Progress, bar: TaskID) -> Itera
 
 
 def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
-    """Losses of N tokens in K draws -> loss of each token's mean probability over all draws there could be.
+    """Losses of N tokens in K draws -> loss of each token's expected probability over draws.
 
-    The loss of the mean over K draws is too high by Var(p) / (2 K mean(p)^2), to the second order; this is taken off.
+    The loss of the mean over K draws is too high by Var(p) / (2 K mean(p)^2), to second order; this is subtracted.
 
     Example:
         >>> mean_probability_loss([[0.5, 1.0]])
@@ -165,7 +165,7 @@ def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
 
 
 class _Scores(NamedTuple):
-    """Of one target, per token: loss in nats, kind, and whether it was the likeliest."""
+    """Per token of one target: loss in nats, kind, and whether it was the most likely one."""
 
     nll: list[float]
     kinds: list[int]
@@ -218,7 +218,7 @@ def _predictions(
 
 
 def _bits_in_words(utterance: Utterance) -> dict[str, float]:
-    """Planted bits by kind, of those in the reply's words."""
+    """Planted bits in the reply's words, by kind."""
     bits: dict[str, float] = defaultdict(float)
     for mark in utterance.marks:
         if mark.field == "text":
@@ -227,12 +227,12 @@ def _bits_in_words(utterance: Utterance) -> dict[str, float]:
 
 
 def loss_metrics(predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss per token, over all target tokens and by kind, and what was recovered of planted bits.
+    """Loss per token, over all target tokens and by kind, and the share of planted bits recovered.
 
     ``planted/<kind>/recovered`` is 1 - (sum of the losses of the planted tokens, in bits) / (planted bits): 1 where
-    the model knows them, 0 where it guesses at even odds, below 0 where it is surely wrong. Where a kind is planted
+    the model knows them, 0 where it guesses at even odds, below 0 where it is confidently wrong. If a kind is planted
     both in words and in descriptions, ``planted/<kind>/in_words`` and ``planted/<kind>/in_descriptions`` are the
-    shares of each: a total of half may be all of one and nothing of the other.
+    shares of each: a total of one half may be all of one and nothing of the other.
 
     Example:
         >>> one = {"nll": [0.0, 2.0], "kinds": ["reply", "end"], "correct": [1, 0], "bits": {}}
@@ -286,7 +286,7 @@ def _generate(
     seed: int,
     predictions: list[dict[str, Any]],
 ) -> None:
-    """Write each target's reply into its prediction."""
+    """Store each target's reply in its prediction."""
     dataset, tokenizer = datamodule.dataset(split), datamodule.tokenizer
     num_dialogues = len({prediction["dialogue"] for prediction in predictions})
     written = write_replies(
@@ -297,7 +297,7 @@ def _generate(
         budget=datamodule.max_history_tokens,
         num_queries=datamodule.num_queries,
         layout=datamodule.layout,
-        progress=f"writing replies of {split}",
+        progress=f"generating replies of {split}",
     )
     for prediction, (*_, ids) in zip(predictions, written, strict=True):
         reply = tokenizer.prompt.parse(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
@@ -307,7 +307,7 @@ def _generate(
 def _score_attributes(
     datamodule: DialogueDataModule, split: str, predictions: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """What the replies' descriptions say against how the targets are spoken; noted in the predictions too."""
+    """Compare the replies' descriptions with how the targets are spoken; also stored in the predictions."""
     dataset = datamodule.dataset(split)
     wanted = {p["dialogue"] for p in predictions}
     voices = {
@@ -334,7 +334,7 @@ def _score_attributes(
 
 
 def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:
-    """Leave ``metrics.json`` and ``predictions.jsonl`` in a folder."""
+    """Write ``metrics.json`` and ``predictions.jsonl`` to a folder."""
     lines = (json.dumps(known_to_json(p), ensure_ascii=False, allow_nan=False) + "\n" for p in predictions)
     write_text(folder / "predictions.jsonl", "".join(lines))
     write_json(folder / "metrics.json", dict(metrics))
@@ -370,10 +370,10 @@ class _Prediction(TypedDict):
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """The predictions that `write_evaluation` left; null is a loss that was no number.
+    """The predictions written by `write_evaluation`; null is a loss that was not finite.
 
     Raises:
-        MsencError: there are none, or a line is no prediction; the line is named.
+        MsencError: there are none, or a line is invalid; names the line.
     """
     predictions = []
     for where, row in read_json_lines(folder / "predictions.jsonl", _Prediction, AGAIN):
@@ -383,11 +383,11 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
         row["nll"] = [math.nan if nll is None else nll for nll in row["nll"]]
         predictions.append(row)
     if not predictions:
-        raise MsencError(f"{folder / 'predictions.jsonl'}: holds no prediction, expected one line per target. {AGAIN}")
+        raise MsencError(f"{folder / 'predictions.jsonl'}: has no predictions, expected one line per target. {AGAIN}")
     return predictions
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics that `write_evaluation` left; null is a number that was none, as of a run that diverged."""
+    """The metrics written by `write_evaluation`; null is a value that was not finite, as in a diverged run."""
     metrics = read_json(folder / "metrics.json", dict[str, Any], AGAIN)
     return {name: math.nan if value is None else value for name, value in metrics.items()}

@@ -1,6 +1,6 @@
-"""Dialogues -> replies: which of them share an encoded history, and which are decoded together.
+"""Dialogues -> replies: groups replies that share an encoded history, and those decoded together.
 
-(tokens, features) per dialogue -> trunks and the replies that hang on them -> Batch -> token ids
+(tokens, features) per dialogue -> trunks and their replies -> Batch -> token ids
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +17,12 @@ from msenc.types import MsencError
 
 
 class Written(NamedTuple):
-    """A reply in tokens, and where it belongs.
+    """A reply in tokens, and its place.
 
     Args:
         dialogue: its index.
         turn: the turn it takes.
-        alternative: its number among the replies to the same history.
+        alternative: its number among replies to the same history.
         ids: token ids, without the end token.
     """
 
@@ -33,7 +33,7 @@ class Written(NamedTuple):
 
 
 def decoding_for(settings: Mapping[str, Any], tokenizer: Any, seed: int) -> Decoding:
-    """Settings as in ``configs/decoding``, with the end and the padding of the LLM's tokenizer."""
+    """Settings as in ``configs/decoding``, with the end and padding tokens of the LLM's tokenizer."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return read_decoding(settings, tokenizer.eos_token_id, pad, seed)
 
@@ -51,21 +51,21 @@ def write_replies(
     num_replies: int = 1,
     progress: str | None = None,
 ) -> list[Written]:
-    """Write replies to many histories.
+    """Generate replies to many histories.
 
-    A reply depends on its own history, the settings and, where it is drawn, on the seed, its dialogue's id, its turn
-    and its number: not on what else is written, on batches, or on their order.
+    A reply depends on its own history, the settings and, if sampled, on the seed, its dialogue's id, its turn
+    and its number, but not on other replies, on batches, or on their order.
 
     Args:
         model: in eval mode, on its device.
-        dialogues: whose turns are written.
+        dialogues: whose turns are generated.
         features: index of a dialogue -> its features; read when needed, so that a split need not fit into memory.
         decoding: how.
         budget: see `collate.history_starts`.
         num_queries: tokens that each stream's slot takes.
         layout: ``dialogue`` encodes what histories of a dialogue share once; ``sample`` encodes every history by
             itself, as any LLM can.
-        turns: for each dialogue the turns to write (from 1); all if None.
+        turns: for each dialogue, the turns to generate (from 1); all if None.
         num_replies: replies to each history.
         progress: title of a progress bar; None shows none.
 
@@ -73,12 +73,12 @@ def write_replies(
         In the order of dialogues, turns and alternatives.
 
     Raises:
-        MsencError: several replies to a history without drawing, or an LLM whose cache cannot share a history.
+        MsencError: several replies to a history without sampling, or an LLM whose cache cannot share a history.
     """
     if num_replies > 1 and not decoding.is_sampled:
         raise MsencError(
-            f"{num_replies} replies to one history: without do_sample=true all of them would be the same. Use "
-            "decoding=sample, or ask for one reply."
+            f"{num_replies} replies to one history: without do_sample=true they would all be the same. Use "
+            "decoding=sample, or request one reply."
         )
     is_shared = layout == "dialogue"
     units = []
@@ -112,7 +112,7 @@ def write_replies(
 
 
 class _Trunk(NamedTuple):
-    """A row that begins with a history, and the replies to it and to its beginnings: (turn, alternative, cut)."""
+    """A row that starts with a history, and the replies to it and to its prefixes: (turn, alternative, cut)."""
 
     dialogue: int
     row: Row
@@ -128,9 +128,9 @@ def _units(
     turns: Sequence[int],
     num_replies: int,
 ) -> list[list[_Trunk]]:
-    """Trunks of a dialogue, those that stay in one batch in one list: there each utterance passes its connector once.
+    """Trunks of a dialogue, in lists that stay in one batch, so each utterance passes its connector once.
 
-    Histories that start alike are beginnings of the longest of them.
+    Histories with the same start are prefixes of the longest one.
     """
     starts = histories(tokens.turn_tokens, budget, tokens.windows)
     shared: dict[History, _Trunk] = {}
@@ -148,7 +148,7 @@ def _units(
 
 
 def _chunks(units: Sequence[list[_Trunk]], num_rows: int) -> Iterator[list[list[_Trunk]]]:
-    """Units in order, as many at once as have at most `num_rows` rows together, and at least one."""
+    """Units in order, grouped into batches of at most `num_rows` rows, but at least one unit."""
     chunk: list[list[_Trunk]] = []
     for unit in units:
         if chunk and sum(map(len, chunk)) + len(unit) > num_rows:

@@ -1,6 +1,6 @@
-"""The replies of a split -> their sound, one WAV per reply that differs, and what is heard in it.
+"""The replies of a split -> their audio, one WAV per distinct reply, and measurements of it.
 
-A file is named after all that makes its sound, so what was spoken before is found again.
+A file's name is a hash of everything that determines its audio, so existing files are reused.
 """
 
 import math
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 class _Line(NamedTuple):
-    """One thing to say."""
+    """One reply to synthesize."""
 
     file: Path
     text: str
@@ -42,19 +42,19 @@ class _Line(NamedTuple):
 def speak_replies(
     predictions: Sequence[dict[str, Any]], synthesizer: Mapping[str, Any], folder: Path, num_workers: int
 ) -> int:
-    """Speak the reply of every prediction, and note its file there (``speech``; None where a reply has no words).
+    """Synthesize the reply of every prediction, and store its file there (``speech``; None if a reply has no words).
 
     Args:
         predictions: of an evaluation, with replies.
-        synthesizer: ``_target_`` node; every process builds its own.
-        folder: of the evaluation; the sound goes to ``speech/`` in it.
-        num_workers: processes; 0 works in this one. The sound does not depend on it.
+        synthesizer: ``_target_`` node, built in every process.
+        folder: of the evaluation; the audio goes to ``speech/`` in it.
+        num_workers: processes; 0 works in this one. The audio does not depend on it.
 
     Returns:
-        The number of files that were written now.
+        The number of new files.
 
     Raises:
-        MsencError: the synthesizer cannot speak, a worker died, or the disk refuses. What was spoken is kept.
+        MsencError: synthesis failed, a worker died, or the disk is full. Finished files are kept.
     """
     voices = settle_gender(
         {
@@ -88,20 +88,20 @@ def listen_to_replies(
     num_workers: int,
     sound_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure what `speak_replies` left, and note it in the predictions.
+    """Measure the files of `speak_replies`, and store the results in the predictions.
 
     Args:
         predictions: with replies and their ``speech``; each gets ``spoken_attributes``, and its word and character
             error rate among its ``scores``.
         folder: of the evaluation.
-        bins: where the words of a voice change, see `prepare.describe.read_bins`; None leaves the voices out.
-        recogniser: a Whisper by id or folder; None leaves the words out.
+        bins: thresholds of the voice attributes, see `prepare.describe.read_bins`; None skips the voices.
+        recogniser: a Whisper model by hub id or folder; None skips the words.
         num_workers: processes that measure; 0 works in this one.
         sound_metrics: of `metrics.sound.SOUND_METRICS`.
 
     Returns:
-        ``speech/spoken`` (replies with sound), ``speech/wer``, ``speech/cer``, per attribute the share that is heard
-        ``as_written`` in the reply's description, and ``as_reference`` asks, and what the sound metrics say.
+        ``speech/spoken`` (replies with audio), ``speech/wer``, ``speech/cer``, per attribute the share that is measured
+        ``as_written`` in the reply's description, and as in the reference's (``as_reference``), and the sound metrics.
     """
     texts = [p["reply"]["text"] for p in predictions]
     files = sorted({folder / p["speech"] for p in predictions if p["speech"]})
@@ -123,7 +123,7 @@ def listen_to_replies(
     if "speaker_similarity" in sound_metrics:
         embed = Resemblyzer()
         voices = _hear_all(files, embed, embed.sample_rate, "speakers")
-        # one sound that is said twice would be like itself
+        # a file that occurs twice would be compared with itself
         once = {(p["dialogue"], p["speech"]): p for p in predictions if p["speech"]}.values()
         found |= speaker_similarity(
             [voices[folder / p["speech"]] for p in once], [p["dialogue"] for p in once], [p["speaker"] for p in once]
@@ -143,7 +143,7 @@ def listen_to_replies(
 
 
 def check_sound_metrics(names: Sequence[str]) -> None:
-    """Refuse metrics whose packages are missing, before anything is spoken.
+    """Refuse metrics whose packages are missing, before anything is synthesized.
 
     Raises:
         MsencError: names what is missing.
@@ -163,7 +163,7 @@ def _note_scores(predictions: Sequence[dict[str, Any]], name: str, values: Seque
 def _hear_all(
     files: Sequence[Path], hear: Callable[[np.ndarray], R], sample_rate: int, description: str
 ) -> dict[Path, R]:
-    with needing("listening to spoken replies", "demo"):
+    with needing("measuring spoken replies", "demo"):
         import soxr
     heard = {}
     with progress_bar("replies") as progress:
@@ -182,10 +182,10 @@ def _make_measurer() -> Callable[[Path], VoiceMeasures]:
 
 
 class _Speaker:
-    """Writes the sound of a line.
+    """Writes the audio of a line.
 
     Args:
-        make: makes the synthesizer.
+        make: builds the synthesizer.
     """
 
     def __init__(self, make: Callable[[], Synthesizer]) -> None:
@@ -196,8 +196,8 @@ class _Speaker:
 
 
 def _map(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
-    """Results in order, under a progress bar; each process makes its own work once."""
-    advice = "Set fewer (speech_workers=1). What was spoken is kept."
+    """Results in order, with a progress bar; each process builds its worker once."""
+    advice = "Set fewer (speech_workers=1). Finished files are kept."
     with progress_bar("replies") as progress:
         results = map_in_order(make_work, values, num_workers, doing, advice)
         yield from progress.track(results, len(values), description=doing)

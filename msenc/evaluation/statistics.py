@@ -1,13 +1,13 @@
-"""Numbers per item -> a mean, its interval and a test that know what repeats: items of a dialogue, runs of a seed.
+"""Values per item -> mean, interval and test that account for repeated dialogues and runs.
 
-A sweep's numbers form a table of runs by dialogues. Both are samples: another seed trains another model, another test
-split holds other dialogues. So the variance of a mean has a part for each, and a part of what neither explains (all
+A sweep's values form a table of runs by dialogues. Both are random: another seed trains another model, another test
+split has other dialogues. So the variance of a mean has a part for each, and a residual part (all
 estimated from the two-way table, as in studies of many readers and many cases):
 
     V = Vr + max(Vd - Ve, 0)        Vr: between runs, Vd: between dialogues, Ve: the rest, all of the mean
 
 With three runs, Vr has two degrees of freedom and Vd many. Satterthwaite's degrees of freedom, the usual answer, are
-too many there, and a bootstrap over three runs is too sure by far (docs/statistics.md has the figures). Cochran's
+too many there, and a bootstrap over three runs is far too confident (docs/statistics.md has the figures). Cochran's
 critical value, the mean of both t quantiles weighted by the two parts, stays at or below the nominal level.
 
 Source: D. D. Dorfman, K. S. Berbaum and C. E. Metz, Investigative Radiology 27 (1992) 723-731, and S. L. Hillis,
@@ -26,17 +26,17 @@ import numpy as np
 from msenc.types import MsencError
 
 SMALLEST_P = 1e-30
-"""Smaller p-values are given as this one: no assumption of any test holds so far out."""
+"""Lower limit of reported p-values: the tests' assumptions do not hold so far out."""
 
 NEGLIGIBLE = 0.005
-"""Nats per token that do not matter: 0.5 % of perplexity, a quarter of what the demo hides in one stream."""
+"""A negligible rise in nats per token: 0.5 % of perplexity, a quarter of what the demo hides in one stream."""
 
 
 @dataclass(frozen=True)
 class Effect:
     """A mean with its confidence interval and the p-value of "the true mean is 0".
 
-    With fewer than two dialogues, or two items where dialogues are unknown, nothing is known of the spread: the limits
+    With fewer than two dialogues, or two items if dialogues are unknown, nothing is known about the spread: the limits
     and the p-value are NaN.
 
     Args:
@@ -59,19 +59,19 @@ def paired_effect(
     runs: Sequence | np.ndarray | None = None,
     confidence: float = 0.95,
 ) -> Effect:
-    """Mean difference of N pairs; for the interval of a plain mean, give values instead of differences.
+    """Mean difference of N pairs; for the interval of a mean, pass values instead of differences.
 
     Args:
-        differences: (N,) of each item, and of each run where there are several; with `weights`, per unit of weight
+        differences: (N,) of each item, and of each run if there are several; with `weights`, per unit of weight
             (nats per token, with the number of tokens).
-        clusters: (N,) what each item belongs to: its dialogue's id.
-        weights: (N,) weight of each item; None weighs all alike.
-        runs: (N,) the run (seed) of each item. None or a single one: the interval is about the items alone, and says
-            nothing of other seeds.
+        clusters: (N,) the cluster of each item: its dialogue's id.
+        weights: (N,) weight of each item; None: equal weights.
+        runs: (N,) the run (seed) of each item. None or a single one: the interval only covers items, and says
+            nothing about other seeds.
         confidence: of the interval.
 
     Raises:
-        MsencError: lengths differ, nothing has a weight, a number is not finite, or a run lacks a cluster of another.
+        MsencError: lengths differ, all weights are 0, a value is not finite, or a run lacks a cluster of another.
 
     Example:
         >>> effect = paired_effect([0.9, 1.1, 1.0, 1.2, 0.8, 1.0], ["a", "a", "b", "b", "c", "c"])
@@ -89,19 +89,19 @@ def unpaired_effect(
     runs: tuple[Sequence | np.ndarray | None, Sequence | np.ndarray | None] = (None, None),
     confidence: float = 0.95,
 ) -> Effect:
-    """Mean of `treated` less that of `baseline`: the same items, but runs that are no pairs.
+    """Mean of `treated` minus that of `baseline`, with the same items but unpaired runs.
 
-    Dialogues are compared with themselves. Runs are two samples (Welch): that two runs of different models share a
-    seed makes them no pair, and with three runs each, the interval is a third narrower than that of three pairs. Where
-    equal seeds do make runs alike, it is wider than it has to be, never too narrow.
+    Dialogues are paired. Runs are two independent samples (Welch): sharing a seed does not make runs of different
+    models a pair, and with three runs each, the interval is a third narrower than that of three pairs. If
+    equal seeds do make runs similar, it is wider than necessary, never too narrow.
 
     Args:
         treated: (N,) values of one configuration.
         baseline: (M,) values of the other.
         clusters: (N,) and (M,), with the same names.
         weights: (N,) and (M,) as in `paired_effect`.
-        runs: (N,) and (M,) as in `paired_effect`; one run on a side has no spread of its own, and the other side's
-            stands for both.
+        runs: (N,) and (M,) as in `paired_effect`; a single run on one side has no spread, so the other side's
+            is used for both.
         confidence: of the interval.
 
     Raises:
@@ -121,7 +121,7 @@ def unpaired_effect(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction: adjusted p-values, in the order given; NaN (nothing was tested) stays out of the family.
+    """Holm's correction: adjusted p-values, in the order given; NaN (not tested) is excluded from the family.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
 
@@ -138,9 +138,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(effect: Effect) -> str:
-    """What a control says of the modality that it took away, by what that cost: nats per token.
+    """A control's verdict on the stream it replaced, from the rise of the loss in nats per token.
 
-    ``used`` where the interval is above 0, ``not used`` where it ends below what matters (`NEGLIGIBLE`), else
+    ``used`` if the interval is above 0, ``not used`` if it ends below `NEGLIGIBLE`, else
     ``cannot tell``.
 
     Example:
@@ -156,9 +156,9 @@ def verdict(effect: Effect) -> str:
 
 @dataclass(frozen=True)
 class _Table:
-    """Values as (R, C): what each run's dialogues add to its mean. A row's mean is the run's (weighted) mean.
+    """Values as (R, C): the contributions of each run's dialogues to its mean. A row's mean is the run's mean.
 
-    `effective` is the number of equally heavy dialogues of which the spread is known as well as of these.
+    `effective` is the number of equally weighted dialogues with an equally well known spread.
     """
 
     values: np.ndarray
@@ -175,7 +175,7 @@ def _table(values, clusters, weights, runs) -> _Table:
     if len(sizes) > 1:
         raise MsencError(f"Values, clusters, weights and runs have {sorted(sizes)} entries, expected equally many.")
     if not (np.isfinite(values).all() and np.isfinite(weights).all() and (weights >= 0).all()):
-        raise MsencError("A value or weight is not finite, or a weight below 0. Leave such items out on both sides.")
+        raise MsencError("A value or weight is not finite, or a weight is below 0. Exclude such items on both sides.")
     names, columns = np.unique(clusters, return_inverse=True)
     run_names, rows = np.unique(runs, return_inverse=True)
     shape = (len(run_names), len(names))
@@ -187,12 +187,12 @@ def _table(values, clusters, weights, runs) -> _Table:
     lacking = np.argwhere(sums() == 0)
     if len(lacking):
         run, cluster = (names_of[i] for names_of, i in zip((run_names, names), lacking[0], strict=True))
-        raise MsencError(f"Run {run} has no item of {cluster}, which other runs have: all need the same items.")
+        raise MsencError(f"Run {run} has no item of {cluster}, which other runs have; all runs need the same items.")
     total = sums(weights).sum(axis=1, keepdims=True)  # (R, 1)
     if not len(values) or (total == 0).any():
         raise MsencError("There is nothing to average: no item has a weight above 0.")
     means = sums(weights * values).sum(axis=1, keepdims=True) / total
-    # A ratio of two sums varies as the sum of its linear parts does (Taylor's linearisation).
+    # The variance of a ratio of sums is approximated by that of its linearization (Taylor).
     parts = len(names) / total * (sums(weights * values) - means * sums(weights))
     shares = (sums(weights) / total).mean(axis=0)
     return _Table(means + parts, names, float((shares**2).sum() ** 2 / (shares**4).sum()))
@@ -205,7 +205,7 @@ def _refuse_other_clusters(first: np.ndarray, second: np.ndarray, name: str, oth
 
 
 def _effect(tables: Sequence[_Table], confidence: float) -> Effect:
-    """Effect of the first table, less the second's where there are two."""
+    """Effect of the first table, minus the second's if there are two."""
     mean = float(tables[0].values.mean() - sum(table.values.mean() for table in tables[1:]))
     clusters = len(tables[0].names)
     if clusters < 2:
@@ -229,7 +229,7 @@ def _variance_of_runs(sides: Sequence[np.ndarray]) -> tuple[float, float]:
     spreads = [means.var(ddof=1) for means in sides if len(means) > 1]
     if not spreads:
         return 0.0, 1.0
-    if len(spreads) < len(sides):  # a single run has no spread: the other side's stands for both
+    if len(spreads) < len(sides):  # a single run has no spread: use the other side's for both
         return float(spreads[0] * sum(1 / len(means) for means in sides)), max(map(len, sides)) - 1.0
     parts = [float(spread) / len(means) for spread, means in zip(spreads, sides, strict=True)]
     weight = sum(part**2 / (len(means) - 1) for part, means in zip(parts, sides, strict=True))
@@ -237,7 +237,7 @@ def _variance_of_runs(sides: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _residual(values: np.ndarray) -> float:
-    """What neither run nor dialogue explains: its part of the variance of one run's mean."""
+    """The residual's part of the variance of one run's mean."""
     runs, clusters = values.shape
     rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
     return float((rest**2).sum() / ((runs - 1) * (clusters - 1)) / clusters)
@@ -245,7 +245,7 @@ def _residual(values: np.ndarray) -> float:
 
 def _critical(alpha: float, share: float, freedoms: tuple[float, float]) -> float:
     """Cochran's critical value: the two t quantiles, weighted by the runs' `share` of the variance."""
-    from scipy.special import stdtrit  # late: the command lines' --help must not wait for scipy
+    from scipy.special import stdtrit  # imported late, so that --help does not wait for scipy
 
     quantiles = -stdtrit(np.array(freedoms), alpha / 2)
     return float(share * quantiles[0] + (1 - share) * quantiles[1])

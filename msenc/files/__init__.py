@@ -1,4 +1,4 @@
-"""Files, whole or not at all, and nowhere else; JSON and CSV, read with a clear refusal; hashes of plain values."""
+"""Atomic file writes; JSON and CSV, read with clear errors; hashes of plain values."""
 
 import csv
 import hashlib
@@ -28,7 +28,7 @@ def _refuse_constant(name: str) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
-    if len(table) < len(pairs):  # by itself JSON lets the last one win, without a word
+    if len(table) < len(pairs):  # by default, json silently keeps the last one
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {short(twice)} stands there twice")
@@ -39,19 +39,19 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant
 
 
 def read_text(path: Any, advice: str = "") -> str:
-    """A text file, as it stands there.
+    """Read a text file, unchanged.
 
     Args:
         path: of the file, or a `store.location.RemotePath`.
-        advice: what to do where it cannot be read, for the message.
+        advice: what to do if it cannot be read, for the message.
 
     Raises:
-        MsencError: it is missing, no plain file, not readable, or not UTF-8.
+        MsencError: it is missing, not a regular file, not readable, or not UTF-8.
     """
     try:
-        if isinstance(path, Path) and path.exists() and not path.is_file():  # a pipe would be waited for
+        if isinstance(path, Path) and path.exists() and not path.is_file():  # reading a pipe would block
             raise MsencError(f"{path}: cannot be read (found a folder or device, expected a file). {advice}".rstrip())
-        return path.read_bytes().decode() if isinstance(path, Path) else path.read_text()  # ends of lines as they are
+        return path.read_bytes().decode() if isinstance(path, Path) else path.read_text()  # line ends unchanged
     except FileNotFoundError as e:
         raise MsencError(f"{path}: missing. {advice}".rstrip()) from e
     except (OSError, ValueError) as e:
@@ -63,13 +63,13 @@ def parse_json(text: str | bytes, where: object, kind: Any = Any, advice: str = 
 
     Args:
         text: in UTF-8.
-        where: it stands, for messages.
-        kind: what it must be.
+        where: its location, for messages.
+        kind: the expected kind.
         advice: what to do about it, for messages.
-        version: what its ``schema_version`` must be, where it has one.
+        version: the expected ``schema_version``, if it has one.
 
     Raises:
-        MsencError: it is no JSON (which knows no NaN), of another version, a key stands there twice, or a place in it
+        MsencError: it is not valid JSON (which has no NaN), of another version, a key occurs twice, or a value in it
             is of another kind.
     """
     try:
@@ -77,7 +77,7 @@ def parse_json(text: str | bytes, where: object, kind: Any = Any, advice: str = 
         value = _DECODER.decode(text)
         if version is not None and (found := value.get("schema_version") if type(value) is dict else None) != version:
             raise MsencError(f"{where}: found schema version {short(found)}, expected {version}. {advice}".rstrip())
-        if "\\ud" in text or "\\uD" in text:  # half a character could not be written again
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:
         raise MsencError(f"{where}: cannot be read as JSON ({reason_of(e)}). {advice}".rstrip()) from e
@@ -88,7 +88,7 @@ def hold(value: Any, kind: Any, where: object, advice: str = "") -> Any:
     """The value, if it is of the kind.
 
     Raises:
-        MsencError: it is of another; names the place.
+        MsencError: it is not; names the place.
     """
     try:
         check(value, kind)
@@ -101,7 +101,7 @@ def read_json(path: Any, kind: Any = Any, advice: str = "", version: int | None 
     """A JSON file's value; see `read_text` and `parse_json`.
 
     Raises:
-        MsencError: it is missing, no JSON, or not of the kind; names the place in it.
+        MsencError: it is missing, not JSON, or not of the kind; names the place in it.
     """
     return parse_json(read_text(path, advice), path, kind, advice, version)
 
@@ -150,12 +150,12 @@ def reason_of(error: Exception) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all; numbers that JSON does not know, such as NaN, become null."""
+    """Write a JSON file atomically; NaN and infinity, which JSON does not have, become null."""
     write_text(path, json.dumps(known_to_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def known_to_json(value: Any) -> Any:
-    """Plain values with null for NaN and infinity, which JSON does not know.
+    """Plain values with null for NaN and infinity, which JSON does not have.
 
     Example:
         >>> known_to_json({"loss": [0.5, math.nan], "steps": 3})
@@ -169,14 +169,14 @@ def known_to_json(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it becomes `path` when the body has ended, and is gone where that fails.
+    """A temporary name for a file, renamed to `path` when the body ends, and removed if it fails.
 
     Raises:
         MsencError: the disk refuses.
@@ -197,7 +197,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder, which takes the place of an earlier one; what a kill left is cleared away."""
+    """The same for a folder, which replaces an earlier one; remains of killed processes are removed."""
     partial = folder.with_name(f".{folder.name}.partial")
     _remove(partial)
     partial.mkdir(parents=True)
@@ -207,18 +207,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder; of a link, the link alone."""
+    """Remove a folder; for a link, only the link."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def inside(root: Path, *names: str) -> Path:
-    """A place below a folder that may be a stranger's, to write at.
+    """A path to write to, in a folder that may be a stranger's.
 
     Args:
         root: the folder.
-        names: what leads down from it.
+        names: the parts of the path below it.
 
     Raises:
         MsencError: a link there, or a name, leads out of the folder.
@@ -233,10 +233,10 @@ def inside(root: Path, *names: str) -> Path:
 
 
 def check_no_way_out(root: Path) -> None:
-    """Refuse to write in a folder, a run's, in which a link leads elsewhere.
+    """Refuse to write in a run's folder if a link in it leads elsewhere.
 
     Raises:
-        MsencError: it names the first.
+        MsencError: names the first.
     """
     for place, folders, files in os.walk(root):
         for name in (*folders, *files):

@@ -1,10 +1,10 @@
-"""Before dialogues: teach a connector to say, in the LLM's own embedding space, what an utterance is known by.
+"""Before dialogue training: teach a connector to output an utterance's label in the LLM's embedding space.
 
-(frames, words) + the LLM's token embeddings -> a connector whose queries read as the words' tokens
+(frames, label) + the LLM's token embeddings -> a connector whose query vectors resemble the label's tokens
 
-A new connector's vectors mean nothing to an LLM, and hardly differ between utterances: what all utterances share is
-learned first, and may be all that is ever learned. Words that tell utterances apart give it a direction within
-seconds, as the regression needs no forward of the LLM.
+The output of a new connector means nothing to an LLM, and hardly differs between utterances: what all utterances have
+in common is learned first, and may be all that is ever learned. Labels that distinguish utterances fix this within
+seconds, as the regression needs no forward pass of the LLM.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,16 +30,16 @@ class AlignmentSettings:
     """How a connector is aligned; see `fit`.
 
     Args:
-        objective: ``embeddings`` regresses the queries on the words' token embeddings, ``contrastive`` tells the
-            utterance's own words from those of the batch's others, ``llm`` has the frozen LLM write the words from the
-            queries alone.
+        objective: ``embeddings`` regresses the query vectors on the label's token embeddings, ``contrastive`` tells the
+            utterance's own label from the others in the batch, ``llm`` has the frozen LLM generate the label from the
+            query vectors alone.
         steps: optimizer steps.
-        batch_size: utterances per step, about.
+        batch_size: approximate number of utterances per step.
         lr: highest learning rate of AdamW: a linear rise over `warmup_steps`, then a linear fall to 0.
         warmup_steps: steps of the rise.
         weight_decay: of AdamW.
         temperature: of the contrastive objective's softmax.
-        seed: of the connector's first weights and of the batches; runs of other seeds share an alignment.
+        seed: of the connector's initial weights and of the batches; runs with other seeds share an alignment.
     """
 
     objective: str = "embeddings"
@@ -52,7 +52,7 @@ class AlignmentSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what could not be fitted."""
+        """Refuse invalid settings."""
         if self.objective not in OBJECTIVES:
             raise MsencError(f"align.objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)}.")
         for name in ("steps", "batch_size"):
@@ -65,16 +65,16 @@ class AlignmentSettings:
 
 @dataclass(frozen=True)
 class Known:
-    """An utterance and the token ids of the words that it is known by."""
+    """An utterance and the token ids of its label."""
 
     frames: np.ndarray  # (T, D) float16
     ids: tuple[int, ...]
 
 
 class EmbeddingTargets:
-    """Token ids -> what Q queries should say: embeddings (Q, H), each with a root mean square of 1.
+    """Token ids -> targets of Q query vectors: embeddings (Q, H), each with a root mean square of 1.
 
-    Fewer tokens than queries: the last one is repeated. More: the queries say means over equal spans of them.
+    With fewer tokens than queries, the last one is repeated; with more, they are averaged over equal spans.
 
     Args:
         embeddings: (V, H) of the LLM's tokens.
@@ -99,14 +99,14 @@ class EmbeddingTargets:
 
 
 def embedding_loss(outputs: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Mean square between queries (N, Q, H) and targets (N, Q, H), in units of an embedding's mean square."""
+    """Mean squared error between queries (N, Q, H) and targets (N, Q, H), relative to an embedding's mean square."""
     return (outputs.float() / scale - targets).square().mean()
 
 
 def contrastive_loss(outputs: Tensor, words: Tensor, temperature: float) -> Tensor:
-    """Symmetric InfoNCE between utterances (N, Q, H) and their words' mean embeddings (N, H).
+    """Symmetric InfoNCE between utterances (N, Q, H) and the mean embeddings of their labels (N, H).
 
-    Both are centred in the batch, because what all words share would make every pair alike.
+    Both are centred in the batch, because the component common to all labels would make all pairs alike.
 
     Source: Radford et al., CLIP (arXiv 2103.00020).
     """
@@ -119,13 +119,13 @@ def contrastive_loss(outputs: Tensor, words: Tensor, temperature: float) -> Tens
 
 @dataclass
 class AlignmentState:
-    """Where a fit stands: all that going on needs.
+    """The state of a fit: everything needed to resume it.
 
     Args:
         step: optimizer steps done.
         connector: state of the connector.
         optimizer: state of AdamW.
-        random: state of torch's generator, which dropout draws from.
+        random: state of torch's generator, used by dropout.
     """
 
     step: int
@@ -142,19 +142,19 @@ def fit(
     state: AlignmentState | None = None,
     on_step: Callable[[int, float, Callable[[], AlignmentState]], object] = lambda *_: None,
 ) -> None:
-    """Fit a connector, from the start or from a state; the same weights either way, bit for bit on a CPU.
+    """Fit a connector, from the start or from a saved state, with the same result bit for bit on a CPU.
 
     Args:
-        connector: changed in place; what is frozen in it stays.
+        connector: changed in place, except for frozen parameters.
         settings: of the fit.
         batch_of: step -> the utterances to learn from.
         loss_of: (connector, utterances) -> loss; from `make_loss`.
-        state: where an earlier fit stood, or None.
-        on_step: told the number of steps done, the loss, and how to take the state, after each step.
+        state: of an earlier fit, or None.
+        on_step: called after each step with the number of steps done, the loss, and a function that returns the state.
     """
     trained = [p for p in connector.parameters() if p.requires_grad]
     if not trained:
-        raise MsencError("align: nothing of the connector trains. Set model.connector.freeze_core=false.")
+        raise MsencError("align: the connector has no trainable parameters. Set model.connector.freeze_core=false.")
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
     first = 0
     if state is not None:
@@ -186,7 +186,7 @@ def fit(
 
 
 def make_loss(settings: AlignmentSettings, targets: EmbeddingTargets) -> Callable[[nn.Module, Sequence[Known]], Tensor]:
-    """The loss of the objectives that need no forward of the LLM."""
+    """The loss of the objectives that need no forward pass of the LLM."""
 
     def of_embeddings(connector: nn.Module, known: Sequence[Known]) -> Tensor:
         return embedding_loss(connect(connector, known), torch.stack([targets(k.ids) for k in known]), targets.scale)
@@ -212,19 +212,19 @@ def connect(connector: nn.Module, known: Sequence[Known]) -> Tensor:
 def score(
     connector: nn.Module, known: Sequence[Known], targets: EmbeddingTargets, objective: str, batch_size: int = 64
 ) -> dict[str, float]:
-    """How well utterances are told by what the connector says of them.
+    """How well the connector's output identifies the labels of utterances.
 
     Args:
         connector: in eval mode.
-        known: utterances that it was not fitted on.
+        known: labelled utterances that it was not fitted on.
         targets: of the fit.
         objective: of the fit.
-        batch_size: utterances that pass at a time.
+        batch_size: utterances per forward pass.
 
     Returns:
-        ``accuracy``, how often an utterance's own words are the nearest of all these utterances' different ones;
-        ``chance``, the share of the commonest words; ``spread``, the share of the output's power that differs between
-        utterances.
+        ``accuracy``, how often an utterance's own label is the nearest of all distinct labels;
+        ``chance``, the share of the most frequent label; ``spread``, the share of the output's power that differs
+        between utterances.
     """
     outputs = torch.cat([connect(connector, known[at : at + batch_size]) for at in range(0, len(known), batch_size)])
     different = list(dict.fromkeys(k.ids for k in known))
@@ -244,7 +244,7 @@ def score(
 
 
 def spread(outputs: Tensor) -> float:
-    """The share of the power of outputs (N, Q, H) that differs between utterances: 0 where all are alike.
+    """The share of the power of outputs (N, Q, H) that differs between utterances: 0 if all are equal.
 
     Example:
         >>> spread(torch.tensor([[[1.0]], [[-1.0]]])), spread(torch.tensor([[[1.0]], [[1.0]]]))
@@ -257,7 +257,7 @@ def spread(outputs: Tensor) -> float:
 
 @contextmanager
 def own_random_numbers(seed: int) -> Any:
-    """What is drawn inside depends on `seed` alone, and nothing outside on what was drawn."""
+    """Random draws inside depend only on `seed`, and do not affect those outside."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

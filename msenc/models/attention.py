@@ -1,15 +1,14 @@
-"""Who sees whom in packed rows of trunks and branches, and the kernels that compute it: the one seam for both.
+"""The attention mask of packed rows of trunks and branches, and the kernels that compute it.
 
 Batch.segments -> Layout -> attention of every layer of the LLM
 
-transformers lets a function be registered under a name, which then computes the attention of any of its models.
-`layout_attention` is that function. It gets the layout as a keyword, which the models hand down to every layer; where
+transformers allows registering a function that then computes the attention of any of its models.
+`layout_attention` is that function. It gets the layout as a keyword, which the models pass to every layer; if
 there is none (padded rows, generation), it is plain SDPA.
 
 Kernels: ``split`` attends within trunks, from branches to trunks, and within branches, each by calls of the flash
-kernel, so that pairs which do not see each other are never computed; it is the fastest on CPUs (docs/performance.md),
-and `flash` does it on GPUs. ``dense`` gives SDPA a mask of all pairs; it runs everywhere. ``flex_attention`` compiles a
-block mask, for GPUs.
+kernel, so masked pairs are never computed; it is the fastest on CPUs (docs/performance.md), and `flash` does it on
+GPUs. ``dense`` gives SDPA a mask of all pairs; it runs everywhere. ``flex_attention`` compiles a block mask, for GPUs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from msenc.models.flash import Calls, attend_split, plan_calls, takes, works
 from msenc.types import MsencError, Segment
 
 NAME = "msenc_layout"
-"""What the attention is called in a model's config."""
+"""The name of this attention in a model's config."""
 
 KERNELS = ("auto", "split", "dense", "flex_attention")
 
@@ -42,14 +41,14 @@ def register() -> str:
 
 @dataclass
 class Layout:
-    """What a forward over packed rows hands to the layers.
+    """Passed to the layers in a forward pass over packed rows.
 
     Args:
         segments: the rows.
         kernel: one of `KERNELS`, but not ``auto``.
         mask: what the kernel needs: (1, 1, L, L) bool, a BlockMask, or an empty stand-in with four axes, which keeps
             transformers from making a mask of its own.
-        calls: layers that have asked for it; a model that computes its attention otherwise is found out by it.
+        calls: number of layers that used it; reveals models that compute their attention differently.
     """
 
     segments: Sequence[Segment]
@@ -72,7 +71,7 @@ def make_layout(segments: Sequence[Segment], device: torch.device, kernel: str =
     """Choose the kernel and prepare its mask.
 
     Args:
-        segments: rows of a packed line, from its first token to its last.
+        segments: the packed samples, from the first token to the last.
         device: where the line is.
         kernel: one of `KERNELS`; ``auto`` is ``split`` on a CPU, and on a GPU where that works, else ``dense``.
 
@@ -201,10 +200,10 @@ def layout_attention(
     if layout is None:
         if attention_mask is not None and not attention_mask.numel():
             raise MsencError(
-                f"{type(module).__name__} does not hand the dialogue layout down to its attention. Train this LLM with "
+                f"{type(module).__name__} does not pass the dialogue layout to its attention. Train this LLM with "
                 "model.layout=sample."
             )
-        # SDPA takes a bias of positions; a sink it would leave out without a word.
+        # SDPA accepts a position bias; it would silently ignore a sink.
         _refuse(["softcap", "s_aux"], kwargs, "SDPA does not compute. Set model.llm.attn_implementation=eager.")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     layout.calls += 1
@@ -220,9 +219,9 @@ def layout_attention(
         return out.transpose(1, 2).contiguous(), None
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    # The flash kernel wants values as wide as keys, which those of latent attention are not.
+    # The flash kernel needs values as wide as keys, unlike in latent attention.
     if layout.kernel == "split" and not (query.is_cuda or dropout) and value.shape[-1] == query.shape[-1]:
-        # In bfloat16 the CPU's flash kernel packs its operands anew in each of the many small calls, and is slower.
+        # In bfloat16, the CPU's flash kernel repacks its operands in each of the many small calls, and is slower.
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = _SplitAttention.apply(
             query.to(wide), key.to(wide), value.to(wide), layout.segments, scaling or query.shape[-1] ** -0.5
@@ -253,7 +252,7 @@ def _parts(segments: Sequence[Segment]) -> list[tuple[slice, slice | None, bool]
 
 
 class _SplitAttention(torch.autograd.Function):
-    """Attention of packed rows without the pairs that do not see each other.
+    """Attention over packed rows that skips masked pairs.
 
     A branch sees two sets of keys: a trunk's beginning, and itself. Softmax over their union is the mean of both
     softmaxes, weighted by their sums of exponentials. The flash kernel returns the logarithm of that sum. Backward, it

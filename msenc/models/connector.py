@@ -28,7 +28,7 @@ TEXT_PATH = re.compile(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of a checkpoint's weights; several files have an index, ``<name>.index.json``."""
+"""Names of weight files; if the weights are split, ``<name>.index.json`` is their index."""
 
 
 WHITENED = 1.0
@@ -37,7 +37,7 @@ log-mel spectrogram became so loud that connectors lost in the first epoch what 
 
 
 class Connector(nn.Module):
-    """Features (N, T, D), mask (N, T) -> (N, Q, H): what all connectors share, their ends.
+    """Features (N, T, D), mask (N, T) -> (N, Q, H): base class with the input and output layers of all connectors.
 
     Args:
         in_dim: width D of the features.
@@ -54,7 +54,7 @@ class Connector(nn.Module):
 
     @property
     def first(self) -> nn.Linear:
-        """The map that meets the features."""
+        """The linear map applied to the features."""
         return self.in_proj
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -70,18 +70,18 @@ class Connector(nn.Module):
         return self.out_norm(self.connect(self.in_norm(_real(features, mask)), mask))
 
     def connect(self, features: Tensor, mask: Tensor) -> Tensor:
-        """The way between the ends: (N, T, D), (N, T) -> (N, Q, H)."""
+        """The part between input and output layers: (N, T, D), (N, T) -> (N, Q, H)."""
         raise NotImplementedError
 
 
 class QFormer(Connector):
     """Features (N, T, D), mask (N, T) -> (N, Q, H): learned queries attend to the frames (BLIP-2's Q-Former).
 
-    Linear to `encoder_dim`, Q-Former, linear to `out_dim`, both without bias. Frames carry no positions: what the
-    queries see is a set, in which only features that themselves tell time have an order.
+    Linear to `encoder_dim`, Q-Former, linear to `out_dim`, both without bias. Frames have no position encodings: the
+    queries see a set, which is ordered only if the features themselves encode time.
 
-    Key biases of attention have a gradient of zero in exact arithmetic (softmax ignores what all keys share), so
-    theirs is rounding noise; that is no fault.
+    The key biases of attention have a gradient of zero in exact arithmetic (softmax ignores terms common to all keys),
+    so theirs is rounding noise, which is expected.
 
     Args:
         in_dim: width D of the features.
@@ -92,10 +92,10 @@ class QFormer(Connector):
         num_heads: its attention heads.
         intermediate_dim: width of its feed-forward; four times `hidden_dim` if None.
         cross_attention_frequency: layers 0, k, 2k, ... attend to the frames.
-        encoder_dim: width of the frames as the Q-Former sees them.
+        encoder_dim: width of the Q-Former's input frames.
         dropout: of hidden states and attention.
-        init: a folder or hub id of a BLIP-2 checkpoint, whose Q-Former and query tokens are taken, and nothing else
-            is read; None: random.
+        init: a folder or hub id of a BLIP-2 checkpoint, of which only the Q-Former and query tokens are
+            read; None: random.
         freeze_core: the Q-Former and its queries do not train; the two linear maps do.
         normalize: standardize the features, and scale the output to the LLM's token embeddings (see `calibrate`).
 
@@ -182,7 +182,7 @@ class QFormerCore(nn.Module):
 
         if hidden_dim % num_heads:
             raise MsencError(
-                f"QFormer: hidden_dim {hidden_dim} does not divide by num_heads {num_heads}. Give one that does."
+                f"QFormer: hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}. Change one of them."
             )
         config = Blip2QFormerConfig(
             hidden_size=hidden_dim,
@@ -197,7 +197,7 @@ class QFormerCore(nn.Module):
             # to nothing of the frames (1 % of the output at 64) reaches the queries, and learning starts slowly.
             initializer_range=hidden_dim**-0.5,
         )
-        # Random, not zero: equal queries would stay equal, as nothing else tells them apart.
+        # Random, not zero: equal queries would stay equal, as nothing else distinguishes them.
         self.query_tokens = nn.Parameter(torch.randn(1, num_queries, hidden_dim) * config.initializer_range)
         self.qformer = Blip2QFormerModel(config)
         if init is not None:
@@ -223,8 +223,8 @@ class QFormerCore(nn.Module):
 class Mlp(Connector):
     """Features (N, T, D), mask (N, T) -> (N, Q, H): means over Q equal spans of time, each through an MLP.
 
-    Query q is made from the mean of the frames between q/Q and (q+1)/Q of the utterance; a frame on an edge counts
-    in both spans by its share, and an utterance of fewer than Q frames repeats them. Keeps the order of time.
+    Query q is computed from the mean of the frames between q/Q and (q+1)/Q of the utterance; a frame on an edge counts
+    proportionally in both spans, and an utterance of fewer than Q frames repeats them. Preserves temporal order.
 
     Args:
         in_dim: width D of the features.
@@ -247,7 +247,7 @@ class Mlp(Connector):
 
     @property
     def first(self) -> nn.Linear:
-        """The map that meets the features."""
+        """The linear map applied to the features."""
         return self.layers[0]
 
     def connect(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class ConvBlock(nn.Module):
 
     Args:
         dim: E.
-        kernel: frames that a convolution sees; odd.
+        kernel: width of the convolution in frames; odd.
     """
 
     def __init__(self, dim: int, kernel: int) -> None:
@@ -269,7 +269,7 @@ class ConvBlock(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """What is padding is zero before each convolution, so that it adds nothing to its neighbours."""
+        """Padding is set to zero before each convolution, so it does not affect its neighbours."""
         mixed = self.mix((_unit(frames) * mask[..., None]).transpose(1, 2)).transpose(1, 2)
         return (frames + self.out(nn.functional.gelu(mixed))) * mask[..., None]
 
@@ -277,19 +277,19 @@ class ConvBlock(nn.Module):
 class ConvConnector(Connector):
     """Features (N, T, D), mask (N, T) -> (N, Q, H): convolutions over time, then each query pools the frames.
 
-    Nothing in it is common to all utterances from the start: standardized features have a mean of zero, no layer has
-    a bias, and a query's own vector decides where it looks, not what it says. So what tells utterances apart is most
-    of the output, and stays so at rates at which a Q-Former becomes constant (docs/connectors.md). Convolutions see
-    rhythm and motion, which a set of frames does not hold.
+    Initially the output has no component common to all utterances: standardized features have zero mean, no layer has
+    a bias, and a query's own vector decides where it attends but is not part of the output. So most of the output
+    differs between utterances, even at rates at which a Q-Former becomes constant (docs/connectors.md). Convolutions
+    capture rhythm and motion, which a set of frames lacks.
 
     Args:
         in_dim: width D of the features.
         out_dim: width H of the LLM.
         num_queries: Q, vectors per utterance.
-        hidden_dim: width E between the ends.
+        hidden_dim: width E between input and output layers.
         num_blocks: convolution blocks.
-        kernel: frames that each convolution sees; odd.
-        pooling: ``attention``: each query weighs frames by content and by place in the utterance; ``spans``: means
+        kernel: width of each convolution in frames; odd.
+        pooling: ``attention``: each query weights frames by content and position in the utterance; ``spans``: means
             over Q equal spans of time.
         normalize: standardize the features, and scale the output to the LLM's token embeddings (see `calibrate`).
 
@@ -301,7 +301,7 @@ class ConvConnector(Connector):
     """
 
     PLACES = 16
-    """Cosines over the utterance that tell a frame's place in it."""
+    """Cosines over the utterance that encode a frame's position in it."""
 
     def __init__(
         self,
@@ -409,12 +409,12 @@ class EmbeddingScale(nn.Module):
 
 
 def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Tensor) -> None:
-    """Set the ends of a connector that was made with ``normalize=True``, once, before it trains; leave others alone.
+    """Calibrate a connector built with ``normalize=True``, once, before it trains; leave others unchanged.
 
-    What all utterances share is by far the larger part of most features. It drives the whole connector to one common
-    output, a prompt, before what tells utterances apart has been noticed: standardized features lack that part. Of
-    what is left, a few directions (who speaks, how bright a picture is) have most of the power, and what a cue changes
-    has little: the first linear map is made to see strong directions alike, and faint ones better (`whiten`). And an
+    By far the larger part of most features is common to all utterances. It drives the whole connector to one common
+    output, a soft prompt, before it learns to distinguish them; standardization removes that part. Of
+    the rest, a few directions (speaker, image brightness) have most of the power, and cues
+    little: the first linear map scales strong directions alike and raises faint ones (`whiten`). And an
     LLM reads its inputs relative to the vectors that it adds to them, so a connector's output has the root mean square
     of a token embedding, and keeps it: it cannot grow without bound in one direction.
 
@@ -433,11 +433,11 @@ def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Te
 
 @torch.no_grad()
 def whiten(linear: nn.Linear, utterances: Sequence[Tensor]) -> None:
-    """Let a linear map see its input's directions with more equal power; that of its output stays.
+    """Equalize the power of a linear map's input directions; the power of its output stays the same.
 
     Its weight W becomes W (C + s I)^(-1/2), with the covariance C of the frames and s its mean eigenvalue times
-    `WHITENED`: directions of much more power are divided down to one, those of less keep their order. It is a start,
-    and trains on.
+    `WHITENED`: much stronger directions are scaled down to the same power, weaker ones keep their order. This is only
+    an initialization.
 
     Args:
         linear: changed in place; its bias stays.
@@ -465,7 +465,7 @@ def span_weights(mask: Tensor, num_spans: int) -> Tensor:
         >>> (3 * span_weights(torch.tensor([[True, True, True, False]]), 2)).round().tolist()
         [[[2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 2.0, 0.0]]]
     """
-    # float32 whatever the default is: in bfloat16, which counts to 256, the spans of a long clip would be elsewhere.
+    # float32 whatever the default is: bfloat16, exact only up to 256, would misplace the spans of a long clip.
     place = mask.cumsum(1).float() - 1  # (N, T): which real frame this is
     span = mask.sum(1).float()[:, None, None] / num_spans  # (N, 1, 1): frames of a span
     start = torch.arange(num_spans, device=mask.device).float()[None, :, None] * span  # (N, Q, 1)
@@ -475,7 +475,7 @@ def span_weights(mask: Tensor, num_spans: int) -> Tensor:
 
 
 def tie(connectors: Mapping[str, nn.Module]) -> None:
-    """Let all streams share the first one's core (Q-Former and queries); their linear maps stay their own.
+    """Make all streams share the first one's core (Q-Former and queries); each keeps its own linear maps.
 
     Args:
         connectors: stream name -> `QFormer`, changed in place.
@@ -507,11 +507,11 @@ def load_blip2(core: QFormerCore, name_or_path: str) -> None:
 
     Args:
         core: changed in place.
-        name_or_path: a folder or hub id with weights (safetensors or bin, the first where there are both), in one
+        name_or_path: a folder or hub id with weights (safetensors or bin; safetensors if there are both), in one
             file or several; of these, only the files that hold Q-Former tensors are opened (or downloaded).
 
     Raises:
-        MsencError: when there is no such checkpoint, or its Q-Former is of another shape; tensors are named.
+        MsencError: no such checkpoint, or its Q-Former has other shapes; names the tensors.
     """
     from safetensors import SafetensorError
     from transformers import Blip2QFormerConfig
@@ -600,5 +600,5 @@ def _is_qformer(name: str) -> bool:
 
 
 def _real(features: Tensor, mask: Tensor) -> Tensor:
-    # A weight of zero does not silence a NaN, so padding is overwritten, not only unattended.
+    # An attention weight of zero does not stop a NaN, so padding is overwritten as well as masked.
     return features.masked_fill(~mask[..., None], 0)

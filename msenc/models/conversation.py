@@ -1,4 +1,4 @@
-"""The composed model: one connector per stream, and the LLM that reads their outputs between its own tokens.
+"""The conversation model: one connector per stream, and the LLM, which reads their output among its token embeddings.
 
 Batch -> (connector per stream -> token places) -> LLM -> loss of every target token
 """
@@ -18,11 +18,11 @@ from msenc.types import Batch, MsencError
 
 @dataclass
 class TokenScores:
-    """What a forward says of each of the batch's K target tokens.
+    """Scores of each of the batch's K target tokens.
 
     Args:
         nll: (K,) cross entropy in nats, float32 or wider.
-        correct: (K,) bool, whether the likeliest token is the target.
+        correct: (K,) bool, whether the most likely token is the target.
     """
 
     nll: Tensor
@@ -57,7 +57,7 @@ class ConversationModel(nn.Module):
         return torch.autocast(next(self.parameters()).device.type, self.mixed)
 
     def train(self, mode: bool = True) -> "ConversationModel":
-        """Parts without a trainable parameter stay in eval mode: what is frozen has no dropout either."""
+        """Parts without a trainable parameter stay in eval mode, so frozen parts have no dropout."""
         super().train(mode)
         for part in (self.llm, *self.connectors.values()):
             if not any(p.requires_grad for p in part.parameters()):
@@ -69,13 +69,13 @@ class ConversationModel(nn.Module):
         return self
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of all that trains; one that several parts share has its first name."""
+        """Name -> parameter of all trainable parameters; a shared one has its first name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def trainable_parameters(self) -> dict[str, int]:
         """Number of trainable parameters of each part."""
         parts = {"llm": self.llm, **{f"connector.{name}": c for name, c in self.connectors.items()}}
-        counted: set[int] = set()  # a core that is tied belongs to the first of its streams
+        counted: set[int] = set()  # a shared core belongs to the first of its streams
         counts = {}
         for name, part in parts.items():
             own = [p for p in part.parameters() if p.requires_grad and id(p) not in counted]
@@ -113,10 +113,10 @@ class ConversationModel(nn.Module):
         return found
 
     def forward(self, batch: Batch) -> TokenScores:
-        """Cross entropy of every target token, given all that its single sample would show it.
+        """Cross entropy of every target token, given the same context as in its single sample.
 
         Raises:
-            MsencError: a packed batch, and an LLM that does not attend by the layout.
+            MsencError: the batch is packed, and the LLM does not follow the layout's mask.
         """
         embeds = self.embed(batch)
         with self._logits_only_at(batch.predictors):
@@ -132,10 +132,10 @@ class ConversationModel(nn.Module):
         return TokenScores(nll=nll, correct=logits[0].argmax(-1) == batch.labels)
 
     def check_layout(self) -> None:
-        """Refuse an LLM whose packed rows would not be its single samples; heard once, before the first of them.
+        """Refuse an LLM for which packed rows differ from single samples; checked once, before the first batch.
 
         Raises:
-            MsencError: it says what to choose instead.
+            MsencError: says what to choose instead.
         """
         if self._limits is None:
             self.llm.attention_kernel, self._limits = check_layout(self.llm)
@@ -146,16 +146,16 @@ class ConversationModel(nn.Module):
         for key, most in self._limits.items():
             if longest > most:
                 raise MsencError(
-                    f"the LLM's {key} is {most} tokens, and this batch has samples of {longest}: they would not be "
+                    f"the LLM's {key} is {most} tokens, and this batch has samples of {longest}, which would not be "
                     "computed as it was trained. Use model.layout=sample, or lower data.max_history_tokens."
                 )
         return attend_by_layout(self.llm, embeds, batch, self.llm.attention_kernel)
 
     @contextmanager
     def _logits_only_at(self, predictors: Tensor) -> Iterator[None]:
-        """Hand the output layer only the K hidden states that predict a target: its input becomes (1, K, H).
+        """Give the output layer only the K hidden states that predict a target: its input becomes (1, K, H).
 
-        A vocabulary is wide, and most tokens of a row predict nothing that counts. A hook keeps whatever else the
+        A vocabulary is large, and most tokens of a row predict no target. A hook keeps whatever else the
         model does to its logits (scaling, soft caps, adapters).
         """
         head = self.llm.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""Encoders: a clip's samples or frames -> features, one vector per time step. Used by prepare, never in training.
+"""Encoders: a clip's waveform or frames -> features, one vector per time step. Used by prepare, never in training.
 
 `LogMel` and `Pixels` need no weights and are deterministic; the others wrap transformers models.
 """
@@ -35,30 +35,30 @@ class Encoder(Protocol):
 
 
 class AudioEncoder(Encoder, Protocol):
-    """An encoder of sound."""
+    """An audio encoder."""
 
     sample_rate: int
 
 
 class VideoEncoder(Encoder, Protocol):
-    """An encoder of frames."""
+    """A video encoder."""
 
     fps: float
 
 
 class LogMel:
-    """Sound (S,) -> log-mel spectrogram (T, num_mels): power per mel band in dB, as (dB + 40) / 20.
+    """Waveform (S,) -> log-mel spectrogram (T, num_mels): power per mel band in dB, as (dB + 40) / 20.
 
     The default window is 64 ms: its frequency resolution (15.6 Hz bins, a main lobe of about 60 Hz) separates the
-    harmonics of a voice from 80 Hz upwards, and 80 bands lie close enough (20 Hz apart at the low end) to show where
-    they are: two semitones of pitch move some band by 15 dB or more, with 40 bands, or with the 25 ms that are usual
-    for words, by 2 dB or less in low voices. The scale is fixed, not fitted to each clip, so
+    harmonics of a voice from 80 Hz upwards, and 80 bands are close enough (20 Hz apart at the low end) to resolve
+    them: two semitones of pitch change some band by 15 dB or more, with 40 bands, or with the 25 ms that are usual
+    for speech recognition, by 2 dB or less in low voices. The scale is fixed, not fitted to each clip, so
     level and pitch compare between clips: 0 dB is a sine of amplitude 1, and the floor is at -80 dB, which gives -2;
     speech lies about -1..1.
 
     Args:
         sample_rate: Hz.
-        n_fft: samples of the Hann window and of the transform.
+        n_fft: length of the Hann window and of the transform, in waveform values.
         hop_s: seconds from frame to frame. Frame t is centred at t * hop_s.
         num_mels: triangular bands, equally spaced in mel (HTK's formula), peak 1.
         min_hz: lower edge of the first band.
@@ -85,7 +85,9 @@ class LogMel:
         self.n_fft = n_fft
         self.hop = round(hop_s * sample_rate)
         if self.hop < 1:
-            raise MsencError(f"LogMel: hop_s {hop_s} is less than one sample at {sample_rate} Hz. Give a longer hop.")
+            raise MsencError(
+                f"LogMel: hop_s {hop_s} is shorter than one sampling period at {sample_rate} Hz. Give a longer hop."
+            )
         self.window = torch.hann_window(n_fft)
         self.bands = mel_bands(sample_rate, n_fft, num_mels, min_hz, max_hz or sample_rate / 2)
 
@@ -100,7 +102,7 @@ class LogMel:
             self.hop,
             window=self.window,
             center=True,
-            pad_mode="constant",  # a clip may be shorter than the window, which mirroring refuses
+            pad_mode="constant",  # a clip may be shorter than the window, which reflection padding does not allow
             return_complex=True,
         )
         spectrum = spectrum[:, : math.ceil(len(clip) / self.hop)]  # frames whose centre lies in the clip
@@ -117,7 +119,7 @@ def mel_bands(sample_rate: int, n_fft: int, num_mels: int, min_hz: float, max_hz
         Weights (n_fft // 2 + 1, num_mels), each band's peak 1.
 
     Raises:
-        MsencError: when the edges are out of order, or bins are too coarse, so that a band would hold none.
+        MsencError: the edges are out of order, or the bins are so coarse that a band would have none.
     """
     if not 0 <= min_hz < max_hz <= sample_rate / 2:
         raise MsencError(
@@ -134,25 +136,25 @@ def mel_bands(sample_rate: int, n_fft: int, num_mels: int, min_hz: float, max_hz
     num_empty = int((bands.sum(0) == 0).sum())
     if num_empty:
         raise MsencError(
-            f"LogMel: {num_empty} of {num_mels} bands hold no bin of a transform of {n_fft} samples at {sample_rate}"
+            f"LogMel: {num_empty} of {num_mels} bands contain no bin of a transform of length {n_fft} at {sample_rate}"
             " Hz. Give a longer n_fft or fewer num_mels."
         )
     return bands.float()
 
 
 class SpeechEncoder:
-    """Sound (S,) -> hidden states (T, D) of WavLM, wav2vec2 or HuBERT, 50 frames per second.
+    """Waveform (S,) -> hidden states (T, D) of WavLM, wav2vec2 or HuBERT, 50 frames per second.
 
-    Padding changes no feature: models that normalise over the whole clip in their first convolution (`group` norm,
-    as wav2vec2-base and HuBERT-base) see padding even through a mask, so only clips of equal length share a batch;
-    the others (`layer` norm, as WavLM-large) get clips of similar length, and a mask. Clips shorter than the
-    convolutions' field (25 ms) are padded to it with zeros.
+    Padding does not change features: models that normalise over the whole clip in their first convolution (`group`
+    norm, as wav2vec2-base and HuBERT-base) see padding even through a mask, so only clips of equal length share a
+    batch; the others (`layer` norm, as WavLM-large) get clips of similar length, and a mask. Clips shorter than the
+    convolutions' receptive field (25 ms) are zero-padded to it.
 
     Args:
         name_or_path: a folder or a hub id, with its feature extractor.
-        layer: 0 is what enters the first layer, k the output of layer k; negative numbers count from the last
-            layer, whose output is taken after the model's final norm, where it has one.
-        batch_s: seconds of sound in a batch, padding included; a longer clip goes alone.
+        layer: 0 is the input of the first layer, k the output of layer k; negative numbers count from the last
+            layer, whose output is taken after the model's final norm, if it has one.
+        batch_s: seconds of audio in a batch, including padding; a longer clip is encoded alone.
         device: where the model runs.
         dtype: float32, bfloat16 or float16.
     """
@@ -174,7 +176,7 @@ class SpeechEncoder:
             raise MsencError(
                 f"SpeechEncoder: {name_or_path!r} is a model of type {config.model_type!r}"
                 f"{' with an adapter' if hasattr(config, 'feat_extract_norm') else ''}. Expected WavLM, wav2vec2 or"
-                " HuBERT without adapter layers; Whisper has an encoder of its own (WhisperEncoder)."
+                " HuBERT without adapter layers; Whisper has its own encoder class (WhisperEncoder)."
             )
         self.extractor = load_pretrained(AutoFeatureExtractor, name_or_path)
         # WavLM's gated position bias has no sdpa kernel in transformers.
@@ -212,7 +214,7 @@ class SpeechEncoder:
         is_padded = len({len(sound) for sound in sounds}) > 1
         mask = inputs["attention_mask"] if is_padded else None
         with warnings.catch_warnings():
-            # WavLM hands torch a boolean mask beside its float position bias: deprecated, and right.
+            # WavLM passes torch a boolean mask with its float position bias: deprecated, but correct.
             warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
             output = self.model(values, attention_mask=mask, output_hidden_states=True)
         is_last = self.layer == self.model.config.num_hidden_layers
@@ -232,20 +234,20 @@ class SpeechEncoder:
 
 
 class WhisperEncoder:
-    """Sound (S,) -> hidden states (ceil(S / 320), D) of Whisper's encoder, 50 frames per second.
+    """Waveform (S,) -> hidden states (ceil(S / 320), D) of Whisper's encoder, 50 frames per second.
 
     Whisper was trained on windows of 30 s only, clips padded with silence. ``window="full"`` does the same and drops
     the frames of the padding: the features that Whisper's decoder sees. ``window="short"`` runs the encoder on the
     clip's own frames (positions cut to its length): several times faster on short clips, but the frames no longer
-    attend to the silence, and their cosine with the full ones is about 0.95 on speech. A dataset is encoded in one way
-    throughout. Longer clips are encoded in windows of 30 s, one after the other.
+    attend to the silence, and their cosine with the full ones is about 0.95 on speech. Use one mode for a whole data
+    set. Longer clips are encoded in consecutive windows of 30 s.
 
     Args:
-        name_or_path: a folder or a hub id, with its feature extractor; the decoder is not kept.
-        layer: 0 is what enters the first layer, k the output of layer k; negative numbers count from the last
+        name_or_path: a folder or a hub id, with its feature extractor; the decoder is discarded.
+        layer: 0 is the input of the first layer, k the output of layer k; negative numbers count from the last
             layer, whose output is taken after the encoder's final norm.
         window: ``full`` or ``short``.
-        batch_s: seconds of sound in a batch, padding included.
+        batch_s: seconds of audio in a batch, including padding.
         device: where the model runs.
         dtype: float32, bfloat16 or float16.
     """
@@ -264,7 +266,7 @@ class WhisperEncoder:
         from transformers import AutoConfig, AutoFeatureExtractor, WhisperModel
 
         if window not in ("full", "short"):
-            raise MsencError(f"WhisperEncoder: window {window!r} is not known: expected full or short.")
+            raise MsencError(f"WhisperEncoder: window {window!r}: expected full or short.")
         config = load_pretrained(AutoConfig, name_or_path)
         if config.model_type != "whisper":
             raise MsencError(
@@ -323,7 +325,7 @@ class WhisperEncoder:
 
 
 class Pixels:
-    """Frames (T, height, width, 3) -> their brightness on a small grid (T, size * size), row by row.
+    """Frames (T, height, width, 3) -> brightness on a small grid (T, size * size), row by row.
 
     Each value is the mean brightness (Rec. 601 luma) of its cell's area, as (0..1 - 0.5) / 0.25. Frames that are
     not square are squeezed. No weights; deterministic.
@@ -454,7 +456,7 @@ def _layer_index(layer: int, num_layers: int, name: str) -> int:
     if not 0 <= index <= num_layers:
         raise MsencError(
             f"layer {layer} of {name!r} does not exist: it has {num_layers} layers, so expected"
-            f" {-num_layers - 1}..{num_layers} (0 is what enters the first)."
+            f" {-num_layers - 1}..{num_layers} (0 is the input of the first)."
         )
     return index
 
@@ -464,8 +466,8 @@ def _checked_sound(clip: np.ndarray, index: int, encoder: AudioEncoder) -> np.nd
     if not is_sound or not np.isfinite(clip).all():
         found = f"{clip.dtype} {clip.shape}" + (" with values that are not finite" if is_sound else "")
         raise MsencError(
-            f"{type(encoder).__name__}: clip {index} of the batch is {found}: expected mono sound, float32 (samples,),"
-            f" at {encoder.sample_rate} Hz, at least one sample. Decode it again, or leave the utterance's audio out."
+            f"{type(encoder).__name__}: clip {index} of the batch is {found}: expected a mono waveform, float32 (S,),"
+            f" at {encoder.sample_rate} Hz, not empty. Decode it again, or remove the utterance's audio."
         )
     return np.ascontiguousarray(clip, dtype=np.float32)
 
@@ -474,7 +476,7 @@ def _checked_frames(clip: np.ndarray, index: int, encoder: VideoEncoder) -> np.n
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.size == 0:
         raise MsencError(
             f"{type(encoder).__name__}: clip {index} of the batch is {clip.dtype} {clip.shape}: expected RGB frames,"
-            f" uint8 (frames, height, width, 3), at {encoder.fps} per second, at least one frame. Decode it again, or"
-            " leave the utterance's video out."
+            f" uint8 (frames, height, width, 3), at {encoder.fps} per second, not empty. Decode it again, or"
+            " remove the utterance's video."
         )
     return clip

@@ -1,4 +1,4 @@
-"""Replies in tokens: many are decoded at once, from histories that are encoded once. Decoding is transformers' own.
+"""Decodes many replies at once, from histories that are encoded once, by transformers' `generate`.
 
 Batch of trunks -> key-value cache -> one row of it per reply, cut at its history -> `generate` -> token ids
 """
@@ -30,8 +30,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from msenc.models.conversation import ConversationModel
 from msenc.types import Batch, MsencError
 
-# Processors are made here, not by `generate`: it would skip the first tokens of a left-padded row when it punishes
-# repetitions, complete missing settings by its own (top_k=50), and draw from one generator for all rows.
+# Processors are created here, not by `generate`: it would skip the first tokens of a left-padded row when penalizing
+# repetitions, fill in its own defaults (top_k=50), and draw from one generator for all rows.
 PENALTIES = {
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
     "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
@@ -43,24 +43,24 @@ WARPERS = {
     "min_p": MinPLogitsWarper,
     "typical_p": TypicalLogitsWarper,
 }
-"""What narrows the distribution before a token is drawn, in the order in which transformers applies it."""
+"""Settings that narrow the distribution before a token is drawn, in the order in which transformers applies them."""
 COUNTS = ("no_repeat_ngram_size", "top_k")
 """Those that take a whole number, 0 for none."""
 SEARCH = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping")
 DECODING_KEYS = ("batch_size", "do_sample", *SEARCH, *PENALTIES, *WARPERS)
-"""The settings of transformers' GenerationConfig that give a reply the same whatever else is in its batch."""
+"""Settings of transformers' GenerationConfig with which a reply does not depend on the rest of its batch."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One reply to write.
+    """A reply to generate.
 
     Args:
         dialogue: the dialogue's id; it seeds the reply's draws together with `turn` and `alternative`.
-        turn: the turn to write.
+        turn: the turn to generate.
         alternative: number of the reply among those to the same history.
-        row: the batch's row that holds its history.
-        cut: how many of the row's tokens it sees: instruction and turns.
+        row: the batch's row with its history.
+        cut: number of the row's tokens that it sees: instruction and turns.
         response: tokens that ask for the reply; they follow the history.
     """
 
@@ -74,12 +74,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How replies are written; `read_decoding` makes one.
+    """Decoding settings, from `read_decoding`.
 
     Args:
-        search: what `generate` itself decides: lengths, beams, end token.
-        processors: what changes the scores of the next token, in order.
-        is_sampled: draw from the changed distribution; else take the best.
+        search: handled by `generate` itself: lengths, beams, end token.
+        processors: change the scores of the next token, in order.
+        is_sampled: draw from the resulting distribution; else take the most likely token.
         batch_size: replies decoded at once.
         seed: of the draws.
     """
@@ -97,7 +97,7 @@ def read_decoding(settings: Mapping[str, Any], end_id: int, pad_id: int, seed: i
     Args:
         settings: keys of `DECODING_KEYS`.
         end_id: the token that ends a reply.
-        pad_id: any token; it fills what lies behind a reply's end.
+        pad_id: any token; fills the positions after a reply's end.
         seed: of the draws.
 
     Raises:
@@ -115,7 +115,7 @@ def read_decoding(settings: Mapping[str, Any], end_id: int, pad_id: int, seed: i
     idle = [key for key in WARPERS if key in given and not is_sampled]
     if idle:
         raise MsencError(
-            f"decoding.{idle[0]}={given[idle[0]]} changes nothing where do_sample is false. Set do_sample=true, or "
+            f"decoding.{idle[0]}={given[idle[0]]} has no effect if do_sample is false. Set do_sample=true, or "
             f"{idle[0]}=null."
         )
     processors = []
@@ -141,11 +141,11 @@ def read_decoding(settings: Mapping[str, Any], end_id: int, pad_id: int, seed: i
 def write_from_trunks(
     model: ConversationModel, batch: Batch, wanted: Sequence[Wanted], decoding: Decoding
 ) -> list[list[int]]:
-    """Write replies to histories of which many share a row: each row passes the LLM once.
+    """Generate replies to histories, many of which share a row; each row passes through the LLM once.
 
     Args:
         model: in eval mode.
-        batch: right-padded rows that begin with a trunk; what follows a row's longest history is not used.
+        batch: right-padded rows that start with a trunk; tokens after a row's longest history are not used.
         wanted: the replies, in any order.
         decoding: how.
 
@@ -177,18 +177,18 @@ def _continue(model: ConversationModel, cache: Cache, wanted: Sequence[Wanted], 
     num_seen = max(w.cut for w in wanted)  # P
     num_asked = max(len(w.response) for w in wanted)  # R
     rows = torch.tensor([w.row for w in wanted], device=device).repeat_interleave(decoding.search.num_beams or 1)
-    # Plain layers for all: `_check_cache` has seen that no window is exceeded.
+    # Plain cache layers throughout: `_check_cache` has verified that no window is exceeded.
     room = num_asked + decoding.search.max_new_tokens
     copies = Cache(layers=[_RoomyLayer(layer, rows, num_seen, room) for layer in cache.layers])
     cuts = torch.tensor([w.cut for w in wanted], device=device)
     starts = torch.tensor([num_asked - len(w.response) for w in wanted], device=device)
     index = torch.arange(num_seen + num_asked, device=device)
     # A gap lies between a history and its response prompt. Keys carry their positions, and `generate` counts those of
-    # new tokens over the mask, so that the gap moves nothing.
+    # new tokens over the mask, so the gap shifts nothing.
     mask = (index < cuts[:, None]) | (index >= num_seen + starts[:, None])  # (B, P+R)
     ids = torch.tensor([[0] * (num_asked - len(w.response)) + list(w.response) for w in wanted], device=device)
     # `generate` takes embeddings for cached tokens too, and drops them; by embeddings, because from ids it would count
-    # the response prompt as something that must not be repeated.
+    # the response prompt as text that must not be repeated.
     embeds = pad(embedding(ids), (0, 0, num_seen, 0))  # (B, P+R, H)
     return _generate(model, wanted, decoding, inputs_embeds=embeds, attention_mask=mask.long(), past_key_values=copies)
 
@@ -196,13 +196,13 @@ def _continue(model: ConversationModel, cache: Cache, wanted: Sequence[Wanted], 
 class _RoomyLayer(DynamicLayer):
     """A copy of some rows of a layer's keys and values, with room for all that will come.
 
-    DynamicLayer copies the whole past for every token that it appends: a quarter of the time of decoding, measured.
+    DynamicLayer copies the whole past for every appended token, which took a quarter of the decoding time.
 
     Args:
         layer: the trunks' keys and values, (B, heads, L, d).
         rows: the trunk of each reply.
         length: tokens of the trunks to copy.
-        room: tokens that will be appended at most.
+        room: maximum number of tokens to be appended.
     """
 
     def __init__(self, layer: DynamicLayer, rows: Tensor, length: int, room: int) -> None:
@@ -228,7 +228,7 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let rows go on from other rows, as beam search wants it."""
+        """Reorder rows, for beam search."""
         length = self.get_seq_length()
         for space in self.rooms:
             space[:, :, :length] = space[:, :, :length][beam_idx]
@@ -238,7 +238,7 @@ class _RoomyLayer(DynamicLayer):
 def write_from_rows(
     model: ConversationModel, batch: Batch, wanted: Sequence[Wanted], decoding: Decoding
 ) -> list[list[int]]:
-    """Write replies to histories that share nothing: the reference, and the way for any LLM.
+    """Generate replies to separate histories: the reference implementation, for any LLM.
 
     Args:
         model: in eval mode.
@@ -264,13 +264,13 @@ def _generate(model: ConversationModel, wanted: Sequence[Wanted], decoding: Deco
 
 
 def _ends(model: ConversationModel, decoding: Decoding) -> set[int]:
-    """The end token of training, and those that the LLM's own generation config names: chat models have several."""
+    """The end token of training, and those in the LLM's own generation config: chat models have several."""
     own = model.llm.generation_config.eos_token_id
     return {decoding.search.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
 
 
 def _uniforms(wanted: Sequence[Wanted], decoding: Decoding) -> np.ndarray:
-    """(B, max_new_tokens) numbers in [0, 1): a reply's own stream, so that no other reply shifts it."""
+    """(B, max_new_tokens) numbers in [0, 1): each reply has its own random stream, independent of other replies."""
     return np.stack(
         [
             np.random.default_rng([decoding.seed, w.turn, w.alternative, *w.dialogue.encode()]).random(
@@ -282,7 +282,7 @@ def _uniforms(wanted: Sequence[Wanted], decoding: Decoding) -> np.ndarray:
 
 
 class _Draw(LogitsProcessor):
-    """Leave one token that is drawn from the scores' distribution, so that greedy search takes it.
+    """Keep only one token, drawn from the scores' distribution, so that greedy search selects it.
 
     By inversion of the distribution function: one number per token. Gumbel noise would need one per token of the
     vocabulary.
@@ -300,12 +300,12 @@ class _Draw(LogitsProcessor):
 
 
 def _check_cache(cache: Any, length: int) -> None:
-    """Refuse what rows of a cache with a gap in them would get wrong."""
-    way_out = "model.layout=sample writes each reply from its own history."
+    """Refuse LLMs for which a cache with gaps would give wrong results."""
+    way_out = "model.layout=sample generates each reply from its own history."
     for layer in getattr(cache, "layers", [cache]):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise MsencError(
-                f"the LLM keeps its past as {type(layer).__name__}, which cannot be cut at a history; replies that "
+                f"the LLM's cache is a {type(layer).__name__}, which cannot be cut at a history; replies that "
                 f"share one need keys and values of every token. {way_out}"
             )
         if layer.is_sliding and length > layer.sliding_window:

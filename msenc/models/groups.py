@@ -1,9 +1,9 @@
-"""Parameter groups: what trains with a rate, a weight decay or a warm-up of its own.
+"""Parameter groups with their own learning rate, weight decay or warmup.
 
 `optimizer.groups` of a config -> groups of named parameters -> the optimizer's, and their gradients' norms
 
 A group is named for a part of the model (``llm``, ``connectors``, ``connector.audio``), or has a ``pattern`` that picks
-parameters by name. Parameters of no group train as the optimizer's own settings say.
+parameters by name. Parameters in no group use the optimizer's own settings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LLM, CONNECTORS, CONNECTOR = "llm", "connectors", "connector"
 REST = "all others"
 
 OWN_KEYS = ("pattern", "warmup")
-"""Settings of a group that are not the optimizer's."""
+"""Settings of a group that are not arguments of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class ParameterGroup:
     """Parameters that share their settings.
 
     Args:
-        name: as in the config; `REST` for what is in no group.
+        name: as in the config; `REST` for parameters in no group.
         parameters: by their names in `ConversationModel`.
-        settings: what differs from the optimizer's own; ``pattern`` and ``warmup`` among them.
+        settings: those that differ from the optimizer's own, including ``pattern`` and ``warmup``.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ParameterGroup:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def for_optimizer(self) -> dict[str, Any]:
-        """As torch's optimizers take it; a schedule finds the group's ``warmup`` in it."""
+        """In the form of torch's optimizers; schedules read the group's ``warmup`` from it."""
         own = {key: value for key, value in self.settings.items() if key != "pattern"}
         return {"params": list(self.parameters.values()), **({} if self.name == REST else {"name": self.name}), **own}
 
@@ -82,15 +82,15 @@ def part_of(parameter: str) -> str:
 
 
 def partition(parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mapping[str, Any]]) -> list[ParameterGroup]:
-    """Put each parameter into its group; what no group names comes first, as the optimizer's own.
+    """Assign each parameter to its group; parameters in no group come first, with the optimizer's own settings.
 
     Args:
-        parameters: what trains, by its name in `ConversationModel`; one that several parts share has one name.
+        parameters: trainable ones, by name in `ConversationModel`; a shared parameter has one name.
         groups: from `flatten_groups`.
 
     Returns:
-        What no group names, and the groups that hold something. A part may be absent, so that one set of groups serves
-        a whole sweep: connectors where a row has text alone, the LLM where a row freezes it.
+        The parameters in no group, and the nonempty groups. A part may be absent, so that one set of groups serves
+        a whole sweep: connectors in text-only runs, the LLM in runs that freeze it.
 
     Raises:
         MsencError: a pattern that matches nothing, or a parameter that two groups claim.
@@ -101,14 +101,14 @@ def partition(parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Mappi
         name, found = next(iter(twice.items()))
         raise MsencError(
             f"optimizer.groups: {len(twice)} parameters are in several groups, e.g. {name} in "
-            f"{' and '.join(found)}. Each may be in one: narrow a pattern, or leave a group out "
+            f"{' and '.join(found)}. Each may only be in one: narrow a pattern, or remove a group "
             f"(optimizer.groups.{found[0]}=null)."
         )
     for group, settings in groups.items():
         if "pattern" in settings and [group] not in claims.values():
             raise MsencError(
                 f"optimizer.groups.{group}: {_none_match(parameters, settings['pattern'])} "
-                f"Leave the group out, or let something of it train."
+                f"Remove the group, or make some of its parameters trainable."
             )
     whole = [(REST, [], {}), *((name, [name], settings) for name, settings in groups.items())]
     found = [
@@ -135,7 +135,7 @@ def _none_match(parameters: Iterable[str], pattern: str) -> str:
     of_each_part: dict[str, str] = {}
     for name in parameters:
         of_each_part.setdefault(part_of(name), name)
-    return f"no parameter that trains matches {pattern!r}. Names here are such as {', '.join(of_each_part.values())}."
+    return f"no trainable parameter matches {pattern!r}. Examples of names: {', '.join(of_each_part.values())}."
 
 
 def describe_groups(
@@ -143,16 +143,16 @@ def describe_groups(
     optimizer: Callable[[Any], Optimizer],
     scheduler: Callable[..., Any] | None,
 ) -> list[dict[str, Any]]:
-    """What each group trains with, for tables and ``run.json``.
+    """The settings of each group, for tables and ``run.json``.
 
     Args:
         groups: from `partition`.
-        optimizer: parameters -> optimizer; one is made, to see what it makes of the groups, and dropped.
+        optimizer: parameters -> optimizer; one is built to read its resolved settings, and discarded.
         scheduler: that of the run; its ``warmup`` holds for groups that have none.
 
     Returns:
         Per group ``name``, ``tensors``, ``parameters``, ``lr``, ``weight_decay``, ``warmup`` (share of all steps; None
-        where there is none), and what else the group sets.
+        if there is none), and the group's other settings.
     """
     if not groups:
         return []
@@ -174,7 +174,7 @@ def describe_groups(
 
 
 def gradient_norms(groups: Sequence[ParameterGroup]) -> dict[str, Tensor]:
-    """Norm of the gradient of each part of the model, and of each group that a pattern picks.
+    """Gradient norm of each part of the model, and of each group with a pattern.
 
     Returns:
         ``llm``, ``connector.audio`` ..., without what a pattern takes out; the pattern's group by its own name. Parts

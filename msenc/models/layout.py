@@ -1,10 +1,10 @@
-"""How an LLM is run over a batch, and which LLMs can be run over packed rows: found out on a small copy of theirs.
+"""Runs an LLM over a batch, and tests on a small copy which LLMs can run over packed rows.
 
 LLM, embeddings, Batch -> logits; LLM -> the lengths up to which a packed row gives what single samples give
 
-Whether a family's attention takes a mask, reads position ids, and looks no further than it is shown is nothing that
-its name or config tells for all of transformers. So a copy of the LLM that is small (a few layers and heads, random
-weights) computes packed rows and their samples one by one, and has to give the same.
+Names and configs in transformers do not tell whether a family's attention follows a mask, reads position ids, and
+attends to nothing else. So a small copy of the LLM (a few layers and heads, random
+weights) computes packed rows and their samples one by one, and the results have to agree.
 """
 
 import copy
@@ -34,7 +34,7 @@ TOLERANCE = 1e-3
 """Relative: float32 gives 1e-6, a wrong mask or position 1e-1."""
 
 LARGEST = 250_000_000
-"""Parameters of a copy that is still built."""
+"""Maximum number of parameters of a copy."""
 
 LIMITS = re.compile(r"window(?!_layers)|chunk_size|local_attention$|index_topk|max_position_embeddings|n_positions")
 """Config keys of lengths that a layer looks back, or that positions reach."""
@@ -45,7 +45,7 @@ PERIODS = re.compile(r"interval|period|pattern|offset|freq|every|first_k")
 
 
 def reads_positions(llm: nn.Module) -> bool:
-    """Whether an LLM takes position ids; one without counts a row's tokens itself."""
+    """Whether an LLM accepts position ids; otherwise it counts a row's tokens itself."""
     return "position_ids" in inspect.signature(_without_adapters(llm).forward).parameters
 
 
@@ -59,7 +59,7 @@ def attend_by_layout(llm: nn.Module, embeds: Tensor, batch: Batch, kernel: str) 
     """Logits of packed rows (1, L, V).
 
     Args:
-        llm: of which `check_layout` has been heard.
+        llm: one that has passed `check_layout`.
         embeds: (1, L, H).
         batch: packed.
         kernel: one of `attention.KERNELS`.
@@ -77,18 +77,17 @@ def attend_by_layout(llm: nn.Module, embeds: Tensor, batch: Batch, kernel: str) 
     except TypeError as e:
         if "layout" not in str(e):
             raise
-        layout.calls, logits = 0, None  # an LLM that hands no keywords on
+        layout.calls, logits = 0, None  # for an LLM that does not pass keywords on
     num_layers = llm.config.num_hidden_layers
     if layout.calls < num_layers:
         raise MsencError(
-            f"{_family(llm)}: only {layout.calls} of {num_layers} layers attend by the dialogue layout's mask. "
-            f"{WAY_OUT}"
+            f"{_family(llm)}: only {layout.calls} of {num_layers} layers follow the dialogue layout's mask. {WAY_OUT}"
         )
     return logits
 
 
 def check_layout(llm: nn.Module) -> tuple[str, dict[str, int]]:
-    """Find out by which kernel packed rows give what single samples give.
+    """Find the kernel with which packed rows give the same results as single samples.
 
     Args:
         llm: as `load_llm` gives it. Its weights are read only where no small copy of it can be made.
@@ -102,7 +101,7 @@ def check_layout(llm: nn.Module) -> tuple[str, dict[str, int]]:
     """
     base = _without_adapters(llm)
     if not reads_positions(llm):
-        raise MsencError(f"{_family(llm)} takes no position ids, which the dialogue layout needs. {WAY_OUT}")
+        raise MsencError(f"{_family(llm)} accepts no position ids, which the dialogue layout needs. {WAY_OUT}")
     # On a CPU, where flex_attention would be compiled for each length; the mask is the same.
     asked = llm.attention_kernel
     tried = {"auto": ("split", "dense"), "flex_attention": ("dense",)}.get(asked, (asked,))
@@ -121,7 +120,7 @@ def check_layout(llm: nn.Module) -> tuple[str, dict[str, int]]:
 
 @dataclass(frozen=True)
 class _Keyed:
-    """A config that is known by what it says."""
+    """A config that is hashed by its content."""
 
     content: str
     config: Any = field(compare=False)
@@ -164,7 +163,7 @@ def _choose(keyed: _Keyed) -> str:
         whole, part = (_logits_alone(own.llm, line[:, :n]) for n in (SPAN, SPAN - 4))
         if not _distance(whole[:-4], part) < TOLERANCE:
             raise MsencError(
-                f"{_family(own.llm)}: its tokens see those that come after them, so it cannot learn to write replies. "
+                f"{_family(own.llm)}: its tokens attend to later tokens, so it cannot learn to generate replies. "
                 "Choose a causal language model."
             )
         with suppress(Exception):  # whatever it says of an attention that it does not know, or of what ours lacks
@@ -187,7 +186,7 @@ class _Small:
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """Draws from no generator of the run, and says nothing."""
+    """Leaves the run's random generators alone, and prints nothing."""
     with torch.random.fork_rng(devices=[]), quiet(hide_bars=True), torch.no_grad(), torch.device("cpu"):
         torch.manual_seed(0)
         yield
@@ -214,12 +213,12 @@ def _compare(llm: nn.Module, kernel: str) -> None:
         raise
     except Exception as e:  # a model of any family, given a mask that it may never have been given
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise MsencError(f"{family} does not take the mask of the dialogue layout ({reason}). {WAY_OUT}") from e
+        raise MsencError(f"{family} does not accept the mask of the dialogue layout ({reason}). {WAY_OUT}") from e
     # A copy is in float32. What rounding makes of layers of a narrower type is still far from a wrong mask.
     if not apart < max(TOLERANCE, 8 * torch.finfo(llm.dtype).eps):
         raise MsencError(
-            f"{family} does not attend by the dialogue layout alone: what it computes of packed samples is off by a "
-            f"relative {apart:.1g}. {WAY_OUT}"
+            f"{family} does not follow the dialogue layout: its results for packed samples have a relative "
+            f"error of {apart:.1g}. {WAY_OUT}"
         )
 
 
@@ -287,7 +286,7 @@ def _packed(llm: nn.Module, kernel: str) -> Tensor:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Norm of the difference, relative to the second."""
+    """Norm of the difference, relative to the second argument."""
     return ((one - other).float().norm() / other.float().norm()).item()
 
 

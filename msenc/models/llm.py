@@ -1,4 +1,4 @@
-"""Load the LLM: any causal LM of transformers by id or folder, frozen, with LoRA, or trained whole.
+"""Loads the LLM: any causal LM of transformers by hub id or folder, frozen, with LoRA, or trained in full.
 
 name or folder -> PreTrainedModel or PeftModel; its tokenizer
 """
@@ -21,10 +21,10 @@ from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")
-"""What the feed-forward blocks are called in the families of transformers."""
+"""Names of the feed-forward blocks in the families of transformers."""
 
 FINGERPRINT_VALUES = 256
-"""Values of each tensor that enter a fingerprint, evenly spread."""
+"""Number of evenly spaced values of each tensor that enter a fingerprint."""
 
 LORA_SETTINGS = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"),
@@ -64,21 +64,22 @@ def load_llm(
     round_to: str | None = None,
     empty: bool = False,
 ) -> nn.Module:
-    """The LLM, with what trains in it decided.
+    """Load the LLM and set which parameters train.
 
     Args:
         name_or_path: hub id, or folder written by ``save_pretrained``.
         freeze: no parameter of the LLM trains, LoRA included (no adapter is added).
-        lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the whole LLM.
-        dropout: share of what each feed-forward block adds to a token that is zeroed in training, the rest scaled up to
-            match. It is there that an LLM that trains as a whole learns by heart. (LoRA has its own, ``lora_dropout``.)
+        lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the LLM in
+            full.
+        dropout: share of each feed-forward block's output that is zeroed in training, with the rest scaled up to
+            match. These blocks memorize when an LLM trains in full. (LoRA has its own, ``lora_dropout``.)
         dtype: of the base weights; LoRA's stay float32, and compute in this type (`compute_lora_in_base_type`).
         attn_implementation: kernel of `attention.KERNELS` for packed rows (plain SDPA elsewhere), or ``eager``: the
             LLM's own attention, which ``auto`` takes where the others would not compute the same.
-        gradient_checkpointing: trade time for memory: activations are computed again in the backward pass.
+        gradient_checkpointing: trade time for memory: recompute activations in the backward pass.
         round_to: narrower type whose values the base weights take, to compute in `dtype` what a model of that type was
             trained to be; None leaves them as they are.
-        empty: shapes alone: the config is read and no weight; all tensors are on the meta device.
+        empty: only shapes: the config is read but no weights; all tensors are on the meta device.
 
     Returns:
         A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`), ``attention_kernel``.
@@ -102,7 +103,7 @@ def load_llm(
     if fitting == "eager" and not is_eager:
         raise MsencError(
             f"model.llm.attn_implementation={attn_implementation}: {name_or_path} ({config.model_type}) has an "
-            "attention of its own, which only eager computes. Use eager, or auto."
+            "its own attention, which only eager computes. Use eager, or auto."
         )
     options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else NAME}
     if empty:
@@ -153,18 +154,19 @@ def _dropped_out(share: float, block: nn.Module, _: Any, added: Any) -> Any:
 
 
 def check_lora(lora: Mapping[str, Any]) -> None:
-    """Refuse what PEFT would take, and what would not come back from a checkpoint or an export.
+    """Refuse settings of PEFT that would not survive a checkpoint or an export.
 
     Raises:
-        MsencError: it names the key.
+        MsencError: names the key.
     """
     from peft import LoraConfig
 
     start = lora.get("init_lora_weights", True)
     if start not in LORA_STARTS:
         raise MsencError(
-            f"model.llm.lora.init_lora_weights={start}: such adapters begin with a change of the base weights, or with "
-            f"data, which neither checkpoint nor export would keep. Take one of {', '.join(map(str, LORA_STARTS))}."
+            f"model.llm.lora.init_lora_weights={start}: such adapters change the base weights at the start, or need "
+            "data, and neither checkpoints nor exports would keep that. Take one of "
+            f"{', '.join(map(str, LORA_STARTS))}."
         )
     defaults = {f.name: f.default for f in fields(LoraConfig)}
     for key, value in lora.items():
@@ -172,8 +174,8 @@ def check_lora(lora: Mapping[str, Any]) -> None:
             raise MsencError(f"model.llm.lora.{key}: no such setting. Expected some of {', '.join(LORA_SETTINGS)}.")
         if key not in LORA_SETTINGS and value not in (None, defaults[key]):
             raise MsencError(
-                f"model.llm.lora.{key}={value}: not taken, as what is trained with it would not be exported or resumed "
-                f"as it was. Leave it out; taken are {', '.join(LORA_SETTINGS)}."
+                f"model.llm.lora.{key}={value}: not supported, as the result could not be exported or resumed "
+                f"exactly. Remove it; supported are {', '.join(LORA_SETTINGS)}."
             )
 
 
@@ -205,7 +207,8 @@ def with_adapter(llm: nn.Module, folder: Path) -> nn.Module:
     for key in sorted(stored.keys() - set(LORA_SETTINGS) - set(ADAPTER_FACTS)):
         if stored[key] not in (None, False, usual.get(key)):
             raise MsencError(
-                f"{folder / 'adapter_config.json'}: {key}={stored[key]!r}: msenc makes no such adapter, and loads none."
+                f"{folder / 'adapter_config.json'}: {key}={stored[key]!r}: msenc neither writes nor loads such "
+                "adapters."
             )
     if not (folder / "adapter_model.safetensors").is_file():
         raise MsencError(f"{folder}: no adapter_model.safetensors. Expected an adapter that PEFT wrote as safetensors.")
@@ -230,12 +233,12 @@ class _InputTypeLinear(nn.Linear):
 
 
 def compute_lora_in_base_type(llm: nn.Module) -> None:
-    """Let LoRA's two products run in the type of the layers that they adapt, while its weights stay as they are.
+    """Compute LoRA's two products in the type of the adapted layers, without changing its weights.
 
     PEFT keeps the adapters of a bfloat16 LLM in float32, which small steps need, and casts the activations to it: with
     all linear layers adapted, these products take as long as the LLM's own. Names, weights and what is saved do not
-    change, and nothing changes for a float32 LLM. Adapters that are no plain product (DoRA and the like) compute as
-    PEFT does it.
+    change, and nothing changes for a float32 LLM. Adapters other than plain products (DoRA and the like) compute as
+    in PEFT.
 
     Args:
         llm: with adapters of PEFT, changed in place.
@@ -252,8 +255,8 @@ def compute_lora_in_base_type(llm: nn.Module) -> None:
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's weights: names, shapes, types, and an even sample of every tensor's values.
 
-    It tells base weights apart (another model, another pre-training of the same model) in milliseconds, wherever
-    they were loaded from. It is no protection against tampering.
+    It distinguishes base weights (another model, another pre-training of the same model) in milliseconds, wherever
+    they were loaded from. It does not protect against tampering.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

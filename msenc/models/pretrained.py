@@ -1,4 +1,4 @@
-"""Loads what `save_pretrained` wrote, from a folder or a hub: the one place where that can fail, and says how.
+"""Loads models written by `save_pretrained` from a folder or hub, with clear errors.
 
 Used by the encoders, the connectors and the LLM.
 """
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def to_dtype(name: str) -> torch.dtype:
-    """The torch type of a config's word for it.
+    """The torch type of that name.
 
     Raises:
         MsencError: for any other word.
@@ -28,16 +28,16 @@ def to_dtype(name: str) -> torch.dtype:
         torch.bfloat16
     """
     if name not in DTYPES:
-        raise MsencError(f"dtype {name!r} is not known: expected one of {', '.join(DTYPES)}.")
+        raise MsencError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
 def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = (), **kwargs: Any) -> Any:
-    """Call ``cls.from_pretrained`` and turn its failures into a refusal that says what to do.
+    """Call ``cls.from_pretrained`` and turn its failures into errors that say what to do.
 
     A model whose checkpoint lacks a tensor is refused too: transformers would fill it with random numbers and
     only log that. No code of a folder is run (transformers would ask on the terminal), nothing that is pickled is
-    executed, and a name is no address.
+    executed, and a name is never a URL.
 
     Args:
         cls: a transformers class with `from_pretrained`: config, tokenizer, processor or model, Auto or not.
@@ -52,7 +52,7 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
         MsencError: with the name, what was tried, what was expected and what to do.
     """
     if "://" in str(name_or_path):
-        raise MsencError(f"{cls.__name__}: {name_or_path!r} is an address. Expected a folder, or a hub id.")
+        raise MsencError(f"{cls.__name__}: {name_or_path!r} is a URL. Expected a folder or a hub id.")
     folder = Path(name_or_path).expanduser()
     name = str(folder) if folder.is_dir() else str(name_or_path)
     is_model = _is_model(cls)
@@ -62,7 +62,7 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
         # A download of gigabytes shows its progress; reading a folder needs none.
         with quiet(hide_bars=folder.is_dir()):
             loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # transformers raises a dozen types for a folder that is none of its own
+    except Exception as error:  # transformers raises many types of errors for folders in other formats
         raise load_error(cls.__name__, name_or_path, _reason(error)) from error
     if not is_model:
         return loaded
@@ -74,40 +74,40 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
 
 
 def _reason(error: Exception) -> Exception | str:
-    """What stopped a load; without the advice to run what is not trusted."""
+    """Why loading failed; without advice to run untrusted code."""
     if "trust_remote_code" in str(error):
-        return "it wants code of its own to be run (auto_map in its config), which msenc never does"
+        return "it requires running its own code (auto_map in its config), which msenc never does"
     held = re.search(r"GLOBAL (\S+)", str(error))
     if held:
-        return f"it holds {held[1]}, which is no tensor"
-    # The text of these recommends to load a file with all that it would execute.
+        return f"it contains {held[1]}, which is not a tensor"
+    # These messages recommend loading the file with everything it would execute.
     return str(error).partition("\n")[0] if isinstance(error, pickle.UnpicklingError) else error
 
 
 def load_torch_file(path: Path, mmap: bool = True) -> Any:
-    """What ``torch.save`` wrote; nothing that is pickled is executed.
+    """Read a file written by ``torch.save``, without executing anything that is pickled.
 
     Args:
         path: of the file.
         mmap: let tensors stay on disk until they are used.
 
     Raises:
-        ValueError: the file is no such, or holds anything but tensors and plain containers.
+        ValueError: not such a file, or it contains anything but tensors and plain containers.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises a dozen types for a file that is none of its own
+    except Exception as error:  # torch raises many types of errors for files in other formats
         found = str(_reason(error)).partition("\n")[0]
         raise ValueError(f"{path.name} cannot be read as tensors in plain containers: {found}") from error
 
 
 def load_error(what: str, name_or_path: str, reason: Exception | str) -> MsencError:
-    """The refusal for a model that cannot be loaded.
+    """The error for a model that cannot be loaded.
 
     Args:
         what: what was to be loaded.
         name_or_path: where from.
-        reason: the error that stopped it, or a clause that tells it.
+        reason: the exception, or a clause that describes it.
     """
     text = str(reason).strip() or type(reason).__name__
     is_folder = Path(name_or_path).expanduser().is_dir()
@@ -142,7 +142,7 @@ def _is_model(cls: type) -> bool:
 
 @contextmanager
 def quiet(hide_bars: bool) -> Iterator[None]:
-    """Hold back transformers' warnings (what matters in them is checked here) and, if asked, its bars."""
+    """Suppress transformers' warnings (those that matter are checked here) and, optionally, its progress bars."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Sound -> words, by Whisper: fills in what a turn says, transcribes recordings, and checks synthetic speech."""
+"""Speech recognition by Whisper: transcribes turns without text, recordings, and synthesized replies."""
 
 import re
 import zlib
@@ -12,11 +12,11 @@ from msenc.models.pretrained import load_pretrained, quiet, to_dtype
 from msenc.types import MsencError
 
 NO_WORDS = re.compile(r"[\[(].*[\])]")
-"""What Whisper writes where it hears no speech: [BLANK_AUDIO], (music)."""
+"""Whisper's output for audio without speech: [BLANK_AUDIO], (music)."""
 
 
 class Passage(NamedTuple):
-    """Words, and when they are spoken, in seconds from the beginning of the sound."""
+    """Words, and when they are spoken, in seconds from the start of the audio."""
 
     start_s: float
     end_s: float
@@ -24,11 +24,11 @@ class Passage(NamedTuple):
 
 
 class Recogniser:
-    """Sound (S,) -> passages, as Whisper cuts it.
+    """Audio (S,) -> passages, as segmented by Whisper.
 
     Args:
         name_or_path: a Whisper with its tokenizer and feature extractor; hub id or folder.
-        language: code as ``en``, for a multilingual Whisper; None lets it decide for each sound.
+        language: code as ``en``, for a multilingual Whisper; None detects it for each clip.
         device: where the model runs.
         dtype: float32, bfloat16 or float16.
     """
@@ -41,7 +41,8 @@ class Recogniser:
         config = load_pretrained(AutoConfig, name_or_path)
         if config.model_type != "whisper":
             raise MsencError(
-                f"{name_or_path}: a model of type {config.model_type!r} recognises no speech here. Expected a Whisper."
+                f"{name_or_path}: a model of type {config.model_type!r} cannot recognise speech. Expected a Whisper "
+                "model."
             )
         self.processor = load_pretrained(WhisperProcessor, name_or_path)
         self.model = load_pretrained(WhisperForConditionalGeneration, name_or_path, dtype=to_dtype(dtype))
@@ -52,27 +53,27 @@ class Recogniser:
 
     @torch.inference_mode()
     def __call__(self, sound: np.ndarray) -> list[Passage]:
-        """Transcribe a sound of any length.
+        """Transcribe audio of any length.
 
         Args:
             sound: float32 (S,) at `sample_rate`.
 
         Returns:
-            In the order of time; empty where no words were found.
+            In temporal order; empty if no words were found.
         """
         return self._recognise([sound])[0]
 
     @torch.inference_mode()
     def texts(self, sounds: Sequence[np.ndarray], batch_size: int = 8) -> list[str]:
-        """What is said in each of several sounds of at most 30 s, in one line each; several are recognised at once.
+        """Transcribe several clips of at most 30 s, batched; returns one line each.
 
         Args:
             sounds: float32 (S,) each, at `sample_rate`.
-            batch_size: sounds at once.
+            batch_size: clips per batch.
         """
         batches = [sounds[i : i + batch_size] for i in range(0, len(sounds), batch_size)]
         texts = [_joined(passages) for batch in batches for passages in self._recognise(batch)]
-        # Whisper falls into loops now and then. Its own way out draws by chance, this one does not.
+        # Whisper occasionally repeats itself in loops. Its own remedy is random, this one is not.
         return [
             _joined(self._recognise([sound], no_repeat_ngram_size=3)[0]) if _is_loop(text) else text
             for sound, text in zip(sounds, texts, strict=True)
@@ -88,7 +89,7 @@ class Recogniser:
             padding="longest" if is_long else "max_length",
             return_attention_mask=True,
         ).to(self.model.device)
-        with quiet(hide_bars=True):  # Whisper's own settings reach `generate` by a way that it warns of
+        with quiet(hide_bars=True):  # Whisper's own settings reach `generate` in a way that triggers a warning
             found = self.model.generate(
                 inputs.input_features.to(self.model.dtype),
                 attention_mask=inputs.attention_mask,
@@ -106,7 +107,7 @@ class Recogniser:
         return Passage(float(segment["start"]), float(segment["end"]), text)
 
     def text(self, sound: np.ndarray) -> str:
-        """What is said, in one line."""
+        """The transcript, in one line."""
         return _joined(self(sound))
 
 
@@ -115,6 +116,6 @@ def _joined(passages: Sequence[Passage]) -> str:
 
 
 def _is_loop(text: str) -> bool:
-    """Whether a text repeats itself as no speech does; the measure and its bound are Whisper's (arXiv 2212.04356)."""
+    """Whether a text repeats itself unnaturally, by Whisper's measure and threshold (arXiv 2212.04356)."""
     data = text.encode()
     return len(data) > 2.4 * len(zlib.compress(data))

@@ -1,4 +1,4 @@
-"""What train.py does with dry_run=true: the jobs of a sweep, what is done of them, and what the rest would take."""
+"""train.py dry_run=true: lists the jobs of a sweep, their states, and the expected cost of the rest."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -32,13 +32,13 @@ from msenc.work.console import console, quieten
 
 @dataclass
 class Expectation:
-    """What is known of a job before it runs.
+    """What is known about a job before it runs.
 
     Args:
-        state: ``finished``, ``failed`` ..., as the run says that the job would continue; ``new`` without one.
-        seconds: that it is going to take; None if unknown.
-        source: of the seconds.
-        peak_bytes: predicted; None where nothing trains, or unknown.
+        state: ``finished``, ``failed`` ..., from the run that the job would continue; ``new`` without one.
+        seconds: expected time; None if unknown.
+        source: of that estimate.
+        peak_bytes: predicted; None if nothing trains, or unknown.
         problem: why something is unknown.
     """
 
@@ -50,17 +50,17 @@ class Expectation:
 
 
 def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[str]) -> list[Expectation]:
-    """Print a table of a sweep's jobs; nothing is prepared, trained or written.
+    """Print a table of a sweep's jobs, without preparing, training or writing anything.
 
     Args:
-        config: that all jobs start from.
+        config: common to all jobs.
         jobs: the overrides of each.
-        axes: keys that are varied.
+        axes: the varied keys.
     """
     quieten()
     known = _Known(config)
-    rows = [known.expect(job) for job in track(jobs, "looking at each job", transient=True, console=console)]
-    table = Table(title=f"{len(jobs)} jobs; none was started")
+    rows = [known.expect(job) for job in track(jobs, "checking each job", transient=True, console=console)]
+    table = Table(title=f"{len(jobs)} jobs; none started")
     for column, justify in (
         ("job", "right"),
         ("varies", "left"),
@@ -83,7 +83,7 @@ def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[
     if peaks:
         console.print(
             f"Memory: the predicted peak of a training step, at most {max(peaks) / 2**20:,.0f} MiB; Python and its "
-            "libraries come on top (0.4 GiB), and what the allocator does not give back (plan=true says more).",
+            "libraries (0.4 GiB) and memory that the allocator holds come on top (see plan=true).",
             soft_wrap=True,
         )
     return rows
@@ -116,7 +116,7 @@ def _compose(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
 
 
 class _Known:
-    """What earlier runs and the configs tell of jobs; what jobs share is looked up once."""
+    """Estimates from earlier runs and the configs; whatever jobs share is looked up once."""
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
@@ -132,7 +132,7 @@ class _Known:
         llm, recipe = config["model"]["llm"]["name_or_path"], config["model"]["llm_recipe"]
         try:
             if recipe is not None and recipe["folder"] == llm and not Path(llm).is_dir():
-                raise MsencError(f"{llm}: this LLM is not there yet; prepare.py makes it, and so does the first job.")
+                raise MsencError(f"{llm}: this LLM does not exist yet; prepare.py or the first job will create it.")
             if llm in self._absent:
                 raise MsencError(self._absent[llm])
             datamodule = build_datamodule(config, command)
@@ -153,13 +153,13 @@ class _Known:
         except MsencError as e:
             row.problem = str(e)
             if "cannot load" in row.problem:
-                self._absent[llm] = row.problem  # asking a hub that does not answer takes most of a minute
+                self._absent[llm] = row.problem  # waiting for a hub that does not answer takes most of a minute
         return row
 
     def _seconds(
         self, cfg: DictConfig, data: dict, config: dict, datamodule: DialogueDataModule
     ) -> tuple[float | None, str]:
-        """From runs of another seed, or else of another length; on this kind of machine, and on this data."""
+        """From runs with another seed, or else of another length, on this kind of machine and this data."""
         alike = [
             (folder, facts)
             for folder, facts in self.finished
@@ -167,13 +167,13 @@ class _Known:
         ]
         same = [facts for folder, facts in alike if _settings_of(folder) == _without_seed(cfg)]
         if same:
-            return mean(f["seconds"] for f in same), f"mean of {len(same)} finished runs that differ in the seed alone"
+            return mean(f["seconds"] for f in same), f"mean of {len(same)} finished runs that differ only in the seed"
         other = [facts for folder, facts in alike if _settings_of(folder, True) == _without_seed(cfg, True)]
         rates = [facts["seconds"] / facts["steps"] for facts in other if facts.get("steps")]
         steps = count_batches(datamodule, config["trainer"])["steps"]
         if rates and steps:
-            return mean(rates) * steps, f"by the step, from {len(rates)} finished runs that differ in seed and length"
-        return None, "unknown: no finished run here with these settings, whatever its seed and length"
+            return mean(rates) * steps, f"per step, from {len(rates)} finished runs that differ in seed and length"
+        return None, "unknown: no finished run with these settings, of any seed and length"
 
     def _peak(self, cfg: DictConfig, data: dict, config: dict, datamodule: DialogueDataModule) -> int | None:
         key = digest([_without_seed(cfg), data])

@@ -1,4 +1,4 @@
-"""What evaluate.py does: runs and a split -> metrics and predictions."""
+"""evaluate.py: runs and a split -> metrics and predictions."""
 
 import math
 import os
@@ -41,19 +41,19 @@ from msenc.work.console import console, quieten, shown
 from msenc.work.threads import settle_threads
 
 IN_TABLE_OF_RUNS = ("nll", "token_accuracy", "bleu_4", "rouge_l", "description/accuracy")
-"""Metrics that the table of several runs shows."""
+"""Metrics shown in the table of several runs."""
 
 
 def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Measure runs on a split; the own config of each says which model and data.
+    """Evaluate runs on a split; each run's own config determines its model and data.
 
-    Of several runs, one that fails stops none of the others: failures are named at the end, with exit status 1.
+    A run that fails does not stop the others: failures are named at the end, with exit status 1.
     """
     config = checked(cfg, GIVEN)
     given = [cfg.run_dir] if isinstance(cfg.run_dir, str) else list(cfg.run_dir)
     folders, left_out = find_runs(given)
     for folder, status in left_out:
-        console.print(f"Not evaluated, as it is not finished ({status}): {shown(folder)}", soft_wrap=True)
+        console.print(f"Not evaluated, since it has not finished ({status}): {shown(folder)}", soft_wrap=True)
     options = EvaluateConfig(**config)
     measured: dict[Path, dict[str, Any]] = {}
     failed: dict[Path, Exception] = {}
@@ -79,15 +79,15 @@ def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """Folders -> the runs to evaluate: a run's folder stands for itself, any other for the finished runs below it.
+    """Folders -> the runs to evaluate: a run's folder stands for itself, any other for the finished runs under it.
 
-    A sweep's folder stands for the runs of its jobs, wherever they lie.
+    A sweep's folder stands for the runs of its jobs, wherever they are.
 
     Returns:
-        Runs, each once; and those below a folder that are not finished, with their status.
+        Runs, each once; and unfinished runs under a folder, with their status.
 
     Raises:
-        MsencError: a folder that is no run and holds no finished one.
+        MsencError: a folder that is not a run and contains no finished one.
     """
     found: dict[Path, None] = {}
     left_out: dict[Path, str] = {}
@@ -95,7 +95,7 @@ def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]
         folder = Path(name)
         below = list(runs_of(folder))
         if folder in below or not below:
-            read_run(folder)  # which refuses what is none
+            read_run(folder)  # refuses anything else
             found[folder] = None
             continue
         facts = {run: read_facts(run / "run.json") for run in below}
@@ -104,33 +104,33 @@ def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]
         if not finished:
             states = ", ".join(f"{run.name} ({facts[run]['status']})" for run in below[:3])
             raise MsencError(
-                f"run_dir={name}: no finished run below it. Found {len(below)}: {states}. Repeat the command that "
-                "began them with resume=auto, or name one run's folder to measure it as it is."
+                f"run_dir={name}: no finished run in it. Found {len(below)}: {states}. Repeat the command that "
+                "started them with resume=auto, or give one run's folder to evaluate it as it is."
             )
         found |= dict.fromkeys(finished)
     return list(found), list(left_out.items())
 
 
 def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = None) -> dict[str, Any]:
-    """Load a run's weights, score every target of a split, write replies, and leave both in ``evaluation/``.
+    """Load a run's weights, score every target of a split, generate replies, and write both to ``evaluation/``.
 
-    What is there already, measured with the same settings on the same data since the checkpoint was written, stays.
+    An evaluation with the same settings on the same data is reused, unless the checkpoint has changed since.
 
     Args:
         run_dir: the run.
-        options: what to measure; without ``decoding`` the run's own, without ``metrics`` the cheap ones.
-        threads: that torch computes with; None: as many as the model's size asks for.
+        options: of the evaluation; without ``decoding`` the run's own, without ``metrics`` the cheap ones.
+        threads: number of torch threads; None: chosen by the model's size.
     """
     _check_options(options)
     record, config = open_run(run_dir, options.data_dir, options.urls)
     is_other = options.on_data is not None
     if is_other:
-        # What the run leaves out of its own data is no rule for others, which may have no audit.
+        # The run's filter is for its own data; other data may have no audit.
         config["data"] |= {"dir": options.on_data, "filter": []}
     decoding = config["decoding"] if options.decoding in (MISSING, None) else options.decoding
     quieten()
     if options.speech is not None:
-        build(options.speech, "speech")  # what it refuses is said now, not after all replies are written
+        build(options.speech, "speech")  # so that errors come now, not after all replies are generated
         check_sound_metrics(options.speech_metrics)
     metrics = options.metrics or DEFAULT_METRICS
     scorers = build_text_metrics(metrics, options.metric_settings) if options.generate else {}
@@ -171,7 +171,7 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
     folder = place(settings)
     found = before(folder)
     if found is not None:
-        console.print(f"Evaluated before (overwrite=true measures again): {shown(folder)}", soft_wrap=True)
+        console.print(f"Already evaluated (overwrite=true repeats it): {shown(folder)}", soft_wrap=True)
     else:
         found, predictions = evaluate_split(
             model(), datamodule, options.split, settings["decoding"], config["seed"], options.limit, scorers
@@ -207,29 +207,31 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
             write_evaluation(place(settings), cost, controlled)
         costs.append(cost)
     if costs:
-        _print_controls(found, costs, f"{title}: what controls cost")
-        console.print(f"Written: {len(costs)} evaluations under control in {shown(run_dir / 'evaluation')}")
+        _print_controls(found, costs, f"{title}: rise of the loss under controls")
+        console.print(f"Written: {len(costs)} evaluations under controls in {shown(run_dir / 'evaluation')}")
     return found
 
 
 def _check_options(options: EvaluateConfig) -> None:
-    """Refuse what no run could be measured by."""
+    """Refuse options that are invalid for every run."""
     if options.control and options.control_draws < 1:
         raise MsencError(f"control_draws={options.control_draws}: expected 1 or more.")
     if options.speech is not None and not options.generate:
-        raise MsencError("speech: found a synthesizer and generate=false, expected replies to speak. Leave one out.")
+        raise MsencError(
+            "speech: found a synthesizer and generate=false, so there are no replies to synthesize. Remove one of them."
+        )
     unknown = [*set(options.speech_metrics) - {*SOUND_METRICS}]
     if unknown or (options.speech_metrics and options.speech is None):
         found = f"no such metric as {unknown[0]}" if unknown else "no synthesizer"
         raise MsencError(f"speech_metrics: {found}. Expected some of {', '.join(SOUND_METRICS)}, and speech=espeak.")
     if options.limit is not None and options.limit < 1:
         raise MsencError(
-            f"limit={options.limit}: expected the number of dialogues to measure, 1 or more, or null for all."
+            f"limit={options.limit}: expected the number of dialogues to evaluate, 1 or more, or null for all."
         )
 
 
 def _settings_of_replies(options: EvaluateConfig, metrics: Sequence[str]) -> dict[str, Any]:
-    """What tells evaluations apart, of how replies are judged; nothing where it is the usual."""
+    """Settings for scoring replies that distinguish evaluations; empty for the defaults."""
     settings: dict[str, Any] = {}
     if options.generate and set(metrics) != set(DEFAULT_METRICS):
         settings["metrics"] = {metric: options.metric_settings.get(metric) for metric in sorted(metrics)}
@@ -243,7 +245,7 @@ def _settings_of_replies(options: EvaluateConfig, metrics: Sequence[str]) -> dic
 def _speak(
     predictions: list[dict[str, Any]], options: EvaluateConfig, folder: Path, data: Path | RemotePath
 ) -> dict[str, Any]:
-    """Speak the replies of an evaluation, and measure their sound."""
+    """Synthesize the replies of an evaluation, and measure their audio."""
     new = speak_replies(predictions, options.speech, folder, options.speech_workers)
     bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
     found = listen_to_replies(
@@ -251,7 +253,7 @@ def _speak(
     )
     console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
     if bins is None:
-        console.print(f"The voices were not measured: no {BINS} in {data}. prepare.py describe=true writes it there.")
+        console.print(f"The voices were not measured: no {BINS} in {data}. Create it with prepare.py describe=true.")
     return found
 
 
@@ -267,7 +269,7 @@ def _open_data(record: Mapping[str, Any], config: Mapping[str, Any], is_other: b
 
 
 def _measured_before(folder: Path, facts: Mapping[str, Any], weights: Path | None) -> dict[str, Any] | None:
-    """The metrics in a folder, if they are of these data, and of a checkpoint that has not changed since."""
+    """The metrics in a folder, if they belong to these data and the checkpoint has not changed since."""
     path = folder / "metrics.json"
     if not path.is_file() or not (folder / "predictions.jsonl").is_file():
         return None
@@ -281,13 +283,13 @@ def _said(settings: Mapping[str, Any]) -> str:
 
 
 def _print_runs(measured: Mapping[Path, Mapping[str, Any]], title: str) -> None:
-    """One line per run, of what all have; the folder that all lie in stands in the title."""
+    """One line per run, with metrics that all have; the title names their common folder."""
     shared = [name for name in IN_TABLE_OF_RUNS if all(name in found for found in measured.values())]
     names = [str(shown(folder)) for folder in measured]
     if len(names) > 1:
         common = os.path.commonpath(names)
         names = [os.path.relpath(name, common) for name in names]
-        title += f", below {common}" if common else ""
+        title += f", in {common}" if common else ""
     rows = [
         [name, *(f"{found[metric]:.4f}" for metric in shared)]
         for name, found in zip(names, measured.values(), strict=True)
@@ -296,7 +298,7 @@ def _print_runs(measured: Mapping[Path, Mapping[str, Any]], title: str) -> None:
 
 
 def _print_controls(plain: Mapping[str, Any], costs: Sequence[Mapping[str, Any]], title: str) -> None:
-    """What each control costs and what that says of the stream; then what it leaves of planted bits."""
+    """Each control's rise of the loss and verdict on the stream; then the planted bits still recovered."""
     rows = [
         [
             cost["control"],
@@ -305,14 +307,14 @@ def _print_controls(plain: Mapping[str, Any], costs: Sequence[Mapping[str, Any]]
         ]
         for cost in costs
     ]
-    _print_grid(title, ["control", "nats per token [95 %]", "stream is"], rows)
+    _print_grid(title, ["control", "nats per token [95 %]", "verdict"], rows)
     planted = [kind for kind in TOKEN_KINDS if _recovered(kind) in plain]
     if planted:
         rows = [
             [found.get("control", "none"), *(f"{100 * found[_recovered(kind)]:z.1f}" for kind in planted)]
             for found in (plain, *costs)
         ]
-        _print_grid("planted bits recovered under control, in %", ["control", *map(_planted, planted)], rows)
+        _print_grid("planted bits recovered under controls, in %", ["control", *map(_planted, planted)], rows)
 
 
 def _planted(kind: str) -> str:
@@ -324,7 +326,7 @@ def _recovered(kind: str) -> str:
 
 
 def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
-    """Every number: losses by kind of token, scores of words and of descriptions side by side, the rest one by one."""
+    """All values: losses by kind of token, scores of words and of descriptions side by side, then the rest."""
     rest = {
         name: f"{value:,}" if isinstance(value, int) else f"{value:z.4f}"
         for name, value in metrics.items()
@@ -355,7 +357,7 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
 
 
 def _print_attributes(metrics: Mapping[str, Any], attributes: Sequence[str]) -> None:
-    """Accuracy and macro F1 of each attribute and of all, beside those of the rules."""
+    """Accuracy and macro F1 of each attribute and overall, next to those of the baselines."""
     rules = [name.removeprefix("description/accuracy") for name in metrics if name.startswith("description/accuracy")]
     rows = []
     for prefix in (*(f"{attribute}/" for attribute in attributes), ""):
@@ -370,7 +372,7 @@ def _print_attributes(metrics: Mapping[str, Any], attributes: Sequence[str]) -> 
 
 
 def _print_grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table in which no word breaks; text to the left, numbers to the right."""
+    """A table without broken words; text left-aligned, numbers right-aligned."""
     table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     for number, column in enumerate(columns):
         is_text = number == 0 or column == "stream is"

@@ -1,4 +1,4 @@
-"""What train.py does with plan=true: batches, steps and predicted memory of a run that is not started."""
+"""train.py plan=true: batches, steps and predicted memory of a run, without starting it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from msenc.work.console import console, quieten
 
 
 def plan_run(cfg: DictConfig, prepare_command: str) -> None:
-    """Print what a run would take; builds its data module, and of its model the shapes."""
+    """Print what a run would take; builds its data module, but only the shapes of its model."""
     config = checked(cfg, GIVEN)
     quieten()
     trainer = config["trainer"]
@@ -42,21 +42,21 @@ def plan_run(cfg: DictConfig, prepare_command: str) -> None:
             )
     console.print(table)
     console.print(
-        "On top of it come Python and its libraries (0.4 GiB), and what the allocator does not give back (on a CPU, "
+        "Python and its libraries (0.4 GiB) and memory that the allocator holds come on top (on a CPU, "
         "up to half as much again). Nothing was trained.",
         soft_wrap=True,
     )
 
 
 def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict[str, int]:
-    """Bytes that a training step of a run takes, by what takes them (`predict_memory`); none where nothing trains."""
+    """Bytes that a training step of a run takes, by category (`predict_memory`); empty if nothing trains."""
     trainer = config["trainer"]
     model = build_model(config, empty=True)
     if not sum(model.trainable_parameters().values()):
         return {}
     if model.llm.attention_kernel != "eager":
-        # Shapes are followed on a CPU: of its kernels, the one that keeps what the device's kernel keeps. A GPU splits
-        # in half precision alone.
+        # Shapes are traced on a CPU, with the CPU kernel that stores what the device's kernel stores. A GPU only splits
+        # in half precision.
         on_gpu = trainer["accelerator"] in ("gpu", "cuda")
         on_gpu |= trainer["accelerator"] == "auto" and torch.cuda.is_available()
         is_half = str(trainer["precision"]) in (*MIXED, *HALVED)
@@ -72,7 +72,7 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
 
 
 def num_processes(trainer: Mapping[str, Any]) -> int:
-    """Processes that train a run together, by the trainer's config."""
+    """Number of processes that train a run, from the trainer's config."""
     devices = trainer.get("devices", "auto")
     if isinstance(devices, list):
         num = len(devices)
@@ -82,13 +82,14 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
 
 
 def add_batches(table: Table, batches: Mapping[str, Any], history: Mapping[str, int], described: int) -> None:
-    """Rows on what an epoch consists of."""
+    """Rows about the contents of an epoch."""
     budget, steps = batches["max_tokens_per_batch"], batches["steps"]
     table.add_row("dialogues", f"{batches['dialogues']:,}")
     table.add_row("targets", f"{history['targets']:,}, {described:,} of them with a voice description")
     table.add_row(
-        "history over budget",
-        f"{history['targets_cut']:,} targets, {history['dropped_turns']:,} of {history['history_turns']:,} turns lost",
+        "truncated histories",
+        f"{history['targets_cut']:,} targets, {history['dropped_turns']:,} of {history['history_turns']:,} turns "
+        "dropped",
     )
     if budget is None:
         table.add_row("batch", f"{batches['batch_size']:,} dialogues (data.batch_size)")

@@ -1,4 +1,4 @@
-"""What prepare.py does: raw material -> shards, or what is wrong with it."""
+"""prepare.py: raw data -> shards, or an audit."""
 
 import shlex
 from collections import Counter
@@ -35,7 +35,7 @@ from msenc.work.pool import beside
 from msenc.work.threads import one_thread
 
 MEASURE = "measure"
-"""``describe=measure``: voices are measured, for labels to align to; turns and their descriptions stay as they are."""
+"""``describe=measure``: measure voices, as labels for alignment; turns and their descriptions stay unchanged."""
 
 PREPARE_KEYS = (
     "world",
@@ -51,17 +51,17 @@ PREPARE_KEYS = (
 
 
 def prepare(cfg: DictConfig) -> DatasetManifest | Audit | None:
-    """Raw material -> shards; makes the demo and its LLM where the config asks for them and they are missing.
+    """Raw data -> shards; first generates the demo and its LLM if the config asks for them and they are missing.
 
-    With ``stage=audit``: raw material -> what is wrong with it. With a stage of recordings: no further than that one.
-    With a part: that part of the work, and the shards (else None) if no other part is missing.
+    With ``stage=audit``: raw data -> an audit. With a stage of recordings: stop after that stage.
+    With a part: only that part of the work, then the shards if no other part is missing (else None).
     """
     config = checked(cfg, GIVEN)
     stages = (*STAGES, "audit") if config["data"]["recordings"] else ("audit",)
     if config["stage"] not in (None, *stages):
         raise MsencError(f"stage={config['stage']}: no such stage. Expected {', '.join(stages)}, or null for shards.")
     if config["data"]["table"] is not None and not config["data"]["recordings"]:
-        raise MsencError(f"data.table={config['data']['table']}: only data=folder takes a table. Set it, too.")
+        raise MsencError(f"data.table={config['data']['table']}: only data=folder takes a table. Set data=folder, too.")
     if config["stage"] == "audit":
         return _audit(config)
     manifest = _prepare(config)
@@ -100,7 +100,7 @@ def _audit(config: Mapping[str, Any]) -> Audit:
     console.print(table)
     _warn_of_splits(targets)
     written = ", ".join(str(shown(folder / "audit" / f)) for f in ("rejected.csv", "audit.csv", "audit.html"))
-    console.print(f"Nothing was dropped; data.filter=no_<flag> leaves out what carries a flag. Written: {written}")
+    console.print(f"Nothing was removed; data.filter=no_<flag> excludes flagged items. Written: {written}")
     return audit
 
 
@@ -133,7 +133,7 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
             return None
         console.print(f"Part {part} is done.", *remaining, sep="\n")
         if remaining:
-            console.print("The job that does the last of them makes the shards; so does prepare.py without a part.")
+            console.print("The job that completes the last one writes the shards; so does prepare.py without a part.")
             return None
     with folder_lock(folder, wait=wait or part is not None), _pretraining_beside(config) as left:
         _generate(data, root, left())
@@ -146,7 +146,9 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
         except NoVoiceError:
             if config.get("describe") is not None:
                 raise
-            console.print("No clip has a voice to measure, so there is none to align to: train with align=none.")
+            console.print(
+                "No clip has a measurable voice, so there are no labels for alignment: train with align=none."
+            )
             manifest = prepare_dataset(data["name"], annotations, root, folder, streams, left(), None)
     if data["generate"] is not None and (recipe := _llm_recipe(config)):
         _pretrain(recipe)
@@ -159,7 +161,7 @@ def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
 
 
 def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
-    """What the tables say; recordings without one are listened to first. None where that is not complete, or asked."""
+    """The annotations; recordings without a table are transcribed first. None if that is incomplete, or was all."""
     data, stage = config["data"], config.get("stage")
     labels, track = data["labels"], data["audio_track"]
     if track is not None and track < 1:
@@ -185,7 +187,7 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     last = stage if stage in STAGES else None
     made = transcribe_recordings(data["name"], root, folder, recipe, config["prepare_workers"], last, part)
     if not isinstance(made, Transcript):
-        console.print(*(made or [f"Done up to the stage {stage}; without stage= the same command goes on."]), sep="\n")
+        console.print(*(made or [f"Done up to the stage {stage}; to continue, omit stage=."]), sep="\n")
         return None
     _print_transcript(made)
     if stage in STAGES:
@@ -198,22 +200,22 @@ def _print_transcript(made: Transcript) -> None:
     for note in made.notes:
         console.print(escape(note), soft_wrap=True)
     console.print(
-        f"{made.num_utterances:,} utterances in {made.num_dialogues:,} dialogues; of {made.num_unknown:,} it is not "
-        "known who speaks.",
+        f"{made.num_utterances:,} utterances in {made.num_dialogues:,} dialogues; {made.num_unknown:,} have an unknown "
+        "speaker.",
         soft_wrap=True,
     )
     console.print(
         f"Written: {shown(made.file)}, {shown(made.file.with_name(REJECTED))}. To correct words, speakers, times or "
-        "splits, move a copy of the first to the recordings (data.root): it is read there.",
+        "splits, put a copy of the first file next to the recordings (data.root), where it will be read.",
         soft_wrap=True,
     )
 
 
 def _voice_settings(describe: bool | str | None, wanted: Mapping[str, Any], folder: Path) -> VoiceSettings | None:
-    """How to describe voices; without a word in the config as before, so that no later call loses descriptions."""
+    """How to describe voices; by default as in the previous call, so that no later call loses descriptions."""
     if describe not in (None, True, False, MEASURE):
         raise MsencError(
-            f"describe={describe}: expected true, false, {MEASURE} (voices, and no descriptions), or null."
+            f"describe={describe}: expected true, false, {MEASURE} (measure voices without describing them), or null."
         )
     before = None
     if describe in (None, MEASURE):
@@ -227,7 +229,7 @@ def _voice_settings(describe: bool | str | None, wanted: Mapping[str, Any], fold
 
 @contextmanager
 def _pretraining_beside(config: Mapping[str, Any]) -> Iterator[Callable[[], int]]:
-    """Pre-train a missing LLM in one of the `prepare_workers` processes; gives the number of those left at a moment."""
+    """Pre-train a missing LLM in one of the `prepare_workers` processes; yields the number of workers left."""
     recipe, workers = _llm_recipe(config), config["prepare_workers"]
     if recipe is None or config["data"]["generate"] is None or workers < 2 or _llm_folder(recipe).is_dir():
         yield lambda: workers
@@ -237,7 +239,7 @@ def _pretraining_beside(config: Mapping[str, Any]) -> Iterator[Callable[[], int]
 
 
 def _llm_recipe(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the config's LLM is made; None of one that has to exist."""
+    """How the config's LLM is created; None if it has to exist."""
     recipe = config["model"]["llm_recipe"]
     return recipe if recipe and recipe["folder"] == config["model"]["llm"]["name_or_path"] else None
 
@@ -247,18 +249,18 @@ def _llm_folder(recipe: Mapping[str, Any]) -> Path:
 
 
 def _pretrain(recipe: Mapping[str, Any]) -> None:
-    """On one thread, whatever the cores: which words it learns hangs on rounding, and two do not pay for this size."""
+    """On one thread, however many cores: what it learns depends on rounding, and two threads are not worth it here."""
     quieten()
     folder = _llm_folder(recipe)
-    # It appears whole, so where it is there is nothing to wait for; and read-only data take no lock.
+    # It is written atomically, so if it exists there is nothing to wait for; and read-only data take no lock.
     with nullcontext() if folder.is_dir() else folder_lock(folder, wait=True), one_thread():
         build(recipe, "model.llm_recipe")
 
 
 def ensure_llm(config: Mapping[str, Any]) -> None:
-    """Pre-train the LLM if the config says how; one of another name has to exist.
+    """Pre-train the LLM if the config says how; any other LLM has to exist.
 
-    Where the demo is missing as well, it is prepared meanwhile.
+    If the demo is missing as well, it is prepared in parallel.
     """
     recipe, data = _llm_recipe(config), config["data"]
     if recipe is None:
@@ -271,7 +273,7 @@ def ensure_llm(config: Mapping[str, Any]) -> None:
 
 
 def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
-    """Prepare data that the project generates itself; other data must be there."""
+    """Prepare data that msenc generates itself; other data must exist."""
     try:
         datamodule.setup()
     except MsencError:
@@ -281,13 +283,13 @@ def ensure_prepared(config: Mapping[str, Any], datamodule: DialogueDataModule) -
         datamodule.setup()
         return
     if config["data"]["generate"] is not None and wants_voices(config) and lacks_voices(datamodule.folder):
-        console.print(f"Measuring voices, to align to (prepare.py data={config['data']['name']} describe=measure).")
+        console.print(f"Measuring voices for alignment (prepare.py data={config['data']['name']} describe=measure).")
         _prepare(config, wait=True)
         datamodule.setup()
 
 
 def _prepare_generated(config: Mapping[str, Any]) -> None:
-    console.print(f"The data {config['data']['name']} is not prepared yet: preparing it, as prepare.py does.")
+    console.print(f"The data {config['data']['name']} is not prepared yet: preparing it first, as prepare.py does.")
     _prepare(config, wait=True)
 
 
@@ -303,10 +305,10 @@ def lacks_voices(folder: Place) -> bool:
 
 
 def prepare_command(overrides: list[str], choices: Mapping[str, str | None]) -> str:
-    """The `prepare.py` call that makes what a `train.py` call with these overrides, and these choices, needs."""
+    """The `prepare.py` command that creates what a `train.py` call with these overrides and choices needs."""
     kept = [o for o in overrides if o.lstrip("+").split("=")[0].split("@")[0].startswith(PREPARE_KEYS)]
     given = {o.split("=")[0] for o in kept}
-    # An experiment chooses too; what prepare.py would choose by itself is left out.
+    # An experiment chooses too; prepare.py's own defaults are omitted.
     world = choices.get("world")
     chosen = [f"{group}={choices[group]}" for group in ("data", "streams") if choices[group] not in ("demo", world)]
     if choices.get("align") not in (None, "none"):
@@ -347,22 +349,22 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
     for reason, count in manifest.rejected.items():
         console.print(f"Not used: {count:,} x {reason}")
     files = f"{shown(folder / 'dataset.json')}, {shown(folder / 'rejected.csv')}"
-    console.print(f"Written: {files}, one folder per stream beside them.", soft_wrap=True)
+    console.print(f"Written: {files}, one folder per stream next to them.", soft_wrap=True)
 
 
 def _warn_of_splits(targets: Mapping[str, int]) -> None:
-    """Say which splits have nothing to learn or to measure; a folder for evaluation alone has but one."""
+    """Name splits without targets; data for evaluation only may have just one split."""
     empty = [split for split in SPLITS if not targets.get(split)]
     if targets.get("train") and empty:
         console.print(
             f"[yellow]Without a target (a dialogue of two turns): {', '.join(empty)}.[/yellow] train.py needs train "
-            "and val, and test unless evaluate=null. Mark rows with split=..., or leave the column out.",
+            "and val, and test unless evaluate=null. Set split=... in the table's rows, or remove the column.",
             soft_wrap=True,
         )
 
 
 def _print_bins(folder: Path) -> None:
-    table = Table(title="voice attributes: where the words change, from the train split")
+    table = Table(title="voice attributes: thresholds between words, from the train split")
     for column in ("attribute", "words", "unit", "clips", "10 %", "50 %", "90 %"):
         table.add_column(column, justify="left" if column in ("attribute", "words", "unit") else "right")
     for name, bin in read_bins(folder).items():

@@ -1,4 +1,4 @@
-"""What report.py does: runs -> tables and a page."""
+"""report.py: runs -> tables and a page."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from msenc.work.console import console
 
 
 def report(cfg: DictConfig) -> None:
-    """Print the tables of all runs below a folder, or several, and write them with the page."""
+    """Print the tables of all runs in one or more folders, and write them with the page."""
     from msenc.report.collect import collect_runs
     from msenc.report.page import render_page
     from msenc.report.table import print_table, summarise, write_table
@@ -23,7 +23,7 @@ def report(cfg: DictConfig) -> None:
         raise MsencError("sweep_dir: no value. Give it: sweep_dir=FOLDER, or sweep_dir=[FOLDER,FOLDER].")
     folders = [Path(str(name)) for name in (given if isinstance(given, list) else [given])]
     runs = [(folder, run) for folder in folders for run in collect_runs(folder)]
-    if len(folders) > 1:  # jobs of two sweeps have the same numbers
+    if len(folders) > 1:  # jobs of two sweeps may have the same numbers
         runs = [(f, run if run.folder == f else replace(run, name=f"{f.name}/{run.name}")) for f, run in runs]
     table = summarise([run for _, run in runs], split=config["split"], settings=config["settings"])
     print_table(table)

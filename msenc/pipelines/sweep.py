@@ -1,4 +1,4 @@
-"""What happens before and after the jobs of a sweep: its folder or, in a dry run, their list; then the report."""
+"""Before and after the jobs of a sweep: its folder, or their list in a dry run; then the report."""
 
 import signal
 import sys
@@ -25,17 +25,17 @@ from msenc.work.console import console, shown
 from msenc.work.signals import HEARD, STOPPED, requeue_slurm_job
 
 _held: list[FileLock] = []
-"""Of the sweep that this process runs; a hook of Hydra's could not keep it, as it is sent to other processes."""
+"""State of the sweep that this process runs; Hydra's callback cannot hold it, as it is sent to other processes."""
 
 _stopped_by: list[signal.Signals] = []
 """The signal that ended this process's sweep, if one has."""
 
 
 def begin_sweep(config: DictConfig) -> None:
-    """Give a multirun the folder that the same command had before, and note its jobs there.
+    """Give a multirun the folder that the same command used before, and record its jobs there.
 
     Args:
-        config: that all jobs start from; what is set in it reaches them.
+        config: common to all jobs; values set in it reach them.
 
     Raises:
         MsencError: another process runs the sweep.
@@ -45,7 +45,7 @@ def begin_sweep(config: DictConfig) -> None:
     if config.dry_run:
         if jobs is None:
             raise MsencError(
-                "dry_run=true: this hydra/sweeper chooses its jobs as it goes. Only basic's can be listed."
+                "dry_run=true: this hydra/sweeper chooses its jobs as it runs. Only those of basic can be listed."
             )
         list_jobs(config, jobs, axes)
         sys.exit(0)
@@ -73,16 +73,16 @@ def begin_sweep(config: DictConfig) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         _stopped_by.append(signal.Signals(number))
-        if not stop_jobs(folder):  # none runs, or they run elsewhere
+        if not stop_jobs(folder):  # no job runs, or they run elsewhere
             _requeue()
             sys.exit(STOPPED)
 
     for number in HEARD:
-        signal.signal(number, stop)  # jobs of this process itself take them over, each while it runs
+        signal.signal(number, stop)  # a job in this process replaces the handlers while it runs
 
 
 def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
-    """The overrides of each job, as Hydra's basic sweeper will make them (None for another one), and what varies."""
+    """The overrides of each job, as by Hydra's basic sweeper (None for other sweepers), and the varied keys."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     overrides = parser.parse_overrides([*params, *config.hydra.overrides.task])
@@ -100,13 +100,15 @@ def _set(config: DictConfig, key: str, value: str) -> None:
 
 
 def end_sweep(config: DictConfig) -> None:
-    """Report on a multirun, name what failed in it, and exit with status 1 if anything did."""
+    """Report on a multirun, name failed jobs, and exit with status 1 if there are any."""
     folder = Path(config.hydra.sweep.dir)
     for number in HEARD:
         signal.signal(number, signal.SIG_DFL)
     if is_stopping(folder):
         by = _stopped_by[0].name if _stopped_by else "a signal"
-        console.print(f"Stopped by {by}; the same command goes on. Sweep folder: {shown(folder)}", soft_wrap=True)
+        console.print(
+            f"Stopped by {by}; run the same command to continue. Sweep folder: {shown(folder)}", soft_wrap=True
+        )
         _let_go()
         _requeue()
         sys.exit(STOPPED)
@@ -124,7 +126,7 @@ def end_sweep(config: DictConfig) -> None:
         console.print(f"[red]{len(failed)} of {len(jobs)} jobs did not finish:[/red]")
         for job, how in failed.items():
             console.print(f"  job {job.number} ({' '.join(job.overrides)}): {escape(how)}", soft_wrap=True)
-        console.print("The same command again runs them again, and skips the others.")
+        console.print("Run the same command to retry them; it skips the others.")
     _let_go()
     if failed or not has_report:
         sys.exit(1)
@@ -141,7 +143,7 @@ def _let_go() -> None:
 
 
 def _failure(run_dir: Path | None) -> str | None:
-    """Why a job's run has no result; None where it has."""
+    """Why a job's run has no result; None if it has one."""
     if run_dir is None:
         return "it did not start"
     if not (run_dir / "run.json").is_file():

@@ -1,4 +1,4 @@
-"""Hydra's hooks at both ends of a sweep."""
+"""Hydra callback at the start and end of a sweep."""
 
 import sys
 import traceback
@@ -11,7 +11,7 @@ from msenc.config.messages import refusal
 
 
 class Sweep(Callback):
-    """Gives a multirun its folder before its first job, and its report after the last.
+    """Sets a multirun's folder before its first job, and writes its report after the last.
 
     Jobs record their failures and return (`pipelines.train`), because Hydra skips the second hook when one raises.
     """
@@ -26,7 +26,7 @@ class Sweep(Callback):
 
 
 def _call(name: str, config: DictConfig) -> None:
-    """Call a function of `pipelines.sweep`; Hydra would turn what it raises into a warning, and go on."""
+    """Call a function of `pipelines.sweep`; Hydra would turn its exceptions into warnings and continue."""
     if config.plan:
         return
     try:

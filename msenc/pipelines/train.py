@@ -1,4 +1,4 @@
-"""What train.py does: one run, or its continuation, and its evaluation."""
+"""train.py: train a run, or resume it, and evaluate it."""
 
 import gc
 import multiprocessing
@@ -69,15 +69,15 @@ from msenc.work.signals import STOPPED, Termination
 from msenc.work.threads import settle_threads
 
 ALIGN = "align"
-"""``stage=align``: the run ends when its connectors are aligned."""
+"""``stage=align``: the run ends once its connectors are aligned."""
 
 SPELT_DIALOGUES = 200
-"""Training dialogues on which tokens per word are counted."""
+"""Number of training dialogues on which tokens per word are counted."""
 SPELLING = 1.8
-"""Tokens per word from which an LLM spells: the tiny LLMs take 1.2 for their own worlds and 3 for others."""
+"""Tokens per word above which an LLM spells out words: the tiny LLMs take 1.2 in their own world, 3 in others."""
 
 PURGING = ("msenc.training.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
-"""Loggers that drop, when a run is resumed, what was logged after its checkpoint."""
+"""Loggers that, when a run is resumed, drop entries logged after its checkpoint."""
 
 
 @dataclass
@@ -87,10 +87,10 @@ class _Job:
     Args:
         config: plain, of the run.
         datamodule: of the run; opened.
-        labels: that connectors are aligned to.
-        starts: what is taken from other runs.
-        data: hashes of all that it reads.
-        identity: by which the same command finds its run again.
+        labels: for aligning connectors.
+        starts: parts initialized from other runs.
+        data: hashes of everything it reads.
+        identity: by which a repeated command finds the run.
     """
 
     config: dict[str, Any]
@@ -102,7 +102,7 @@ class _Job:
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Train one run, or continue it, and evaluate it; returns its best validation loss.
+    """Train one run, or resume it, and evaluate it; returns its best validation loss.
 
     In a multirun a failure is written to ``run.json`` and reported when the sweep ends, so that the other jobs run.
     """
@@ -111,19 +111,22 @@ def train(cfg: DictConfig) -> float | None:
     command = prepare_command(overrides, hydra.runtime.choices)
     is_job = hydra.mode is RunMode.MULTIRUN
     if is_job and cfg.resume is None:
-        cfg.resume = "auto"  # a sweep is what its jobs are, whenever they ran
+        cfg.resume = "auto"  # a repeated sweep reuses its jobs, whenever they ran
     if cfg.dry_run:
-        raise MsencError("dry_run=true lists the jobs of a sweep, and this is one run. See what it takes: plan=true")
+        raise MsencError(
+            "dry_run=true lists the jobs of a sweep, but this is a single run. For its cost, use plan=true"
+        )
     if cfg.detach and not is_job:
         raise MsencError(
-            "detach=true leaves the jobs of a sweep to Slurm, and this is one run. For one: sbatch (docs/cluster.md)"
+            "detach=true leaves the jobs of a sweep to Slurm, but this is a single run; submit it by sbatch "
+            "(docs/cluster.md)."
         )
     if cfg.plan:
         return plan_run(cfg, command)
     is_elsewhere = is_job and not hydra.launcher._target_.endswith(".BasicLauncher")
-    if is_elsewhere:  # one process for several jobs, which the sweep's process hears when they return
+    if is_elsewhere:  # one process for several jobs; the sweep's process learns the result when they return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between jobs
-        # Back to the platform's: joblib's is known to its own processes alone, so that no other could start from here.
+        # Back to the default: joblib's start method only works in its own processes, so none could be started here.
         multiprocessing.set_start_method(None, force=True)
         if is_stopping(Path(hydra.sweep.dir)):
             return None
@@ -142,11 +145,11 @@ def train(cfg: DictConfig) -> float | None:
                 record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
             termination.ask_for_requeue(is_first_process())
             if is_elsewhere and is_stopped:
-                return None  # raised, it would have the launcher kill the others before they have saved
+                return None  # if raised, the launcher would kill the other jobs before they have saved
             raise
         except Exception as e:
-            if is_job and record is None:  # the sweep's report names what did not start, too
-                # in a folder of its own: one that was found may be another process's
+            if is_job and record is None:  # the sweep's report also names jobs that did not start
+                # in a new folder: an existing one may belong to another process
                 folder = job_folder(Path(hydra.sweep.dir), hydra.job.num)
                 record = _new_record(folder, cfg, overrides, command)
                 note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, hydra.overrides.task)
@@ -156,7 +159,7 @@ def train(cfg: DictConfig) -> float | None:
                 raise
             if not isinstance(e, MsencError):
                 traceback.print_exc()
-            console.print(f"[red]This job failed; the sweep goes on.[/red] {e}", soft_wrap=True)
+            console.print(f"[red]This job failed; the sweep continues.[/red] {e}", soft_wrap=True)
             return None
         finally:
             if record is not None:
@@ -164,12 +167,12 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _open(cfg: DictConfig, command: str) -> _Job:
-    """Check the config, and open the data; what is missing of the generated ones is made."""
+    """Check the config, and open the data; missing generated data are created."""
     config = checked(cfg, GIVEN)
     _check_stage(config)
     if cfg.resume not in (None, "auto"):
-        # No stored override holds an address that was not named (`check_overrides`), but parts may add up to one.
-        typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as it is: an iteration would resolve it
+        # No stored override has a URL that was not allowed (`check_overrides`), but parts may combine to one.
+        typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # unresolved: iterating would resolve it
         check_urls(config, [*config["urls"], *values_of(typed)], Path(cfg.resume) / ".hydra" / "overrides.yaml")
         check_same_settings(Path(cfg.resume), cfg)
     quieten()
@@ -189,7 +192,7 @@ def _open(cfg: DictConfig, command: str) -> _Job:
 
 
 def _settle(cfg: DictConfig, job: _Job, overrides: list[str], command: str) -> RunRecord:
-    """The record of a new run, in a folder that is made now, or of the one that `resume` continues."""
+    """The record of a new run, in a folder created now, or of the one that `resume` continues."""
     hydra = HydraConfig.get()
     folder = settle_folder(cfg, hydra, job.identity, num_processes(job.config["trainer"]))
     job.config = plain(cfg)  # with the folder in it
@@ -214,7 +217,7 @@ def _new_record(folder: Path, cfg: DictConfig, overrides: list[str], command: st
 
 def _train(job: _Job, record: RunRecord, termination: Termination) -> float | None:
     if is_finished(record.facts):
-        console.print(f"Finished already: {shown(record.folder)}", soft_wrap=True)
+        console.print(f"Already finished: {shown(record.folder)}", soft_wrap=True)
         return record.facts.get("best_loss")
     if record.facts["resumed"]:
         _say_resumed(record)
@@ -227,7 +230,7 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     if not is_first_process() or config["stage"] == ALIGN:
         return record.facts.get("best_loss")
     console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
-    gc.collect()  # Lightning's parts refer to each other: optimizer and LLM would stay beside those that are measured
+    gc.collect()  # reference cycles in Lightning would keep optimizer and LLM alive during evaluation
     if evaluates:
         device = record.facts.get("device", "auto")
         options = EvaluateConfig(
@@ -241,17 +244,17 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
 
 
 def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: list[str]) -> None:
-    """Build the model, align it, train it, export it; `evaluated` are the splits that are measured afterwards."""
+    """Build, align, train and export the model; `evaluated` are the splits evaluated afterwards."""
     config, datamodule = job.config, job.datamodule
     described = datamodule.described_targets("train")
     if config["prompt"]["target"] == "text_description" and not described:
         raise MsencError(
             f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
-            "Prepare with describe=true, or train on the words alone: prompt.target=text."
+            "Prepare with describe=true, or train only on the words: prompt.target=text."
         )
     for split in ("train", "val", *evaluated):
         datamodule.check_split(split)
-        datamodule.units(split)  # what does not fit the token budget is refused now, not after training
+        datamodule.units(split)  # targets that exceed the token budget are refused now, not after training
     read_controls(config["control"], datamodule.streams)
     loss_weights = config["loss"]["weights"]
     check_weights(loss_weights, datamodule)
@@ -267,8 +270,8 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         record.add(alignments=aligned)
     if started:
         record.add(starts=started)
-    # What was drawn for what starts elsewhere must not be seen in what follows: stages by themselves, and in one
-    # command, are the same.
+    # Random draws for parts initialized elsewhere must not affect what follows: separate stages and a single
+    # command give the same result.
     L.seed_everything(config["seed"], workers=True, verbose=False)
     counts = model.trainable_parameters()
     named = flatten_groups(config["optimizer"].get("groups"))
@@ -291,7 +294,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     for name in named:
         is_asked_for = any(f"{key}.".startswith(f"{name}.") for key in asked_for)
         if is_asked_for and name not in {group["name"] for group in groups}:
-            console.print(f"optimizer.groups.{name}: nothing of it trains in this run; it is left out.")
+            console.print(f"optimizer.groups.{name}: no part of it trains in this run, so it is ignored.")
     for note in datamodule.tokenizer.notes:
         console.print(note, soft_wrap=True)
     spelling = _spelling(config, datamodule)
@@ -301,11 +304,11 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     if config["stage"] == ALIGN:
         return _end_with_alignment(config, model, record)
     if sum(counts.values()):
-        if "stop_reason" not in record.facts:  # it was killed while it was evaluated
+        if "stop_reason" not in record.facts:  # it was killed during evaluation
             _fit(config, model, datamodule, record, termination)
     else:
         record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
-        console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
+        console.print("Nothing to train (frozen LLM, no connector); the LLM is evaluated as it is.")
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
     _print_streams(record, said)
@@ -317,29 +320,30 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list[str]:
-    """What to say of an LLM that was made for other data, and has to spell the words of these."""
+    """Warning if the LLM was made for other data, and has to spell out the words of these."""
     if config["model"]["llm_recipe"] is None:
         return []
     tokens = datamodule.tokenizer.tokens_per_word(islice(datamodule.dialogues("train"), SPELT_DIALOGUES))
     if tokens < SPELLING:
         return []
     return [
-        f"The tiny LLM ({config['model']['llm']['name_or_path']}) has read a generated world alone. It spells the "
-        f"words of {config['data']['name']}, {tokens:.1f} tokens per word, and knows nothing of what they mean: its "
-        "losses and replies will say little of your data. Take a real one: model/llm=smollm2 prompt=chat, by its id or "
-        "model.llm.name_or_path=FOLDER; or train all of this one (model.llm.lora=null), which learns to write them."
+        f"The tiny LLM ({config['model']['llm']['name_or_path']}) was only pre-trained on a generated world. It "
+        f"spells the words of {config['data']['name']}, {tokens:.1f} tokens per word, without knowing what they "
+        "mean: its losses and replies will say little about your data. Use a real LLM: model/llm=smollm2 "
+        "prompt=chat, by hub id or model.llm.name_or_path=FOLDER; or train this one in full (model.llm.lora=null) so "
+        "that it learns the words."
     ]
 
 
 def _print_streams(record: RunRecord, said_before: list[str]) -> None:
-    """What the last validation saw of the streams, and what is wrong with them."""
+    """The streams at the last validation, with warnings."""
     found = findings(record.facts.get("metrics", {}))
     said = warnings(record.facts.get("metrics", {}))
     record.add(warnings=[*said_before, *said])
     if not found:
         return
-    table = Table(title="streams, at the last validation")
-    for column in ("stream", "differs between utterances", "exchanged, the loss rises by (nats per token)"):
+    table = Table(title="streams at the last validation")
+    for column in ("stream", "output differs between utterances", "rise of the loss when swapped (nats per token)"):
         table.add_column(column, justify="left" if column == "stream" else "right")
     for stream, values in found.items():
         table.add_row(stream, f"{100 * values['spread']:.2f} %", f"{values['used_nats']:.4f}")
@@ -350,14 +354,16 @@ def _print_streams(record: RunRecord, said_before: list[str]) -> None:
 
 def _check_stage(config: Mapping[str, Any]) -> None:
     if config["stage"] not in (None, ALIGN):
-        raise MsencError(f"stage={config['stage']}: expected {ALIGN}, or null to train on dialogues, too.")
+        raise MsencError(f"stage={config['stage']}: expected {ALIGN}, or null to train on dialogues as well.")
     if config["stage"] == ALIGN and not sources_of(config):
         what = "align=none" if config["align"] is None else f"modality={config['modality']} has no stream to align"
-        raise MsencError(f"stage={ALIGN}: found {what}. Choose what to align to, as align=words, and a modality.")
+        raise MsencError(
+            f"stage={ALIGN}: found {what}. Choose labels, such as align=words, and a modality with a stream."
+        )
 
 
 def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
-    """Leave what is aligned as a run's checkpoint, for other runs to start from."""
+    """Save the aligned connectors as a checkpoint for other runs to start from."""
     module = ConversationModule(model)
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 0}
     module.on_save_checkpoint(checkpoint)
@@ -379,17 +385,19 @@ def _say_resumed(record: RunRecord) -> None:
     facts = record.facts
     console.print(f"Resuming {shown(record.folder)}", soft_wrap=True)
     if facts["commit_resumed"] != facts["commit"]:
-        _warn(f"The code changed: the run began with commit {facts['commit']}, this is {facts['commit_resumed']}.")
+        _warn(
+            f"The code has changed: the run started with commit {facts['commit']}, this is {facts['commit_resumed']}."
+        )
 
 
 def _settle_threads(model: ConversationModel, record: RunRecord) -> int:
-    """As many threads as the run had when it began, or as its model is worth; OMP_NUM_THREADS has the last word."""
+    """The number of threads the run started with, or that suits its model; OMP_NUM_THREADS overrides both."""
     before = record.facts.get("threads")
     threads = settle_threads(num_parameters(model), before)
     if before not in (None, threads):
         _warn(
-            f"OMP_NUM_THREADS={threads}: the run had {before} before. Sums are rounded in another order from here on, "
-            "so it ends near the unbroken run, and not bit by bit as it."
+            f"OMP_NUM_THREADS={threads}: the run had {before} before. Sums are rounded in a different order from "
+            "here on, so the result will be close to that of an uninterrupted run, but not bit for bit equal."
         )
     return threads
 
@@ -408,7 +416,7 @@ def _fit(
         groups=flatten_groups(config["optimizer"].get("groups")),
         loss_weights=config["loss"]["weights"],
     )
-    # A debug run keeps nothing, so it takes neither loggers nor checkpoints.
+    # A debug run saves nothing, so it has neither loggers nor checkpoints.
     is_debug = bool(config["trainer"].get("fast_dev_run"))
     callbacks = [] if is_debug else [build(n, f"callbacks.{k}") for k, n in config["callbacks"].items() if n]
     files = CheckpointFiles()
@@ -426,7 +434,7 @@ def _fit(
             at = (
                 f"step {newest[1]['global_step']:,} ({path.name})" if newest else "the start: no checkpoint was written"
             )
-            console.print(f"Training goes on from {at}.")
+            console.print(f"Training resumes from {at}.")
         purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
         loggers = [
             build(n, f"logger.{k}", **(purge if n["_target_"] in PURGING else {}))
@@ -441,19 +449,19 @@ def _fit(
             plugins=[files],
             default_root_dir=str(record.folder),
             enable_model_summary=False,
-            use_distributed_sampler=False,  # the data module shards by itself, and keeps its order
+            use_distributed_sampler=False,  # the data module shards by itself, in its own order
         )
         module.train()
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome = training_outcome(trainer)
-        datamodule.trainer = None  # through which what was trained would live as long as the data
+        datamodule.trainer = None  # would keep the trained model alive as long as the data
     if is_first_process():
         write_json(record.folder / "metrics.json", outcome["metrics"])
     best = checkpoints.best_score if checkpoints and checkpoints.monitor == "val/loss" else None
     record.add(
         **outcome,
         best_loss=outcome["metrics"].get("val/loss") if best is None else best,
-        threads=torch.get_num_threads(),  # Lightning shares the cores out between the processes of a run
+        threads=torch.get_num_threads(),  # Lightning divides the cores among the processes of a run
     )
 
 
@@ -481,7 +489,9 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
         "trainable parameters", ", ".join(f"{part} {n:,}" for part, n in facts["trainable_parameters"].items())
     )
     for split, counts in facts["left_out"].items():
-        table.add_row(f"left out of {split}", f"{counts['dialogues']:,} dialogues, {counts['utterances']:,} utterances")
+        table.add_row(
+            f"excluded from {split}", f"{counts['dialogues']:,} dialogues, {counts['utterances']:,} utterances"
+        )
     if facts["loss_weights"]:
         weights = ", ".join(f"{kind} {weight:g}" for kind, weight in facts["loss_weights"].items())
         table.add_row("loss weights", f"{weights}; 1 for other tokens")

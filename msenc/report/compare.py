@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def mark(self) -> str:
-        """Better or worse after correction, no difference shown, or not tested."""
+        """Better or worse after correction, no significant difference, or not tested."""
         if math.isnan(self.adjusted):
             return "not tested"
         if self.adjusted >= 0.05:
@@ -87,14 +87,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a control says of a configuration: is what it takes away used?
+    """A control's verdict on a configuration: is the stream used?
 
     Args:
         configuration: its name.
-        control: what was done to the input.
-        effect: per-token loss with the control less without, in nats, over seeds and dialogues.
-        verdict: ``used``, ``not used`` or ``cannot tell``, of all seeds together.
-        per_run: what each run's own control says, by seed.
+        control: its name.
+        effect: per-token loss with minus without the control, in nats, over seeds and dialogues.
+        verdict: ``used``, ``not used`` or ``cannot tell``, for all seeds together.
+        per_run: the verdict of each run's own control, by seed.
     """
 
     configuration: str
@@ -105,7 +105,7 @@ class Verdict:
 
 
 def direction_of(metric: str) -> int:
-    """1 where higher is better, -1 where lower is, 0 where neither.
+    """1 if higher is better, -1 if lower is, 0 if neither.
 
     Example:
         >>> direction_of("nll"), direction_of("speech/speaker_similarity/others"), direction_of("rouge_l")
@@ -118,7 +118,7 @@ def direction_of(metric: str) -> int:
 
 
 def configure(runs: Sequence[Run], chosen: dict[str, Evaluation], keys: Sequence[str]) -> list[Configuration]:
-    """Group runs that differ in nothing but their seed, in the order of the first of each, and score them.
+    """Group runs that differ only in their seed, in the order of the first of each, and score them.
 
     Raises:
         MsencError: predictions cannot be read, or runs were scored on other items.
@@ -176,7 +176,7 @@ def _score(configuration: Configuration) -> None:
 
 
 def table_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """What of an evaluation's metrics a report compares; shares recovered are in percent and say so in their name."""
+    """The metrics of an evaluation that a report compares; shares recovered are in percent, as their name says."""
     hidden = ("targets", "tokens", "references_empty", "speech/spoken", "control/", "nll/", "planted/", "description/")
     main = {n: v for n, v in metrics.items() if not n.startswith(hidden)}
     shares = {n: v for n, v in metrics.items() if n.startswith("planted/") and n.endswith("/recovered")}
@@ -213,7 +213,7 @@ def _stacked(items: Sequence[Items], metric: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _of_seeds(values: Sequence[float]) -> tuple[np.ndarray, list[str], None, np.ndarray]:
-    """A number of all items together says how runs differ, and nothing of dialogues: two that are alike."""
+    """A corpus-level value varies between runs but not between dialogues: use two equal dialogues."""
     return (
         np.repeat(np.asarray(values, dtype=float), 2),
         ["one", "two"] * len(values),
@@ -226,10 +226,10 @@ def _of_seeds(values: Sequence[float]) -> tuple[np.ndarray, list[str], None, np.
 
 
 def pairs_to_compare(configurations: Sequence[Configuration]) -> list[tuple[str, Configuration, Configuration]]:
-    """(key, treated, baseline) of every comparison that a sweep asks for.
+    """(key, treated, baseline) of every comparison in a sweep.
 
-    Levels of a key are compared where all other keys are equal: each modality with the one that lacks one of its
-    streams, and the levels of any other key with its default, or else its first level.
+    Values of a key are compared with all other keys equal: each modality with the one that lacks one of its
+    streams, and the values of any other key with its default, or else its first value.
     """
     pairs = []
     keys = list(configurations[0].levels) if configurations else []
@@ -260,7 +260,7 @@ def compare(configurations: Sequence[Configuration], metrics: Sequence[str]) -> 
     pairs = pairs_to_compare(configurations)
     comparisons, notes = [], []
     for metric in metrics:
-        if metric == "perplexity":  # says what nll says
+        if metric == "perplexity":  # same as nll
             continue
         found = []
         for key, treated, baseline in pairs:
@@ -269,7 +269,7 @@ def compare(configurations: Sequence[Configuration], metrics: Sequence[str]) -> 
             if _weights_differ(treated, baseline, metric):
                 notes.append(
                     f"{metric} of {treated.name} and {baseline.name} is not compared: their tokenizers split the same "
-                    "words into other tokens."
+                    "words into different tokens."
                 )
                 continue
             found.append((key, treated, baseline, *_difference(treated, baseline, metric)))
@@ -298,7 +298,7 @@ def _difference(treated: Configuration, baseline: Configuration, metric: str) ->
     ]
     values, dialogues, weights, runs = zip(*map(_of_seeds, measured), strict=True)
     effect = unpaired_effect(*values, clusters=dialogues, weights=weights, runs=runs)
-    # No test: what only knows of seeds would say nothing of other dialogues.
+    # No test: with seeds only, it would say nothing about other dialogues.
     limits = (effect.low, effect.high) if max(map(len, measured)) > 1 else (math.nan, math.nan)
     return Effect(effect.mean, *limits, math.nan), math.nan
 
@@ -312,7 +312,7 @@ def _weights_differ(treated: Configuration, baseline: Configuration, metric: str
 
 
 def judge_controls(configurations: Sequence[Configuration], split: str) -> tuple[list[Verdict], list[str]]:
-    """What the controls of the runs say, over all seeds of a configuration together; and notes on what is missing."""
+    """The controls' verdicts, over all seeds of a configuration; and notes on missing ones."""
     verdicts, notes = [], []
     for configuration in configurations:
         controls: dict[str, list[tuple[Run, Items, Items, str]]] = defaultdict(list)
@@ -328,7 +328,7 @@ def judge_controls(configurations: Sequence[Configuration], split: str) -> tuple
                     continue
                 controlled = read_items(path)
                 if controlled.ids != items.ids:
-                    notes.append(f"The control {control} of {run.name} was measured on other items; left out.")
+                    notes.append(f"The control {control} of {run.name} was measured on other items, so it is excluded.")
                     continue
                 controls[control].append((run, controlled, items, e.verdict or "not said"))
         for control, measured in controls.items():

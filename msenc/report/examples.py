@@ -1,4 +1,4 @@
-"""A few targets with what was heard and seen before them, and what each configuration replied."""
+"""A few targets with the audio and video of the previous turn, and the reply of each configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_EXAMPLES = 4
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 12
 MAX_BYTES = 3_000_000
-"""Sound in a page: what goes beyond it is left out, and said."""
+"""Maximum audio in a page; the rest is omitted, with a note."""
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Turn:
     Args:
         speaker: who speaks.
         text: what is said.
-        description: how, as far as the data say.
-        sound: address that holds its sound, or "".
-        picture: address that holds its first picture, or "".
-        lacking: why sound or picture are not there.
+        description: how it is said, if the data have it.
+        sound: data URL of its audio, or "".
+        picture: data URL of its first video frame, or "".
+        lacking: why audio or video are missing.
     """
 
     speaker: str
@@ -56,9 +56,9 @@ class Example:
     Args:
         title: its dialogue and turn.
         asked: kinds of planted bits in it.
-        before: the turn before it, or None where the prepared data are not there.
-        reference: what was really said.
-        replies: per configuration its name, its reply, and an address that holds the reply's sound, or "".
+        before: the previous turn, or None if the prepared data are not found.
+        reference: the original turn.
+        replies: per configuration its name, its reply, and a data URL of the reply's audio, or "".
     """
 
     title: str
@@ -69,13 +69,13 @@ class Example:
 
 
 def find_examples(configurations: Sequence[Configuration], split: str) -> tuple[list[Example], list[str]]:
-    """Targets that the first run of each configuration replied to, and notes on what could not be shown.
+    """Targets with the replies of each configuration's first run, and notes on whatever could not be shown.
 
-    Of each kind of planted bit one is taken; of data without such bits, some evenly from the whole split.
+    One target per kind of planted bit; for data without such bits, some evenly from the whole split.
     """
     shown = [(c, c.items[0]) for c in configurations if c.items[0] is not None and "reply" in c.items[0].rows[0]]
     if not shown:
-        return [], ["No replies were written, so none are shown."]
+        return [], ["No replies were generated, so none are shown."]
     dialogues, notes = _open_dialogues(shown[0][0], split)
     media = _Media(_root(shown[0][0]))
     examples = []
@@ -101,7 +101,7 @@ def find_examples(configurations: Sequence[Configuration], split: str) -> tuple[
 
 
 def _choose(rows: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
-    """Places of the targets to show: where replies differ rather than agree."""
+    """Indices of the targets to show, preferring those where replies differ."""
     first = rows[0]
 
     def differs(place: int) -> bool:
@@ -139,7 +139,7 @@ def _config(configuration: Configuration) -> DictConfig:
 def _place(configuration: Configuration, key: str) -> str | None:
     try:
         place = OmegaConf.select(_config(configuration), key)
-    except (OmegaConfBaseException, RecursionError):  # it refers to a place that is not known here
+    except (OmegaConfBaseException, RecursionError):  # it refers to a path that is unknown here
         return None
     return place if isinstance(place, str) and "\0" not in place else None
 
@@ -152,20 +152,20 @@ def _root(configuration: Configuration) -> Path | None:
 def _open_dialogues(configuration: Configuration, split: str) -> tuple[_Dialogues | None, list[str]]:
     folder = _place(configuration, "data.dir")
     if folder is None or is_url(folder):
-        return None, ["The prepared data lie elsewhere, so the turns before are not shown."]
+        return None, ["The prepared data are not found, so the previous turns are not shown."]
     try:
         return _Dialogues(ShardReader(Path(folder) / "turns", split, verify=False)), []
     except MsencError as error:
-        return None, [f"The turns before are not shown: {error}"]
+        return None, [f"The previous turns are not shown: {error}"]
 
 
 class _Media:
-    """Sound and pictures of clips, as far as they are there and fit into the page."""
+    """Audio and first frames of clips, if they exist and fit into the page."""
 
     def __init__(self, root: Path | None) -> None:
         self.root = root
         self.left = MAX_BYTES
-        self.notes = [] if root else ["The raw clips are not where the runs found them: no sound, no pictures."]
+        self.notes = [] if root else ["The raw clips were not found, so audio and video are missing."]
 
     def turn(self, utterance: Utterance | None) -> Turn | None:
         if utterance is None:
@@ -174,7 +174,7 @@ class _Media:
         if self.root is None or utterance.clip is None:
             turn.lacking = "no clip" if utterance.clip is None else ""
             return turn
-        clip = self.root / utterance.clip  # below it, as readers of shards see to
+        clip = self.root / utterance.clip  # inside it, as readers of shards ensure
         try:
             turn.sound = self._hold(to_wav(read_audio(clip, SAMPLE_RATE)[: MAX_SECONDS * SAMPLE_RATE], SAMPLE_RATE))
             turn.picture = thumbnail(clip)
@@ -188,12 +188,12 @@ class _Media:
         try:
             return self._hold(path.read_bytes())
         except OSError:
-            self.notes.append(f"{path.name}: the spoken reply is no longer there.")
+            self.notes.append(f"{path.name}: the spoken reply no longer exists.")
             return ""
 
     def _hold(self, sound: bytes) -> str:
         if len(sound) > self.left:
-            note = "Some sound is left out: the page would become too large."
+            note = "Some audio is omitted: the page would become too large."
             self.notes += [] if note in self.notes else [note]
             return ""
         self.left -= len(sound)

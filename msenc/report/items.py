@@ -1,4 +1,4 @@
-"""`predictions.jsonl` of one evaluation -> per metric a number and a weight of each item, for paired comparisons."""
+"""`predictions.jsonl` of one evaluation -> a value and a weight per metric and item, for paired comparisons."""
 
 import math
 from collections import Counter
@@ -26,7 +26,7 @@ class Items:
         ids: (dialogue, turn) of each.
         rows: the predictions themselves.
         values: metric -> (N,) its value for each item, per unit of weight.
-        weights: metric -> (N,) the items' weights; the weighted mean of the values is the metric of all.
+        weights: metric -> (N,) the items' weights; the weighted mean of the values is the overall metric.
     """
 
     ids: list[tuple[str, int]]
@@ -44,19 +44,17 @@ def read_items(path: Path) -> Items:
     """Read one file of predictions.
 
     Raises:
-        MsencError: it is empty, or a row is not what `evaluate.py` writes; the row is named.
+        MsencError: it is empty, or a row is not as `evaluate.py` writes it; names the row.
     """
     rows = read_predictions(path.parent)
     for row in rows:
         if any(map(math.isnan, row["nll"])):
-            raise MsencError(
-                f"{path}: turn {row['turn']} of {row['dialogue']}: a token's loss is no finite number. {AGAIN}"
-            )
+            raise MsencError(f"{path}: turn {row['turn']} of {row['dialogue']}: a token's loss is not finite. {AGAIN}")
     rows.sort(key=lambda row: (row["dialogue"], row["turn"]))
     ids = [(row["dialogue"], row["turn"]) for row in rows]
     twice = [here for here, following in pairwise(ids) if here == following]
     if twice:
-        raise MsencError(f"{path}: turn {twice[0][1]} of {twice[0][0]} stands there twice. {AGAIN}")
+        raise MsencError(f"{path}: turn {twice[0][1]} of {twice[0][0]} occurs twice. {AGAIN}")
     values, weights = _losses(rows)
     for name in dict.fromkeys(name for row in rows for name in row.get("scores") or {}):
         scores = [(row.get("scores") or {}).get(name) for row in rows]
@@ -69,7 +67,7 @@ def read_items(path: Path) -> Items:
 
 
 def _losses(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What `evaluation.loss_metrics` gives of all items, of each; shares of planted bits are in percent."""
+    """The metrics of `evaluation.loss_metrics`, for each item; shares of planted bits are in percent."""
     tokens = np.array([len(row["nll"]) for row in rows], dtype=float)
     nll = np.array([math.fsum(row["nll"]) for row in rows])
     correct = np.array([sum(row["correct"]) for row in rows], dtype=float)
@@ -88,10 +86,10 @@ def _losses(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str
 
 
 def _bleu(rows: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """BLEU-1..4 of all replies, and what each dialogue does to it: what changes without it (the jackknife).
+    """BLEU-1..4 of all replies, and each dialogue's influence on it (the jackknife).
 
-    BLEU is no mean of items. The values are those whose mean over dialogues is the corpus's BLEU, and whose spread is
-    its spread from dialogue to dialogue; all items of a dialogue have the same.
+    BLEU is not a mean of items. The mean of these values over dialogues is the corpus BLEU, and their spread is
+    its spread between dialogues; all items of a dialogue have the same value.
 
     Source: B. Efron and C. Stein, Annals of Statistics 9 (1981) 586-596.
     """

@@ -1,4 +1,4 @@
-"""A report -> one HTML page that needs no other file: table, effects, curves, examples, costs, commands."""
+"""A report -> one self-contained HTML page: table, effects, curves, examples, costs, commands."""
 
 import shlex
 from collections import defaultdict
@@ -29,12 +29,12 @@ PLOTTED = ("nll", "planted/", "rouge_l", "description/accuracy")
 
 
 def render_page(table: Table, title: str, folders: Sequence[Path]) -> str:
-    """The page's text; whatever the runs hold, it is shown as text and never run.
+    """The page's HTML; content of the runs is escaped and never executed.
 
     Args:
         table: what `summarise` found.
         title: of the page.
-        folders: what was reported, for the commands.
+        folders: the reported ones, for the commands.
     """
     examples, media_notes = find_examples(table.configurations, table.split)
     curves = learning_curves(table.configurations)
@@ -60,7 +60,7 @@ def render_page(table: Table, title: str, folders: Sequence[Path]) -> str:
 
 
 def _summary(table: Table) -> list[str]:
-    """What was shown, in a line per significant comparison of the loss, or that nothing was."""
+    """A line per comparison of the loss: which difference is significant."""
     losses = [c for c in table.comparisons if c.metric == "nll"]
     lines = []
     for c in losses:
@@ -102,7 +102,7 @@ def _transposed(table: Table) -> dict[str, Any]:
 
 
 def _attributes(configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
-    """Accuracy of the replies' voice descriptions per attribute, beside rules that look at nothing."""
+    """Accuracy of the replies' voice descriptions per attribute, next to baselines that ignore the input."""
     names = dict.fromkeys(
         name.split("/")[1]
         for c in configurations
@@ -130,7 +130,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _commands(table: Table, folders: Sequence[Path]) -> list[str]:
-    """What made the runs and this report."""
+    """The commands of the runs and of this report."""
     commands = []
     for folder in folders:
         if (folder / "sweep.json").is_file():

@@ -13,15 +13,15 @@ from msenc.files import read_text
 from msenc.report.compare import Comparison, Configuration, direction_of
 from msenc.types import MsencError
 
-# Okabe and Ito's colours: told apart with any colour vision, and by their grey in print.
+# Okabe and Ito's colours: distinguishable with any colour vision, and in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = "osD^v<>P"
 MAX_EPOCHS = 10**6
-"""That an axis can show."""
+"""Whether an axis can show it."""
 
 
 def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
-    """A row per comparison: the difference as a point, its interval as a line; filled where it is significant."""
+    """A row per comparison: the difference as a point, its interval as a line; filled if significant."""
     figure, axes = _figure(5.2, 0.9 + 0.42 * len(comparisons))
     for row, c in enumerate(comparisons):
         colour = {"better": COLOURS[2], "worse": COLOURS[1]}.get(c.mark, "#666666")
@@ -35,7 +35,7 @@ def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
     reach = max(
         (abs(v) for c in comparisons for v in (c.effect.low, c.effect.high, c.effect.mean) if v == v), default=0
     )
-    axes.set_xlim(-1.08 * reach or -1, 1.08 * reach or 1)  # 0 in the middle: the side tells the direction
+    axes.set_xlim(-1.08 * reach or -1, 1.08 * reach or 1)  # 0 in the middle: the side shows the direction
     axes.locator_params(axis="x", nbins=5)
     better = {1: " (right is better)", -1: " (left is better)"}.get(direction_of(metric), "")
     axes.set_xlabel(f"difference in {metric}{better}")
@@ -43,7 +43,7 @@ def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
 
 
 def learning_curves(configurations: Sequence[Configuration]) -> str | None:
-    """Validation loss by epoch: a thin line per run, a marked one for their mean; None where nothing was logged."""
+    """Validation loss by epoch: a thin line per run, a marked one for their mean; None if nothing was logged."""
     curves = [(c.name, [curve for run in c.runs if (curve := read_curve(run.folder))]) for c in configurations]
     if not any(found for _, found in curves):
         return None
@@ -79,7 +79,7 @@ def read_curve(run_dir: Path) -> dict[int, float]:
 
 
 def _short(name: str, most: int = 36) -> str:
-    """A name with its middle left out where it is long, as a path is: else it would leave no room for the plot."""
+    """A name with its middle elided if it is long (such as a path), to leave room for the plot."""
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 

@@ -42,13 +42,13 @@ class Table:
 
     Args:
         split: the evaluated split.
-        keys: override keys in which the runs differ, the seed left out.
+        keys: override keys in which the runs differ, except the seed.
         metrics: metrics in order; shares recovered are in percent and say so in their name.
         configurations: the rows, in the order of their first run.
         comparisons: the tests that the sweep asks for, by metric.
-        verdicts: what controls say, where there are any.
-        notes: what the reader of the numbers should know.
-        left_out: runs that are in no row, each with the reason.
+        verdicts: of controls, if there are any.
+        notes: caveats for the reader.
+        left_out: runs excluded from all rows, each with the reason.
     """
 
     split: str
@@ -62,12 +62,12 @@ class Table:
 
 
 def summarise(runs: list[Run], split: str = "test", settings: str | None = None) -> Table:
-    """Bring the finished runs' evaluations of one split into a table.
+    """Collect the finished runs' evaluations of one split in a table.
 
     Args:
         runs: of one sweep, as `collect_runs` finds them.
         split: which evaluations to take.
-        settings: settings (or their hash) of the evaluations to take, where there are several.
+        settings: settings (or their hash) of the evaluations to use, if there are several.
 
     Raises:
         MsencError: no evaluation fits, or the fitting ones cannot be compared: they differ in data, split, settings
@@ -76,7 +76,7 @@ def summarise(runs: list[Run], split: str = "test", settings: str | None = None)
     chosen = _choose(runs, split, settings)
     used = [run for run in runs if run.name in chosen]
     _refuse_other_tasks(used)
-    # Runs that failed count here too: without them, a row would not say what it has and they lack.
+    # Failed runs count here too: without them, a row would not show how it differs from them.
     keys = [key for key in _differing_keys([[run] for run in runs]) if any(key in run.overrides for run in used)]
     _refuse_equal_seeds(used, keys)
     configurations = configure(used, chosen, keys)
@@ -89,7 +89,7 @@ def summarise(runs: list[Run], split: str = "test", settings: str | None = None)
 
 
 def costs(configuration: Configuration) -> dict[str, float]:
-    """Means over the runs of a configuration, but for the memory: the most of any."""
+    """Means over the runs of a configuration; for memory, the maximum."""
     runs = configuration.runs
     return {
         "trainable parameters": sum(sum(r.trainable_parameters.values()) for r in runs) / len(runs),
@@ -108,7 +108,7 @@ def _choose(runs: list[Run], split: str, settings: str | None) -> dict[str, Eval
         splits = sorted({e.split for _, e in plain}) or ["none"]
         raise MsencError(
             f"No finished run with an evaluation of {split}. Found: {states or 'no run'}; evaluated splits of the "
-            f"finished ones: {', '.join(splits)}. Run evaluate.py run_dir=... split={split}, or name another split."
+            f"finished ones: {', '.join(splits)}. Run evaluate.py run_dir=... split={split}, or choose another split."
         )
     here = {run.name for run, _ in of_split}
     elsewhere = [(f"split {e.split}", run) for run, e in plain if run.name not in here]
@@ -124,14 +124,14 @@ def _choose(runs: list[Run], split: str, settings: str | None) -> dict[str, Eval
         raise MsencError(f"No evaluation of {split} has settings={settings}. Found: {found}.")
     if len({(e.data, e.settings) for _, e in fitting}) > 1:
         raise MsencError(
-            f"The evaluations of {split} differ in data or settings, so their numbers cannot be compared: {found}. "
+            f"The evaluations of {split} differ in data or settings, so they cannot be compared: {found}. "
             "Choose one with settings=, which takes the settings or their hash."
         )
     return {run.name: e for run, e in sorted(fitting, key=lambda pair: pair[1].written)}
 
 
 def _differing_keys(groups: Iterable[list[Run]]) -> list[str]:
-    """Override keys, the seed left out, whose values differ between groups of runs; an absent key is a value too."""
+    """Override keys, except the seed, whose values differ between groups of runs; an absent key is a value too."""
     groups = list(groups)
     keys = dict.fromkeys(key for group in groups for run in group for key in run.overrides if key != "seed")
     return [key for key in keys if len({frozenset(run.overrides.get(key) for run in group) for group in groups}) > 1]
@@ -144,13 +144,13 @@ def _refuse_other_tasks(runs: list[Run]) -> None:
     if len(groups) == 1:
         return
     keys = _differing_keys(groups.values())
-    cause = f"overrides differ in {', '.join(keys)}" if keys else "overrides agree, so the data was prepared anew"
+    cause = f"overrides differ in {', '.join(keys)}" if keys else "overrides agree, so the data was prepared again"
     facts = [name for name in ("data", "turns_hash", "history") if len({r.facts.get(name) for r in runs}) > 1]
     found = "".join(f" {n}: {_grouped((str(r.facts.get(n)), r) for r in runs)}." for n in facts)
     raise MsencError(
-        "The runs have different tasks (turns, splits, targets or history), so their numbers cannot be compared: "
+        "The runs have different tasks (turns, splits, targets or history), so they cannot be compared: "
         f"{_grouped((f'task {run.task_hash}', run) for run in runs)}. Their {cause}.{found} "
-        "Report each group from a folder of its own."
+        "Report each group separately, from its own folder."
     )
 
 
@@ -161,7 +161,7 @@ def _refuse_equal_seeds(runs: list[Run], keys: list[str]) -> None:
         if first != run.name:
             raise MsencError(
                 f"{first} and {run.name} have the same overrides and seed {run.seed}, expected one run per seed: "
-                "the deviation would come out too small. Move one of the two folders away."
+                "otherwise the deviation would be underestimated. Move one of the two folders away."
             )
 
 
@@ -178,7 +178,7 @@ def _notes(
         if len({run.facts.get(fact) for run in runs}) > 1:
             notes.append(f"The runs have different {what}: {_grouped((str(r.facts.get(fact)), r) for r in runs)}.")
     if weighted := [(run.facts["loss_weights"], run) for run in runs if "loss_weights" in run.facts]:
-        notes.append(f"Trained with weighted losses, by kind of token: {_grouped(weighted)}. Scores have no weights.")
+        notes.append(f"Trained with loss weights by kind of token: {_grouped(weighted)}. Scores are unweighted.")
     notes += [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
     shared = {
         stream
@@ -188,8 +188,8 @@ def _notes(
     }
     if shared:
         notes.append(
-            f"Runs of all seeds start from one alignment ({', '.join(sorted(shared))}), so the spread between seeds "
-            "holds nothing of its luck. Aligned anew for each: align.seed=${seed}."
+            f"Runs of all seeds share one alignment ({', '.join(sorted(shared))}), so the spread between seeds "
+            "does not include its variance. For an alignment per seed: align.seed=${seed}."
         )
     seeds = {c.name: [run.seed for run in c.runs] for c in configurations}
     if len({tuple(s) for s in seeds.values()}) > 1:
@@ -197,14 +197,14 @@ def _notes(
         notes.append(f"The configurations have different seeds ({listed}).")
     fewest = min(len(s) for s in seeds.values())
     if max(len(s) for s in seeds.values()) == 1:
-        notes.append("One seed each: the intervals are about the items alone, and say nothing of other seeds.")
+        notes.append("One seed each: the intervals only cover items, and say nothing about other seeds.")
     elif fewest == 1:
-        notes.append("A row of one seed borrows the spread between seeds from the row that it is compared with.")
+        notes.append("For a row with one seed, the spread between seeds is taken from the row it is compared with.")
     elif fewest < FEW_SEEDS:
-        notes.append("Two seeds leave one degree of freedom: intervals are wide where seeds differ.")
+        notes.append("Two seeds leave one degree of freedom: intervals are wide if seeds differ.")
     lacking_items = [r.name for c in configurations for r, i in zip(c.runs, c.items, strict=True) if i is None]
     if lacking_items:
-        notes.append(f"No predictions.jsonl in {', '.join(lacking_items)}: intervals there are over seeds alone.")
+        notes.append(f"No predictions.jsonl in {', '.join(lacking_items)}: intervals there only cover seeds.")
     for name in metrics:
         if lacking := [run.name for run in runs if name not in table_metrics(chosen[run.name].metrics)]:
             notes.append(f"{name} is missing in {', '.join(lacking)}.")
@@ -212,15 +212,15 @@ def _notes(
 
 
 def _not_varied(runs: list[Run]) -> str:
-    """What all runs have in common, so that the table says nothing about it."""
+    """Settings that all runs have in common, about which the table says nothing."""
     same = {key: runs[0].overrides.get(key) for key in runs[0].overrides if key != "seed"}
     same = {key: v for key, v in same.items() if all(run.overrides.get(key) == v for run in runs)}
     facts = {n: runs[0].facts[n] for n in ("data", "llm", "epochs", "device") if n in runs[0].facts}
-    if Path(facts.get("llm", "")).is_absolute():  # a hub's id is the name; of a folder its last part is
+    if Path(facts.get("llm", "")).is_absolute():  # a hub id is the name; for a folder, its last part
         facts["llm"] = Path(facts["llm"]).name
     facts = {n: v for n, v in facts.items() if n not in same and len({run.facts.get(n) for run in runs}) == 1}
     shown = ", ".join(f"{key}={value}" for key, value in {**facts, **same}.items())
-    return f"Not varied: {shown or 'nothing is known to be common'}."
+    return f"Not varied: {shown or 'no common setting known'}."
 
 
 def _grouped(pairs: Iterable[tuple[str, Run]]) -> str:
@@ -239,7 +239,7 @@ def _reason(run: Run, split: str) -> str:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Show rows, comparisons and verdicts; what is wider than the console, with its columns as rows."""
+    """Print rows, comparisons and verdicts; tables wider than the console are transposed."""
     console = console or Console()
     console.print(Text(heading(table), style="bold"))
     _print_grid(grid(table), console)
@@ -273,12 +273,12 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 COMPARED = (
     "Differences, with 95 % confidence intervals; * p < 0.05 after Holm's correction over the comparisons of a metric"
 )
-JUDGED = "Controls: loss per token with the control less without, in nats"
+JUDGED = "Controls: loss per token with minus without the control, in nats"
 
 
 def heading(table: Table) -> str:
-    """What the numbers of the main table are."""
-    return f"{table.split}: mean ± half of the 95 % confidence interval over dialogues and seeds († over seeds alone)"
+    """The caption of the main table."""
+    return f"{table.split}: mean ± half of the 95 % confidence interval over dialogues and seeds († only over seeds)"
 
 
 def grid(table: Table) -> list[list[str]]:
@@ -306,7 +306,7 @@ def comparison_grid(table: Table) -> list[list[str]]:
 
 
 def difference(comparison: Comparison) -> str:
-    """A difference with its interval, and a star where it is significant."""
+    """A difference with its interval, and a star if it is significant."""
     digits = _digits(comparison.metric)
     e = comparison.effect
     interval = "" if math.isnan(e.low) else f" [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
@@ -325,7 +325,7 @@ def verdict_grid(table: Table) -> list[list[str]]:
 
 
 def best(table: Table, metric: str) -> Configuration | None:
-    """The configuration with the best mean, where one way is better and it stands alone at the digits shown."""
+    """The configuration with the best mean, if the metric has a direction and there is no tie at the digits shown."""
     direction = direction_of(metric)
     means = [
         (direction * round(c.scores[metric].mean, _digits(metric)), c)
@@ -338,8 +338,8 @@ def best(table: Table, metric: str) -> Configuration | None:
 
 
 def footer(table: Table) -> list[str]:
-    """Notes and what was left out, a line each."""
-    return [*(f"Note: {note}" for note in table.notes), *(f"Left out: {line}" for line in table.left_out)]
+    """Notes and excluded runs, a line each."""
+    return [*(f"Note: {note}" for note in table.notes), *(f"Excluded: {line}" for line in table.left_out)]
 
 
 def _digits(metric: str) -> int:
@@ -356,7 +356,7 @@ def _cell(name: str, score: Effect | None, is_over_seeds: bool) -> str:
 
 
 def _rows(table: Table) -> list[dict[str, object]]:
-    """Rows for a program: no rounding, no thousands' commas; costs last."""
+    """Machine-readable rows: no rounding, no thousands separators; costs last."""
     return [
         {
             **c.levels,
@@ -458,7 +458,7 @@ def _escaped(text: str) -> str:
 
 
 def _print_grid(cells: list[list[str]], console: Console) -> None:
-    """A grid; one too wide for the console is turned, and then told in parts that fit, each with the first column."""
+    """A grid; if too wide for the console, transposed, then split into parts that fit, each with the first column."""
     if not _fits(cells, console):
         cells = [list(column) for column in zip(*cells, strict=True)]
     first, shown = 1, 1
@@ -472,7 +472,7 @@ def _print_grid(cells: list[list[str]], console: Console) -> None:
 
 
 def _fits(cells: list[list[str]], console: Console) -> bool:
-    # Measured as if there were room without end; the width given by default stops at the console's.
+    # Measured with unlimited width; the default stops at the console's.
     return console.measure(_rich_table(cells), options=console.options.update(width=100_000)).maximum <= console.width
 
 

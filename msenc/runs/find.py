@@ -1,4 +1,4 @@
-"""Where runs lie: those of a sweep or of any other folder, and the run of an identity."""
+"""Finds runs: those of a sweep or any other folder, and the run with a given identity."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def find_run(folders: Iterable[Path], identity: str) -> Path | None:
 
 
 def run_records(folders: Iterable[Path]) -> Iterator[Path]:
-    """Every ``run.json`` below the folders, once; the many files of a run's folder are not looked through."""
+    """Every ``run.json`` under the folders, once; the many files in a run's folder are not searched."""
     seen = set()
     for folder in folders:
         for place, inner, files in os.walk(folder):
@@ -36,9 +36,9 @@ def run_records(folders: Iterable[Path]) -> Iterator[Path]:
 
 
 def runs_of(folder: Path) -> dict[Path, Sequence[str] | None]:
-    """The runs of a sweep in the order of its jobs, each with what its last start asked for, wherever they lie.
+    """The runs of a sweep in the order of its jobs, each with the overrides of its last start, wherever they are.
 
-    Of any other folder: itself, or those below it by their names, 2 before 10, with None.
+    For any other folder: itself, or the runs under it in natural order of their names, with None.
     """
     jobs = read_sweep(folder)
     if jobs is not None:

@@ -1,4 +1,4 @@
-"""The folder that a run works in: settled once it is known which run it is, by the first of its processes."""
+"""A run's folder: determined by its first process, once the run's identity is known."""
 
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from msenc.work.processes import is_first_process, told_by_the_first
 
 
 def settle_folder(cfg: DictConfig, hydra: DictConfig, identity: str, num_processes: int) -> Path:
-    """Which folder the run works in; it is not made here. Every process gets the first one's answer.
+    """Determine the run's folder, without creating it. All processes get the first one's answer.
 
     Args:
         cfg: of the run; its ``paths.output_dir`` becomes the folder.
@@ -38,13 +38,13 @@ def settle_folder(cfg: DictConfig, hydra: DictConfig, identity: str, num_process
 
 
 def write_config(folder: Path, cfg: DictConfig, overrides: list[str]) -> None:
-    """Leave the config, and what it was composed from, in a run's folder."""
+    """Write the config and its overrides to a run's folder."""
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
 
 
 def places_of_runs(cfg: DictConfig, hydra: DictConfig) -> list[Path]:
-    """Where a repeated command looks for its run: all runs, and the sweep's folder, which may lie elsewhere."""
+    """Where a repeated command looks for its run: all runs, and the sweep's folder, which may be elsewhere."""
     places = [Path(cfg.paths.runs_dir)]
     return [*places, Path(hydra.sweep.dir)] if hydra.mode is RunMode.MULTIRUN else places
 

@@ -1,4 +1,4 @@
-"""What tells one run from another: its settings, and the hashes of its data."""
+"""The identity of a run: its settings, and the hashes of its data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +16,14 @@ ANOTHER_PLACE = {
     "": ("paths", "logger", "resume", "plan", "dry_run", "detach", "prepare_workers", "init_from", "plugins", "urls"),
     "data": ("dir", "root", "table", "encoding", "recordings", "audio_track", "labels", "num_workers", "verify"),
 }
-"""Keys that do not tell one run from another: where things lie, who watches, and how many help.
+"""Keys that are not part of a run's identity: paths, loggers, numbers of processes.
 
-What a run starts from is told by its tensors' hashes, not by their folder.
+Initial weights are identified by their tensors' hashes, not by their folder.
 """
 
 
 def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
-    """What two runs must share to be compared: turns and splits, the targets' form, and the history rule."""
+    """Hash of what two runs must share to be compared: turns and splits, the form of targets, history truncation."""
     task = {
         "turns": datamodule.manifest.turns_hash,
         "target": config["prompt"]["target"],
@@ -37,7 +37,7 @@ def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
 
 
 def stream_hashes(datamodule: DialogueDataModule) -> dict[str, str]:
-    """Stream -> hash of its features, or of what stands in their place."""
+    """Stream -> hash of its features, or of their replacement by a control."""
     hashes = {s: datamodule.manifest.streams[f"{s}-{spec.name}"].hash for s, spec in datamodule.streams.items()}
     for control in datamodule.controls:
         if control.stream in hashes:
@@ -60,7 +60,7 @@ def run_identity(cfg: DictConfig, data: Mapping[str, Any]) -> str:
 
 
 def check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
-    """Refuse data that was prepared anew, with other content, since the run; imported weights know no data."""
+    """Refuse data whose content has changed since the run; imported weights have no data."""
     now = {"task_hash": task_hash(config, datamodule), "streams": stream_hashes(datamodule)}
     for what, found in now.items():
         if record[what] not in (found, None):
@@ -71,9 +71,9 @@ def check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamo
 
 
 def run_settings(cfg: DictConfig) -> dict[str, Any]:
-    """What tells a run from others, of its config: all that changes what is trained or measured.
+    """The part of a config that identifies a run: everything that affects training or evaluation.
 
-    Places do not: they are replaced by their names before anything refers to them.
+    Paths are not part of it: they are replaced by their names before anything refers to them.
     """
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     cfg.paths = {name: name for name in cfg.paths}
@@ -84,7 +84,7 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
                 del node[key]
     settings = OmegaConf.to_container(cfg, resolve=True)
     del settings["paths"]
-    # What is empty changes nothing, and is absent in runs from before there was such a key.
+    # Empty values change nothing, and are absent in runs older than the key.
     if "groups" in (optimizer := settings.get("optimizer") or {}):
         optimizer["groups"] = {name: group for name, group in (optimizer["groups"] or {}).items() if group is not None}
         if not optimizer["groups"]:
@@ -92,15 +92,15 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
     if not settings.get("loss", {}).get("weights", True):
         del settings["loss"]
     if "control" in settings:
-        settings["controls"] = settings.pop("control")  # as it was called first
+        settings["controls"] = settings.pop("control")  # its first name
     return with_first_targets(settings)
 
 
 def check_same_settings(folder: Path, cfg: DictConfig) -> None:
-    """Refuse to continue a run with other settings than its own.
+    """Refuse to resume a run with settings other than its own.
 
     Raises:
-        MsencError: it names up to three that differ.
+        MsencError: names up to three that differ.
     """
     _, own = read_run(folder)
     before, now = _flat(run_settings(own)), _flat(run_settings(cfg))
@@ -112,8 +112,8 @@ def check_same_settings(folder: Path, cfg: DictConfig) -> None:
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise MsencError(
-            f"{folder}: the run cannot be continued with other settings than its own: {'; '.join(differ[:3])}{more}. "
-            "Leave them out (or restore configs/ as it was), or start another run, without resume."
+            f"{folder}: the run cannot be resumed with other settings than its own: {'; '.join(differ[:3])}{more}. "
+            "Remove them (or restore configs/), or start another run without resume."
         )
 
 

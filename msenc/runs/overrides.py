@@ -1,4 +1,4 @@
-"""Command lines: overrides as they are typed, and the short forms that Hydra does not know."""
+"""Command lines: overrides as typed, and short forms that Hydra does not know."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -14,7 +14,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     """A command line with ``resume=RUN`` -> the one that composes that run's config, and works in its folder.
 
     Args:
-        arguments: of `train.py`; returned as they are where they name no run's folder.
+        arguments: of `train.py`; returned unchanged if they name no run's folder.
 
     Raises:
         MsencError: the folder is no run, its command line does more than set values, or the command is a multirun.
@@ -24,7 +24,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         return arguments
     if {"-m", "--multirun"} & set(arguments) or any(a.startswith("sweep=") for a in arguments):
         raise MsencError(
-            f"resume={named[-1]}: a multirun makes many runs, this is one. Leave out -m, or use resume=auto."
+            f"resume={named[-1]}: a multirun makes many runs, this is a single one. Remove -m, or use resume=auto."
         )
     folder = Path(named[-1])
     read_run(folder, "resume")
@@ -33,19 +33,19 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     keys = {key_of(a) for a in given}
     own = [o for o in read_overrides(file) if key_of(o) not in keys | {"resume"}] if file.is_file() else []
     check_overrides(own, given, file)
-    # A job's own overrides name its sweep, which would begin anew.
+    # A job's own overrides name its sweep, which would start over.
     return [*own, *given, f"resume={quoted_value(str(folder.resolve()))}", "hydra.mode=RUN"]
 
 
 ALWAYS_THERE = ("r", "lora_alpha", "lora_dropout")
-"""Keys of ``model.llm.lora`` wherever it is not null; an override of one that finds null stays refused."""
+"""Keys of ``model.llm.lora`` if it is not null; overriding a key of null is still refused."""
 
 
 def spelt_out(arguments: Sequence[str]) -> list[str]:
     """Short forms as Hydra takes them.
 
-    ``init_from=RUN`` -> ``init_from.run=RUN``: a run to take everything from. And a key of ``model.llm.lora`` that no
-    YAML lists is one of PEFT's all the same: it gets the ``++`` that Hydra asks for.
+    ``init_from=RUN`` -> ``init_from.run=RUN``: initialize everything from that run. And a key of ``model.llm.lora``
+    that no YAML lists may still be one of PEFT's: it gets the ``++`` that Hydra requires.
 
     Example:
         >>> spelt_out(["init_from=runs/single/A", "seed=2", "model.llm.lora.use_dora=true"])
@@ -57,12 +57,12 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
 
 
 def key_of(override: str) -> str:
-    """What an override sets, as ``modality`` in ``modality=text``."""
+    """The key of an override, as ``modality`` in ``modality=text``."""
     return override.lstrip("+~").partition("=")[0]
 
 
 def literal_arguments(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
-    """Command-line arguments with some values taken as they are typed: Hydra reads commas and quotes as its own.
+    """Command-line arguments with some values taken literally, since Hydra interprets commas and quotes.
 
     Args:
         arguments: of a script.
@@ -80,7 +80,7 @@ def literal_arguments(arguments: Sequence[str], keys: Collection[str]) -> list[s
 
 
 def quoted_value(text: str) -> str:
-    r"""A text as an override's value, whatever signs are in it.
+    r"""A text as an override's value, whatever characters it has.
 
     Example:
         >>> print(quoted_value(r"it's in C:\a"))

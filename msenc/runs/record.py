@@ -1,10 +1,10 @@
-"""A run's folder: what is written there, and how it is read again.
+"""A run's folder: what is written there, and how it is read.
 
-- ``run.json``: what ran, on what, and how it ended
+- ``run.json``: code, settings, data, and how the run ended
 - ``metrics.json``: validation metrics at the end of training
 - ``.hydra/``: the config and the overrides that it was composed from
-- ``checkpoints/``: best.ckpt, last.ckpt and previous.ckpt, what trained
-- ``export/``: what trained, for use elsewhere
+- ``checkpoints/``: best.ckpt, last.ckpt and previous.ckpt: the trained parameters
+- ``export/``: the trained parameters, for use elsewhere
 - ``evaluation/``: one folder per data set, split and settings
 """
 
@@ -40,7 +40,7 @@ class _Alignment(TypedDict):
 
 
 class Facts(TypedDict):
-    """What ``run.json`` may hold, of what is read again; a run that was stopped early knows few of it."""
+    """Fields of ``run.json`` that are read; a run that was stopped early has few of them."""
 
     status: str
     error: NotRequired[str | None]
@@ -73,26 +73,26 @@ class Facts(TypedDict):
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a ``run.json`` says.
+    """Read a ``run.json``.
 
     Raises:
-        MsencError: it is missing, damaged, or holds something else; names the place in it.
+        MsencError: it is missing, damaged, or has other content; names the place in it.
     """
     return read_json(path, Facts, "Run that job again, or move its folder away.")
 
 
 class RunRecord:
-    """``run.json``, kept up to date: written when the run starts, and again whenever something is known.
+    """``run.json``, kept up to date: written when the run starts, and whenever something new is known.
 
-    It holds the run's folder for this process alone, until `close`; the hold goes when the process ends, however it
-    ends. Of several processes that train together, the first one keeps the record.
+    It locks the run's folder for this process until `close`; the lock is released when the process ends, however it
+    ends. With several processes, the first one keeps the record.
 
     Args:
-        folder: the run's folder; it is made.
+        folder: the run's folder, which is created.
         **facts: what is known at the start.
 
     Raises:
-        MsencError: the folder holds a run, or another process works in it.
+        MsencError: the folder already has a run, or another process is using it.
     """
 
     def __init__(self, folder: Path, **facts: Any) -> None:
@@ -102,7 +102,7 @@ class RunRecord:
         if is_first_process() and (self.folder / "run.json").is_file():
             self.close()
             raise MsencError(
-                f"{self.folder}: holds a run already. Continue it (python train.py resume={self.folder}), or give "
+                f"{self.folder}: already has a run. Resume it (python train.py resume={self.folder}), or choose "
                 "another folder."
             )
         self._begin(0.0, 0)
@@ -120,14 +120,14 @@ class RunRecord:
 
     @classmethod
     def reopen(cls, folder: Path, wait: bool = False) -> "RunRecord":
-        """Open an earlier run's record to continue the run.
+        """Open an earlier run's record to resume the run.
 
         Args:
             folder: of the run.
             wait: for another process that works in the folder, until it ends.
 
         Raises:
-            MsencError: another process works in the folder, a link in it leads elsewhere, or the record cannot be read.
+            MsencError: another process is using the folder, a link in it leads elsewhere, or the record cannot be read.
         """
         record = cls.__new__(cls)
         record.folder = Path(folder)
@@ -137,12 +137,12 @@ class RunRecord:
         return record
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         if self._lock is not None:
             self._lock.release()
 
     def add(self, **facts: Any) -> None:
-        """Note facts, with the seconds of all starts together and the peak memory so far."""
+        """Record facts, with the total seconds of all starts and the peak memory so far."""
         self.facts.update(facts)
         self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._start, 2)
         memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -160,17 +160,18 @@ class RunRecord:
                 lock.acquire()
             except Timeout as e:
                 if wait:
-                    console.print(f"Another process works in {shown(self.folder)}: waiting for it.", soft_wrap=True)
+                    console.print(f"Another process is using {shown(self.folder)}: waiting for it.", soft_wrap=True)
                     lock.acquire(timeout=-1, poll_interval=1)
                     self._lock = lock
                     return
                 raise MsencError(
-                    f"{self.folder}: another process works in this run's folder. Wait for it, or end it, then repeat."
+                    f"{self.folder}: another process is using this run's folder. Wait for it, or end it, then repeat "
+                    "the command."
                 ) from e
             self._lock = lock
 
     def _begin(self, seconds_before: float, memory_before: int) -> None:
-        with suppress(OSError):  # Linux: the peak of what this process did before, such as another job, is forgotten
+        with suppress(OSError):  # Linux: reset the peak, which may be from an earlier job in this process
             Path("/proc/self/clear_refs").write_text("5")
         if gpu_memory() is not None:
             sys.modules["torch"].cuda.reset_peak_memory_stats()
@@ -202,7 +203,7 @@ def gpu_memory() -> int | None:
 
 
 def is_finished(facts: Mapping[str, Any]) -> bool:
-    """Whether a record is of a run that is done; one that was killed still says that it is running."""
+    """Whether a run has finished; the record of a killed one still says that it is running."""
     return facts["status"] == "finished"
 
 
@@ -217,16 +218,16 @@ def read_run(run_dir: str | Path, argument: str = "run_dir") -> tuple[dict[str, 
 
     Args:
         run_dir: its folder.
-        argument: what named it, for messages.
+        argument: the config key that named it, for messages.
 
     Raises:
-        MsencError: the folder is no run, or one that never got as far as a config.
+        MsencError: the folder is not a run, or one that never got a config.
     """
     folder = Path(run_dir)
     for file in (folder / "run.json", folder / ".hydra" / "config.yaml"):
         if not file.is_file():
             runs = sorted(str(f.parent.relative_to(folder)) for f in folder.glob("*/run.json"))[:3]
-            inside = f" It holds runs, though: {', '.join(runs)}." if runs else ""
+            inside = f" It contains runs, though: {', '.join(runs)}." if runs else ""
             what = "is not a run's folder" if folder.is_dir() else "does not exist"
             raise MsencError(
                 f"{argument}={run_dir}: {what} (no {file.relative_to(folder)}).{inside} Expected a folder that "
@@ -236,7 +237,7 @@ def read_run(run_dir: str | Path, argument: str = "run_dir") -> tuple[dict[str, 
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a mark where files differ from it; None outside a checkout."""
+    """The checkout's commit, marked if files differ from it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,9 +1,9 @@
-"""A sweep's folder: which jobs it has, and which run each of them is.
+"""A sweep's folder: its jobs, and the run of each job.
 
 - ``sweep.json``: the command and its jobs, written when the sweep starts
 - ``submitted.json``: which Slurm job each of them is, if they are
-- ``jobs/<number>.json``: where the run of a job lies, written by the job; it may lie in another sweep's folder
-- ``<time of a start>/<number>/``: runs that began here
+- ``jobs/<number>.json``: the folder of a job's run, written by the job; it may be in another sweep's folder
+- ``<time of a start>/<number>/``: runs that started here
 """
 
 import os
@@ -22,7 +22,7 @@ from msenc.runs.identity import ANOTHER_PLACE
 from msenc.runs.overrides import key_of
 
 SCHEMA_VERSION = 1
-ADVICE = "Repeat the sweep's command, which writes it anew, or move its folder away."
+ADVICE = "Repeat the sweep's command, which rewrites it, or move its folder away."
 STOPPING = "stopping"
 
 
@@ -31,9 +31,9 @@ class Job:
     """One job of a sweep.
 
     Args:
-        number: its place in the sweep, from 0.
-        overrides: what composes its config.
-        run_dir: the folder of its run; None where it has not started.
+        number: its index in the sweep, from 0.
+        overrides: of its config.
+        run_dir: the folder of its run; None if it has not started.
     """
 
     number: int
@@ -42,12 +42,12 @@ class Job:
 
 
 def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str]) -> str:
-    """The name of a sweep's folder; the same for a command with more, or fewer, values on the same axes.
+    """The name of a sweep's folder; independent of how many values the command gives for an axis.
 
     Args:
         chosen: the file of the group ``sweep``, if there is one.
         overrides: of the command.
-        axes: keys that are varied; the seed always counts as one.
+        axes: the varied keys; always including the seed.
 
     Example:
         >>> one = sweep_name(None, ["modality=text", "seed=1,2", "optimizer.lr=0.1"], ["seed"])
@@ -62,18 +62,18 @@ def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str]
 
 
 def _is_a_place(key: str) -> bool:
-    """Whether a key tells no run from another."""
+    """Whether a key is irrelevant to a run's identity."""
     group, _, name = key.partition(".")
     return group in ANOTHER_PLACE[""] or (group in ANOTHER_PLACE and name in ANOTHER_PLACE[group])
 
 
 def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[str]] | None) -> None:
-    """Note the jobs of a sweep that starts; what earlier starts of it noted is forgotten, their runs stay.
+    """Record the jobs of a starting sweep, replacing the record of earlier starts, whose runs stay.
 
     Args:
         folder: of the sweep.
         command: its overrides.
-        jobs: overrides of each; None where a sweeper chooses them as it goes.
+        jobs: overrides of each; None if the sweeper chooses them as it runs.
     """
     shutil.rmtree(folder / "jobs", ignore_errors=True)
     write_json(
@@ -88,19 +88,19 @@ def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[st
 
 
 def job_folder(folder: Path, number: int) -> Path:
-    """The folder of a new run of a job, in the sweep's: starts of one sweep do not write over each other."""
+    """The folder for a new run of a job, in the sweep's; starts of a sweep do not overwrite each other."""
     return folder / _read_jobs(folder)["started"] / str(number)
 
 
 def note_run(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
-    """Note which run a job is."""
+    """Record the run of a job."""
     place = os.path.relpath(Path(run_dir).resolve(), Path(folder).resolve())
     facts = {"run_dir": place, "overrides": list(overrides), "process": os.getpid()}
     write_json(folder / "jobs" / f"{number}.json", facts)
 
 
 def stop_jobs(folder: Path) -> bool:
-    """Let the jobs that run in processes of this one stop as they do on a SIGTERM, and let no other one start.
+    """Forward SIGTERM to the jobs that run in child processes, and start no others.
 
     Returns:
         Whether there is such a process.
@@ -120,7 +120,7 @@ def is_stopping(folder: Path) -> bool:
 
 
 def _is_child(process: int) -> bool:
-    """Whether it is a process that this one has started, and lives; those of other machines have numbers too."""
+    """Whether it is a living child process of this one; ids from other machines may coincide with others."""
     try:
         return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
@@ -161,7 +161,7 @@ class _Sweep(TypedDict):
 class _Note(TypedDict):
     run_dir: Annotated[str, Must(lambda path: path != "" and "\0" not in path, "a folder")]
     overrides: NotRequired[list[str]]
-    process: NotRequired[Annotated[int, Must(lambda number: 0 < number < 2**31, "a number of a process")]]
+    process: NotRequired[Annotated[int, Must(lambda number: 0 < number < 2**31, "a process id")]]
 
 
 def _read_jobs(folder: Path) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def sweep_command(folder: Path) -> list[str]:
 
 
 def _noted(folder: Path) -> dict[int, dict[str, Any]]:
-    """Job -> which run it is, of those that have one."""
+    """Job -> its run, for jobs that have one."""
     return {
         int(path.stem): read_json(path, _Note, ADVICE)
         for path in folder.glob("jobs/*.json")
@@ -183,7 +183,7 @@ def _noted(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_sweep(folder: Path) -> list[Job] | None:
-    """The jobs of a sweep in order; None where the folder is no sweep's."""
+    """The jobs of a sweep in order; None if the folder is not a sweep's."""
     if not (folder / "sweep.json").is_file():
         return None
     wanted: list[list[str]] = _read_jobs(folder)["jobs"] or []

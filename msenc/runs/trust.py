@@ -1,4 +1,4 @@
-"""What a stored config or command line, data of whoever made it, may do: checked before anything acts on it."""
+"""Limits on stored configs and command lines, which are their author's data: checked before they are used."""
 
 import os
 import re
@@ -21,11 +21,11 @@ CHOICE = re.compile(r"\w[\w-]*(/\w[\w-]*)*")
 """A file of a group: no path that leaves ``configs/``."""
 
 URL = re.compile(r"(?!(?:file|memory)://)[^\s/]*://")
-"""Where somebody else is asked; the two reach this machine alone, as paths do."""
+"""Whether it reaches another machine; the two protocols only reach this machine, like paths."""
 
 
 def check_urls(config: Any, named: Iterable[str], path: Path) -> None:
-    """Refuse addresses of a stored config that the user has not named: to ask a server is to tell it something.
+    """Refuse URLs in a stored config that the user has not named: contacting a server reveals something to it.
 
     Args:
         config: plain containers, interpolations resolved.
@@ -34,49 +34,49 @@ def check_urls(config: Any, named: Iterable[str], path: Path) -> None:
         path: where the config is stored, for the message.
 
     Raises:
-        MsencError: it names the first address that is not allowed.
+        MsencError: names the first URL that is not allowed.
     """
     own = [*named, *(value for name, value in os.environ.items() if name.startswith("MSENC_"))]
-    # A protocol alone is no address: all that begin with it would be allowed.
+    # A protocol alone is not a URL: it would allow everything that begins with it.
     allowed = [text.rstrip("/") for text in own if URL.match(text) and text.partition("://")[2].strip("/")]
     for place, text in strings_of(config):
         if URL.match(text) and not any(f"{text}/".startswith(f"{url}/") for url in allowed):
             raise MsencError(
-                f"{path}: {place}={text}: an address that is stored here is not asked unless you name it. If you trust "
+                f"{path}: {place}={text}: a URL stored here is not opened unless you allow it. If you trust "
                 f"it: 'urls=[{text}]'"
             )
 
 
 def check_overrides(texts: Iterable[str], given: Iterable[str], path: Path) -> None:
-    """Refuse of a stored command line what does more than to choose files of ``configs/`` and to set values.
+    """Refuse overrides in a stored command line that do more than select files of ``configs/`` and set values.
 
     Args:
         texts: overrides.
-        given: those of the user's own command line, which may name addresses (`check_urls`).
+        given: those of the user's own command line, which may name URLs (`check_urls`).
         path: where they are stored, for the message.
 
     Raises:
-        MsencError: one names a ``_target_`` or an address, or sets something of Hydra's or outside the schema.
+        MsencError: one names a ``_target_`` or a URL, or sets something of Hydra's or outside the schema.
     """
     parser = OverridesParser.create()
     named = list(values_of(given))
     for text in texts:
         try:
-            # What argparse would take for an option of Hydra's is no override to its parser either.
+            # What argparse would take for a Hydra option is not an override to Hydra's parser either.
             override = parser.parse_override(text)
             found = _not_allowed(override)
         except HydraException:
-            found = "is no override"
+            found = "is not an override"
         if found:
             raise MsencError(
-                f"{path}: {text!r} {found}. A stored command line may choose files of configs/ and set values of the "
-                "config, and nothing else. If it is yours, give it on your own command line, where it counts."
+                f"{path}: {text!r} {found}. A stored command line may only select files of configs/ and set values "
+                "of the config. If it is yours, give it on your own command line, where it takes effect."
             )
         check_urls({override.key_or_group: override.value()}, named, path)
 
 
 def values_of(overrides: Iterable[str]) -> Iterator[str]:
-    """Every text in the values of a command line's overrides; what Hydra cannot read is left to it."""
+    """Every string in the values of a command line's overrides; errors are left to Hydra."""
     parser = OverridesParser.create()
     for text in overrides:
         with suppress(HydraException):
@@ -84,26 +84,26 @@ def values_of(overrides: Iterable[str]) -> Iterator[str]:
 
 
 def _not_allowed(override: Override) -> str | None:
-    """What an override does that a stored one may not; None where it may."""
+    """What an override does that a stored one may not; None if it is allowed."""
     key = override.key_or_group
     first, *others = re.split(r"[./]", key)
     groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"hydra"}
     known = groups | {field.name for field in fields(TrainConfig)}
     if first in ("plugins", "urls"):
-        return "says what is to be trusted"
+        return "changes what is trusted"
     if first == "hydra" or override.package is not None:
-        return "sets something of Hydra's"
+        return "sets a Hydra option"
     if first not in known:
-        return "sets what no config of a run has"
+        return "sets a key that no run's config has"
     if override.is_sweep_override():
-        return "is no single value"
+        return "is not a single value"
     value = override.value()
     if any(name.startswith("_") for name in [*others, *_keys(value)]):
-        return "says what is built"
+        return "changes what is built"
     if "/" in key or (key in groups and isinstance(value, str | list)):
         choices = value if isinstance(value, list) else [value]
         if not all(choice is None or CHOICE.fullmatch(str(choice)) for choice in choices):
-            return "is no file of configs/"
+            return "is not a file of configs/"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What an audit found, beside the streams in ``audit/``, and the filter that leaves out what carries a flag.
+"""The results of an audit, next to the streams in ``audit/``, and the filter that excludes flagged items.
 
 ``audit/audit.csv``: one line per flag; ``audit/audit.json``: its hash, which ``dataset.json`` and runs record.
 `left_out` -> ids -> `FilteredReader`, which reads shards as if those ids had never been in them.
@@ -28,59 +28,59 @@ AUDIT = "audit"
 AGAIN = "Audit again: python prepare.py stage=audit"
 
 FLAGS = {
-    "clip_missing": "no such clip",
-    "clip_corrupt": "the clip does not decode, or ends long before its header says",
+    "clip_missing": "the clip does not exist",
+    "clip_corrupt": "the clip cannot be decoded, or ends long before the duration in its header",
     "decoder_died": "the process that decoded the clip was killed",
-    "sound_missing": "the clip has no sound",
-    "silent": "nothing to hear in the clip's sound",
-    "picture_missing": "the clip has no picture",
-    "track_missing": "fewer tracks of audio, or channels of it, than `data.audio_track` or the clip's name asks for",
+    "sound_missing": "the clip has no audio",
+    "silent": "the clip's audio is silent",
+    "picture_missing": "the clip has no video",
+    "track_missing": "fewer audio tracks or channels than `data.audio_track` or the clip's name asks for",
     "playlist": "a list of other files, which is never opened",
-    "clip_too_long": "more than 4 hours, whatever the header says",
-    "clip_too_large": "pictures of more than 8192 x 8192 pixels, or more of them than fit into memory",
+    "clip_too_long": "longer than 4 hours, whatever the header says",
+    "clip_too_large": "frames larger than 8192 x 8192 pixels, or more frames than fit into memory",
     "bad_sample_rate": "a sample rate below 1 kHz or above 768 kHz",
-    "gap_in_audio": "the audio's times leave something out; silence stands in its place",
-    "late_start": "audio or video that starts after the file does; silence, or its first picture, stands before it",
-    "damaged_packets": "packets that do not decode; silence, or the picture before, stands in their place",
-    "cut_off": "the clip ends before its header says, but not long before",
-    "new_clock": "the times begin anew inside the clip; what follows is put behind what stands before",
-    "format_change": "channels, sample rate or picture size change inside the clip; brought to one",
-    "several_tracks": "several tracks of audio; the one marked as default is read, or `data.audio_track`",
-    "channels_cancel": "the mean of the channels cancels them out; the loudest is taken",
-    "surround_sound": "more than two channels; mixed down to one",
-    "low_sample_rate": "sound below 16 kHz: half of what speech encoders expect is missing",
-    "rotated": "the picture is stored on its side; turned when it is read",
-    "tilted": "the picture is to be turned by no quarter turn; left as it is stored",
-    "mirrored": "the picture is stored mirrored; put right when it is read",
-    "pixel_aspect": "pixels that are not square; scaled to square ones",
-    "interlaced": "two fields in each picture; one is kept, and its lines doubled",
-    "no_times": "pictures without times; the rate that the stream states tells them",
-    "variable_frame_rate": "pictures at uneven times; sampled by their times",
-    "wrong_extension": "the file is of another format than its name says",
+    "gap_in_audio": "a gap in the audio's timestamps; filled with silence",
+    "late_start": "audio or video starts after the file does; preceded by silence, or by its first frame",
+    "damaged_packets": "packets that cannot be decoded; replaced by silence, or by the previous frame",
+    "cut_off": "the clip ends before the duration in its header, but not long before",
+    "new_clock": "timestamps restart inside the clip; what follows is appended to what came before",
+    "format_change": "channels, sample rate or frame size change inside the clip; converted to one format",
+    "several_tracks": "several audio tracks; the default track is read, or `data.audio_track`",
+    "channels_cancel": "the channels cancel out when averaged; the loudest channel is used",
+    "surround_sound": "more than two channels; mixed down to mono",
+    "low_sample_rate": "audio below 16 kHz: half the bandwidth that speech encoders expect is missing",
+    "rotated": "the video is stored rotated; rotated back when read",
+    "tilted": "the video's rotation is no multiple of 90 degrees; left as stored",
+    "mirrored": "the video is stored mirrored; mirrored back when read",
+    "pixel_aspect": "non-square pixels; rescaled to square ones",
+    "interlaced": "two fields per frame; one is kept, and its lines are doubled",
+    "no_times": "frames without timestamps; timed by the stream's nominal frame rate",
+    "variable_frame_rate": "unevenly spaced frames; sampled by their timestamps",
+    "wrong_extension": "the file's format does not match its extension",
     "duplicate_clip": "the same bytes as an earlier clip",
-    "clip_without_row": "a file beside the clips that no utterance names",
+    "clip_without_row": "a file among the clips that no utterance refers to",
     "length_deviation": "the clip is longer or shorter than its row says",
-    "fast_text": "more characters per second than anybody speaks",
-    "no_length": "the row's times span no time, or end before they start",
-    "short": "the row's times span less than 0.3 s",
-    "long": "the row's times span more than 60 s",
-    "unreadable_time": "a time in the row cannot be read",
-    "repaired_text": "characters of the text or speaker had a wrong encoding and were repaired",
+    "fast_text": "more characters per second than anybody can speak",
+    "no_length": "the row's end time is not after its start time",
+    "short": "the row lasts less than 0.3 s",
+    "long": "the row lasts more than 60 s",
+    "unreadable_time": "a time in the row cannot be parsed",
+    "repaired_text": "the text or speaker had wrongly encoded characters, which were repaired",
     "row_overlap": "starts before the row above it ends",
     "backward_time": "starts before the row above it starts",
     "long_gap": "starts more than 60 s after the row above it ends",
-    "missing_ids": "numbers are missing between the utterance ids of the dialogue",
+    "missing_ids": "gaps in the utterance ids of the dialogue",
     "single_turn": "a dialogue of one utterance: no target",
-    "duplicate_dialogue": "the same words as an earlier dialogue of two utterances or more",
+    "duplicate_dialogue": "the same words as an earlier dialogue of two or more utterances",
     "leakage": "a val or test dialogue within 30 s of a train dialogue in the same recording, or overlapping it",
     "text_in_train": "an utterance of val or test that occurs word for word in train",
 }
-"""Flag -> what it means. The filter ``no_<flag>`` leaves out what carries it."""
+"""Flag -> what it means. The filter ``no_<flag>`` excludes items with that flag."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One finding about something that is usable all the same, or usable in part.
+    """A finding about an item that is still usable, at least in part.
 
     Args:
         id: the dialogue or utterance; empty for a file that belongs to none.
@@ -122,7 +122,7 @@ def find_audit(folder: Path, content: str) -> str:
 
 
 def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, hint: str = "") -> frozenset[str]:
-    """Ids of the dialogues and utterances that filters leave out.
+    """Ids of the dialogues and utterances that filters exclude.
 
     Args:
         folder: prepared data that were audited.
@@ -148,8 +148,7 @@ def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, h
     text = read_text(path, AGAIN)
     if record["hash"] != manifest.audit_hash or hashlib.sha256(text.encode()).hexdigest() != record["flags"]:
         raise MsencError(
-            f"{path}: not the audit that dataset.json records. {wanted} would leave out other things than it says. "
-            f"{AGAIN}"
+            f"{path}: not the audit that dataset.json records. {wanted} would exclude the wrong items. {AGAIN}"
         )
     flags = {name.removeprefix("no_") for name in filters}
     rows = parse_csv(text, path, [f.name for f in fields(Flag)], AGAIN)
@@ -157,7 +156,7 @@ def left_out(folder: Place, filters: Sequence[str], manifest: DatasetManifest, h
 
 
 def count_left_out(ids: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Split -> how many dialogues, and how many utterances of other dialogues, `left_out` leaves out.
+    """Split -> how many dialogues, and how many utterances of other dialogues, `left_out` excludes.
 
     Example:
         >>> count_left_out({"meld/test/dia3", "meld/test/dia3/utt1", "meld/test/dia4/utt0"})
@@ -186,7 +185,7 @@ class FilteredReader:
     Args:
         reader: of turns, or of one stream's features.
         turns: of the same split, which name the utterances; `reader` itself where that reads turns.
-        ids: what to leave out: dialogue ids, and ``<dialogue id>/utt<utterance id>``.
+        ids: to exclude: dialogue ids, and ``<dialogue id>/utt<utterance id>``.
     """
 
     def __init__(self, reader: ShardReader, turns: ShardReader, ids: frozenset[str]) -> None:
@@ -212,7 +211,7 @@ class FilteredReader:
         return len(self.ids)
 
     def read(self, id: str) -> dict[str, Any]:
-        """As `ShardReader.read`, without what is left out."""
+        """As `ShardReader.read`, without excluded items."""
         members = self.reader.read(id)
         if id not in self._kept:
             return members
@@ -239,7 +238,7 @@ class Audit:
     """What was found.
 
     Args:
-        rejections: what cannot be used: rows, and streams of utterances.
+        rejections: unusable items: rows, and streams of utterances.
         flags: everything else.
         facts: split -> name -> number.
         hash: of all of it, and of the annotations.
@@ -251,7 +250,7 @@ class Audit:
     hash: str
 
     def rejected_by_split(self) -> dict[str, dict[str, int]]:
-        """``what: reason`` -> split -> number; what came into no split stands under ``unknown``."""
+        """``what: reason`` -> split -> number; items in no split are under ``unknown``."""
         return _table((f"{r.what}: {r.reason}", _split_of(r.id)) for r in self.rejections)
 
     def flagged_by_split(self) -> dict[str, dict[str, int]]:

@@ -1,7 +1,7 @@
-"""``labels.jsonl`` beside the streams: columns of the data's table that no prompt reads, by utterance.
+"""``labels.jsonl`` next to the streams: columns of the data's table that no prompt reads, by utterance.
 
-They are what an utterance is known by (`Emotion` in MELD), for connectors to be aligned to. Turns and their hash know
-nothing of them.
+They label utterances (`Emotion` in MELD) for aligning connectors. Turns and their hash do not depend on
+them.
 """
 
 import json
@@ -30,7 +30,7 @@ class _MeasuredRow(_Row):
 
 
 def write_labels(folder: Path, labels: Labels) -> None:
-    """Write ``labels.jsonl``, whole or not at all; without a label, take an earlier one away."""
+    """Write ``labels.jsonl`` atomically; without any label, remove an earlier one."""
     if labels:
         lines = (json.dumps({"id": id, **columns}, ensure_ascii=False) + "\n" for id, columns in labels.items())
         write_text(folder / LABELS, "".join(lines))
@@ -39,15 +39,15 @@ def write_labels(folder: Path, labels: Labels) -> None:
 
 
 def read_labels(folder: Place, file: str, hint: str) -> dict[str, dict[str, Any]]:
-    """Read a file of labels: ``labels.jsonl``, or ``voice-turns.jsonl`` with what was measured.
+    """Read a file of labels: ``labels.jsonl``, or ``voice-turns.jsonl`` with measured voices.
 
     Args:
         folder: the prepared data.
         file: `LABELS` or `VOICE_TURNS`.
-        hint: what makes it, for messages.
+        hint: how to create it, for messages.
 
     Raises:
-        MsencError: it is missing, or a line is none of labels.
+        MsencError: it is missing, or a line is invalid.
     """
     kind = _MeasuredRow if file == VOICE_TURNS else _Row
     rows: Iterator[tuple[str, dict[str, Any]]] = read_json_lines(folder / file, kind, hint)

@@ -1,4 +1,4 @@
-"""Where prepared data lies: at a path, read in place, or behind a URL, read through a local cache.
+"""Locations of prepared data: a path, read in place, or a URL, read through a local cache.
 
 data.dir -> locate -> Path or RemotePath -> read_text (dataset.json, index.json), fetch (shards)
 """
@@ -22,7 +22,7 @@ from msenc.files.kinds import check_name
 from msenc.types import MsencError
 
 LARGE_BYTES = 16 * 2**20
-"""Files of this size and more are fetched under a progress bar."""
+"""Files of this size and more are fetched with a progress bar."""
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -35,7 +35,7 @@ class RemotePath:
 
     Args:
         url: its address.
-        copy: where its copy lies in the cache.
+        copy: path of its copy in the cache.
         current: addresses of the files that were read since `locate`; all paths made from one share it.
     """
 
@@ -53,7 +53,7 @@ class RemotePath:
     def read_text(self, encoding: str = "utf-8") -> str:
         """The text of a file that may change: fetched anew by every process, once.
 
-        Where it cannot be fetched, an earlier copy is taken, with a warning.
+        If it cannot be fetched, an earlier copy is used, with a warning.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -68,12 +68,12 @@ class RemotePath:
                     if not self.copy.is_file():
                         raise
                     when = datetime.fromtimestamp(self.copy.stat().st_mtime).isoformat(" ", "minutes")
-                    log.warning("%s Going on with the copy of %s: %s", error, when, self.copy)
+                    log.warning("%s Using the copy of %s: %s", error, when, self.copy)
             self.current.add(self.url)
         return self.copy.read_text(encoding)
 
     def fetch(self, sha256: str, num_bytes: int, verify: bool = True) -> Path:
-        """The local copy of a file whose content is known; it is fetched where it is missing or damaged.
+        """The local copy of a file with known content, fetched if it is missing or damaged.
 
         Processes that want the same file at the same time wait for the one that fetches it.
 
@@ -102,18 +102,18 @@ class RemotePath:
                     what = f"{found} bytes" if found != num_bytes else "content that differs from its sha256"
                     raise MsencError(
                         f"{self.url}: found {what}, expected {num_bytes} bytes with the sha256 that the index names. "
-                        "The folder there was changed, or not copied whole: copy it again."
+                        "That folder was changed or copied incompletely: copy it again."
                     )
                 partial.replace(copy)
         except FileNotFoundError as error:
             raise MsencError(
-                f"{self.url}: no such file, though the index names it. The folder there was not copied whole: "
+                f"{self.url}: no such file, though the index names it. That folder was copied incompletely: "
                 "copy it again."
             ) from error
 
 
 Place = Path | RemotePath
-"""Where a file or folder of prepared data lies."""
+"""The location of a file or folder of prepared data."""
 
 
 def is_url(place: str | Path) -> bool:
@@ -132,7 +132,7 @@ def locate(place: str | Path, cache_dir: str | Path) -> Place:
     Args:
         place: a path, or a URL of any protocol that fsspec knows, ``file://`` included (a slow network disk is read
             through the cache that way).
-        cache_dir: where copies of what lies behind URLs are kept.
+        cache_dir: folder for local copies of remote files.
 
     Raises:
         MsencError: the URL's protocol is unknown, or needs a package that is not installed; the cache is a URL.
@@ -146,7 +146,7 @@ def locate(place: str | Path, cache_dir: str | Path) -> Place:
 
 
 def local_folder(place: str | Path, key: str) -> Path:
-    """A location that something is written to, or that is no prepared data.
+    """A location that is written to, or that is not prepared data.
 
     Args:
         place: as the config gives it.
@@ -157,8 +157,8 @@ def local_folder(place: str | Path, key: str) -> Path:
     """
     if is_url(place):
         raise MsencError(
-            f"{key}={place}: a URL, expected a folder of this machine. Only prepared data is read from a URL, and "
-            "nothing is written to one: prepare with data.dir=FOLDER, copy that folder to its place, and train with "
+            f"{key}={place}: a URL, expected a local folder. Only prepared data is read from a URL, and "
+            "nothing is written to one: prepare with data.dir=FOLDER, copy that folder to the URL, and train with "
             "data.dir=URL."
         )
     return Path(place)
@@ -176,7 +176,7 @@ def _is_whole(copy: Path, sha256: str, num_bytes: int, verify: bool) -> bool:
 
 @contextmanager
 def _download(url: str, copy: Path, num_bytes: int = 0) -> Iterator[Path]:
-    """Fetch a file under a temporary name beside `copy`; what is not renamed in the body is removed."""
+    """Fetch a file under a temporary name next to `copy`; it is removed unless renamed in the body."""
     partial = copy.with_name(f".{copy.name}.partial")
     system, path = _file_system(url)
     bar: dict[str, Any] = {"desc": copy.name, "unit": "B", "unit_scale": True, "disable": None}
@@ -186,13 +186,13 @@ def _download(url: str, copy: Path, num_bytes: int = 0) -> Iterator[Path]:
     except FileNotFoundError:
         partial.unlink(missing_ok=True)
         raise
-    except Exception as error:  # each protocol has error types of its own
+    except Exception as error:  # each protocol has its own error types
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise _unwritable(copy, error) from error
         raise MsencError(
             f"{url}: cannot be fetched ({type(error).__name__}: {error}). Check the address, the network and your "
-            "access, then repeat the command: what was fetched whole is kept."
+            "access, then repeat the command: complete files are kept."
         ) from error
     try:
         yield partial
@@ -230,7 +230,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         if protocol in ("http", "https"):
             import aiohttp
 
-            # By default a fetch ends after five minutes, however well it goes, and proxies are ignored.
+            # By default, downloads are aborted after five minutes even if they progress, and proxies are ignored.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
         return fsspec.core.url_to_fs(url, **options)

@@ -1,7 +1,7 @@
-"""The alignment stage of train.py: labels of the train split -> aligned connectors, once for all runs that share them.
+"""The alignment stage of train.py: labels of the train split -> aligned connectors, shared by runs with equal settings.
 
-An alignment is kept in ``alignments/<stream>-<hash>`` of the runs' folder, named by all that it follows from, and is
-continued where it was killed.
+An alignment is stored in ``alignments/<stream>-<hash>`` in the runs' folder, keyed by all that it depends on, and is
+resumed if it was killed.
 """
 
 import hashlib
@@ -47,27 +47,27 @@ from msenc.types import UNKNOWN, Dialogue, MsencError, VoiceAttributes
 from msenc.work.console import console, shown
 
 VERSION = 1
-"""Of what an alignment is, where equal settings would give another one."""
+"""Version of the algorithm: raised when equal settings give a different alignment."""
 SOURCES = ("description", "column", "transcript")
 FILE, RECORD, PARTIAL = "connector.ckpt", "alignment.json", "partial.ckpt"
 SAVE_EVERY = 50
-"""Optimizer steps between two states that a killed alignment goes on from."""
+"""Optimizer steps between two saved states from which a killed alignment resumes."""
 SCORED = 512
-"""Most utterances of the validation split that an alignment is scored on."""
+"""Maximum number of validation utterances on which an alignment is scored."""
 WEAK = 0.1
-"""An alignment has told nothing that is less than this share of the way from chance to always right."""
+"""An alignment that covers less than this share of the way from chance to 100 % accuracy is discarded."""
 ATTRIBUTES = tuple(field.name for field in fields(VoiceAttributes))
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the utterances of a stream are known by.
+    """The labels of a stream's utterances.
 
     Args:
         source: ``description`` (measured attributes of the voice), ``column`` (of the data's table), ``transcript``
             (the utterance's own words).
         column: the column's name.
-        attributes: of the voice, in order; those that do not vary have no word.
+        attributes: of the voice, in order; attributes that do not vary are omitted.
     """
 
     source: str
@@ -86,12 +86,12 @@ class Source:
 
 
 def sources_of(config: Mapping[str, Any]) -> dict[str, Source]:
-    """The run's streams that are aligned -> what their utterances are known by; checked."""
+    """The run's aligned streams -> the sources of their labels, validated."""
     node = config["align"]
     if node is None:
         return {}
     if config["model"]["tie_connectors"]:
-        raise MsencError("align: connectors that are tied cannot be aligned, each to its own words. Set align=none.")
+        raise MsencError("align: tied connectors cannot be aligned, since each needs its own labels. Set align=none.")
     found = {
         stream: Source(**node["labels"][stream]) for stream in config["model"]["streams"] if stream in node["labels"]
     }
@@ -101,12 +101,12 @@ def sources_of(config: Mapping[str, Any]) -> dict[str, Source]:
 
 
 class Labels:
-    """Stream -> what each utterance of the data is known by, read once.
+    """Stream -> the label of each utterance of the data, read once.
 
     Args:
         config: the run's.
         datamodule: set up.
-        prepare_command: what makes labels that are missing, for messages.
+        prepare_command: creates missing labels; for messages.
     """
 
     def __init__(self, config: Mapping[str, Any], datamodule: DialogueDataModule, prepare_command: str) -> None:
@@ -119,15 +119,15 @@ class Labels:
 
     @cached_property
     def hashes(self) -> dict[str, dict[str, Any]]:
-        """Stream -> source, hash of the train split's labels, how many utterances have one, different ones.
+        """Stream -> source, hash of the train split's labels, number of labelled utterances and of distinct labels.
 
         Raises:
-            MsencError: labels are missing, of other data, or tell nothing.
+            MsencError: labels are missing, belong to other data, or are all the same.
         """
         return {stream: self._facts(stream) for stream in self.sources}
 
     def words(self, stream: str, split: str) -> list[list[str | None]]:
-        """Per dialogue of the split, and turn, the words that the utterance is known by; None where there are none."""
+        """The label of the utterance for each dialogue of the split and turn; None if it has none."""
         if (stream, split) not in self._words:
             dataset = self.datamodule.dataset(split)
             self._words[stream, split] = [
@@ -154,7 +154,7 @@ class Labels:
         if name not in self._files:
             how = f"{self.command} describe=measure" if name == VOICE_TURNS else self.command
             self._files[name] = read_labels(
-                self.datamodule.folder, name, f"Labels to align to come from: {how}. Or align=none."
+                self.datamodule.folder, name, f"Labels for alignment come from: {how}. Or set align=none."
             )
         return self._files[name]
 
@@ -177,14 +177,14 @@ class Labels:
             some = next(iter(self._file(file.name)), "nothing")
             raise MsencError(
                 f"align.labels.{stream}: no utterance of the train split has a label ({where}). {file} holds labels of "
-                f"{some} and others, the data has {pairs[0][0].rpartition('/')[0]}. Are they of other data? Prepare "
+                f"{some} and others, the data has {pairs[0][0].rpartition('/')[0]}. Are they from other data? Prepare "
                 f"again ({self.command}), choose another source, or align=none."
             )
         different = len(set(known))
         if different == 1:
             raise MsencError(
-                f"align.labels.{stream}: all {len(known):,} labelled utterances have the one label {known[0]!r} "
-                f"({where}), which tells nothing apart. Choose another source or other attributes, or align=none."
+                f"align.labels.{stream}: all {len(known):,} labelled utterances have the same label {known[0]!r} "
+                f"({where}), so there is nothing to learn. Choose another source or other attributes, or align=none."
             )
         return {
             "source": where,
@@ -210,7 +210,7 @@ class _Scores(TypedDict):
 
 
 class _Record(TypedDict):
-    """What ``alignment.json`` holds; `scores` is empty where there was nothing to score on."""
+    """The content of ``alignment.json``; `scores` is empty if there was nothing to score on."""
 
     labels: _Facts
     scores: _Scores
@@ -223,10 +223,10 @@ def align_connectors(
     datamodule: DialogueDataModule,
     labels: Labels,
 ) -> dict[str, Any]:
-    """Align the model's connectors in place, or take them from an earlier alignment; returns what run.json notes.
+    """Align the model's connectors in place, or load an earlier alignment; returns the entry of run.json.
 
-    A connector that has learned from its labels what all utterances share, and nothing of what tells them apart, is
-    worse than a new one: it is constant. It is left out, and the stream starts as without alignment.
+    A connector that has learned only what all utterances have in common, not what distinguishes them, is constant and
+    thus worse than a new one. It is discarded, and the stream starts as without alignment.
     """
     facts = {}
     for stream in labels.sources:
@@ -263,7 +263,7 @@ def _align(
     }
     folder = Path(config["paths"]["runs_dir"]) / "alignments" / f"{stream}-{digest(identity)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # jobs beside each other that want the same one: the first makes it
+    with FileLock(folder / ".lock"):  # of parallel jobs that need the same one, the first computes it
         is_there = (folder / RECORD).is_file()
         if not is_there:
             _make(folder, identity, settings, config, model, datamodule, labels, stream)
@@ -279,16 +279,16 @@ def _align(
 
 
 def read_alignment(folder: Path, connector: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An alignment that was made before: its record, and the tensors of its connector.
+    """An existing alignment: its record, and the tensors of its connector.
 
     Args:
         folder: of the alignment.
-        connector: that it is for.
+        connector: the one to load it into.
 
     Raises:
         MsencError: either is missing or damaged, or the tensors do not fit the connector.
     """
-    advice = f"Remove {folder}, and it is made again."
+    advice = f"Remove {folder}; it will be recomputed."
     record = read_json(folder / RECORD, _Record, advice)
     state = read_checkpoint(folder / FILE)["state_dict"]
     if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in connector.state_dict().items()}:
@@ -345,7 +345,7 @@ def _make(
 
 
 class _Utterances:
-    """The utterances of a split that have a stream and words, read dialogue by dialogue as they are needed."""
+    """The utterances of a split that have the stream and a label, read on demand, dialogue by dialogue."""
 
     def __init__(self, datamodule: DialogueDataModule, labels: Labels, stream: str, split: str) -> None:
         self.dataset = datamodule.dataset(split)
@@ -373,7 +373,7 @@ class _Utterances:
                 yield Known(frames, self.ids(words))
 
     def frames(self, most: int) -> Iterator[Tensor]:
-        """Frames of some utterances, drawn from everywhere: a corpus may be sorted."""
+        """Frames of some utterances, drawn from the whole split, since a corpus may be sorted."""
         given = 0
         for index in np.random.default_rng(0).permutation(len(self.dataset)).tolist():
             for frames in self.dataset.features(index)[self.stream]:
@@ -382,7 +382,7 @@ class _Utterances:
                     yield torch.from_numpy(frames)
 
     def batch(self, step: int, settings: AlignmentSettings) -> list[Known]:
-        """The utterances of whole dialogues, about as many as asked for; by seed and step alone."""
+        """The utterances of whole dialogues, about as many as requested; depends only on seed and step."""
         order = np.random.default_rng([settings.seed, step]).permutation(len(self.dataset)).tolist()
         found: list[Known] = []
         while order and len(found) < settings.batch_size:
@@ -401,7 +401,7 @@ class _Utterances:
 def _llm_loss(
     model: ConversationModel, tokenizer: DialogueTokenizer, stream: str
 ) -> Callable[[nn.Module, Sequence[Known]], Tensor]:
-    """The frozen LLM's loss of the words, written from the clip alone: a dialogue of one turn that is only a slot."""
+    """The frozen LLM's loss on the label, given only the clip: a dialogue of one turn that has only a slot."""
     speaker = tokenizer.tokenizer(" user:", add_special_tokens=False).input_ids
     end = tokenizer.tokenizer.eos_token_id
     reply = TOKEN_KINDS.index("reply")
@@ -436,11 +436,11 @@ def _read_state(path: Path) -> AlignmentState | None:
     try:
         return AlignmentState(**read_checkpoint(path)["alignment"]) if path.is_file() else None
     except (KeyError, TypeError) as error:
-        raise MsencError(f"{path}: no state of an alignment ({error!r}). Remove it, and it begins anew.") from error
+        raise MsencError(f"{path}: not a saved state of an alignment ({error!r}). Remove it to start over.") from error
 
 
 def hash_of_tensors(state: Mapping[str, Tensor]) -> str:
-    """A hash of every value of some weights, independent of their order and place."""
+    """A hash of all values of some weights, independent of their order and device."""
     found = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -454,8 +454,8 @@ def _is_weak(scores: Mapping[str, float]) -> bool:
 
 
 def _print(facts: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table(title="connectors aligned to words")
-    for column in ("stream", "words", "different", "utterances", "named right (val)", "commonest", "spread"):
+    table = Table(title="aligned connectors")
+    for column in ("stream", "labels", "distinct", "utterances", "accuracy (val)", "majority", "spread"):
         table.add_column(column, justify="left" if column in ("stream", "words") else "right")
     for stream, fact in facts.items():
         own, scores = fact["labels"], fact["scores"]
@@ -464,15 +464,15 @@ def _print(facts: Mapping[str, Mapping[str, Any]]) -> None:
     console.print(table)
     for stream, fact in facts.items():
         if fact["reused"]:
-            console.print(f"{stream}: aligned before, taken from {shown(Path(fact['folder']))}", soft_wrap=True)
+            console.print(f"{stream}: already aligned, loaded from {shown(Path(fact['folder']))}", soft_wrap=True)
         if fact["labels"]["without"]:
             console.print(f"{stream}: {fact['labels']['without']:,} training utterances have no label", soft_wrap=True)
         if not fact["used"]:
             scores = fact["scores"]
             console.print(
-                f"[yellow]{escape(stream)}: the alignment hardly tells utterances apart: it names "
-                f"{100 * scores['accuracy']:.1f} % of the validation utterances right, the commonest words alone "
+                f"[yellow]{escape(stream)}: the alignment hardly distinguishes utterances: it labels "
+                f"{100 * scores['accuracy']:.1f} % of the validation utterances correctly, the majority label alone "
                 f"{100 * scores['chance']:.1f} %. It is not used: the stream starts unaligned. The clips may not show "
-                "what the labels say: try another source, encoder or connector.[/yellow]",
+                "what the labels describe: try another source, encoder or connector.[/yellow]",
                 soft_wrap=True,
             )

@@ -1,4 +1,4 @@
-"""The parts of a run, built from its config; what all scripts share."""
+"""Builds the parts of a run from its config, for all commands."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ HALVED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Values of trainer.precision under which activations, or weights too, take half the bytes."""
 
 CALIBRATION_UTTERANCES = 1000
-"""Training utterances that a new connector is calibrated on: tens of thousands of frames for each mean."""
+"""Training utterances used to calibrate a new connector: tens of thousands of frames for each mean."""
 
 
 def _prompt(config: Mapping[str, Any]) -> Prompt:
@@ -38,7 +38,7 @@ def _prompt(config: Mapping[str, Any]) -> Prompt:
 
 
 def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> DialogueDataModule:
-    """The data module of a run's config; checks nothing yet."""
+    """The data module of a run's config; the data are not checked yet."""
     data, model = config["data"], config["model"]
     return DialogueDataModule(
         folder=locate(data["dir"], config["paths"]["cache_dir"]),
@@ -61,11 +61,11 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
 
 
 def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationModel:
-    """The composed model of a run's config, base weights loaded, connectors as they start.
+    """The model of a run's config, with base weights loaded and connectors initialized.
 
     Args:
         config: of the run.
-        empty: shapes alone, on the meta device; no weight is read.
+        empty: only shapes, on the meta device; no weights are read.
     """
     model = config["model"]
     llm = build({**model["llm"], "empty": empty}, "model.llm")
@@ -87,15 +87,15 @@ def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationM
 
 
 def build_optimizer(config: Mapping[str, Any]) -> Callable[..., Optimizer]:
-    """What makes the optimizer of a run's config, from parameters or from groups of them."""
+    """The optimizer factory of a run's config: parameters or parameter groups -> optimizer."""
     return build({key: value for key, value in config["optimizer"].items() if key != "groups"}, "optimizer")
 
 
 def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) -> None:
-    """Refuse weights of the loss under which no token of the training data counts.
+    """Refuse loss weights that are 0 for all tokens of the training data.
 
     Raises:
-        MsencError: it names the kinds that the data has.
+        MsencError: names the kinds of tokens in the data.
     """
     silent = {TOKEN_KINDS.index(kind) for kind, weight in weights.items() if weight == 0}
     dataset, found = datamodule.dataset("train"), set()
@@ -106,8 +106,8 @@ def check_weights(weights: Mapping[str, float], datamodule: DialogueDataModule) 
     if found:
         kinds = ", ".join(TOKEN_KINDS[kind] for kind in sorted(found))
         raise MsencError(
-            f"loss.weights: the training data has tokens of the kinds {kinds}, and each of these weighs 0. Let one of "
-            "them weigh more."
+            f"loss.weights: the training data only has tokens of the kinds {kinds}, all with weight 0. Give one of "
+            "them a weight above 0."
         )
 
 
@@ -136,19 +136,19 @@ def check_precision(model: ConversationModel, precision: str | None) -> list[str
 
 
 def num_parameters(model: torch.nn.Module) -> int:
-    """All parameters of a model, frozen ones included: what says how many threads it is worth."""
+    """Number of parameters of a model, including frozen ones; it decides the number of threads."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def calibrate_connectors(
     model: ConversationModel, datamodule: DialogueDataModule, others: Collection[str] = ()
 ) -> None:
-    """Fit the ends of new connectors to training utterances and to the LLM; the same in every process.
+    """Calibrate the input and output of new connectors to training utterances and the LLM; the same in every process.
 
     Args:
         model: changed in place.
         datamodule: of the run.
-        others: streams whose connectors come from elsewhere, calibrated: aligned, or of a checkpoint.
+        others: streams whose connectors are already calibrated: aligned, or from a checkpoint.
     """
     known: dict[str, list[torch.Tensor]] = {
         name: []
@@ -156,7 +156,7 @@ def calibrate_connectors(
         if name not in others and isinstance(connector.in_norm, Standardize)
     }
     dataset = datamodule.dataset("train")
-    # Drawn from everywhere: a corpus may be sorted. Independent of the seed, as what runs share.
+    # Drawn from the whole split, since a corpus may be sorted. Independent of the seed, as runs share it.
     for index in np.random.default_rng(0).permutation(len(dataset)).tolist():
         if all(len(utterances) == CALIBRATION_UTTERANCES for utterances in known.values()):
             break

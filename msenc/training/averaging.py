@@ -1,4 +1,4 @@
-"""A moving average of what trains: what is validated, kept as the best, and used."""
+"""A moving average of the trained weights, which is validated, saved as the best checkpoint, and used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,23 +11,23 @@ from torch import Tensor
 from msenc.types import MsencError
 
 AVERAGE = "average"
-"""Key of a checkpoint: name -> average (float32) of a trainable tensor, where that is not what ``state_dict`` holds."""
+"""Key in a checkpoint: name -> average (float32) of a trainable tensor, if ``state_dict`` holds the raw weights."""
 
 
 class AverageWeights(Checkpoint):
-    """Averages the weights of past steps, later ones counting more, and validates the average in the weights' place.
+    """Averages the weights of past steps, weighting later ones more, and swaps the average in for validation.
 
-    Small batches leave noise in the weights, and an LLM that trains as a whole learns by heart what no input tells;
-    both differ from step to step, and an average has less of them. It reaches back over about 1 / (`eta` + 1) of the
-    steps so far, however many these are. Training itself does not know of it.
+    Small batches leave noise in the weights, and an LLM trained in full memorizes what no input predicts;
+    both vary from step to step, and averaging reduces them. The average covers about the last 1 / (`eta` + 1) of the
+    steps so far, however many these are. Training itself is not affected.
 
     After step t, with weights w: average = (1 - a) * average + a * w, where a = (eta + 1) / (t + eta).
 
-    (A `Checkpoint` for Lightning, which calls those last, in their order: the weights have to come back after
-    `Checkpoints` has kept what was validated.)
+    (Lightning calls `Checkpoint` callbacks last, in order: the weights have to be restored after
+    `Checkpoints` has saved what was validated.)
 
     Args:
-        eta: 0 is the plain mean of all steps; the higher, the less far back.
+        eta: 0 is the plain mean of all steps; higher values average over fewer of the last steps.
 
     Source: polynomial-decay averaging, Shamir and Zhang (arXiv 1212.1824).
     """
@@ -41,7 +41,7 @@ class AverageWeights(Checkpoint):
         self._own: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Begin with the weights as they are, or with the average of the run that goes on."""
+        """Start from the current weights, or from the average of the resumed run."""
         self._average = {
             name: self._average.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
             for name, parameter in _trainable(module).items()
@@ -50,9 +50,9 @@ class AverageWeights(Checkpoint):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        """Add the step that was taken, if one was."""
+        """Add the step to the average, if one was taken."""
         if trainer.global_step == self._step:
-            return  # gradients are being gathered
+            return  # gradients are being accumulated
         self._step = trainer.global_step
         share = (self.eta + 1) / (self._step + self.eta)
         for name, parameter in _trainable(module).items():
@@ -60,7 +60,7 @@ class AverageWeights(Checkpoint):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Put the average in the place of the weights."""
+        """Swap the average in for the weights."""
         if self._average:
             for name, parameter in _trainable(module).items():
                 self._own[name] = parameter.detach().clone()
@@ -68,17 +68,17 @@ class AverageWeights(Checkpoint):
 
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Put the weights back; callbacks before this one still see the average."""
+        """Restore the weights; callbacks before this one still see the average."""
         for name, own in self._own.items():
             module.get_parameter(name).copy_(own)
         self._own = {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the average beside the weights that training goes on from."""
+        """Save the average next to the raw weights from which training continues."""
         checkpoint[AVERAGE] = {name: average.cpu() for name, average in self._average.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Restore the average."""
         self._average = dict(checkpoint.get(AVERAGE, {}))
 
 
@@ -87,7 +87,7 @@ def _trainable(module: L.LightningModule) -> dict[str, torch.nn.Parameter]:
 
 
 def learned_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a checkpoint holds of the trained tensors, for use: the average where there is one."""
+    """The trained tensors of a checkpoint, for inference: the average if there is one."""
     state = dict(checkpoint["state_dict"])
     average = checkpoint.get(AVERAGE, {})
     return state | {name: tensor.to(state[name].dtype) for name, tensor in average.items()}

@@ -1,11 +1,11 @@
-"""Checkpoints: when they are written, what they contain, and how a file is replaced without ever being half written.
+"""Checkpoints: when they are written, what they contain, and how files are replaced atomically.
 
 Checkpoints (callback) -> Trainer.save_checkpoint -> CheckpointFiles (plugin) -> last.ckpt, previous.ckpt, best.ckpt
 
-Two kinds of moments are saved, at which nothing is half done: the start of a batch that begins an optimizer's step
-(always that of the last one before a validation), and the start of an epoch. So no gradient has to be kept, and no
-validation is cut in two. Lightning's own counters are written as they stand then; what it would restore otherwise is
-put right before the first resumed batch.
+Checkpoints are written at two points, where nothing is in progress: at the start of a batch that begins an optimizer
+step (always the last one before a validation), and at the start of an epoch. So no gradients have to be saved, and no
+validation is split. Lightning's counters are saved as of that point; what it would restore differently is corrected
+before the first resumed batch.
 """
 
 import math
@@ -37,9 +37,9 @@ LAST, PREVIOUS, BEST, UNREADABLE = "last.ckpt", "previous.ckpt", "best.ckpt", "u
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint under a temporary name, have it on disk, then rename it.
+    """Write a checkpoint under a temporary name, flush it to disk, then rename it.
 
-    ``last.ckpt`` becomes ``previous.ckpt`` in the same step, so that one of them is whole at every moment.
+    ``last.ckpt`` becomes ``previous.ckpt`` in the same step, so that one of them is complete at any time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -62,7 +62,7 @@ def _keep(path: Path, previous: Path) -> None:
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
-    except OSError:  # a file system without hard links: for a moment only the previous one is there
+    except OSError:  # a file system without hard links: for a moment, only the previous one exists
         path.replace(previous)
     else:
         link.replace(previous)
@@ -77,40 +77,40 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; the checksum of everything in it is verified.
+    """Read a checkpoint onto the CPU and verify its checksums.
 
     Raises:
-        MsencError: it is cut off, changed, or no checkpoint.
+        MsencError: it is truncated, modified, or not a checkpoint.
     """
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load checks no sums
+        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums
             if (broken := file.testzip()) is not None:
-                raise zipfile.BadZipFile(f"the sum of {broken} is wrong")
+                raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
         saved = load_torch_file(path, mmap=False)
-    except Exception as e:  # zipfile and zlib have types of their own for a broken file
+    except Exception as e:  # zipfile and zlib raise their own types for a broken file
         raise MsencError(f"{path}: cannot be read as a checkpoint ({e}).") from e
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
         raise MsencError(
-            f"{path}: no checkpoint of train.py (it holds no state_dict). Expected {BEST}, {LAST} or {PREVIOUS}."
+            f"{path}: not a checkpoint of train.py (it has no state_dict). Expected {BEST}, {LAST} or {PREVIOUS}."
         )
     check_tensors(saved["state_dict"], f"{path}, state_dict")
     average = saved.get("average", {})
     if not isinstance(average, dict) or not average.keys() <= saved["state_dict"].keys():
-        raise MsencError(f"{path}, average: found other names than those of state_dict. {ANOTHER}")
+        raise MsencError(f"{path}, average: its names differ from those of state_dict. {ANOTHER}")
     check_tensors(average, f"{path}, average")
     base = saved.get("msenc", {})
     if not isinstance(base, dict) or not all(isinstance(base.get(key, ""), str) for key in BASE):
-        raise MsencError(f"{path}, msenc: found {short(base)}, expected {' and '.join(BASE)} as texts. {ANOTHER}")
+        raise MsencError(f"{path}, msenc: found {short(base)}, expected the strings {' and '.join(BASE)}. {ANOTHER}")
     if not isinstance(saved.get("global_step", 0), int):
         raise MsencError(f"{path}, global_step: found {short(saved['global_step'])}, expected a number. {ANOTHER}")
     return saved
 
 
 def check_tensors(state: Mapping[Any, Any], where: str) -> None:
-    """Refuse weights that are none: what is no tensor, and NaN or infinity, with which nothing can be learned or said.
+    """Refuse invalid weights: anything that is not a tensor, and NaN or infinity.
 
     Raises:
-        MsencError: names the first.
+        MsencError: names the first one.
     """
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_dense(tensor):
@@ -124,13 +124,13 @@ def check_tensors(state: Mapping[Any, Any], where: str) -> None:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether all values of a tensor are there, each at its place: one number can be said to fill any shape."""
+    """Whether a tensor really stores all its values: by strides, one number can fill any shape."""
     is_usual = tensor.layout is torch.strided and not tensor.is_quantized and tensor.element_size() <= 8
     return is_usual and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to checkpoint files; `newest` finds the one to resume from, and hands it on when it is loaded."""
+    """Lightning's checkpoint I/O; `newest` finds the checkpoint to resume from, and loading it reads it only once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,17 +145,17 @@ class CheckpointFiles(TorchCheckpointIO):
         return self._read.pop(Path(path), None) or read_checkpoint(Path(path))
 
     def newest(self, folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to resume from: ``last.ckpt``, or ``previous.ckpt`` where the last cannot be read.
+        """The checkpoint to resume from: ``last.ckpt``, or ``previous.ckpt`` if the last one cannot be read.
 
         Args:
             folder: ``checkpoints/`` of a run.
-            say: told when it is not the last one, and why.
+            say: called with a message if it is not the last one.
 
         Returns:
-            The file and what it holds; None where there is none.
+            The file and its content; None if there is none.
 
         Raises:
-            MsencError: none of those that are there can be read.
+            MsencError: none of the existing ones can be read.
         """
         reasons = []
         for path in (folder / LAST, folder / PREVIOUS):
@@ -167,8 +167,10 @@ class CheckpointFiles(TorchCheckpointIO):
                 reasons.append(str(e))
                 continue
             if reasons:
-                say(f"{reasons[0]} Resuming from {path}, step {saved['global_step']:,}; the other is {UNREADABLE} now.")
-                # The next one to be written must not make this one, the only whole one, give way to it.
+                say(
+                    f"{reasons[0]} Resuming from {path}, step {saved['global_step']:,}; renamed the other {UNREADABLE}."
+                )
+                # The next checkpoint must not displace this one, the only intact one.
                 (folder / LAST).replace(folder / UNREADABLE)
             elif path.name == PREVIOUS:
                 say(f"{folder / LAST}: missing. Resuming from {path}, step {saved['global_step']:,}.")
@@ -183,7 +185,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that the process shares: Python's, NumPy's, torch's on the CPU and its GPU."""
+    """The state of all global generators of the process: Python's, NumPy's, torch's on the CPU and its GPU."""
     version, python, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     return {
@@ -195,7 +197,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` returned."""
+    """Restore what `random_state` returned."""
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python.tolist()), gauss))
     numpy = state["numpy"]
@@ -209,20 +211,20 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt`` (everything that resuming needs) and ``best.ckpt`` (weights alone).
+    """Writes ``last.ckpt`` (everything needed to resume) and ``best.ckpt`` (only weights).
 
     Args:
         dirpath: the folder.
-        every_minutes: at the next optimizer's step after so many; None: only where the others say so.
-        every_n_steps: after every n-th optimizer's step; None: likewise. Every epoch's end is saved in any case,
+        every_minutes: save at the next optimizer step after this time; None: no limit by time.
+        every_n_steps: save after every n-th optimizer step; None: never. The end of every epoch is always saved,
             after its validation.
-        monitor: the metric that decides which validation was the best; None keeps none.
+        monitor: the metric that selects the best validation; None saves no best checkpoint.
         mode: ``min`` or ``max``.
 
     Attributes:
         best_score: the best value of `monitor` so far.
-        termination: the process's, which the callback holds back while it trains.
-        on_saved: called after each time ``last.ckpt`` was written.
+        termination: the process's handler, deferred by the callback while it trains.
+        on_saved: called each time ``last.ckpt`` has been written.
     """
 
     def __init__(
@@ -247,7 +249,7 @@ class Checkpoints(Checkpoint):
         self.mode = mode
         self.best_score: float | None = None
         self._outcome: dict[str, Any] | None = None
-        self.termination = Termination()  # one that nobody enters asks for nothing
+        self.termination = Termination()  # never entered, so it never requests termination
         self.on_saved: Callable[[], object] = lambda: None
         self._resume: dict[str, Any] | None = None
         self._saved_at = (0, 0.0)
@@ -255,7 +257,7 @@ class Checkpoints(Checkpoint):
     # ------------------------------------------------------------------------------------------------ what
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not save, and its counters as of the moment between two steps."""
+        """Add what Lightning does not save, and its counters as of the point between two steps."""
         states = [random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -273,35 +275,35 @@ class Checkpoints(Checkpoint):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep what has to wait for the first batch."""
+        """Keep the state that can only be restored at the first batch."""
         self._resume = checkpoint["resume"]
         self.best_score = self._resume["best_score"]
 
     def _restore(self, trainer: L.Trainer, batch_idx: int) -> None:
-        """Just before the first resumed batch, when every iterator has been made and every check has run."""
+        """Restore just before the first resumed batch, after all iterators are created and all checks have run."""
         resume, self._resume = self._resume, None
         if batch_idx != resume["batch"]:
             raise RuntimeError(f"resumed at batch {batch_idx} of the epoch, the checkpoint is of {resume['batch']}")
         if len(resume["random_states"]) != trainer.world_size:
             raise MsencError(
-                f"the checkpoint is of {len(resume['random_states'])} processes, this run has {trainer.world_size}. "
-                "Continue it with as many devices as it had."
+                f"the checkpoint is from {len(resume['random_states'])} processes, this run has {trainer.world_size}. "
+                "Resume it with the same number of devices."
             )
         set_random_state(resume["random_states"][trainer.global_rank])
         trainer.callback_metrics.update({k: v.to(trainer.strategy.root_device) for k, v in resume["metrics"].items()})
-        # Lightning counts one too many where a validation came right before.
+        # Lightning counts one too many if a validation came right before.
         trainer.fit_loop.epoch_loop._batches_that_stepped = resume["steps_logged"]
         self._saved_at = (trainer.global_step, time.monotonic())
 
     # ------------------------------------------------------------------------------------------------ when
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """From here on, signals wait for a good moment; Lightning, which has taken SIGTERM over, would not wait."""
+        """From here on, signals are deferred to a safe point; Lightning's own handler of SIGTERM would not wait."""
         self._saved_at = (trainer.global_step, time.monotonic())
         self.termination.listen()
         self.termination.is_held = True
         if self._resume is not None:
-            # Lightning forgets to where the number of batches was asked for, as schedules do, before it restores.
+            # Lightning forgets to if the number of batches was requested before it restores, as schedules do.
             trainer.train_dataloader.load_state_dict(self._resume["loader"])
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -327,7 +329,7 @@ class Checkpoints(Checkpoint):
         return self.every_minutes is not None and time.monotonic() - self._saved_at[1] >= 60 * self.every_minutes
 
     def _any(self, trainer: L.Trainer, value: bool) -> bool:
-        """Whether one of the processes says so: all have to save, and to leave, at the same step."""
+        """Whether any process says so: all have to save and exit at the same step."""
         return trainer.strategy.reduce_boolean_decision(value, all=False) if trainer.world_size > 1 else value
 
     def _leave_if_asked(self, trainer: L.Trainer) -> None:
@@ -335,7 +337,7 @@ class Checkpoints(Checkpoint):
             self.termination.leave()
 
     def _save(self, trainer: L.Trainer) -> None:
-        for logger in trainer.loggers:  # what was logged before a checkpoint is on disk before it
+        for logger in trainer.loggers:  # what was logged before a checkpoint is on disk before it is
             logger.save()
             if hasattr(logger.experiment, "flush"):
                 logger.experiment.flush()
@@ -344,7 +346,7 @@ class Checkpoints(Checkpoint):
         self.on_saved()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """A validation can be repeated: a signal ends it at once, and the checkpoint of a step before stands."""
+        """A validation can be repeated: a signal ends it at once, and the checkpoint of a step before remains."""
         self.termination.is_held = False
         if self.termination.is_asked:
             self.termination.leave()
@@ -368,7 +370,7 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.folder / BEST, weights_only=True)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Save the end, and what the training came to: there is nothing left to resume then."""
+        """Save the end state and how training ended; nothing is left to resume then."""
         self._outcome = training_outcome(trainer)
         self._save(trainer)
         self.termination.is_held = False
@@ -385,7 +387,7 @@ def _validates_after(trainer: L.Trainer) -> bool:
 
 
 def training_outcome(trainer: L.Trainer) -> dict[str, Any]:
-    """Why a training stopped, where it was then, and its last metrics; plain values."""
+    """Why and where training stopped, and its last metrics, as plain values."""
     if trainer.global_step == trainer.max_steps:
         reason = "trainer.max_steps reached"
     else:
@@ -401,10 +403,10 @@ def training_outcome(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def _settle(loops: dict[str, Any]) -> None:
-    """Turn the counters of a moment between two steps, in which Lightning has announced the next, into those before.
+    """Turn the counters between two steps, when Lightning has already counted the next, back into those before it.
 
-    At a batch's start it has counted the batch as ready, at an epoch's start the epoch, while the batches of the
-    epoch before still count as the current ones. Its code for restarting takes all this for a step that was cut off.
+    At the start of a batch it has counted the batch as ready, at the start of an epoch the epoch, while the batches of
+    the previous epoch still count as current. Its restart code would take this for an interrupted step.
     """
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     is_between_epochs = epochs["total"]["started"] == epochs["total"]["completed"]

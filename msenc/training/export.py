@@ -1,4 +1,4 @@
-"""What a run has trained, for use without the run: adapter and connectors as safetensors, and a JSON on the rest.
+"""The trained parts of a run, for use without it: adapter and connectors as safetensors, the rest as JSON.
 
 ConversationModel, config -> export/{export.json, adapter/, llm/, connectors.safetensors} -> `load_export`
 """
@@ -26,17 +26,17 @@ ADVICE = "Expected what train.py wrote: export the run again."
 def write_export(
     folder: Path, model: ConversationModel, config: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write ``export.json``; the LLM's PEFT adapter to ``adapter/``, or all of an LLM that was trained whole to
-    ``llm/``; and the connectors to ``connectors.safetensors``. A frozen LLM leaves nothing.
+    """Write ``export.json``; the LLM's PEFT adapter to ``adapter/``, or an LLM that was trained in full to
+    ``llm/``; and the connectors to ``connectors.safetensors``. A frozen LLM is not written.
 
     Args:
-        folder: replaced, if it is there.
+        folder: replaced if it exists.
         model: with the weights to export.
         config: the run's, as plain containers.
-        facts: what else to say of where the weights come from; plain values.
+        facts: more about the origin of the weights; plain values.
 
     Returns:
-        What ``export.json`` holds.
+        The content of ``export.json``.
     """  # noqa: D205
     with whole_folder(folder) as partial:
         return _write_parts(partial, model, config, facts)
@@ -52,7 +52,7 @@ def _write_parts(
     if isinstance(model.llm, PeftModel):
         trained = "adapter"
         model.llm.save_pretrained(partial / trained, save_embedding_layers=False)
-        (partial / trained / "README.md").unlink(missing_ok=True)  # a model card that nobody has filled in
+        (partial / trained / "README.md").unlink(missing_ok=True)  # an empty model card
     elif any(p.requires_grad for p in model.llm.parameters()):
         trained = "llm"
         model.llm.save_pretrained(partial / trained)
@@ -103,7 +103,7 @@ class _Base(TypedDict):
 
 @dataclass(frozen=True)
 class _Llm:
-    """A setting that this msenc does not know would change what is loaded: it is refused."""
+    """Refuse settings that this version of msenc does not know: they would change the model."""
 
     trained: Literal["adapter", "llm"] | None
     dtype: str = ""
@@ -113,7 +113,7 @@ class _Llm:
 
 
 class _Export(TypedDict):
-    """What ``export.json`` holds of all that `load_export` builds; what may be built is `config.build`'s to say."""
+    """The parts of ``export.json`` from which `load_export` builds; `config.build` decides what may be built."""
 
     base_llm: _Base
     llm: _Llm
@@ -127,7 +127,7 @@ class _Export(TypedDict):
 
 @contextmanager
 def _readable(place: Path) -> Iterator[Path]:
-    """Say which part of an export cannot be read; safetensors and PEFT have a dozen errors for that."""
+    """Name the unreadable part of an export; safetensors and PEFT raise many types of errors for that."""
     try:
         yield place
     except MsencError:
@@ -141,10 +141,10 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
 
     Args:
         folder: ``export/`` of a run.
-        base: hub id or folder of the base LLM, if it is elsewhere now than when the run was trained.
+        base: hub id or folder of the base LLM, if it has moved since the run was trained.
 
     Raises:
-        MsencError: no export, one of another version, or other base weights than it was trained on.
+        MsencError: not an export, another version, or different base weights than in training.
     """
     from safetensors.torch import load_model
 
@@ -154,11 +154,11 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     if content.get("format_version") != FORMAT_VERSION:
         raise MsencError(
             f"{path}: format_version {short(content.get('format_version'))}, this msenc reads {FORMAT_VERSION}. Load "
-            "it with the msenc that wrote it."
+            "it with the version that wrote it."
         )
     content = with_current_targets(hold(content, _Export, path, ADVICE))
     if content["streams"] and content["connector"] is None:
-        raise MsencError(f"{path}, connector: found null, expected one, as there are streams. {ADVICE}")
+        raise MsencError(f"{path}, connector: found null, expected a connector, as there are streams. {ADVICE}")
     trained = content["llm"]["trained"]
     options = {k: v for k, v in content["llm"].items() if k not in ("trained", "lora")}
     name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
@@ -168,7 +168,7 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     if trained != "llm" and llm.base_fingerprint != expected:
         raise MsencError(
             f"{folder}: trained on the base weights {content['base_llm']['name']} with fingerprint {expected}, {name} "
-            f"has {llm.base_fingerprint}. Give the folder of the right ones: load_export(folder, base=...)."
+            f"has {llm.base_fingerprint}. Give the folder of the matching LLM: load_export(folder, base=...)."
         )
     if trained == "llm":
         check_tensors(llm.state_dict(), str(folder / "llm"))

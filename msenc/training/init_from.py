@@ -1,6 +1,6 @@
-"""`init_from` of train.py: connectors, adapter or both, as another run has trained them, to start from.
+"""`init_from` of train.py: initialize connectors, adapter or both from another run.
 
-RUN/checkpoints -> tensors that are checked against this run's encoders, connector and base weights -> the model
+RUN/checkpoints -> tensors, checked against this run's encoders, connectors and base weights -> the model
 """
 
 from collections.abc import Mapping
@@ -24,23 +24,23 @@ from msenc.types import MsencError
 from msenc.work.console import console, shown
 
 PREFIXES = {"connectors": "model.connectors.", "adapter": "model.llm."}
-"""What can be taken -> how its tensors are named in a checkpoint."""
+"""Part -> prefix of its tensors in a checkpoint."""
 
 ANOTHER_TRAINING = ("init", "freeze_core", "dropout")
-"""Settings of a connector that may differ from the one it starts from."""
+"""Settings in which a connector may differ from the one it is initialized from."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """One part that another run has trained.
+    """One part trained by another run.
 
     Args:
-        argument: what named the run, for messages.
+        argument: the config key that named the run, for messages.
         run: its folder.
         state: name -> tensor, as in its checkpoint.
         config: of the run.
-        base: name and fingerprint of the base weights that it was trained on.
-        facts: what run.json notes.
+        base: name and fingerprint of the base weights it was trained on.
+        facts: for run.json.
     """
 
     argument: str
@@ -52,28 +52,28 @@ class Start:
 
 
 def read_starts(config: Mapping[str, Any]) -> dict[str, Start]:
-    """Part (`PREFIXES`) -> what it starts from; empty without `init_from`.
+    """Part (`PREFIXES`) -> the run it starts from; empty without `init_from`.
 
     Raises:
-        MsencError: no such run or checkpoint, a part named twice, or one that the run has not trained.
+        MsencError: no such run or checkpoint, a part named twice, or one that the run did not train.
     """
     node = config["init_from"]
     named = {part: node[part] for part in PREFIXES if node[part] is not None}
     if "connectors" in named and not config["model"]["streams"]:
         raise MsencError(
-            f"init_from.connectors: modality={config['modality']} has no stream, so no connector. Choose a modality "
-            "that has one, or leave init_from out."
+            f"init_from.connectors: modality={config['modality']} has no stream and thus no connector. Choose a "
+            "modality that has one, or remove init_from."
         )
     if node["run"] is not None:
         if named:
             raise MsencError(
                 f"init_from: found run={node['run']} and {next(iter(named))}={next(iter(named.values()))}. Expected "
-                "a run to take everything from, or one for each part."
+                "either one run for all parts, or one for each part."
             )
         found = {part: _read(node["run"], "init_from", part, node["checkpoint"]) for part in PREFIXES}
         starts = {part: start for part, start in found.items() if start.state}
         if not starts:
-            raise MsencError(f"init_from={node['run']}: nothing was trained in that run, so there is nothing to take.")
+            raise MsencError(f"init_from={node['run']}: that run trained nothing, so there is nothing to start from.")
     else:
         starts = {part: _read(run, f"init_from.{part}", part, node["checkpoint"]) for part, run in named.items()}
         for part, start in starts.items():
@@ -82,7 +82,7 @@ def read_starts(config: Mapping[str, Any]) -> dict[str, Start]:
                 raise MsencError(f"{start.argument}={start.run}: that run trained {has}. Name another run.")
     if "connectors" in starts and config["align"] is not None and config["model"]["streams"]:
         raise MsencError(
-            "init_from and align: both say what the connectors start from. Set align=none, or take the adapter alone "
+            "init_from and align both initialize the connectors. Set align=none, or only take the adapter "
             "(init_from.adapter=RUN)."
         )
     return starts
@@ -105,11 +105,11 @@ def _read(run: str, argument: str, part: str, checkpoint: str) -> Start:
 def start_from(
     starts: Mapping[str, Start], config: Mapping[str, Any], model: ConversationModel
 ) -> dict[str, dict[str, Any]]:
-    """Put the parts into the model; returns what run.json notes.
+    """Load the parts into the model; returns the entries of run.json.
 
     Raises:
-        MsencError: other base weights, encoders or connectors, streams that the run had not, or tensors that do not
-            fit; all are named.
+        MsencError: different base weights, encoders or connectors, streams that the run lacks, or tensors that do not
+            fit; all of them are named.
     """
     if not starts:
         return {}
@@ -120,8 +120,8 @@ def start_from(
         wanted = {name for name in trainable if name.startswith(PREFIXES[part])}
         if not wanted:
             if start.argument == f"init_from.{part}":
-                raise MsencError(f"{start.argument}: nothing of the LLM trains in this run (model.llm.freeze=true).")
-            continue  # a run to take everything from, of which this one has no use for this part
+                raise MsencError(f"{start.argument}: no part of the LLM trains in this run (model.llm.freeze=true).")
+            continue  # one run for all parts, but this run has no use for this one
         _check_base(start, model)
         state = dict(start.state)
         if part == "connectors":
@@ -154,8 +154,8 @@ def _check_base(start: Start, model: ConversationModel) -> None:
     if start.base.get("base_fingerprint") != model.base_fingerprint:
         raise MsencError(
             f"{start.argument}={start.run}: trained on the base weights {start.base.get('base_name')} (fingerprint "
-            f"{start.base.get('base_fingerprint')}), this run has {model.base_name} ({model.base_fingerprint}). What "
-            "speaks to one LLM says nothing to another: choose the same model/llm=, unchanged."
+            f"{start.base.get('base_fingerprint')}), this run has {model.base_name} ({model.base_fingerprint}). "
+            "Weights trained for one LLM do not fit another: choose the same model/llm=, unchanged."
         )
 
 
@@ -188,8 +188,8 @@ def _check_streams(start: Start, config: Mapping[str, Any]) -> None:
     differ = [f"{k}={before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)]
     if differ:
         raise MsencError(
-            f"{start.argument}={start.run}: its connectors are built otherwise: {'; '.join(differ[:3])}. Choose the "
-            "same model/connector=."
+            f"{start.argument}={start.run}: its connectors have different settings: {'; '.join(differ[:3])}. Choose "
+            "the same model/connector=."
         )
 
 
@@ -206,6 +206,6 @@ def _check_adapter(start: Start, config: Mapping[str, Any]) -> None:
     differ = [f"{k}={before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)]
     if differ:
         raise MsencError(
-            f"{start.argument}={start.run}: its LLM was trained otherwise (model.llm.lora): {'; '.join(differ[:3])}. "
-            "Choose the same, or take the connectors alone: init_from.connectors=RUN."
+            f"{start.argument}={start.run}: its LLM was trained with different settings (model.llm.lora): "
+            f"{'; '.join(differ[:3])}. Choose the same, or only take the connectors: init_from.connectors=RUN."
         )

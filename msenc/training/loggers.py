@@ -1,4 +1,4 @@
-"""Loggers that a resumed run goes on with."""
+"""Loggers that a resumed run can continue."""
 
 import csv
 import io
@@ -17,8 +17,8 @@ class CsvLogger(CSVLogger):
     """Lightning's, which deletes an earlier ``metrics.csv``; this one can keep it.
 
     Args:
-        purge_step: continue the file that is there, without the rows of this step and later ones (as TensorBoard's
-            logger does); None begins a new one.
+        purge_step: continue the existing file, without the rows of this step and later ones (as TensorBoard's
+            logger does); None starts a new one.
         **options: Lightning's.
     """
 
@@ -33,13 +33,15 @@ class CsvLogger(CSVLogger):
         file = Path(self.log_dir) / "metrics.csv"
         if not file.is_file():
             return
-        text = read_text(file, "Move it away to go on without it.")
+        text = read_text(file, "Move it away to continue without it.")
         try:
-            reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # the last row may have been cut off
+            reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # the last row may be truncated
             names = list(reader.fieldnames or [])
             rows = [row for row in reader if None not in row and int(row["step"]) < purge_step]
         except (csv.Error, KeyError, ValueError, TypeError) as error:
-            raise MsencError(f"{file}: no log of Lightning's ({error!r}). Move it away to go on without it.") from error
+            raise MsencError(
+                f"{file}: not a log of Lightning's ({error!r}). Move it away to continue without it."
+            ) from error
         kept = io.StringIO()
         writer = csv.DictWriter(kept, names)
         writer.writeheader()
@@ -50,4 +52,4 @@ class CsvLogger(CSVLogger):
 
 class _KeepingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
-        """Lightning's deletes what is there."""
+        """Lightning's deletes existing files."""

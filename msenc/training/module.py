@@ -1,4 +1,4 @@
-"""ConversationModule: how the model is trained. It does no maths of its own beyond counting.
+"""ConversationModule: trains the model. It does no maths beyond counting.
 
 Batch -> ConversationModel -> sum of losses and number of target tokens -> gradients per target token
 """
@@ -29,15 +29,15 @@ class ConversationModule(L.LightningModule):
     """Trains a ConversationModel on the cross entropy of its target tokens.
 
     A step's loss is the weighted SUM over target tokens; gradients are divided once, before the optimizer's step, by
-    the sum of the weights of the target tokens that the whole step has seen, all accumulated batches and processes
-    included. So neither the split into batches nor into processes changes what a token weighs.
+    the sum of the weights of the step's target tokens over all accumulated batches and processes. So splitting a
+    step into batches or processes does not change a token's weight.
 
     Args:
         model: the composed model.
-        optimizer: parameter groups, as torch's optimizers take them -> optimizer.
+        optimizer: torch parameter groups -> optimizer.
         scheduler: (optimizer, total steps, steps per epoch) -> learning rate schedule, stepped after every step.
-        groups: name of a parameter group -> its settings, from `groups.flatten_groups`; one group without any.
-        loss_weights: kind of token (`prompt.TOKEN_KINDS`) -> its weight in the training loss; 1 for the others.
+        groups: name of a parameter group -> its settings, from `groups.flatten_groups`; if empty, one group.
+        loss_weights: kind of token (`prompt.TOKEN_KINDS`) -> its weight in the training loss; 1 for other kinds.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class ConversationModule(L.LightningModule):
         self.scheduler = scheduler
         self.groups = groups or {}
         self._parameter_groups: list[ParameterGroup] = []
-        self.strict_loading = False  # checkpoints hold what trains; `on_load_checkpoint` checks the rest
+        self.strict_loading = False  # checkpoints only hold trained tensors; `on_load_checkpoint` checks the rest
         weights = loss_weights or {}
         self._kind_weights = torch.tensor([weights.get(kind, 1.0) for kind in TOKEN_KINDS])
         self._divisor = 1.0
-        self._step_sums = torch.zeros(2)  # weighted loss and sum of weights since the optimizer's last step
-        self._validation_sums = torch.zeros(3)  # loss, likeliest tokens that were right, target tokens
+        self._step_sums = torch.zeros(2)  # weighted loss and sum of weights since the last optimizer step
+        self._validation_sums = torch.zeros(3)  # loss, correct top-1 tokens, target tokens
 
     def on_fit_start(self) -> None:
         """Keep float16's gradients within its range."""
         self._divisor = FP16_DIVISOR if self.trainer.precision == "16-mixed" else 1.0
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Sum of the batch's token losses, each by the weight of its kind."""
+        """Sum of the batch's token losses, each weighted by its kind."""
         loss = self.model(batch).nll
         weights = self._kind_weights.to(loss)[batch.kinds]
         loss = loss * weights
@@ -76,13 +76,13 @@ class ConversationModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the gradient of summed losses into the gradient per target token of the global batch.
 
-        Logged before gradients are clipped: the loss that is minimised, and the gradient's norm of each part.
+        Logged before clipping: the training loss, and the gradient norm of each part.
         """
         loss, weights = self.over_processes(self._step_sums)
-        weights = torch.where(weights > 0, weights, 1.0)  # a step whose tokens all weigh 0 has gradients of 0
+        weights = torch.where(weights > 0, weights, 1.0)  # if all tokens of a step have weight 0, its gradients are 0
         self._step_sums = torch.zeros(2)
         self.log("train/loss", loss / weights, prog_bar=True)
-        # Lightning has divided each loss by the accumulation, and DDP has averaged over the processes.
+        # Lightning has divided each loss by the number of accumulated batches, and DDP averaged over processes.
         scale = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size / weights
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -100,7 +100,7 @@ class ConversationModule(L.LightningModule):
         self._validation_sums = torch.zeros(3)
 
     def validation_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Count; every token of the split has equal weight. Callbacks get the losses."""
+        """Accumulate; every token of the split has equal weight. Callbacks get the losses."""
         scores = self.model(batch)
         counts = [scores.nll.sum(), scores.correct.sum(), torch.tensor(scores.nll.numel())]
         self._validation_sums = self._validation_sums + torch.stack([n.float().cpu() for n in counts])
@@ -118,7 +118,7 @@ class ConversationModule(L.LightningModule):
             self.log(name, value, prog_bar=name == "val/loss", sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over what trains, and its schedule."""
+        """The optimizer of the trainable parameters, and its schedule."""
         groups = partition(self.model.trainable(), self.groups)
         if not groups:
             raise MsencError(
@@ -130,13 +130,13 @@ class ConversationModule(L.LightningModule):
         if self.scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)
-        self.trainer.fit_loop.setup_data()  # without a limit of epochs, the estimate has not counted the batches
+        self.trainer.fit_loop.setup_data()  # without a limit on epochs, the estimate has not counted the batches
         batches = self.trainer.num_training_batches
         per_epoch = max(math.ceil(batches / self.trainer.accumulate_grad_batches), 1)
         return [optimizer], [{"scheduler": self.scheduler(optimizer, total, per_epoch), "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trainable tensors; the base weights are named by their fingerprint."""
+        """Save only trainable tensors; base weights are identified by their fingerprint."""
         trainable = self.trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["msenc"] = {
@@ -154,7 +154,7 @@ class ConversationModule(L.LightningModule):
         if base.get("base_fingerprint") != self.model.base_fingerprint:
             raise MsencError(
                 f"the checkpoint was trained on base weights with fingerprint {base.get('base_fingerprint')}, the LLM "
-                f"loaded here has {self.model.base_fingerprint}. Load the LLM that it was trained on "
+                f"loaded here has {self.model.base_fingerprint}. Load the LLM it was trained on "
                 f"({base.get('base_name')}), unchanged; loaded here: {self.model.base_name}."
             )
         saved, wanted = checkpoint["state_dict"], self.state_dict()
@@ -169,5 +169,5 @@ class ConversationModule(L.LightningModule):
             raise MsencError(f"the checkpoint does not fit the model: trainable tensors {found}.")
 
     def trainable_names(self) -> set[str]:
-        """Names of the trainable tensors in `state_dict`; a tied one by its first name."""
+        """Names of the trainable tensors in `state_dict`; tied tensors by their first name."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Do streams arrive? Watches, at every validation, what the connectors say and what it is worth to the LLM.
+"""Do streams reach the LLM? Measures, at every validation, the connectors' output and its use to the LLM.
 
 validation batches -> connector/<stream>/spread, stream/<stream>/used_nats -> progress bar, metrics, warnings
 """
@@ -16,24 +16,24 @@ from msenc.training.module import ConversationModule
 from msenc.types import Batch, MsencError
 
 CONSTANT = 0.01
-"""Spread below which a connector says the same of every utterance: a new one stands above 0.1, a collapsed one below
+"""Spread below which a connector counts as constant: a new one is above 0.1, a collapsed one below
 0.001 (docs/connectors.md)."""
 
 UNUSED = 0.002
-"""Nats per token below which exchanging a stream between utterances costs nothing."""
+"""Rise in nats per token below which a stream counts as unused when it is swapped between utterances."""
 
 
 class StreamMonitor(L.Callback):
-    """Logs, on the first targets of the validation split, for each stream
+    """Logs for each stream, on the first targets of the validation split:
 
     - ``connector/<stream>/spread``: the share of the power of the connector's output that differs between utterances,
       from 0 (all alike) to 1;
     - ``stream/<stream>/used_nats``: by how many nats per target token the loss rises when each utterance is given
-      another one's frames. 0 where the LLM takes nothing from the stream. An LLM that trusts it is misled, so this is
-      no measure of information; `evaluate.py control=shuffle` is.
+      another one's frames. 0 if the LLM does not use the stream. An LLM that trusts it is misled, so this does not
+      measure information; `evaluate.py control=shuffle` does.
 
     Args:
-        targets: targets of the validation split, about, that are looked at; the cost is a forward of these per stream.
+        targets: approximate number of validation targets used; costs a forward pass of these per stream.
     """  # noqa: D415
 
     def __init__(self, targets: int = 64) -> None:
@@ -60,7 +60,7 @@ class StreamMonitor(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Exchange each stream within the batch, while not enough targets have been seen."""
+        """Swap each stream within the batch until enough targets have been measured."""
         if self._seen >= self.targets or not batch.streams:
             return
         self._seen += len(batch.target_ids)
@@ -72,7 +72,7 @@ class StreamMonitor(L.Callback):
                 self._rises[stream] = self._rises.get(stream, torch.zeros(2)) + rise.float().cpu()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: ConversationModule) -> None:
-        """Log what was found, over all processes."""
+        """Log the results over all processes."""
         said = []
         for stream in module.model.connectors:
             found = self._outputs.get(stream)
@@ -87,13 +87,13 @@ class StreamMonitor(L.Callback):
 
 
 def exchange(batch: Batch, stream: str, num_utterances: int, num_queries: int) -> Batch:
-    """A batch in whose slots of a stream each utterance is replaced by another one of the batch.
+    """A batch in which each utterance's frames of a stream are replaced by those of another one in the batch.
 
     Args:
         batch: with the stream.
         stream: its name.
-        num_utterances: of the stream in the batch, 2 or more; they stand in order of length, so that one half of them
-            away lies one of another length.
+        num_utterances: of the stream in the batch, 2 or more; they are sorted by length, so that the one half of them
+            further on has another length.
         num_queries: Q of its connector.
     """
     own = batch.streams[stream]
@@ -114,26 +114,27 @@ def findings(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def warnings(metrics: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the streams of a run, by its last metrics, and what to do; empty where all arrive.
+    """Warnings about streams of a run, from its last metrics, with advice; empty if all reach the LLM.
 
     Example:
         >>> warnings({"connector/audio/spread": 0.4, "stream/audio/used_nats": 0.1})
         []
-        >>> print(warnings({"connector/audio/spread": 0.0004, "stream/audio/used_nats": 0.0})[0][:59])
-        audio: the connector says the same of every utterance (0.04
+        >>> print(warnings({"connector/audio/spread": 0.0004, "stream/audio/used_nats": 0.0})[0][:68])
+        audio: the connector's output is nearly the same for every utterance
     """
     said = []
     for stream, found in findings(metrics).items():
         if found.get("spread", 1.0) < CONSTANT:
             said.append(
-                f"{stream}: the connector says the same of every utterance ({100 * found['spread']:.2f} % of its output"
-                " differs between them), so the LLM cannot use the stream. Align it first (align=words), give the"
-                " connectors a lower rate (optimizer.groups.connectors.lr=3e-4), or another model/connector=."
+                f"{stream}: the connector's output is nearly the same for every utterance "
+                f"({100 * found['spread']:.2f} % of it differs between them), so the LLM cannot use the stream. "
+                "Align it first (align=words), give the connectors a lower rate "
+                "(optimizer.groups.connectors.lr=3e-4), or try another model/connector=."
             )
         elif found.get("used_nats", 1.0) < UNUSED:
             said.append(
-                f"{stream}: the LLM takes nothing from the stream: with another utterance's in its place the loss rises"
+                f"{stream}: the LLM does not use the stream: when it is swapped between utterances, the loss only rises"
                 f" by {found['used_nats']:.4f} nats per token. Align it first (align=words), train longer, or check"
-                f" with evaluate.py control=shuffle_{stream} that it tells anything of the replies."
+                f" with evaluate.py control=shuffle_{stream} whether it says anything about the replies."
             )
     return said

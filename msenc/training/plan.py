@@ -1,6 +1,6 @@
-"""What a run is going to take, before it runs: its batches, its steps, its peak memory.
+"""Predicts what a run takes before it starts: batches, steps and peak memory.
 
-DialogueDataModule -> counts; shapes of model and largest batch -> bytes. Nothing is computed, no weight is loaded.
+DialogueDataModule -> counts; shapes of model and largest batch -> bytes. Nothing is computed or loaded.
 """
 
 import math
@@ -27,7 +27,7 @@ from msenc.types import Batch
 
 
 def batch_tokens(datamodule: DialogueDataModule, units: Sequence[int]) -> tuple[int, int]:
-    """Tokens of a training batch: real ones, and as it is laid out, padding included."""
+    """Tokens of a training batch: without and with padding."""
     rows: list[int] = []
     for unit in (datamodule.units("train")[i] for i in units):
         known = datamodule.lengths("train")[unit.dialogue]
@@ -40,10 +40,10 @@ def count_batches(datamodule: DialogueDataModule, trainer: Mapping[str, Any]) ->
 
     Args:
         datamodule: of the run, set up.
-        trainer: Lightning's arguments; those that bound the steps are read.
+        trainer: Lightning's arguments, of which those that limit the steps are used.
 
     Returns:
-        Plain values; tokens per batch are those of the first epoch (others differ in composition, hardly in size).
+        Plain values; tokens per batch are for the first epoch (others differ in composition, hardly in size).
     """
     units = datamodule.units("train")
     batches = datamodule.train_batches().batches_of(0)
@@ -73,7 +73,7 @@ def count_batches(datamodule: DialogueDataModule, trainer: Mapping[str, Any]) ->
 
 
 def largest_batch(datamodule: DialogueDataModule, world_size: int) -> Batch:
-    """The largest share that a process gets of a batch of the first epoch, as the model would see it."""
+    """The largest per-process share of a batch in the first epoch, as the model receives it."""
     shares = [
         units
         for rank in range(world_size)
@@ -91,22 +91,22 @@ def predict_memory(
     precision: str = "32-true",
     world_size: int = 1,
 ) -> dict[str, int]:
-    """Bytes that a process takes at the peak of a training step, by what takes them.
+    """Peak memory of a process in a training step, in bytes, by category.
 
-    The second of two steps runs on tensors that have a shape, a type and a place on a CPU, and no content; what is
-    allocated and freed in it is counted. Not in it: what Python and the libraries take (0.4 GiB), what kernels
-    allocate for themselves, and what an allocator does not give back: glibc's, on CPUs, 13 to 55 % of the peak.
+    The second of two steps runs on tensors that have a shape, a type and a CPU device, but no content; allocations
+    and frees are counted. Not included: Python and the libraries (0.4 GiB), temporary buffers of
+    kernels, and memory that the allocator does not return: with glibc, on CPUs, 13 to 55 % of the peak.
 
     Args:
         model: on the meta device; it is changed.
         optimizer: parameters -> optimizer.
         batch: the largest one.
-        precision: Lightning's word for it.
-        world_size: number of processes; of several, each keeps its gradients a second time, to exchange them.
+        precision: as in Lightning.
+        world_size: number of processes; with several, each keeps a second copy of its gradients to exchange them.
 
     Returns:
         Bytes of ``base_weights``, ``trainable_weights``, ``gradients``, ``optimizer_state``, ``activations`` (what is
-        left of the peak: saved for the backward pass, logits, mask, temporary) and ``peak``, their sum.
+        the rest of the peak: saved for the backward pass, logits, mask, temporaries) and ``peak``, their sum.
     """
     if precision in HALVED:
         model.to(HALVED[precision])
@@ -148,13 +148,13 @@ def predict_memory(
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of what tensors take together; what several share counts once."""
+    """Total bytes of tensors; shared storage counts once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def _give_shapes(model: nn.Module) -> None:
-    """Put tensors of the mode that is on in the place of meta tensors; tied ones stay tied."""
+    """Replace meta tensors by tensors of the active mode; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -169,7 +169,7 @@ def _give_shapes(model: nn.Module) -> None:
 
 
 class _Memory(TorchDispatchMode):
-    """Bytes of all that was allocated while it is on and lives, and the most that lived at once."""
+    """Counts live bytes allocated while it is active, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run that was trained -> its record, its config, and its model with what was learned."""
+"""A trained run -> its record, its config, and its model with the trained weights."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -23,22 +23,22 @@ from msenc.work.console import console
 
 
 def open_run(run_dir: Path, data_dir: str | None, urls: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run's record and its config, checked, with the places where things lie now.
+    """A run's validated record and config, with current paths.
 
     Args:
         run_dir: the run.
-        data_dir: where data and tiny LLM lie, if they have moved since; None: where the run found them.
-        urls: addresses that the run's config may name (`runs.trust.check_urls`).
+        data_dir: where data and tiny LLM are, if they have moved; None: where the run found them.
+        urls: URLs that the run's config may name (`runs.trust.check_urls`).
     """
     record, config = read_run(run_dir)
     if not {"trainable_parameters", "task_hash", "streams"} <= record.keys():
         raise MsencError(
-            f"{run_dir}: the run ended ({record.get('status')}) before it had a model, so there is nothing to measure "
+            f"{run_dir}: the run ended ({record.get('status')}) before it had a model, so there is nothing to evaluate "
             "or to talk to. Repeat its command."
         )
     try:
         config.paths.output_dir = str(run_dir)
-        # What is fetched goes where this user keeps such copies, whatever the run, a stranger's perhaps, says.
+        # Downloads go to this user's cache, whatever the run's config says: it may be a stranger's.
         data = data_dir or os.environ.get("MSENC_DATA", "data")
         config.paths.cache_dir = os.environ.get("MSENC_CACHE", f"{data}/cache")
         if data_dir is not None:
@@ -53,14 +53,14 @@ def open_run(run_dir: Path, data_dir: str | None, urls: Collection[str] = ()) ->
 
 
 def trains(record: Mapping[str, Any]) -> bool:
-    """Whether anything of a run trains; if not, it has no checkpoint."""
+    """Whether a run trains anything; if not, it has no checkpoint."""
     return sum(record["trainable_parameters"].values()) > 0
 
 
 def load_trained(
     run_dir: Path, checkpoint: str, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> ConversationModel:
-    """The model of a run as it was trained, or as it started where nothing trains; in eval mode, in its precision.
+    """The trained model of a run (the initial one if nothing trains), in eval mode and in its precision.
 
     Args:
         run_dir: the run.
@@ -79,7 +79,7 @@ def load_trained(
 
 
 def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
-    """The file of a run's checkpoint: ``best`` (the last one where there is no best), ``last``, or a file.
+    """The file of a run's checkpoint: ``best`` (the last one if there is no best), ``last``, or a file.
 
     Raises:
         MsencError: there is none.
@@ -90,7 +90,7 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
         last = path.with_name("last.ckpt")
         if not path.is_file() and last.is_file():
             console.print(
-                "There is no best checkpoint here (no validation ran, or it was removed): the last one is taken."
+                "There is no best checkpoint here (no validation ran, or it was removed): using the last one."
             )
             path = last
     if not path.is_file():
@@ -111,7 +111,7 @@ def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) 
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes the GPU where there is one."""
+    """The device of that name; ``auto`` takes the GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,6 +1,6 @@
 """Learning rate schedules, one call signature: (optimizer, total_steps, steps_per_epoch) -> schedule per step.
 
-A schedule that takes a ``warmup`` lets a parameter group have another one: as ``warmup`` in `optimizer.param_groups`.
+If a schedule takes a ``warmup``, a parameter group may have its own: ``warmup`` in `optimizer.param_groups`.
 """
 
 import math
@@ -19,7 +19,7 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, steps_per_epoch: int, 
 
 
 def _cosine_factor(step: int, first: int, total: int) -> float:
-    """Of the rate, after so many steps: up to 1 in the first ones, down to 0 in all."""
+    """Factor of the learning rate after a number of steps: rises to 1 during warmup, falls to 0 at the end."""
     if step < first:
         return step / first
     progress = (step - first) / max(1, total - first)

@@ -1,4 +1,4 @@
-"""What the terminal shows: one console, paths as a user would type them, no chatter of libraries."""
+"""Terminal output: one console, paths as a user would type them, without noise from libraries."""
 
 import logging
 import warnings
@@ -12,7 +12,7 @@ console = Console(quiet=rank_zero_only.rank != 0)  # only the first process of a
 
 
 def quieten() -> None:
-    """Hold back what libraries say of each other, and of choices that a config makes on purpose."""
+    """Suppress warnings of libraries about each other, and about deliberate choices of the configs."""
     # Lightning lists devices it does not use and advertises; what matters is printed by msenc.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -20,7 +20,7 @@ def quieten() -> None:
     # Between libraries: PEFT asks transformers by an old name, Lightning torch by an old call.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    # Choices of the config, made on purpose: small data loads in the process itself, frozen parts are in eval mode.
+    # Deliberate choices of the configs: small data loads in the process itself, frozen parts are in eval mode.
     warnings.filterwarnings("ignore", message=r".*Found \d+ module\(s\) in eval mode.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings(

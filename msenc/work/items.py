@@ -1,6 +1,6 @@
-"""Work that takes hours, cut into items: one result per item, kept at once, so that a kill loses the items in hand.
+"""Long work, split into items whose results are saved at once, so that a kill only loses items in progress.
 
-A stage names its items by the content of what they are made of. `run_items` does those without a result, here or in
+A stage names its items by a hash of their input. `run_items` processes those without a result, here or in
 several processes, of the whole list or of one part of it (a job of a cluster); when all are there, the stage puts them
 together with `read_result`, and may delete the folder.
 """
@@ -32,11 +32,11 @@ class Item:
     """One piece of work.
 
     Args:
-        id: what people call it: a dialogue, a video, a clip.
-        key: `digest` of all that its result follows from; names the result.
-        input: what the work gets; picklable.
-        size: how much of the progress bar's unit it is.
-        outputs: files that the work writes beside its result, each whole or not at all; the item counts as done only
+        id: readable name: a dialogue, a video, a clip.
+        key: `digest` of everything that determines its result; names the result.
+        input: of the work; picklable.
+        size: in units of the progress bar.
+        outputs: files that the work writes atomically besides its result; the item counts as done only
             while all of them exist.
     """
 
@@ -64,11 +64,11 @@ class Part:
         """Read ``3/16``.
 
         Raises:
-            MsencError: it is no such text.
+            MsencError: it is malformed.
         """
         number, slash, of = text.partition("/")
         if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            raise MsencError(f"part={text}: expected the number of a part and of all parts, as in part=3/16.")
+            raise MsencError(f"part={text}: expected the part's number and the number of parts, as in part=3/16.")
         return Part(int(number), int(of))
 
     def select(self, values: Sequence[T]) -> list[T]:
@@ -88,26 +88,26 @@ def run_items(
     unit: str = "items",
     part: Part | None = None,
 ) -> list[Item]:
-    """Do the items that have no result yet; each leaves its own in `folder`, whole or not at all.
+    """Process items that have no result yet; each writes its own to `folder`, atomically.
 
     Several parts may run at the same time on one folder, and the same part only once.
 
     Args:
         items: all of them, in an order that does not change between calls.
-        folder: where results lie; made where it is missing.
-        make_work: builds what turns an item's input into its result, once per process and only where there is
+        folder: of the results; created if missing.
+        make_work: builds the function from an item's input to its result, once per process and only if there is
             something to do; picklable (a class, or `functools.partial` of one).
         num_workers: processes; 0 works in this one.
-        description: what the progress bar says.
+        description: of the progress bar.
         unit: what `Item.size` counts.
-        part: do only these.
+        part: process only these.
 
     Returns:
-        The items that have no result now: those of other parts.
+        The items that still have no result: those of other parts.
 
     Raises:
-        MsencError: a worker died (names the items that it may have been), the disk refuses, or what the work raises.
-            Results that are there stay.
+        MsencError: a worker died (names possible items), the disk is full, or whatever the work raises.
+            Existing results stay.
     """
     own = part.select(items) if part else list(items)
     todo = list({item.key: item for item in missing_items(own, folder)}.values())
@@ -125,12 +125,12 @@ def run_items(
 
 
 def missing_items(items: Sequence[Item], folder: Path) -> list[Item]:
-    """The items without a whole result, in their order."""
+    """The items without a complete result, in order."""
     return [item for item in items if not _is_done(folder, item)]
 
 
 def say_missing(items: Sequence[Item], missing: Sequence[Item], part: Part) -> str:
-    """What a job with a part leaves to others: how many items, and of which parts.
+    """The work that a job with a part leaves to others: how many items, and in which parts.
 
     Example:
         >>> items = [Item(f"dia{i}", str(i), None) for i in range(5)]
@@ -158,8 +158,8 @@ def read_result(item: Item, folder: Path) -> Members:
     except (zipfile.BadZipFile, ValueError, RuntimeError, MsencError) as error:
         path.unlink()
         raise MsencError(
-            f"{path}: the result of {item.id} was damaged ({error}) and is removed. Repeat the command; it makes this "
-            "one anew."
+            f"{path}: the result of {item.id} was damaged ({error}) and has been removed. Repeat the command, which "
+            "will recreate it."
         ) from error
 
 
@@ -173,7 +173,7 @@ def _result_file(folder: Path, item: Item) -> Path:
 
 
 def _in_hand_files(folder: Path, items: Sequence[Item]) -> dict[Path, Item]:
-    """What stands in `folder` for items that are worked on, or were when their process was killed."""
+    """Temporary files in `folder` of items in progress, or that were when their process was killed."""
     of_key = {item.key: item for item in items}
     files = {path: of_key.get(path.name.split(".")[1]) for path in folder.glob(".*.writing-*")}
     return {path: item for path, item in files.items() if item is not None}
@@ -186,7 +186,7 @@ def _run(
     num_workers: int,
     description: str,
 ) -> Iterator[Item]:
-    """Do items; yields each when its result is kept."""
+    """Process items; yields each once its result is saved."""
     if num_workers == 0:
         work = make_work()
         for item in todo:
@@ -203,8 +203,8 @@ def _run(
             pool.shutdown()  # the others tell what they have in hand by leaving
             in_hand = " or ".join(item.id for item in _in_hand_files(folder, todo).values())
             raise MsencError(
-                f"{description}: a worker process died{in_hand and f' on {in_hand}'}; memory that ran out is the usual "
-                f"cause. {num_workers} workers ran; set fewer. What is finished is kept."
+                f"{description}: a worker process died{in_hand and f' on {in_hand}'}; running out of memory is the "
+                f"usual cause. {num_workers} workers ran; set fewer. Finished results are kept."
             ) from error
 
 
@@ -212,7 +212,7 @@ def _perform(item: Item, folder: Path, work: Callable[[Any], Members]) -> None:
     temporary = _temporary(item, folder)
     try:
         with disk_errors(folder):
-            temporary.touch()  # before the work: it tells what is in hand
+            temporary.touch()  # before the work: marks the item as in progress
         result = work(item.input)
         with disk_errors(folder):
             with zipfile.ZipFile(temporary, "w") as file:

@@ -1,4 +1,4 @@
-"""Work in processes of its own: the one pool, an end with the parent, progress bars, and one job beside another."""
+"""Work in other processes: the pool, which ends with its parent, progress bars, and a job in the background."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ R = TypeVar("R")
 def pool_of(
     num_workers: int, start: Callable[..., object] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, and with the body; what has not begun by then is not begun.
+    """A pool of processes that ends with this process and with the body; work not started by then is dropped.
 
     Args:
         num_workers: processes, 1 or more.
@@ -55,11 +55,11 @@ def map_in_order(
     """Results in the order of the values.
 
     Args:
-        make_work: builds what is called with each value, once per process; picklable.
+        make_work: builds the function called with each value, once per process; picklable.
         values: picklable.
         num_workers: processes; 0 works in this one.
-        doing: what is done, for messages.
-        advice: what to do where a process dies.
+        doing: the activity, for messages.
+        advice: what to do if a process dies.
 
     Raises:
         MsencError: a process died; or whatever the work raises.
@@ -72,7 +72,7 @@ def map_in_order(
             yield from pool.map(_work_in_worker, values)
         except BrokenProcessPool as error:
             raise MsencError(
-                f"{doing}: a worker process died ({error}); memory that ran out is the usual cause. {num_workers} "
+                f"{doing}: a worker process died ({error}); running out of memory is the usual cause. {num_workers} "
                 f"workers ran. {advice}"
             ) from error
 
@@ -85,19 +85,19 @@ def _keep_maker(make_work: Callable[[], Callable[[Any], Any]]) -> None:
 
 
 def _work_in_worker(value: Any) -> Any:
-    if "work" not in _worker:  # here and not at the start, where a refusal would break the pool
+    if "work" not in _worker:  # here, not in the initializer, where an error would break the pool
         _worker["work"] = _worker["make_work"]()
     return _worker["work"](value)
 
 
 def watch_parent() -> None:
-    """Called in a worker process: an interrupt is the parent's business, and so is the worker's life."""
+    """Called in a worker process: leave interrupts to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers; they would wait for work for ever."""
+    """A killed parent cannot stop its workers, which would wait for work forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -123,11 +123,11 @@ class _Rate(ProgressColumn):
 
 
 class Beside:
-    """A job in a process of its own, while this process does something else.
+    """A background job in its own process.
 
     Args:
-        work: the job; picklable, and so is what it raises.
-        what: names it: in the progress bar, and in messages.
+        work: the job; picklable, as are its exceptions.
+        what: its name in the progress bar and in messages.
     """
 
     def __init__(self, work: Callable[[], object], what: str) -> None:
@@ -147,14 +147,14 @@ class Beside:
 
     @property
     def is_running(self) -> bool:
-        """Whether it still takes a core."""
+        """Whether it still uses a core."""
         return self._process.is_alive()
 
     def finish(self) -> None:
         """Wait for its end.
 
         Raises:
-            MsencError: its process died; or whatever else it raised.
+            MsencError: its process died; or whatever it raised.
         """
         self._listener.join()
         self._process.join()
@@ -162,13 +162,13 @@ class Beside:
             raise self._error
         if not self._is_done:
             raise MsencError(
-                f"{self.what}: its process died (exit status {self._process.exitcode}); memory that "
-                "ran out is the usual cause. What else was prepared is kept, and the same command goes on; with "
-                "prepare_workers=0 it does one thing after the other, in one process."
+                f"{self.what}: its process died (exit status {self._process.exitcode}); running out of "
+                "memory is the usual cause. Everything else that was prepared is kept: repeat the command to continue; "
+                "with prepare_workers=0, it does everything in one process, one after the other."
             )
 
     def end(self) -> None:
-        """End it, wherever it is; nothing happens where it has ended."""
+        """End it, if it is still running."""
         self._process.kill()  # jobs of a launcher ignore SIGTERM, and what they start inherits that
         self._process.join()
         self._listener.join()
@@ -193,10 +193,10 @@ class Beside:
 
 @contextmanager
 def beside(work: Callable[[], object], what: str) -> Iterator[Beside]:
-    """Run a job in a process of its own while the body runs; both have ended when this ends.
+    """Run a job in its own process while the body runs; both have ended when this returns.
 
     Raises:
-        MsencError: the job's process died; or whatever else it raised. An error of the body ends the job.
+        MsencError: the job's process died; or whatever it raised. An error in the body ends the job.
     """
     job = Beside(work, what)
     try:
@@ -207,7 +207,7 @@ def beside(work: Callable[[], object], what: str) -> Iterator[Beside]:
 
 
 class _Beside(Progress):
-    """A bar whose state goes to the parent, which shows it among its own."""
+    """A progress bar whose state is sent to the parent, which displays it."""
 
     def __init__(self, send: Callable[[tuple[str, Any]], None]) -> None:
         super().__init__(disable=True)
@@ -236,7 +236,7 @@ _send: Callable[[tuple[str, Any]], None] | None = None  # of a process that work
 
 
 def lone_bar() -> Progress:
-    """A bar for one long job, wherever that runs."""
+    """A progress bar for one long job, in whichever process it runs."""
     return Progress() if _send is None else _Beside(_send)
 
 
@@ -251,5 +251,5 @@ def _work_beside(work: Callable[[], object], pipe: Connection) -> None:
     except MsencError as e:
         error = e
     except Exception as e:
-        error = RuntimeError(f"{e!r}, in a process of its own:\n{traceback.format_exc()}")
+        error = RuntimeError(f"{e!r}, in another process:\n{traceback.format_exc()}")
     _send(("end", error))

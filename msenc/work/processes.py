@@ -1,30 +1,30 @@
-"""The processes that train one run together: which is the first, and how it tells the others what it has decided."""
+"""The processes of one run: which is the first, and how it shares its decisions with the others."""
 
 import os
 from datetime import timedelta
 from typing import Any
 
 LONGEST = timedelta(hours=1)
-"""That a process waits for the first one's word."""
+"""How long a process waits for the first one's value."""
 
-_stores: list[Any] = []  # the first process serves them, as long as it lives
+_stores: list[Any] = []  # served by the first process while it lives
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that decides and writes, of those that train one run together."""
-    from lightning.pytorch.utilities import rank_zero_only  # late: train.py's --help must not wait for it
+    """Whether this is the process that decides and writes, among those of one run."""
+    from lightning.pytorch.utilities import rank_zero_only  # imported late, so that --help does not wait for it
 
     return rank_zero_only.rank == 0
 
 
 def told_by_the_first(name: str, value: str) -> str:
-    """The first process's value, in every process that torchrun or srun has started; elsewhere the value itself.
+    """The first process's value, in all processes started by torchrun or srun; otherwise the value itself.
 
-    Processes that Lightning starts are told by their command line.
+    Processes started by Lightning get it through their command line.
 
     Args:
-        name: of the value; each is told once.
-        value: what is told, where this is the first process.
+        name: of the value; each is shared once.
+        value: to share, if this is the first process.
     """
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from torch.distributed import PrefixStore
@@ -35,7 +35,7 @@ def told_by_the_first(name: str, value: str) -> str:
         return value
     os.environ.setdefault("MASTER_ADDR", environment.main_address)
     os.environ.setdefault("MASTER_PORT", str(environment.main_port))
-    # A store, and no process group: the group is Lightning's to make, with the backend of its devices.
+    # A store rather than a process group, which Lightning creates with the backend of its devices.
     store, *_ = next(rendezvous("env://", environment.global_rank(), environment.world_size(), timeout=LONGEST))
     _stores.append(store)
     store = PrefixStore("msenc", store)

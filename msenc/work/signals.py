@@ -1,4 +1,4 @@
-"""Signals by which a cluster announces that it will take a machine away: leave at a good moment, with status 75."""
+"""Signals by which a cluster announces that it will take a machine away: exit at a safe point, with status 75."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Termination:
-    """While it is entered, a signal of `HEARD` ends the process with status `STOPPED`: at once or, while held, later.
+    """While entered, a signal of `HEARD` ends the process with status `STOPPED`: at once or, while held, later.
 
     Attributes:
-        asked_by: the first signal that has come; None before.
-        is_held: do not leave in the middle of what is going on; who holds it looks at `is_asked` and calls `leave`.
+        asked_by: the first signal received; None before.
+        is_held: defer the exit; the holder checks `is_asked` and calls `leave`.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Termination:
                 signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Take the signals over, from whoever has taken them since; only a process's main thread can."""
+        """Install the handlers again, replacing any others; only possible in the main thread."""
         if _is_main_thread():
             for number in HEARD:
                 signal.signal(number, self._note)
@@ -74,7 +74,7 @@ class Termination:
             requeue_slurm_job()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # A second one, from the group's leader as well as to the group, must not cut short what leaving takes.
+        # A second signal (to the group, and from its leader) must not interrupt the exit.
         is_first = not self.is_asked
         if is_first:
             self.asked_by = signal.Signals(number)
@@ -100,7 +100,7 @@ def requeue_slurm_job() -> None:
 
 
 def ignore_termination(worker: int) -> None:
-    """For loader processes: a signal to the whole group must leave them to the process that they load for."""
+    """For loader processes: ignore signals to the whole group; their parent ends them."""
     for number in HEARD:
         signal.signal(number, signal.SIG_IGN)
 

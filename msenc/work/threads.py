@@ -1,7 +1,7 @@
-"""How many threads torch computes with, and how they wait for each other.
+"""The number of torch threads, and how they wait for each other.
 
 Sums that several threads share are rounded in another order, so the number follows from what does not change during a
-run: the size of the model and the cores, never the load of a moment. That cores are busy is met by how threads wait.
+run: the size of the model and the cores, never the current load. Busy cores are handled by how threads wait.
 `docs/performance.md` has the figures.
 """
 
@@ -13,29 +13,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SMALL = 10_000_000
-"""Parameters below which a model computes on one thread: a second one gains little alone, and loses beside others."""
+"""Parameters below which a model uses one thread: a second gains little on idle cores, and loses on busy ones."""
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""What a container may use (cgroup v2): microseconds of all cores together, per period."""
+"""A container's CPU limit (cgroup v2): microseconds over all cores, per period."""
 
 
 def wait_passively() -> None:
-    """Let threads that wait for others sleep. It has to be called before torch is loaded: OpenMP asks once.
+    """Let waiting threads sleep. Call it before torch is loaded: OpenMP reads the setting once.
 
-    By OpenMP's own way they spin, each on a core that the thread they wait for may need: beside one busy process, a
-    step then takes several times as long, up to a hundred. What the user has set stays.
+    By default they spin, each on a core that the thread they wait for may need: with one busy process, a
+    step then takes several times as long, up to a hundred. A value set by the user is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: what the system, a scheduler or a container leaves to it."""
+    """The number of cores that the system, a scheduler or a container allows this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, quota_cores(QUOTA.read_text(encoding="ascii")) or cores) if QUOTA.is_file() else cores
 
 
 def quota_cores(text: str) -> int | None:
-    """The cores that a ``cpu.max`` allows, at least one; None where it sets no limit.
+    """The cores that a ``cpu.max`` allows, at least one; None if it sets no limit.
 
     Example:
         >>> quota_cores("150000 100000"), quota_cores("max 100000")
@@ -53,8 +53,8 @@ def choose_threads(
     Args:
         num_parameters: of the model, frozen ones included.
         cores: that may be used.
-        environment: where OMP_NUM_THREADS, if it holds a number, has the last word.
-        before: what a run that is continued had; it ends as the unbroken one only with the same number.
+        environment: in which OMP_NUM_THREADS, if it is a number, overrides everything.
+        before: the number before the run was resumed, needed for a bit-for-bit equal result.
 
     Example:
         >>> choose_threads(500_000, cores=8, environment={}), choose_threads(135_000_000, cores=8, environment={})
@@ -69,14 +69,14 @@ def choose_threads(
 
 
 def wanted_threads(environment: Mapping[str, str] = os.environ) -> int | None:
-    """What OMP_NUM_THREADS asks for; None where it is not set, or holds what OpenMP does not take either."""
+    """The number in OMP_NUM_THREADS; None if it is not set, or has a value that OpenMP does not accept."""
     # A list, one number per level of nesting, is OpenMP's other form.
     found = re.fullmatch(r"\s*([1-9]\d*)\s*(,.*)?", environment.get("OMP_NUM_THREADS", ""))
     return int(found[1]) if found else None
 
 
 def settle_threads(num_parameters: int, before: int | None = None) -> int:
-    """Let torch compute with `choose_threads`' number from here on; returns it."""
+    """Set torch's threads to `choose_threads`' number; returns it."""
     import torch
 
     threads = choose_threads(num_parameters, usable_cores(), before=before)
@@ -86,7 +86,7 @@ def settle_threads(num_parameters: int, before: int | None = None) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch sum in one order, whatever the number of cores and of processes beside this one."""
+    """Make torch sum in a fixed order, whatever the number of cores and other processes."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""A generated folder appears whole or not at all, and is left alone where it already is what is wanted."""
+"""Writes generated folders atomically, and reuses an existing one with equal settings."""
 
 import json
 import shutil
@@ -15,17 +15,17 @@ from msenc.types import MsencError
 def write_once(
     root: Path, marker: str, settings: Mapping[str, Any], check: Callable[[], object], write: Callable[[Path], None]
 ) -> None:
-    """Write a folder and then, as `marker`, the settings that it follows from.
+    """Write a folder and then, as `marker`, its settings.
 
     Args:
-        root: the folder; it appears when it is whole and not before.
-        marker: name of the JSON file in it that holds the settings.
-        settings: plain values; a folder with equal ones is left as it is.
-        check: called before anything is made; refuses where a package is missing.
-        write: fills the folder that it is given.
+        root: the folder; it appears only when complete.
+        marker: name of the JSON file in it with the settings.
+        settings: plain values; a folder with equal ones is reused.
+        check: called before anything is written; raises if a package is missing.
+        write: fills the given folder.
 
     Raises:
-        MsencError: if `root` holds something else, or writing fails.
+        MsencError: `root` has other content, or writing failed.
     """
     root = Path(root).absolute()
     if _is_written(root, marker, settings):
@@ -49,18 +49,18 @@ def write_once(
                 shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise MsencError(
-            f"Could not write the data to {root}: {error}. Nothing was left there; free space, or choose another root."
+            f"Could not write the data to {root}: {error}. Nothing remains there; free space, or choose another root."
         ) from error
 
 
 def _is_written(root: Path, marker: str, settings: Mapping[str, Any]) -> bool:
-    """Whether `root` is the wanted folder; False where there is nothing, and a refusal where it is another."""
+    """Whether `root` is the wanted folder; False if it does not exist, an error if it is another."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     advice = "Remove it, or choose another root."
     path = root / marker
     if not path.is_file():
-        raise MsencError(f"{root} exists and holds no generated data (it has no {marker}). {advice}")
+        raise MsencError(f"{root} exists but is not generated data (it has no {marker}). {advice}")
     found = read_json(path, advice=advice)
     if found == settings:
         return True
@@ -68,4 +68,4 @@ def _is_written(root: Path, marker: str, settings: Mapping[str, Any]) -> bool:
     differences = [
         f"{key} {found.get(key)!r} (wanted: {value!r})" for key, value in settings.items() if found.get(key) != value
     ]
-    raise MsencError(f"{root} holds generated data with {'; '.join(differences) or 'unknown settings'}. {advice}")
+    raise MsencError(f"{root} has generated data with {'; '.join(differences) or 'unknown settings'}. {advice}")

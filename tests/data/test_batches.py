@@ -200,8 +200,8 @@ def test_a_target_over_the_budget_is_refused_with_what_to_set():
     with pytest.raises(MsencError) as caught:
         budget_units([short, long], 100, NUM_QUERIES, "dialogue", 36, ["x/train/a", "x/train/b"])
     assert str(caught.value) == (
-        "data.max_tokens_per_batch=36: 2 targets take more by themselves; the longest is turn 2 of x/train/b with 60 "
-        "tokens (history, media queries, reply). Set data.max_tokens_per_batch=60 or more, or a lower "
+        "data.max_tokens_per_batch=36: 2 targets exceed it on their own; the longest is turn 2 of x/train/b with 60 "
+        "tokens (history, query vectors, reply). Set data.max_tokens_per_batch=60 or more, or a lower "
         "data.max_history_tokens (now 100)."
     )
     assert budget_units([short, long], 100, NUM_QUERIES, "dialogue", 60, ["a", "b"])[0].turns is None

@@ -66,7 +66,7 @@ def refusal(datamodule, split="train"):
 def test_windows_of_a_stream_that_is_not_read_are_refused(prepared, tokenizer):
     prompt = dataclasses.replace(tokenizer.prompt, windows={"audio": 100, "video": 9})
     windowed = DialogueTokenizer(prompt, tokenizer.tokenizer)
-    with pytest.raises(MsencError, match=r"prompt\.windows: video is no stream of this modality"):
+    with pytest.raises(MsencError, match=r"prompt\.windows: video is not a stream of this modality"):
         module_of(prepared, windowed, ("audio",)).lengths("train")
     datamodule = module_of(prepared, windowed, ("audio", "video"))
     with_windows, without = (m.dropped_turns("train") for m in (datamodule, module_of(prepared, tokenizer)))
@@ -239,7 +239,7 @@ def test_dialogues_of_one_turn_hold_no_target(tmp_path, tokenizer):
     assert datamodule.dataset("train").ids == ["x/train/dia1"]
     assert datamodule.described_targets("train") == 1
     assert datamodule.common_speakers("train") == ["Ana", "Ben"]
-    assert refusal(datamodule, "val").startswith(f"{tmp_path}: the split 'val' holds no dialogue of two turns or more")
+    assert refusal(datamodule, "val").startswith(f"{tmp_path}: the split 'val' has no dialogue of two or more turns")
 
 
 def test_dropped_turns_are_counted_and_do_not_depend_on_streams(prepared, tokenizer):
@@ -274,7 +274,7 @@ def test_another_encoder_is_refused_with_both_names(prepared, tokenizer):
     datamodule = module_of(prepared, tokenizer)
     datamodule.streams = {"audio": StreamSpec("wavlm_large", 1024, 2)}
     message = refusal(datamodule)
-    assert "prepared is audio-logmel (80 wide); the config wants audio-wavlm_large (1024 wide)" in message
+    assert "found audio-logmel (80 wide); the config needs audio-wavlm_large (1024 wide)" in message
     assert message.endswith(f"Run: {COMMAND}")
 
 
@@ -289,7 +289,7 @@ def test_a_stream_that_was_not_prepared_is_refused(prepared, tokenizer):
     manifest = json.loads((prepared / "dataset.json").read_text())
     del manifest["streams"]["video-pixels"]
     (prepared / "dataset.json").write_text(json.dumps(manifest))
-    assert "prepared is no video features; the config wants video-pixels" in refusal(
+    assert "found no video features; the config needs video-pixels" in refusal(
         module_of(prepared, tokenizer, ("video",))
     )
 
@@ -351,8 +351,8 @@ def test_other_settings_of_the_same_encoder_are_refused(prepared, tokenizer):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((8, 4096), "data.batch_size=8 and data.max_tokens_per_batch=4096: exactly one of them says how large"),
-        ((None, None), "data.batch_size=null and data.max_tokens_per_batch=null: exactly one"),
+        ((8, 4096), "data.batch_size=8 and data.max_tokens_per_batch=4096: set exactly one of them"),
+        ((None, None), "data.batch_size=null and data.max_tokens_per_batch=null: set exactly one"),
         ((0, None), "data.batch_size=0: expected 1 or more"),
         ((None, -5), "data.max_tokens_per_batch=-5: expected 1 or more"),
     ],

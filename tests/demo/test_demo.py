@@ -341,7 +341,7 @@ def test_an_equal_folder_is_left_alone_and_another_is_refused(rendered, tmp_path
         write_demo(rendered, {**SIZES, "val": 2}, seed=0, num_workers=2)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("cat")
-    with pytest.raises(MsencError, match=r"photos exists and holds no generated data"):
+    with pytest.raises(MsencError, match=r"photos exists but is not generated data"):
         write_demo(tmp_path / "photos", SIZES, seed=0, num_workers=2)
     (tmp_path / "photos" / "demo.json").write_text("{")
     with pytest.raises(MsencError, match="cannot be read as JSON"):

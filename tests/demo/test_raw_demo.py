@@ -58,11 +58,11 @@ def test_equal_settings_give_equal_files(raw_demo, tmp_path):
 
 
 def test_other_settings_and_numbers_are_refused(raw_demo, tmp_path):
-    with pytest.raises(MsencError, match="holds generated data with seed 3"):
+    with pytest.raises(MsencError, match="has generated data with seed 3"):
         write_raw_demo(raw_demo, num_videos=2, dialogues_per_video=2, seed=4)
     with pytest.raises(MsencError, match="expected at least one of each"):
         write_raw_demo(tmp_path / "a", num_videos=0, dialogues_per_video=2, seed=4)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "other.txt").write_text(json.dumps({}))
-    with pytest.raises(MsencError, match="holds no generated data"):
+    with pytest.raises(MsencError, match="is not generated data"):
         write_raw_demo(tmp_path / "b", num_videos=1, dialogues_per_video=1, seed=4)

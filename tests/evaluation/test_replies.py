@@ -152,7 +152,7 @@ def test_one_turn_and_several_alternatives(tiny_models):
 
 def test_several_replies_without_drawing_are_refused(tiny_models):
     model = build_conversation(tiny_models["llama"]).eval()
-    with pytest.raises(MsencError, match=r"3 replies to one history: without do_sample=true all .* decoding=sample"):
+    with pytest.raises(MsencError, match=r"3 replies to one history: without do_sample=true they .* decoding=sample"):
         write(model, draw(num=1), read(**GREEDY), num_replies=3)
 
 

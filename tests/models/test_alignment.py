@@ -136,5 +136,5 @@ def test_settings_that_fit_nothing_are_refused(settings, said):
 
 def test_a_connector_of_which_nothing_trains_is_refused():
     connector = make().requires_grad_(False)
-    with pytest.raises(MsencError, match="nothing of the connector trains"):
+    with pytest.raises(MsencError, match="the connector has no trainable parameters"):
         fit(connector, AlignmentSettings(steps=1), lambda step: [], lambda *_: torch.zeros(()))

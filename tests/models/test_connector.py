@@ -334,7 +334,7 @@ def test_unequal_or_missing_cores_are_not_tied():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(MsencError, match="hidden_dim 16 does not divide by num_heads 3"):
+    with pytest.raises(MsencError, match="hidden_dim 16 is not divisible by num_heads 3"):
         qformer(num_heads=3)
 
 

@@ -89,11 +89,11 @@ def test_logmel_takes_the_published_sizes():
 
 
 def test_logmel_bands_that_hold_no_bin_are_refused():
-    with pytest.raises(MsencError, match=r"of 128 bands hold no bin of a transform of 256 samples"):
+    with pytest.raises(MsencError, match=r"of 128 bands contain no bin of a transform of length 256"):
         LogMel(n_fft=256, num_mels=128)
     with pytest.raises(MsencError, match=r"expected 0 <= min_hz < max_hz <= 8000"):
         LogMel(max_hz=9000)
-    with pytest.raises(MsencError, match="less than one sample"):
+    with pytest.raises(MsencError, match="shorter than one sampling period"):
         LogMel(hop_s=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_mel_bands_cover_what_lies_between_their_edges():
     ],
 )
 def test_what_is_no_mono_sound_is_refused(clip, found):
-    with pytest.raises(MsencError, match=rf"LogMel: clip 1 of the batch is .*{found}.*expected mono sound"):
+    with pytest.raises(MsencError, match=rf"LogMel: clip 1 of the batch is .*{found}.*expected a mono waveform"):
         LogMel().encode([*noise(100), clip])
 
 
@@ -203,7 +203,7 @@ def test_a_layer_that_is_not_there_is_refused(speech_folders):
 
 
 def test_an_unknown_dtype_is_refused(speech_folders):
-    with pytest.raises(MsencError, match=r"dtype 'float64' is not known: expected one of float32, bfloat16, float16"):
+    with pytest.raises(MsencError, match=r"dtype 'float64': expected one of float32, bfloat16, float16"):
         SpeechEncoder(speech_folders["WavLM", "layer"], dtype="float64")
 
 
@@ -257,7 +257,7 @@ def test_speech_encoders_refuse_each_others_models(speech_folders, whisper_folde
         SpeechEncoder(whisper_folder)
     with pytest.raises(MsencError, match="is a model of type 'wavlm': expected a Whisper model"):
         WhisperEncoder(speech_folders["WavLM", "layer"])
-    with pytest.raises(MsencError, match="window 'long' is not known"):
+    with pytest.raises(MsencError, match="window 'long': expected"):
         WhisperEncoder(whisper_folder, window="long")
 
 

@@ -227,7 +227,7 @@ def test_settings_mean_what_they_mean_to_transformers(tiny_models, change):
         ({"do_sample": True, "num_beams": 2}, r"do_sample=true draws one token at a time, so num_beams must be 1"),
         (
             {"temperature": 0.8},
-            r"decoding\.temperature=0\.8 changes nothing .* Set do_sample=true, or temperature=null",
+            r"decoding\.temperature=0\.8 has no effect .* Set do_sample=true, or temperature=null",
         ),
         ({"do_sample": True, "temperature": 0}, r"decoding\.temperature=0: .*strictly positive"),
         ({"repetition_penalty": "much"}, r"decoding\.repetition_penalty=much: "),
@@ -350,7 +350,7 @@ def test_an_llm_without_keys_and_values_per_token_is_refused(tmp_path):
     Lfm2ForCausalLM(config).save_pretrained(tmp_path)
     model = build_conversation(tmp_path, lora=None).eval()
     batch, wanted, alone = draw_trunks()
-    with pytest.raises(MsencError, match=r"keeps its past as LinearAttention.*cannot be cut .*layout=sample"):
+    with pytest.raises(MsencError, match=r"cache is a LinearAttention.*cannot be cut .*layout=sample"):
         write_from_trunks(model, batch, wanted, read(**GREEDY))
     assert write_from_rows(model, alone[0], wanted[:1], read(**GREEDY)) == [greedily(model, alone[0])]
 

@@ -39,14 +39,14 @@ TAKEN = {
 }
 REFUSED = {
     "gpt_neo": (
-        "does not take the mask",
+        "does not accept the mask",
         {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 40},
     ),
-    "bloom": ("takes no position ids", {"n_head": 2, "n_layer": 2}),
-    "mpt": ("takes no position ids", {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 512}),
-    "mamba": ("takes no position ids", {"state_size": 4}),
+    "bloom": ("accepts no position ids", {"n_head": 2, "n_layer": 2}),
+    "mpt": ("accepts no position ids", {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 512}),
+    "mamba": ("accepts no position ids", {"state_size": 4}),
     "qwen3_next": (
-        "1 of 2 layers attend",
+        "1 of 2 layers follow",
         {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"], **EXPERTS},
     ),
 }
@@ -86,7 +86,7 @@ def test_a_family_that_does_not_is_refused_and_trains_with_the_layout_sample(tmp
 
 def test_a_language_model_that_is_not_causal_is_refused(tmp_path):
     folder = save(tmp_path / "bert", "bert", {})
-    with pytest.raises(MsencError, match=r"BertLMHeadModel: its tokens see those that come after.*causal"):
+    with pytest.raises(MsencError, match=r"BertLMHeadModel: its tokens attend to later tokens.*causal"):
         load_llm(str(folder))
 
 

@@ -9,7 +9,7 @@ from msenc.types import MsencError
 
 
 def test_a_model_that_is_no_whisper_is_refused(tiny_models):
-    with pytest.raises(MsencError, match="a model of type 'wavlm' recognises no speech here"):
+    with pytest.raises(MsencError, match="a model of type 'wavlm' cannot recognise speech"):
         Recogniser(str(tiny_models["wavlm"]))
 
 

@@ -271,7 +271,7 @@ def test_new_turns_beside_old_features_are_refused_until_prepared_again(root, tm
     with pytest.raises(Killed):
         prepare(root, out, audio(Failing), video())
     specs = {"audio": StreamSpec("logmel", 8, 2)}
-    with pytest.raises(MsencError, match=r"turns: found shards with hash .* a preparation ended before its time"):
+    with pytest.raises(MsencError, match=r"turns: found shards with hash .* a preparation was interrupted"):
         DialogueDataModule(out, specs, tokenizer=None, batch_size=1).setup()
     prepare(root, out, audio())
     DialogueDataModule(out, specs, tokenizer=None, batch_size=1).setup()
@@ -334,7 +334,7 @@ def test_the_last_part_makes_the_shards(root, compose, tmp_path, capsys, monkeyp
     said = capsys.readouterr().out
     assert "Part 1/2 is done." in said
     assert "audio-logmel: 1 of 2 items remain, of the parts 2/2" in said
-    assert "The job that does the last of them makes the shards" in said
+    assert "The job that completes the last one writes the shards" in said
     last = prepare(compose([*arguments, "part=2/2"], "prepare"))
     assert last == DatasetManifest.read(tmp_path / "out")
     assert list(tmp_path.glob(".out.part-*")) == []
@@ -379,7 +379,7 @@ def test_another_process_that_prepares_the_folder_is_refused(demo_home, compose,
         other.stdin.close()
         assert other.wait(30) == 0
     with pytest.raises(
-        MsencError, match=r"holds generated data with .*sizes"
+        MsencError, match=r"has generated data with .*sizes"
     ):  # the lock is free; the small demo is another
         prepare(cfg)
 

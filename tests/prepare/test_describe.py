@@ -384,7 +384,7 @@ def test_a_call_without_a_word_about_voices_keeps_them(demo_home, raw, folder, c
     shared = [*SMALL_DEMO, "modality=text", f"data.dir={folder}", "prepare_workers=0"]
     spoken = prepare(compose([*shared, "describe=true", "data.voice.seed=7"], "prepare"))
     out = capsys.readouterr().out
-    assert "where the words change" in out
+    assert "thresholds between words" in out
     assert "pitch/woman" in out
     assert prepare(compose(shared, "prepare")) == spoken
     assert DatasetManifest.read(folder).settings["voice"]["seed"] == 7

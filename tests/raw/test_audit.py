@@ -228,7 +228,7 @@ def test_runs_record_the_audit_and_what_a_filter_left_out(demo_home, call_script
     assert [f["left_out"] for f in facts] == [{}, {"train": {"dialogues": 0, "utterances": 2}}]
     assert facts[0]["history"]["targets"] == facts[1]["history"]["targets"] + 2
     assert facts[0]["task_hash"] != facts[1]["task_hash"]
-    assert "left out of train    │ 0 dialogues, 2 utterances" in capsys.readouterr().out
+    assert "excluded from train  │ 0 dialogues, 2 utterances" in capsys.readouterr().out
 
 
 def test_an_unknown_stage_is_refused(compose):

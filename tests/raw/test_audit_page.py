@@ -55,7 +55,7 @@ def test_the_page_needs_no_other_file_and_runs_nothing(page):
 
 
 def test_the_page_shows_counts_meanings_facts_and_worst_cases(page):
-    for shown in ("audio: clip corrupt", "rotated", "90 degrees", "2,345", "abc123", "the clip does not decode"):
+    for shown in ("audio: clip corrupt", "rotated", "90 degrees", "2,345", "abc123", "the clip cannot be decoded"):
         assert shown in page
     assert page.count("<figure>") == 2
     assert len(re.findall("<svg", page)) == 3

@@ -77,7 +77,7 @@ def test_the_same_runs_give_the_same_page(sweep):
 
 
 def test_absent_media_are_said_to_be_absent(sweep, tmp_path):
-    assert "The prepared data lie elsewhere, so the turns before are not shown" in rendered(sweep)
+    assert "The prepared data are not found, so the previous turns are not shown" in rendered(sweep)
     add_data(sweep, tmp_path, clip=False)
     page = rendered(sweep)
     assert "(clip missing)" in page

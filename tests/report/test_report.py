@@ -87,7 +87,7 @@ def test_failed_and_unfinished_runs_are_listed_with_their_error(sweep):
     table = summarise(collect_runs(sweep))
     assert table.left_out == ["10: failed: MsencError: no shard of audio", "11: running: no error was recorded"]
     shown = printed(table, 200)
-    assert shown.index("Left out: 10: failed: MsencError: no shard of audio") > shown.index("text_audio")
+    assert shown.index("Excluded: 10: failed: MsencError: no shard of audio") > shown.index("text_audio")
 
 
 def test_single_run_has_no_deviation(tmp_path):
@@ -129,7 +129,7 @@ def test_written_files_hold_the_table_and_replace_earlier_ones(sweep):
     assert sorted(path.name for path in (sweep / "report").iterdir()) == names
     lines = markdown.read_text().splitlines()
     assert "| text | 3 | 3.000 ± 6.572† | 0.250 ± 0.000† | 30.0 ± 65.7† | 0.0 ± 0.0† | 1,234 | 60 | 0 |" in lines
-    assert "- Left out: 11: running: no error was recorded" in lines
+    assert "- Excluded: 11: running: no error was recorded" in lines
     rows = list(csv.DictReader(values.read_text().splitlines()))
     assert rows[0]["modality"] == "text"
     assert float(rows[0]["nll high"]) == pytest.approx(9.572, abs=1e-3)
@@ -234,14 +234,14 @@ def test_runs_that_were_trained_with_weights_are_named(tmp_path):
 
 def test_what_a_run_warned_of_and_a_shared_alignment_are_named(tmp_path):
     aligned = {"audio": {"hash": "abc", "used": True}, "video": {"hash": "def", "used": False}}
-    for seed, warnings in ((1, []), (2, ["audio: the connector says the same of every utterance"])):
+    for seed, warnings in ((1, []), (2, ["audio: the connector's output is nearly the same for every utterance"])):
         facts = {"seed": seed, "warnings": warnings, "alignments": aligned}
         write_run(tmp_path / str(seed), [f"seed={seed}"], metrics={"nll": 1.0}, **facts)
     notes = summarise(collect_runs(tmp_path)).notes
-    assert [note for note in notes if "says the same" in note] == [
-        "2: audio: the connector says the same of every utterance"
+    assert [note for note in notes if "nearly the same" in note] == [
+        "2: audio: the connector's output is nearly the same for every utterance"
     ]
-    assert any("start from one alignment (audio)," in note for note in notes)
+    assert any("share one alignment (audio)," in note for note in notes)
 
 
 def test_no_folder_and_no_run_are_refused(tmp_path):
@@ -273,7 +273,7 @@ def test_different_tasks_of_equal_overrides_are_refused(tmp_path):
     write_run(tmp_path / "0", [], metrics={"nll": 1.0})
     write_run(tmp_path / "1", [], seed=1, metrics={"nll": 1.0}, task_hash="t2", turns_hash="h2")
     message = refusal(tmp_path)
-    assert "overrides agree, so the data was prepared anew" in message
+    assert "overrides agree, so the data was prepared again" in message
     assert "turns_hash: None (0), h2 (1)" in message
 
 

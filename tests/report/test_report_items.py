@@ -66,7 +66,7 @@ def test_an_end_of_line_among_the_words_ends_no_row(path):
 
 def test_empty_predictions_are_refused(path):
     path.write_text("\n")
-    with pytest.raises(MsencError, match=r"predictions\.jsonl: holds no prediction, expected one line per target"):
+    with pytest.raises(MsencError, match=r"predictions\.jsonl: has no predictions, expected one line per target"):
         read_items(path)
 
 
@@ -82,9 +82,9 @@ def test_empty_predictions_are_refused(path):
         ),
         (lambda row: row | {"kinds": []}, r"line 2: found 4 nll, 0 kinds, 4 correct"),
         (lambda row: row | {"nll": [1, 2, 3, float("nan")]}, r"line 2: .* \(NaN is no number"),
-        (lambda row: row | {"nll": [1, 2, 3, None]}, r"turn 2 of demo/test/dia0: a token's loss is no finite number"),
+        (lambda row: row | {"nll": [1, 2, 3, None]}, r"turn 2 of demo/test/dia0: a token's loss is not finite"),
         (lambda row: row | {"speech": "/etc/hosts"}, r"line 2, speech: found '/etc/hosts', expected speech/NAME"),
-        (lambda row: row | {"turn": 1}, r"turn 1 of demo/test/dia0 stands there twice"),
+        (lambda row: row | {"turn": 1}, r"turn 1 of demo/test/dia0 occurs twice"),
     ],
 )
 def test_malformed_rows_are_refused_by_line(path, change, expected):

@@ -48,7 +48,7 @@ def test_a_jobs_run_that_another_process_works_on_is_waited_for(tmp_path, capsys
     worker = threading.Thread(target=work)
     worker.start()
     is_held.wait()
-    with pytest.raises(MsencError, match="another process works in this run's folder"):
+    with pytest.raises(MsencError, match="another process is using this run's folder"):
         RunRecord.reopen(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({**read_json(tmp_path / "run.json"), "steps": 9}))
     threading.Timer(0.3, may_end.set).start()
@@ -56,7 +56,7 @@ def test_a_jobs_run_that_another_process_works_on_is_waited_for(tmp_path, capsys
     worker.join()
     assert (record.facts["status"], record.facts["steps"], record.facts["resumed"]) == ("finished", 9, 0)
     assert "waiting for it" in capsys.readouterr().out
-    with pytest.raises(MsencError, match="another process works"):
+    with pytest.raises(MsencError, match="another process is using"):
         RunRecord.reopen(tmp_path)  # it is held again
     record.close()
 
@@ -75,7 +75,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         read_run(tmp_path / "empty")
     for name in ("0", "1"):
         make_run(tmp_path / "sweep" / name)
-    with pytest.raises(MsencError, match=r"sweep: is not a run's folder .* It holds runs, though: 0, 1\."):
+    with pytest.raises(MsencError, match=r"sweep: is not a run's folder .* It contains runs, though: 0, 1\."):
         read_run(tmp_path / "sweep")
     broken = make_run(tmp_path / "broken")
     (broken / ".hydra" / "config.yaml").unlink()

@@ -11,10 +11,10 @@ from msenc.config.messages import CONFIGS
 from msenc.runs.overrides import resumed_arguments
 
 CALLBACK = "hydra.callbacks.x={_target_: builtins.exec, _args_: [\"import os; os.system('touch executed')\"]}"
-OPTIONS = "is no override"
-HYDRA = "sets something of Hydra's"
-TARGET = "says what is built"
-FILE = "is no file of configs/"
+OPTIONS = "is not an override"
+HYDRA = "sets a Hydra option"
+TARGET = "changes what is built"
+FILE = "is not a file of configs/"
 
 REFUSED = {
     f"+{CALLBACK}": HYDRA,
@@ -53,14 +53,14 @@ REFUSED = {
     "model/llm=../../../elsewhere": FILE,
     "experiment=[known_answer,../../elsewhere]": FILE,
     "data='file:///elsewhere'": FILE,
-    "plugins=[antigravity]": "says what is to be trusted",
-    "+plugins.0=antigravity": "says what is to be trusted",
-    "urls=['http:${paths.cache_dir}']": "says what is to be trusted",
-    "+anything.x=1": "sets what no config of a run has",
-    "+sed=1": "sets what no config of a run has",
-    "seed=1,2": "is no single value",
-    "modality=glob(*)": "is no single value",
-    "prompt=choice(default,chat)": "is no single value",
+    "plugins=[antigravity]": "changes what is trusted",
+    "+plugins.0=antigravity": "changes what is trusted",
+    "urls=['http:${paths.cache_dir}']": "changes what is trusted",
+    "+anything.x=1": "sets a key that no run's config has",
+    "+sed=1": "sets a key that no run's config has",
+    "seed=1,2": "is not a single value",
+    "modality=glob(*)": "is not a single value",
+    "prompt=choice(default,chat)": "is not a single value",
 }
 
 

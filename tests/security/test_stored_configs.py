@@ -239,7 +239,7 @@ def test_no_address_is_put_together_from_parts(stored_run, guard, no_server, mon
     parts = ["paths.runs_dir=http:", f"data.dir='${{paths.runs_dir}}{no_server.removeprefix('http:')}/demo'"]
     (stored_run / ".hydra" / "overrides.yaml").write_text(json.dumps(parts))
     monkeypatch.setattr(sys, "argv", ["train.py", f"resume={stored_run}", "hydra/job_logging=none"])
-    with guard.on(), pytest.raises(SystemExit, match=f"data.dir={no_server}/demo: an address"):
+    with guard.on(), pytest.raises(SystemExit, match=f"data.dir={no_server}/demo: a URL"):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
@@ -249,7 +249,7 @@ def test_an_address_that_the_user_names_is_asked(stored_run, tmp_path, compose, 
     with serve(tmp_path) as server:
         change(stored_run, "data.dir", f"{server.url}/served")
         for wrong in (f"{server.url}/serve", server.url[:-1], "http://", "http:", "*"):
-            with pytest.raises(MsencError, match="an address that is stored here"):
+            with pytest.raises(MsencError, match="a URL stored here is not opened"):
                 evaluate(compose([*measure, f"urls=['{wrong}']"], "evaluate"))
         assert server.asked == []
         evaluate(compose([*measure, f"urls=['{server.url}/']"], "evaluate"))

@@ -68,7 +68,7 @@ def with_code(folder, payload, **config) -> str:
 def test_a_folder_that_wants_its_own_code_is_refused(kind, guard, payload, tmp_path, capsys):
     folder = with_code(tmp_path / "evil", payload, model_type="evil", tokenizer_class="Evil")
     text = guard.refuses(lambda: LOADERS[kind](folder))
-    assert "it wants code of its own to be run" in text
+    assert "it requires running its own code" in text
     assert "trust_remote_code" not in text
     assert "[y/N]" not in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_a_quantization_that_is_not_here_is_a_refusal(method, guard, stored_run)
 @pytest.mark.parametrize("scheme", ["http", "hf", "file"])
 def test_the_name_of_a_model_is_no_address(kind, scheme, guard, no_server):
     address = f"{scheme}://{no_server.partition('://')[2]}/model"
-    assert f"{address!r} is an address" in guard.refuses(lambda: LOADERS[kind](address))
+    assert f"{address!r} is a URL" in guard.refuses(lambda: LOADERS[kind](address))
 
 
 # Pickles
@@ -133,7 +133,7 @@ def test_weights_with_code_are_refused(name, guard, stored_run, tmp_path):
     index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     text = guard.refuses(lambda: load_llm(str(folder)))
-    assert "posix.system, which is no tensor" in text
+    assert "posix.system, which is not a tensor" in text
     assert "weights_only" not in text
 
 
@@ -149,7 +149,7 @@ def test_weights_of_an_encoder_with_code_are_refused(kind, save, guard, tmp_path
     folder = save(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     pickled(guard, folder / "pytorch_model.bin")
-    assert "posix.system, which is no tensor" in guard.refuses(lambda: LOADERS[kind](str(folder)))
+    assert "posix.system, which is not a tensor" in guard.refuses(lambda: LOADERS[kind](str(folder)))
 
 
 def test_a_connector_starts_from_no_code(guard, tmp_path):
@@ -157,7 +157,7 @@ def test_a_connector_starts_from_no_code(guard, tmp_path):
     pickled(guard, tmp_path / "pytorch_model.bin")
     settings = {"num_queries": 2, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "encoder_dim": 8}
     text = guard.refuses(lambda: QFormer(4, 16, **settings, init=str(tmp_path)))
-    assert "posix.system, which is no tensor" in text
+    assert "posix.system, which is not a tensor" in text
 
 
 WRITERS = {
@@ -183,7 +183,7 @@ def test_a_checkpoint_with_code_is_refused(writer, place, guard, tmp_path):
         assert "weights_only" not in text
     with guard.on(), pytest.raises(ValueError, match=r"last\.ckpt cannot be read as tensors"):
         load_torch_file(file)
-    assert "msenc executes nothing" in guard.refuses(lambda: read_tensors(file))
+    assert "msenc never executes" in guard.refuses(lambda: read_tensors(file))
 
 
 def test_a_tar_of_upstreams_with_code_is_refused(guard, tmp_path):
@@ -191,7 +191,7 @@ def test_a_tar_of_upstreams_with_code_is_refused(guard, tmp_path):
     with tarfile.open(tmp_path / "upstream.tar", "w") as tar:
         for name in ("pickle", "storages", "tensors"):
             tar.add(tmp_path / "pickle", name)
-    assert "msenc executes nothing" in guard.refuses(lambda: read_tensors(tmp_path / "upstream.tar"))
+    assert "msenc never executes" in guard.refuses(lambda: read_tensors(tmp_path / "upstream.tar"))
 
 
 def test_a_run_whose_checkpoint_holds_code_is_not_evaluated(guard, stored_run, compose):
@@ -245,7 +245,7 @@ def test_a_base_that_an_export_names_is_no_address(guard, stored_run, no_server)
     content = read_json(file)
     content["base_llm"]["name"] = f"{no_server}/llm"
     file.write_text(json.dumps(content))
-    assert "is an address" in guard.refuses(lambda: load_export(stored_run / "export"))
+    assert "is a URL" in guard.refuses(lambda: load_export(stored_run / "export"))
 
 
 @pytest.mark.parametrize(

@@ -114,5 +114,5 @@ def test_the_data_module_reads_what_the_filter_keeps(folder):
 def test_a_split_that_a_filter_empties_is_refused(folder):
     audited(folder, *(Flag(f"demo/test/dia{d}", "test", "leakage") for d in range(2)))
     DatasetManifest("demo", {}, {}, audit_hash="h").write(folder)
-    with pytest.raises(MsencError, match=r"no dialogue of two turns or more that data\.filter keeps"):
+    with pytest.raises(MsencError, match=r"no dialogue of two or more turns that data\.filter keeps"):
         DialogueDataModule(folder, {}, None, batch_size=1, filters=["no_leakage"]).dataset("test")

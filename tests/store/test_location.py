@@ -99,7 +99,7 @@ def test_without_a_network_the_last_copy_is_taken_with_a_warning(remote, cache, 
     assert (again / "turns" / "index.json").read_text() == '{"é": 1}'
     (message,) = caplog.messages
     assert f"{index}: cannot be fetched (Client" in message
-    assert "Going on with the copy of 20" in message
+    assert "Using the copy of 20" in message
     with pytest.raises(MsencError, match=r"dataset\.json: cannot be fetched .*Check the address, the network"):
         (again / "dataset.json").read_text()
     with pytest.raises(MsencError, match=r"train-000000\.tar: cannot be fetched"):
@@ -225,7 +225,7 @@ def test_protocols_that_cannot_be_used_are_refused(cache, monkeypatch, url, mess
 
 
 def test_nothing_is_written_to_a_url(tmp_path):
-    with pytest.raises(MsencError, match=r"data\.dir=s3://x/y: a URL, expected a folder of this machine\..*copy"):
+    with pytest.raises(MsencError, match=r"data\.dir=s3://x/y: a URL, expected a local folder\..*copy"):
         local_folder("s3://x/y", "data.dir")
     with pytest.raises(MsencError, match=r"paths\.cache_dir=s3://x/cache: a URL"):
         locate("memory://x", "s3://x/cache")

@@ -73,7 +73,7 @@ def test_parts_and_patterns_pick_parameters_and_the_rest_comes_first():
         ({"a": {"pattern": "llm*"}, "b": {"pattern": "*norm*"}}, r"1 parameters .* llm\.norm\.weight in a and b"),
         (
             {"wide": {"pattern": "*lora_B*"}},
-            r"groups\.wide: no parameter that trains matches '\*lora_B\*'.* such as llm\.q\.lora_A, connectors\.aud",
+            r"groups\.wide: no trainable parameter matches '\*lora_B\*'.* names: llm\.q\.lora_A, connectors\.aud",
         ),
     ],
 )
@@ -172,7 +172,7 @@ def test_weights_that_cannot_be_meant_are_refused(override, message, compose):
 
 def test_weights_under_which_nothing_of_the_data_counts_are_refused(train):
     zero = [f"loss.weights.{kind}=0" for kind in TOKEN_KINDS if kind != "begin"]
-    with pytest.raises(MsencError, match=r"kinds reply, description, end, planted_text.* each of these weighs 0"):
+    with pytest.raises(MsencError, match=r"kinds reply, description, end, planted_text.* all with weight 0"):
         train([*FAST, "modality=text", *zero])
 
 
@@ -256,7 +256,7 @@ def test_a_run_says_which_groups_it_has_nothing_of(train, capsys):
     groups = ["optimizer.groups.connectors.lr=0.003", "optimizer.groups.llm.lr=0.01"]
     train([*FAST, "modality=text", *groups])
     said = " ".join(capsys.readouterr().out.split())
-    assert "optimizer.groups.connectors: nothing of it trains in this run; it is left out." in said
+    assert "optimizer.groups.connectors: no part of it trains in this run, so it is ignored." in said
     assert "optimizer.groups.llm: nothing" not in said
 
 

@@ -175,7 +175,7 @@ def test_a_plan_is_printed_and_leaves_no_run(train, capsys, monkeypatch):
     filled = int(found["tokens per epoch"].replace(",", "")) / 500 / batches
     assert found["budget filled"] == f"{100 * filled:.1f} %"
     assert found["padding"] == "0.0 %"
-    assert not found["history over budget"].startswith("0 targets")
+    assert not found["truncated histories"].startswith("0 targets")
     parts = ("base weights", "trainable weights", "gradients", "optimizer state", "activations", "average of weights")
     sizes = [float(found[name].removesuffix(" MiB")) for name in (*parts, "predicted peak memory")]
     assert min(sizes) > 0
@@ -199,7 +199,7 @@ def test_a_sweep_of_plans_makes_no_report(call_script, tmp_path, capsys):
 
 
 def test_a_refused_plan_leaves_no_run_either(train, tmp_path):
-    with pytest.raises(MsencError, match=r"data\.max_tokens_per_batch=20: \d+ targets take more by themselves"):
+    with pytest.raises(MsencError, match=r"data\.max_tokens_per_batch=20: \d+ targets exceed it on their own"):
         train(["plan=true", "modality=text", "data.batch_size=null", "data.max_tokens_per_batch=20"])
     assert not (tmp_path / "run").exists()
 

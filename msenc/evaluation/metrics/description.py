@@ -1,7 +1,7 @@
-"""What a reply's voice description says, against what was measured: attributes -> accuracy and macro F1.
+"""A reply's voice description against the measured voice: attributes -> accuracy and macro F1.
 
-Beside each stands what three rules reach that look neither at words nor at sound: a model has learned something only
-where it is above them.
+Each is compared with three baselines that ignore the input: a model has learned something only
+if it exceeds them.
 """
 
 import math
@@ -17,12 +17,12 @@ _Voice = Mapping[str, str]
 
 
 class DescribedTarget(NamedTuple):
-    """A target whose voice is known.
+    """A target with a known voice.
 
     Args:
         wanted: how it is spoken.
-        written: what the reply's description says.
-        previous: how the turn before it is spoken.
+        written: attributes in the reply's description.
+        previous: how the previous turn is spoken.
         speaker: who speaks.
     """
 
@@ -33,7 +33,7 @@ class DescribedTarget(NamedTuple):
 
 
 def voice_of(utterance: Utterance) -> VoiceAttributes:
-    """How a turn is spoken: its attributes, or else what its description says.
+    """How a turn is spoken: its attributes, or else those in its description.
 
     Example:
         >>> voice_of(Utterance("0", "Ana", "Hi!", "a woman speaks fast")).rate
@@ -43,17 +43,17 @@ def voice_of(utterance: Utterance) -> VoiceAttributes:
 
 
 def score_descriptions(targets: Sequence[DescribedTarget], train: Iterable[Utterance]) -> Scores:
-    """Accuracy and macro F1 per attribute, and how many descriptions say nothing that can be read.
+    """Accuracy and macro F1 per attribute, and the share of descriptions that cannot be parsed.
 
-    Targets whose attribute is unknown are left out of it; what a reply leaves open counts as wrong. Macro F1 is the
-    mean over the words that occur among the targets. Each is given for the replies, and ``_majority`` (the commonest
-    word of the train split), ``_previous`` (as the turn before) and ``_speaker`` (the commonest word of the speaker in
-    the train split, and of all for a speaker that it does not have). Shares, higher is better, but for
-    ``description/parse_failure_rate``, the share of replies of which no attribute can be read.
+    Targets whose attribute is unknown are excluded; an attribute that the reply does not state counts as wrong. Macro
+    F1 is the mean over the words that occur among the targets. Each is given for the replies, and ``_majority`` (the
+    most frequent word of the train split), ``_previous`` (as in the previous turn) and ``_speaker`` (the speaker's most
+    frequent word in the train split, or the overall one for unknown speakers). Shares, higher is better, except
+    ``description/parse_failure_rate``, the share of replies from which no attribute can be parsed.
 
     Args:
         targets: what is scored.
-        train: turns that two of the rules are fitted on; none leaves those out.
+        train: turns on which two of the baselines are fitted; if empty, these are omitted.
 
     Returns:
         ``description/<attribute>/accuracy``, ``.../macro_f1``, ``.../targets``; their means over attributes without
@@ -97,7 +97,7 @@ def score_descriptions(targets: Sequence[DescribedTarget], train: Iterable[Utter
 
 
 def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
-    """Mean F1 of the words that are wanted. Equals scikit-learn's ``f1_score(average="macro")`` with these as labels.
+    """Mean F1 over the target words. Equals scikit-learn's ``f1_score(average="macro")`` with these as labels.
 
     Args:
         pairs: (wanted, found).
@@ -116,7 +116,7 @@ def _accuracy(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def _commonest(voices: Iterable[_Voice]) -> dict[str, str]:
-    """The commonest known word of each attribute; of equally common ones the first of the vocabulary."""
+    """The most frequent known word of each attribute; ties go to the first in the vocabulary."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for voice in voices:
         for attribute, word in voice.items():

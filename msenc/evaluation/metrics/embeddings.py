@@ -1,4 +1,4 @@
-"""Scores that compare meanings, by a pretrained encoder: (replies, references) -> Scores."""
+"""Semantic scores, by a pretrained encoder: (replies, references) -> Scores."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -36,7 +36,7 @@ class EmbeddingSimilarity:
 
     def __call__(self, replies: Sequence[str], references: Sequence[str]) -> Scores:
         """Score the pairs; equal texts are encoded once."""
-        texts = sorted({*replies, *references}, key=lambda text: (len(text), text))  # of like length: little padding
+        texts = sorted({*replies, *references}, key=lambda text: (len(text), text))  # little padding
         place = {text: i for i, text in enumerate(texts)}
         vectors = torch.cat([self._embed(batch) for batch in _batches(texts, "embedding_similarity")])
         one, other = (vectors[[place[text] for text in side]] for side in (replies, references))
@@ -92,7 +92,7 @@ class BertScore:
             sides.append((torch.nn.functional.normalize(hidden, dim=-1), is_token, is_word))
         (reply, reply_tokens, reply_words), (reference, reference_tokens, reference_words) = sides
         cosine = reply @ reference.transpose(1, 2)  # (N, L of replies, L of references)
-        # special tokens may be matched, but are not matched for
+        # special tokens may be matched to, but are not scored themselves
         cosine = cosine * reply_tokens.unsqueeze(2) * reference_tokens.unsqueeze(1)
         precision = (cosine.amax(2) * reply_words).sum(1) / reply_words.sum(1)
         recall = (cosine.amax(1) * reference_words).sum(1) / reference_words.sum(1)
@@ -106,7 +106,7 @@ class _TextEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         self.tokenizer = load_pretrained(AutoTokenizer, name_or_path)
-        # the pooler belongs to a head of the pretraining: many checkpoints lack it
+        # the pooler belongs to a pre-training head, which many checkpoints lack
         self.model = load_pretrained(AutoModel, name_or_path, may_miss=("pooler.dense.weight", "pooler.dense.bias"))
         self.model.eval().to(device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length

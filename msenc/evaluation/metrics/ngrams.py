@@ -1,6 +1,6 @@
-"""Scores that count words: (replies, references) -> Scores. Words stand between white space, case as it is.
+"""Word-based scores: (replies, references) -> Scores. Words are split at white space; case matters.
 
-Each names the reference implementation that its values equal. An empty text scores what it scores there.
+Each names the reference implementation whose values it equals, including those for empty texts.
 """
 
 import math
@@ -77,7 +77,7 @@ def rouge_l(replies: Sequence[str], references: Sequence[str]) -> Scores:
 
 
 def rouge_l_of_words(replies: Sequence[str], references: Sequence[str]) -> Scores:
-    """`rouge_l` of what stands between white space, as it is.
+    """`rouge_l` of words split at white space.
 
     Example:
         >>> rouge_l_of_words(["да нет"], ["да нет"]).corpus
@@ -122,8 +122,9 @@ def make_meteor(with_wordnet: bool) -> Scorer:
             wordnet.ensure_loaded()
         except LookupError as error:
             raise MsencError(
-                "metric meteor: NLTK finds no WordNet. Expected the folder corpora/wordnet below one of NLTK_DATA's: "
-                "python -m nltk.downloader wordnet, or unpack it there. Without: metrics=[meteor_no_wordnet]."
+                "metric meteor: NLTK finds no WordNet. Expected the folder corpora/wordnet in one of NLTK_DATA's "
+                "folders: python -m nltk.downloader wordnet, or unpack it there. To do without it: "
+                "metrics=[meteor_no_wordnet]."
             ) from error
     compare = partial(single_meteor_score, wordnet=wordnet if with_wordnet else _NoSynonyms())
 
@@ -135,10 +136,10 @@ def make_meteor(with_wordnet: bool) -> Scorer:
 
 
 class _NoSynonyms:
-    """In WordNet's place where it is left out."""
+    """Stands in for WordNet if it is not used."""
 
     def synsets(self, word: str) -> tuple[()]:
-        """No sense of any word is known."""
+        """No word has any sense."""
         return ()
 
 
@@ -175,9 +176,9 @@ def _cider(reply: list[Counter], reference: list[Counter], frequency: Counter, n
 
 
 def distinct(replies: Sequence[str], references: Sequence[str]) -> Scores:
-    """Distinct-1 and -2: different n-grams of all replies over all their n-grams; 0..1, higher is more varied.
+    """Distinct-1 and -2: distinct n-grams of all replies over all their n-grams; 0..1, higher is more varied.
 
-    It falls as replies grow in number: compare equal numbers of them. References play no part.
+    It falls with the number of replies: compare equal numbers of them. References are not used.
 
     Source: Li et al. (NAACL 2016), where n-grams of both orders are divided by the number of words.
 
@@ -194,9 +195,9 @@ def distinct(replies: Sequence[str], references: Sequence[str]) -> Scores:
 
 
 def repetition(replies: Sequence[str], references: Sequence[str]) -> Scores:
-    """Share of a reply's 4-grams that stood in it before, mean over replies; 0..1, lower is better.
+    """Share of a reply's 4-grams that repeat an earlier one, mean over replies; 0..1, lower is better.
 
-    The seq-rep-4 of Welleck et al. (ICLR 2020). Shorter replies repeat nothing. References play no part.
+    The seq-rep-4 of Welleck et al. (ICLR 2020). Shorter replies score 0. References are not used.
 
     Example:
         >>> repetition(["so so so so so so"], [""]).corpus

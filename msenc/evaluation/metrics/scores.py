@@ -1,4 +1,4 @@
-"""What every metric of texts returns, and the refusal for a package that is not there."""
+"""The return type of all text metrics, and the error for missing packages."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ class Scores(NamedTuple):
 
     Args:
         corpus: name -> score of all pairs.
-        items: name -> N scores, one per pair; a corpus score that is no mean of such scores has none.
+        items: name -> N scores, one per pair; absent for corpus scores that are not means of such scores.
     """
 
     corpus: dict[str, float]
@@ -22,7 +22,7 @@ Scorer = Callable[[Sequence[str], Sequence[str]], Scores]
 
 
 def mean_scores(name: str, items: list[float]) -> Scores:
-    """The items and their mean, which does not depend on their order to the last bit.
+    """The items and their mean, which is independent of their order to the last bit.
 
     Example:
         >>> mean_scores("rouge_l", [0.5, 1.0])

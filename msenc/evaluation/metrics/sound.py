@@ -1,4 +1,4 @@
-"""How spoken replies sound: predicted quality, and whether a speaker keeps one voice."""
+"""Audio quality of spoken replies: predicted opinion scores, and speaker consistency."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -14,9 +14,9 @@ SOUND_METRICS = ("mos", "speaker_similarity")
 
 
 class PredictedMos:
-    """DNSMOS P.835 (arXiv 2110.01763): what listeners would say of a sound, from 1 (bad) to 5 (excellent).
+    """DNSMOS P.835 (arXiv 2110.01763): predicted listener opinion, from 1 (bad) to 5 (excellent).
 
-    The model that comes in the wheel of the package speechmos, by onnxruntime; the package itself is not imported: it
+    Runs the model in the wheel of the package speechmos by onnxruntime; the package itself is not imported, as it
     would need librosa. Its overall score, SIG and BAK are the package's own.
 
     Raises:
@@ -24,8 +24,8 @@ class PredictedMos:
     """
 
     sample_rate = 16_000
-    _PART_S = 9.01  # what the model hears at once
-    _CURVES = (  # the model's outputs -> the scale of listeners, highest power first
+    _PART_S = 9.01  # the model's input length
+    _CURVES = (  # the model's outputs -> the listeners' scale, highest power first
         ("sig", (-0.08397278, 1.22083953, 0.0052439)),
         ("bak", (-0.13166888, 1.60915514, -0.39604546)),
         ("overall", (-0.06766283, 1.11546468, 0.04602535)),
@@ -35,8 +35,8 @@ class PredictedMos:
         spec = find_spec("speechmos")
         if spec is None:
             raise MsencError(
-                "metric mos: the weights in the package speechmos are missing. Install it without what it asks for: "
-                "pip install --no-deps -c constraints.txt speechmos; or leave mos out of speech_metrics."
+                "metric mos: the weights in the package speechmos are missing. Install it without its dependencies: "
+                "pip install --no-deps -c constraints.txt speechmos; or remove mos from speech_metrics."
             )
         with needing("the metric mos", "kokoro"):
             import onnxruntime
@@ -46,7 +46,7 @@ class PredictedMos:
         self.session = onnxruntime.InferenceSession(str(path), options)
 
     def __call__(self, samples: np.ndarray) -> dict[str, float]:
-        """Quality of speech (``sig``), background (``bak``) and all (``overall``); a short sound is heard repeatedly.
+        """Quality of speech (``sig``), background (``bak``) and overall (``overall``); short audio is repeated.
 
         Args:
             samples: float32 (S,) at `sample_rate`, in [-1, 1].
@@ -54,7 +54,7 @@ class PredictedMos:
         rate, size = self.sample_rate, int(self._PART_S * self.sample_rate)
         while len(samples) < size:
             samples = np.tile(samples, 2)
-        # Cut with the reference's roundings, by which it leaves out a part now and then.
+        # Cut with the reference's rounding, which occasionally skips a part.
         cuts = [(s * rate, int((s + self._PART_S) * rate)) for s in range(int(len(samples) // rate - self._PART_S) + 1)]
         parts = [samples[start:end] for start, end in cuts if end - start >= size]
         raw = [self.session.run(None, {"input_1": part[None].astype(np.float32)})[0][0] for part in parts]
@@ -67,15 +67,15 @@ class PredictedMos:
 def speaker_similarity(
     vectors: Sequence[np.ndarray], dialogues: Sequence[Hashable], speakers: Sequence[str]
 ) -> dict[str, float]:
-    """Mean cosine similarity of two replies' voices in one dialogue: of one speaker, and of different ones.
+    """Mean cosine similarity of two replies' voices in one dialogue, for the same and for different speakers.
 
     Args:
-        vectors: (E,) each, of length 1: the voice of each sound.
+        vectors: (E,) each, of length 1: the voice of each reply.
         dialogues: of each.
         speakers: of each.
 
     Returns:
-        ``speech/speaker_similarity/same`` and ``.../others``; what has no pair is left out.
+        ``speech/speaker_similarity/same`` and ``.../others``; omitted if there is no pair.
 
     Example:
         >>> a, b = np.array([1.0, 0.0]), np.array([0.6, 0.8])

@@ -1,6 +1,6 @@
-"""Spoken replies: what a recogniser understands of them, and whether the voice is as asked.
+"""Spoken replies: how well a recogniser understands them, and whether the voice is as requested.
 
-A reply without words has no sound, and counts as spoken wrongly.
+A reply without words has no audio, and counts as wrong.
 """
 
 import math
@@ -17,12 +17,12 @@ from msenc.types import UNKNOWN, VoiceAttributes, needing
 def score_words(understood: Sequence[str], texts: Sequence[str]) -> Scores:
     """Word and character error rate, after Whisper's English normaliser on both sides; 0 is best, above 1 is possible.
 
-    Contractions and numbers are written alike on both sides; British spellings are not. A corpus rate is all errors
-    over all words (characters), as jiwer counts them. What has no words to be understood is left out.
+    Contractions and numbers are normalised on both sides; British spellings are not. A corpus rate is all errors
+    over all words (characters), as jiwer counts them. Texts without words are excluded.
 
     Args:
-        understood: what a recogniser wrote.
-        texts: what was to be said.
+        understood: the recogniser's transcripts.
+        texts: the intended texts.
 
     Example:
         >>> score_words(["I am here now"], ["I'm here."]).corpus["speech/wer"]
@@ -49,7 +49,7 @@ def score_words(understood: Sequence[str], texts: Sequence[str]) -> Scores:
 
 
 def heard_voice(measures: VoiceMeasures, num_syllables: int, bins: Mapping[str, Bin]) -> VoiceAttributes:
-    """What is heard of a voice, in the words of a described data set.
+    """The attributes of a measured voice, in the words of a described data set.
 
     Args:
         measures: of the sound.
@@ -60,12 +60,12 @@ def heard_voice(measures: VoiceMeasures, num_syllables: int, bins: Mapping[str, 
 
 
 def score_voices(heard: Sequence[VoiceAttributes], asked: Sequence[VoiceAttributes], name: str) -> dict[str, Any]:
-    """Share of the sounds that have what was asked, per attribute; what was not asked is left out.
+    """Share of the replies whose audio has the requested value, per attribute; unspecified ones are excluded.
 
     Args:
-        heard: of each sound.
-        asked: of it.
-        name: of who asks, at the end of the metrics' names.
+        heard: attributes measured in each reply.
+        asked: attributes requested for it.
+        name: source of the request, appended to the metrics' names.
 
     Example:
         >>> slow, fast = VoiceAttributes(rate="slow"), VoiceAttributes(rate="fast")

@@ -36,23 +36,23 @@ TEXT_METRICS: dict[str, Callable[..., Scorer]] = {
 """Name -> what makes the scorer of its settings; it loads what the metric needs, or refuses."""
 
 OF_REPLIES_ALONE = {"distinct", "repetition"}
-"""Metrics in which references play no part."""
+"""Metrics that do not use references."""
 
 DEFAULT_METRICS = ("bleu", "rouge_l", "distinct", "repetition", "length_ratio")
-"""What costs next to nothing and needs no extra."""
+"""Metrics that cost almost nothing and need no extra."""
 
 
 def build_text_metrics(
     names: Sequence[str], settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Scorer]:
-    """Load what metrics need; so what is missing is refused before anything is measured.
+    """Load whatever metrics need, so that missing parts are refused before anything is measured.
 
     Args:
         names: of `TEXT_METRICS`.
-        settings: name -> the metric's settings; those of metrics that are not asked for are ignored.
+        settings: name -> the metric's settings; those of metrics that are not requested are ignored.
 
     Raises:
-        MsencError: an unknown metric, a setting that is missing or unknown, a package or a model that is not there.
+        MsencError: an unknown metric, a missing or unknown setting, or a missing package or model.
     """
     scorers = {}
     for name in names:
@@ -69,9 +69,9 @@ def build_text_metrics(
 def score_replies(
     replies: Sequence[Reply], references: Sequence[Reply], metrics: Mapping[str, Scorer]
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Score what was generated: texts, and descriptions (``description/...``) where the reference has one.
+    """Score generated texts, and descriptions (``description/...``) if the reference has one.
 
-    A reference of nothing but white space is left out of the metrics that compare with it, and counted
+    A reference of only white space is excluded from metrics that compare with it, and counted
     (``references_empty``). A reply without a description counts as an empty one. ``description/exact`` is the share of
     descriptions that equal the reference.
 

@@ -1,4 +1,4 @@
-"""Where words begin and end in texts of any script: what metrics count that know white space and a to z alone.
+"""Tokenization of texts in any script, for metrics that only know white space and a to z.
 
 (replies, references) -> the same texts with white space between their words -> a metric of words
 """
@@ -16,23 +16,23 @@ SACREBLEU = ("none", "13a", "intl", "zh", "char", "ja-mecab", "ko-mecab")
 TOKENIZERS = ("auto", "default", "words", "characters", *SACREBLEU)
 
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-"""Scripts (the first word of their letters' names in Unicode) that put no space between words."""
+"""Scripts (the first word of their letters' Unicode names) without spaces between words."""
 
 
 def with_tokenizer(score: Scorer, tokenizer: str, on_words: Scorer | None = None) -> Scorer:
-    """A metric of words whose texts are cut into words first.
+    """A word-based metric whose texts are tokenized first.
 
     Args:
-        score: the metric as it cuts texts itself: ``default``, and what ``auto`` takes for Latin script.
+        score: the metric with its own tokenization: ``default``, which ``auto`` uses for Latin script.
         tokenizer: one of `TOKENIZERS`; ``auto`` decides by the script of most letters of the references: ``default``
             for Latin, ``characters`` for scripts without spaces, ``words`` for all others.
-        on_words: the metric of texts that are cut at white space alone; `score` if None.
+        on_words: the metric for texts split only at white space; `score` if None.
 
     Returns:
-        A scorer whose names end in the tokenizer's (``rouge_l-characters``) where that is not ``default``.
+        A scorer whose names end in the tokenizer's (``rouge_l-characters``) unless that is ``default``.
 
     Raises:
-        MsencError: an unknown tokenizer, or a package that it needs is not there.
+        MsencError: an unknown tokenizer, or a package that it needs is missing.
     """
     if tokenizer not in TOKENIZERS:
         raise MsencError(f"metric_settings: no tokenizer {tokenizer!r}. Expected one of {', '.join(TOKENIZERS)}.")
@@ -50,7 +50,7 @@ def with_tokenizer(score: Scorer, tokenizer: str, on_words: Scorer | None = None
 
 
 def tokenizer_of(texts: Sequence[str]) -> str:
-    """What ``auto`` takes for these texts.
+    """The tokenizer that ``auto`` selects for these texts.
 
     Example:
         >>> tokenizer_of(["Oh, naïve!"]), tokenizer_of(["今天天气很好"]), tokenizer_of(["Доброе утро", "нет"])
@@ -66,7 +66,7 @@ def _script(letter: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters, marks and digits, in lower case; other signs each by itself.
+    """Runs of letters, marks and digits, in lower case; other characters one by one.
 
     Example:
         >>> words("नमस्ते, दुनिया!"), words("Привет-привет")
@@ -99,6 +99,6 @@ def _cutter(name: str) -> Callable[[str], list[str]]:
 
         try:
             tokenizer = BLEU(tokenize=name).tokenizer
-        except RuntimeError as error:  # MeCab is a package of its own
+        except RuntimeError as error:  # MeCab is a separate package
             raise ImportError(str(error).strip().splitlines()[0], name="mecab") from error
     return lambda text: tokenizer(text).split()
