@@ -89,6 +89,21 @@ def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[
     return rows
 
 
+def compose_job(config: DictConfig, overrides: Sequence[str], here: bool) -> tuple[DictConfig, dict[str, Any], str]:
+    """The config of a sweep's job, as composed and as checked, and the `prepare.py` call that makes what it needs.
+
+    Args:
+        config: that all jobs start from.
+        overrides: of the job.
+        here: whether it runs on this machine.
+    """
+    cfg = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    command = prepare_command(cfg.hydra.overrides.task, cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg.hydra
+    return cfg, checked(cfg, GIVEN, here), command
+
+
 class _Known:
     """What earlier runs and the configs tell of jobs; what jobs share is looked up once."""
 
@@ -101,12 +116,7 @@ class _Known:
         self._peaks: dict[str, int | None] = {}
 
     def expect(self, overrides: Sequence[str]) -> Expectation:
-        cfg = GlobalHydra.instance().config_loader().load_sweep_config(self.config, list(overrides))
-        command = prepare_command(cfg.hydra.overrides.task, cfg.hydra.runtime.choices)
-        with open_dict(cfg):
-            del cfg.hydra
-        cfg.paths.output_dir = "none"
-        config = checked(cfg, GIVEN)
+        cfg, config, command = compose_job(self.config, overrides, here=False)
         row = Expectation()
         llm, recipe = config["model"]["llm"]["name_or_path"], config["model"]["llm_recipe"]
         try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
@@ -93,7 +92,7 @@ def _audit(config: Mapping[str, Any]) -> Audit:
     }
     for title, rows in sections.items():
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]" + ("" if rows else ": nothing"))
+        table.add_row(title + ("" if rows else ": nothing"), style="bold")
         for name, counts in rows.items():
             found = [counts.get(split, 0) for split in audit.columns]
             table.add_row(f"  {name}", *("" if n is None else n if isinstance(n, str) else f"{n:,}" for n in found))
@@ -196,7 +195,7 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
 
 def _print_transcript(made: Transcript) -> None:
     for note in made.notes:
-        console.print(escape(note), soft_wrap=True)
+        console.print(note, soft_wrap=True)
     console.print(
         f"{made.num_utterances:,} utterances in {made.num_dialogues:,} dialogues; of {made.num_unknown:,} it is not "
         "known who speaks.",

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from msenc.config.schema import ReportConfig
-from msenc.pipelines.dry_run import list_jobs
+from msenc.pipelines.dry_run import compose_job, list_jobs
+from msenc.pipelines.plan import num_processes
 from msenc.pipelines.report import report
 from msenc.runs.overrides import key_of, quoted_value
 from msenc.runs.record import is_finished, read_facts
@@ -34,7 +36,7 @@ def begin_sweep(config: DictConfig) -> None:
         config: that all jobs start from; what is set in it reaches them.
 
     Raises:
-        MsencError: another process runs the sweep.
+        MsencError: a job's config is refused, or another process runs the sweep.
     """
     command = list(config.hydra.overrides.task)
     jobs, axes = _jobs(config)
@@ -45,6 +47,8 @@ def begin_sweep(config: DictConfig) -> None:
             )
         list_jobs(config, jobs, axes)
         sys.exit(0)
+    if jobs is not None:
+        _check_jobs(config, jobs)
     given = {key_of(o) for o in config.hydra.overrides.hydra}
     if "hydra.sweep.dir" not in given:
         name = sweep_name(config.hydra.runtime.choices.get("sweep"), command, axes)
@@ -79,6 +83,21 @@ def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
         return None, axes
     (jobs,) = BasicSweeper.split_arguments(overrides, None)
     return jobs, list(dict.fromkeys(axes))
+
+
+def _check_jobs(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep of which a job would be refused, before any of it begins."""
+    here = config.hydra.launcher._target_.endswith(".BasicLauncher")
+    for number, job in enumerate(jobs):
+        try:
+            _, checked, _ = compose_job(config, job, here)
+        except MsencError as error:
+            raise MsencError(f"{error} (job {number} of the sweep: {' '.join(job)})") from error
+        if here and num_processes(checked["trainer"]) > 1:
+            raise MsencError(
+                f"trainer.devices={checked['trainer'].get('devices')}: the jobs of a sweep take one device each here. "
+                "Leave out -m for a run on several, or let a launcher start the jobs (docs/sweeps.md)."
+            )
 
 
 def _set(config: DictConfig, key: str, value: str) -> None:
