@@ -50,6 +50,9 @@ def checked(cfg: DictConfig, given: Mapping[str, set[str]], here: bool = True) -
 
 def _check_bounds(config: Mapping[str, Any]) -> None:
     """What is right of each value, and wrong of several together."""
+    model = config.get("model") or {}
+    if model.get("streams") and model["connector"] is None:
+        raise MsencError("model.connector: found null, expected one, as there are streams: model/connector=conv")
     trainer = config.get("trainer") or {}
     if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1:
         raise MsencError("trainer.max_epochs=-1: the run would never end. Give trainer.max_steps=..., too.")

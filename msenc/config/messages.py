@@ -95,7 +95,9 @@ def _config_message(error: BaseException) -> str:
         return _absent_part(absent.group(1))
     if several := re.match(r"Ambiguous value for argument '(.*)'$", texts[0], re.MULTILINE):
         key, _, value = several[1].partition("=")
-        return f"{several[1]}: several values. Add -m to run each, or give a list, {key}=[{value}], or {_as_text(key, value)}"
+        return (
+            f"{several[1]}: several values. Add -m to run each, or give a list, {key}=[{value}]; {_as_text(key, value)}"
+        )
     key = getattr(error, "full_key", None)
     return where + (f"{key}: " if key else "") + _in_one_line("\n".join(dict.fromkeys(texts)))
 
@@ -103,14 +105,17 @@ def _config_message(error: BaseException) -> str:
 def _in_one_line(text: str) -> str:
     """A library's message without what it says of its own classes and documentation."""
     lines = [line.strip() for line in text.splitlines()]
-    aside = ("See https:", "full_key:", "reference_type=", "object_type=", "provider=", "Config search path", "Searched in")
+    classes = ("full_key:", "reference_type=", "object_type=", "provider=")
+    aside = (*classes, "See https:", "Config search path", "Searched in")
     return " ".join(line for line in lines if line and not line.startswith(aside))
 
 
 def _unreadable(override: str, reason: str) -> str:
     key, _, value = override.partition("=")
     reason = reason.partition(" expecting ")[0]
-    return f"{override}: cannot be read ({_in_one_line(reason)[:120]}). Close brackets and quotes; {_as_text(key, value)}"
+    return (
+        f"{override}: cannot be read ({_in_one_line(reason)[:120]}). Close brackets and quotes; {_as_text(key, value)}"
+    )
 
 
 def _as_text(key: str, value: str) -> str:

@@ -444,8 +444,8 @@ def _check_schema(node: Any, path: str = "") -> None:
         return
     schema = OmegaConf.get_type(node)
     valid = schema.__dataclass_fields__ if is_dataclass(schema) else list(node)
-    if is_dataclass(schema) and (gone := [key for key in valid if key not in node]):
-        name = f"{path}.{gone[0]}".lstrip(".")
+    if is_dataclass(schema) and (gone := valid.keys() - set(node)):
+        name = f"{path}.{min(gone)}".lstrip(".")
         raise MsencError(f"{name}: is needed, and was taken out. Leave out ~{name}, or give {name}=...")
     for key in node:
         name = f"{path}.{key}".lstrip(".")

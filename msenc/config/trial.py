@@ -92,7 +92,9 @@ def _step(optimizer: Mapping[str, Any], scheduler: Any, steps: bool) -> None:
 
 
 def _try_trainer(config: Mapping[str, Any], here: bool) -> None:
-    trainer = config["trainer"] if here else config["trainer"] | {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
+    trainer = (
+        config["trainer"] if here else config["trainer"] | {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
+    )
     is_debug = bool(trainer.get("fast_dev_run"))
     nodes = {
         f"{group}.{name}": node

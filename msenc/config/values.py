@@ -56,12 +56,14 @@ ShareBelow1 = _between(float, lambda n: 0 <= n < 1, "from 0 to below 1")
 Device = _between(str, _is_device, "a device of torch's, such as cpu or cuda:0")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Texts = list[Text]  # type: ignore[valid-type]
+Node = dict[str, object]
+"""What is built, or handed on as a whole."""
 
 VALUES: dict[str, Any] = {
     # the commands' own
     "seed": Seed,
     "modality": Text,
-    "stage": Text | None,
+    "stage": Literal["align", "audit", "segment", "transcribe", "speakers"] | None,
     "evaluate": Split | None,
     "split": Split,
     "checkpoint": Text,
@@ -103,6 +105,24 @@ VALUES: dict[str, Any] = {
     "paths.cache_dir": Folder,
     "paths.runs_dir": NewFolder,
     "paths.output_dir": NewFolder | None,
+    # nodes; their keys stand below
+    "prompt": Node,
+    "optimizer": Node,
+    "scheduler": Node | None,
+    "trainer": Node,
+    "callbacks.*": Node | None,
+    "logger.*": Node | None,
+    "decoding": Node,
+    "speech": Node | None,
+    "model.llm": Node,
+    "model.llm.lora": Node | None,
+    "model.llm_recipe": Node | None,
+    "model.connector": Node | None,
+    "model.streams.*.encoder": Node,
+    "data.generate": Node | None,
+    "data.recordings.segment": Node,
+    "data.recordings.recogniser": Node,
+    "data.recordings.speaker_encoder": Node,
     # data
     "data.name": Name,
     "data.dir": Place,
@@ -148,6 +168,7 @@ VALUES: dict[str, Any] = {
     "model.llm.lora.lora_alpha": Above0,
     "model.llm.lora.lora_dropout": ShareBelow1,
     "model.llm.lora.bias": Literal["none", "all", "lora_only"],
+    "model.llm.lora.target_modules": Text | Texts | None,
     "model.llm_recipe.folder": Folder,
     "model.llm_recipe.num_dialogues": Positive,
     "model.llm_recipe.hidden_size": Positive,
@@ -227,6 +248,8 @@ VALUES: dict[str, Any] = {
     "callbacks.*.refresh_rate": Count,
     "callbacks.*.max_depth": _between(int, (-1).__le__, "0 or more, or -1 for all"),
     "logger.*.save_dir": Text,
+    "logger.*.name": Text | None,
+    "logger.*.version": Text | Count | None,
     "logger.*.flush_logs_every_n_steps": Positive,
     # replies
     "decoding.batch_size": Positive,

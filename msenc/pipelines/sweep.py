@@ -12,13 +12,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from rich.markup import escape
 
 from msenc.config.schema import ReportConfig
 from msenc.pipelines.dry_run import compose_job, list_jobs
 from msenc.pipelines.plan import num_processes
 from msenc.pipelines.report import report
-from msenc.runs.overrides import key_of, quoted_value
+from msenc.runs.overrides import key_of, quoted_value, task_overrides
 from msenc.runs.record import is_finished, read_facts
 from msenc.runs.sweep import is_stopping, read_sweep, stop_jobs, sweep_name, write_sweep
 from msenc.types import MsencError
@@ -38,7 +37,7 @@ def begin_sweep(config: DictConfig) -> None:
     Raises:
         MsencError: a job's config is refused, or another process runs the sweep.
     """
-    command = list(config.hydra.overrides.task)
+    command = task_overrides(config.hydra)
     jobs, axes = _jobs(config)
     if config.dry_run:
         if jobs is None:
@@ -77,7 +76,7 @@ def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
     """The overrides of each job, as Hydra's basic sweeper will make them (None for another one), and what varies."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*params, *config.hydra.overrides.task])
+    overrides = parser.parse_overrides([*params, *task_overrides(config.hydra)])
     axes = [key_of(p) for p in params] + [o.get_key_element().lstrip("+~") for o in overrides if o.is_sweep_override()]
     if not config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
         return None, axes
@@ -121,13 +120,13 @@ def end_sweep(config: DictConfig) -> None:
             report(OmegaConf.structured(ReportConfig(sweep_dir=str(folder), split=config.evaluate)))
             has_report = True
         except MsencError as e:
-            console.print(f"No report: {escape(str(e))}", soft_wrap=True)
+            console.print(f"No report: {e}", soft_wrap=True)
     console.print(f"Sweep folder: {shown(folder)}", soft_wrap=True)
     failed = {job: how for job in jobs if (how := _failure(job.run_dir))}
     if failed:
-        console.print(f"[red]{len(failed)} of {len(jobs)} jobs did not finish:[/red]")
+        console.print(f"{len(failed)} of {len(jobs)} jobs did not finish:", style="red")
         for job, how in failed.items():
-            console.print(f"  job {job.number} ({' '.join(job.overrides)}): {escape(how)}", soft_wrap=True)
+            console.print(f"  job {job.number} ({' '.join(job.overrides)}): {how}", soft_wrap=True)
         console.print("The same command again runs them again, and skips the others.")
     _let_go()
     if failed or not has_report:

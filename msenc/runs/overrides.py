@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from msenc.config.hints import nearest
 from msenc.config.messages import CONFIGS
@@ -61,6 +62,12 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
     found = [a.replace("init_from=", "init_from.run=", 1) if a.startswith("init_from=") else a for a in arguments]
     lora = re.compile(rf"model\.llm\.lora\.(?!({'|'.join(ALWAYS_THERE)})=)[\w.]+=")
     return [f"++{a}" if lora.match(a) else a for a in found]
+
+
+def task_overrides(hydra: DictConfig) -> list[str]:
+    """What a command sets of a run's config, as it was typed: to iterate over Hydra's list would resolve it."""
+    found: list[str] = OmegaConf.to_container(hydra.overrides.task)
+    return found
 
 
 def key_of(override: str) -> str:
