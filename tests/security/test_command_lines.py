@@ -409,3 +409,16 @@ def test_a_bug_keeps_its_traceback():
     assert refusal(FileNotFoundError(2, "No such file", "x")) is None
     assert refusal(MsencError("said")) == "error: said"
     assert "/x" in (refusal(PermissionError(13, "Permission denied", "/x")) or "")
+
+
+@pytest.mark.parametrize("command", NEEDED)
+def test_help_waits_for_no_heavy_library(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / f"{command}.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hydra" in imported
+    assert imported.isdisjoint({"torch", "lightning", "transformers"})
