@@ -3,11 +3,14 @@
 With stage=audit: find defects in them.
 """
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from msenc.config.messages import readable_errors
 from msenc.config.schema import register_schemas
+from msenc.runs.overrides import read_arguments
 from msenc.work.threads import wait_passively
 
 register_schemas()
@@ -18,10 +21,12 @@ def main(cfg: DictConfig) -> None:
     """Prepare the missing parts of a data set."""
     from msenc.pipelines.prepare import prepare  # imported here: --help must not wait for torch
 
-    prepare(cfg)
+    with readable_errors():
+        prepare(cfg)
 
 
 if __name__ == "__main__":
     wait_passively()
     with readable_errors():
+        sys.argv[1:] = read_arguments(sys.argv[1:])
         main()

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from msenc.config.messages import readable_errors
 from msenc.config.schema import register_schemas
-from msenc.runs.overrides import resumed_arguments, spelt_out
+from msenc.runs.overrides import read_arguments, resumed_arguments, spelt_out
 from msenc.work.threads import wait_passively
 
 register_schemas()
@@ -22,11 +22,12 @@ def main(cfg: DictConfig) -> float | None:
     """Compose, train, evaluate."""
     from msenc.pipelines.train import train  # imported here: --help must not wait for torch
 
-    return train(cfg)
+    with readable_errors():
+        return train(cfg)
 
 
 if __name__ == "__main__":
     wait_passively()
     with readable_errors():
-        sys.argv[1:] = resumed_arguments(spelt_out(sys.argv[1:]))
+        sys.argv[1:] = resumed_arguments(read_arguments(spelt_out(sys.argv[1:])))
         main()

@@ -7,7 +7,7 @@ Each is a fresh process, timed from its start to its end; Python's bytecode and 
 - ``bare Hydra --help``: a program of five lines with an empty config. Below it lies nothing that msenc could save.
 - ``train.py --help``
 - ``train.py --cfg job``: composes all groups and prints the config.
-- ``compose and check``: composes, and binds every ``_target_`` to its signature, which imports all of them.
+- ``compose and check``: composes, and checks all that a run checks before it opens its data.
 - ``imports``: torch, lightning, transformers and peft alone, what every training with them waits for.
 - ``first step``: ``train.py`` on the prepared demo, to the end of its first training step, and out.
 
@@ -34,11 +34,13 @@ main()
 
 COMPOSE_AND_CHECK = """
 from hydra import compose, initialize_config_dir
-from msenc.config.schema import CONFIGS, check_targets, plain, register_schemas
+from msenc.config.checks import checked
+from msenc.config.messages import CONFIGS
+from msenc.config.schema import register_schemas
 from msenc.training.assembly import GIVEN
 register_schemas()
 with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-    check_targets(plain(compose("train", ["paths.output_dir=none"])), GIVEN)
+    checked(compose("train", ["paths.output_dir=none"]), GIVEN)
 """
 
 SMALL_DEMO = [

@@ -102,6 +102,7 @@ TRAINED = {
     "experiment/paper_text_video": PAPER + VIDEO + BLIP2,
     "hydra/default": "",
     "logger/default": "",
+    "logger/none": "modality=text",
     "modality/text": "",
     "modality/text_audio": "",
     "modality/text_audio_video": "",
@@ -137,6 +138,7 @@ TRAINED = {
     "prompt/default": "modality=text",
     "prompt/upstream": "",
     "scheduler/epoch_decay": "modality=text",
+    "scheduler/none": "modality=text",
     "scheduler/warmup_cosine": "modality=text",
     "streams/demo": "",
     "streams/paper": AUDIO + VIDEO + BLIP2,
@@ -463,7 +465,10 @@ def test_a_wrong_key_in_a_file_is_refused(yaml, message, run_script, tmp_path):
         ),
         ("optimizer: {eps: '???'}", r"optimizer\.eps: no value\. Give it: optimizer\.eps="),
         ("optimizer: {lr: fast}", r"optimizer\.lr: found 'fast', expected a number"),
-        ("model: {connector: {num_blocks: two}}", r"model\.connector\.num_blocks: found 'two', expected a number"),
+        (
+            "model: {connector: {num_blocks: two}}",
+            r"model\.connector\.num_blocks: found 'two', expected a whole number",
+        ),
         ("optimizer: {lr: '${learning_rate}'}", "Interpolation key 'learning_rate' not found"),
     ],
 )

@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from msenc.config.targets import locate_target
+from msenc.config.targets import is_others, locate_target
+from msenc.files import reason_of
 from msenc.types import MsencError, needing
 
 EXTRAS = {"lightning.pytorch.loggers.WandbLogger": "wandb"}
@@ -38,7 +39,9 @@ def build(node: Any, place: str, **given: Any) -> Any:
         **given: more arguments.
 
     Raises:
-        MsencError: the target may not be built there; or the node has a key that the pipeline gives.
+        MsencError: the target may not be built there; the node has a key that the pipeline gives; or the constructor,
+            where it is another package's, refuses its arguments. (What fails in msenc's own, or in the user's, is a
+            bug, and stays one.)
     """
     if not isinstance(node, Mapping):
         raise MsencError(f"{place}: found {node!r}, expected a _target_ and its arguments.")
@@ -47,9 +50,19 @@ def build(node: Any, place: str, **given: Any) -> Any:
     keys = {k: v for k, v in node.items() if not k.startswith("_")}
     if taken := sorted(keys.keys() & given.keys()):
         raise MsencError(f"{place}.{taken[0]}: is set by msenc itself. Leave it out.")
-    call = partial(located, **keys, **given)
+    called = partial(_refusing, f"{place}: {target}", located) if is_others(target) else located
+    call = partial(called, **keys, **given)
     with needing(target, EXTRAS[target]) if target in EXTRAS else nullcontext():
         return call if node.get("_partial_") else call()
+
+
+def _refusing(what: str, located: Any, /, *args: Any, **keys: Any) -> Any:
+    try:
+        return located(*args, **keys)
+    except MsencError:
+        raise
+    except Exception as error:  # torch, Lightning and their loggers have a dozen types for a value that they refuse
+        raise MsencError(f"{what} refuses its settings: {reason_of(error)[:300]}") from error
 
 
 def with_current_targets(node: Any) -> Any:

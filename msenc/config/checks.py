@@ -5,11 +5,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from msenc.config.hints import nearest
 from msenc.config.schema import plain
+from msenc.config.stored import strings_of
 from msenc.config.targets import is_built, load_plugins, locate_target
+from msenc.config.trial import try_parts
+from msenc.config.values import check_value, check_values, kind_of, typed
 from msenc.files.kinds import check_name
 from msenc.models.groups import CONNECTOR, CONNECTORS, LLM, OWN_KEYS, flatten_groups
 from msenc.prompt import SLOTS, TOKEN_KINDS
@@ -19,17 +22,40 @@ TAKEN_OUT = {"optimizer": {"groups"}}
 """Path of a node -> keys that the pipelines take out before they build it (`build_optimizer`)."""
 
 
-def checked(cfg: DictConfig, given: Mapping[str, set[str]]) -> dict[str, Any]:
-    """The config of the user's own command as plain containers, its plugins loaded and its targets checked.
+def checked(cfg: DictConfig, given: Mapping[str, set[str]], here: bool = True) -> dict[str, Any]:
+    """The config of the user's own command as plain containers, its plugins loaded, and all checked that can be.
 
     Args:
         cfg: as Hydra composed it; one that was read from a run's folder is no command of the user's.
         given: see `check_targets`.
+        here: whether the run is to use this machine's devices.
+
+    Raises:
+        MsencError: a value is missing, none that its key takes, or refused where a cheap part is built of it.
     """
+    if "paths" in cfg and not OmegaConf.is_missing(cfg.paths, "runs_dir") and cfg.paths.output_dir is None:
+        cfg = cfg.copy()
+        cfg.paths.output_dir = cfg.paths.runs_dir  # a run's folder is settled later; what lies in it is checked now
     config = plain(cfg)
-    load_plugins(config["plugins"])
+    for key, text in strings_of(config):
+        if text == "???":
+            raise MsencError(f"{key}: no value. Give it: {key}=...")
+    load_plugins(config.get("plugins", []))
+    check_values(config)
     check_targets(config, given)
+    _check_bounds(config)
+    try_parts(config, here and not config.get("plan"))
     return config
+
+
+def _check_bounds(config: Mapping[str, Any]) -> None:
+    """What is right of each value, and wrong of several together."""
+    model = config.get("model") or {}
+    if model.get("streams") and model["connector"] is None:
+        raise MsencError("model.connector: found null, expected one, as there are streams: model/connector=conv")
+    trainer = config.get("trainer") or {}
+    if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1:
+        raise MsencError("trainer.max_epochs=-1: the run would never end. Give trainer.max_steps=..., too.")
 
 
 def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: str = "") -> int:
@@ -45,8 +71,7 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
 
     Raises:
         MsencError: a target that may not be built there, or does not take the node's keys (it names the
-            nearest argument), or a word where it takes a number; groups of parameters or weights of the loss that
-            cannot be meant.
+            nearest argument), or their types; groups of parameters or weights of the loss that cannot be meant.
     """
     if isinstance(node, list):
         return sum(check_targets(v, given, f"{path}[{i}]") for i, v in enumerate(node))
@@ -67,15 +92,14 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     missing = [k for k in keys if node[k] == "???"]
     if missing:
         raise MsencError(f"{path}.{missing[0]}: no value. Give it: {path}.{missing[0]}=...")
-    signature = inspect.signature(located)
+    signature = _signature(located)
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in sorted(keys - set(parameters)):
         if not takes_any:
             raise MsencError(f"{path}.{key}: {target} takes no such argument.{nearest(key, parameters)}")
     for key in sorted(keys & set(parameters)):
-        if isinstance(node[key], str) and _is_number(parameters[key]):
-            raise MsencError(f"{path}.{key}: found {node[key]!r}, expected a number.")
+        check_value(f"{path}.{key}", node[key], _kind(parameters[key]))
     if not node.get("_partial_"):
         try:
             signature.bind(**dict.fromkeys(keys | added))
@@ -111,7 +135,7 @@ def _check_groups(config: Mapping[str, Any]) -> None:
     for name, settings in groups.items():
         path = f"optimizer.groups.{name}"
         if not isinstance(settings, Mapping):
-            raise MsencError(f"{path}: found {settings!r}, expected settings, such as {path}.lr=3e-4")
+            raise MsencError(f"{path}: found {typed(settings)}, expected settings, such as {path}.lr=3e-4")
         is_pattern = name not in parts and "pattern" in settings
         if not is_pattern and name not in parts:
             raise MsencError(_no_such_group(name, parts))
@@ -158,6 +182,21 @@ def _check_amount(path: str, value: Any, most: float = math.inf) -> None:
         raise MsencError(f"{path}={value}: expected a number that is {bounds}.")
 
 
+def _signature(located: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(located, eval_str=True)
+    except NameError:  # an annotation of what is imported for type checkers alone
+        return inspect.signature(located)
+
+
+def _kind(parameter: inspect.Parameter) -> Any:
+    """What an argument takes; whoever annotates nothing says by the default whether it is a number."""
+    kind = kind_of(parameter.annotation)
+    if kind is object:
+        return float if _is_number(parameter) else object
+    return kind | None if parameter.default is None else kind
+
+
 def _is_number(parameter: inspect.Parameter) -> bool:
     """Whether an argument takes numbers alone, by what its signature says, or by its default where that is wider."""
     default = parameter.default
@@ -175,7 +214,8 @@ def _check_without_target(node: Mapping[str, Any], path: str) -> None:
     elif path == "model.llm.lora":
         from peft import LoraConfig
 
-        valid = set(inspect.signature(LoraConfig).parameters)
+        parameters = _signature(LoraConfig).parameters
+        valid = set(parameters)
     else:
         return
     for key in sorted(node.keys() - valid):
@@ -189,5 +229,7 @@ def _check_without_target(node: Mapping[str, Any], path: str) -> None:
         from msenc.models.llm import check_lora
 
         check_lora(node)
+        for key, value in node.items():
+            check_value(f"{path}.{key}", value, _kind(parameters[key]))
     if path == "decoding":
         read_decoding(node, end_id=0, pad_id=0, seed=0)

@@ -1,5 +1,6 @@
 """Refusals as one sentence on the terminal: what was found, and the nearest valid name."""
 
+import errno
 import inspect
 import os
 import re
@@ -9,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
 from msenc.config.hints import nearest
@@ -19,30 +20,49 @@ from msenc.types import MsencError
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENAMETOOLONG, errno.EISDIR),
+}
+"""What a system says of folders and disks that a program cannot mend."""
+
+_shown_in_full: list[bool] = []
+"""Of the outermost `readable_errors`: whether the user wants to see everything."""
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Show a refusal as a message and exit with status 1, without a traceback; a bug keeps its traceback.
 
     Hydra reports composition errors itself, without the nearest valid name; so it is asked to raise them
-    (``HYDRA_FULL_ERROR``), unless the user has set that variable to see everything.
+    (``HYDRA_FULL_ERROR``), unless the user has set that variable to see everything. Around a job inside of Hydra, too:
+    what leaves it as an exception, Hydra adds a line to.
     """
-    shown_in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    is_outermost = not _shown_in_full
+    if is_outermost:
+        _shown_in_full.append(os.environ.get("HYDRA_FULL_ERROR") == "1")
+        before = os.environ.get("HYDRA_FULL_ERROR")
+        os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     except Exception as e:
-        if shown_in_full or (text := refusal(e)) is None:
+        if _shown_in_full[0] or (text := refusal(e)) is None:
             raise
         sys.exit(text)
     finally:
-        if not shown_in_full:
-            del os.environ["HYDRA_FULL_ERROR"]
+        if is_outermost:
+            _shown_in_full.clear()
+            os.environ.pop("HYDRA_FULL_ERROR")
+            if before is not None:
+                os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def refusal(error: Exception) -> str | None:
     """What to say of an error that the user can mend; None of a bug."""
     if isinstance(error, MsencError):
         return f"error: {error}"
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK and error.filename is not None:
+        return f"error: {error.filename}: {error.strerror}. Expected a place where this command may read and write."
     return f"config error: {_config_message(error)}" if _is_config_error(error) else None
 
 
@@ -58,6 +78,8 @@ def _config_message(error: BaseException) -> str:
     file = re.match(r"In '([\w/]+/[\w/]+)': ", str(error))
     where = f"{file.group(1)}.yaml: " if file else ""
     for e in chain:
+        if isinstance(e, OverrideParseException):
+            return _unreadable(e.override, next((str(c) for c in chain if type(c) is not type(e)), str(e)))
         if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
             return where + _unknown_key(e)
         if isinstance(e, ValidationError) and e.full_key:
@@ -69,7 +91,36 @@ def _config_message(error: BaseException) -> str:
             return f"{group}={choice}: no such choice.{nearest(choice, e.options)}"
     texts = [str(e).strip() for e in (error, error.__cause__) if e is not None]
     absent = re.match(r"Could not override '([\w/]+)'. No match in the defaults list", texts[0])
-    return _absent_part(absent.group(1)) if absent else "\n".join(dict.fromkeys(texts))
+    if absent:
+        return _absent_part(absent.group(1))
+    if several := re.match(r"Ambiguous value for argument '(.*)'$", texts[0], re.MULTILINE):
+        key, _, value = several[1].partition("=")
+        return (
+            f"{several[1]}: several values. Add -m to run each, or give a list, {key}=[{value}]; {_as_text(key, value)}"
+        )
+    key = getattr(error, "full_key", None)
+    return where + (f"{key}: " if key else "") + _in_one_line("\n".join(dict.fromkeys(texts)))
+
+
+def _in_one_line(text: str) -> str:
+    """A library's message without what it says of its own classes and documentation."""
+    lines = [line.strip() for line in text.splitlines()]
+    classes = ("full_key:", "reference_type=", "object_type=", "provider=")
+    aside = (*classes, "See https:", "Config search path", "Searched in")
+    return " ".join(line for line in lines if line and not line.startswith(aside))
+
+
+def _unreadable(override: str, reason: str) -> str:
+    key, _, value = override.partition("=")
+    reason = reason.partition(" expecting ")[0]
+    return (
+        f"{override}: cannot be read ({_in_one_line(reason)[:120]}). Close brackets and quotes; {_as_text(key, value)}"
+    )
+
+
+def _as_text(key: str, value: str) -> str:
+    quoted = "'{}'".format(value.strip("'\"").replace("'", "\\'"))
+    return f'a text is typed as "{key}={quoted}"'
 
 
 RENAMED = {"controls": "control", "asr": "recogniser", "speech_recogniser": "recogniser"}

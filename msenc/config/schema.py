@@ -440,7 +440,8 @@ def plain(node: Any) -> Any:
         return OmegaConf.to_container(node, resolve=True)
     except Exception as e:
         if type(e).__module__.startswith("omegaconf"):
-            raise MsencError(f"config: {e}") from e
+            where = getattr(e, "full_key", None) or "config"
+            raise MsencError(f"{where}: {str(e).splitlines()[0]}") from e
         raise
 
 
@@ -449,6 +450,9 @@ def _check_schema(node: Any, path: str = "") -> None:
         return
     schema = OmegaConf.get_type(node)
     valid = schema.__dataclass_fields__ if is_dataclass(schema) else list(node)
+    if is_dataclass(schema) and (gone := valid.keys() - set(node)):
+        name = f"{path}.{min(gone)}".lstrip(".")
+        raise MsencError(f"{name}: is needed, and was taken out. Leave out ~{name}, or give {name}=...")
     for key in node:
         name = f"{path}.{key}".lstrip(".")
         if key not in valid:

@@ -112,6 +112,11 @@ def is_built(path: str) -> bool:
     return _pattern(path) is not None
 
 
+def is_others(target: Any) -> bool:
+    """Whether a name of the table is another package's: neither msenc's nor the user's."""
+    return not str(target).startswith("msenc.") and any(target in names for names in BUILDABLE.values())
+
+
 def _pattern(path: str) -> str | None:
     for pattern in BUILDABLE:
         if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path):

@@ -148,7 +148,7 @@ def _checker(kind: Any) -> Callable[[Any], None]:
     if origin is Annotated:
         return _condition(_checker(parts[0]), parts[1])
     if origin is Literal:
-        return _condition(_plain_type(str), Must(set(parts).__contains__, f"one of {', '.join(parts)}"))
+        return _one_of(parts)
     if origin in (Union, UnionType):
         return _any_of(parts)
     if origin is list or (origin is tuple and parts[1:] == (...,)):
@@ -196,6 +196,19 @@ def _condition(check_type: Callable[[Any], None], must: Must) -> Callable[[Any],
             raise MisfitError(value, expected)
 
     return check_condition
+
+
+def _one_of(choices: tuple[Any, ...]) -> Callable[[Any], None]:
+    expected = f"one of {', '.join(map(str, choices))}"
+    if all(type(choice) is str for choice in choices):
+        return _condition(_plain_type(str), Must(set(choices).__contains__, expected))
+    known = {(type(choice), choice) for choice in choices}  # True is no 1
+
+    def check_choice(value: Any) -> None:
+        if isinstance(value, list | dict) or (type(value), value) not in known:
+            raise MisfitError(value, expected)
+
+    return check_choice
 
 
 def _any_of(kinds: tuple[Any, ...]) -> Callable[[Any], None]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
-from rich.markup import escape
 
 from msenc.runs.overrides import key_of, quoted_value
 from msenc.runs.sweep import note_run, read_submitted, write_submitted
@@ -59,7 +58,7 @@ def take_over(folder: Path, finished: Callable[[Sequence[str]], Path | None], de
             try:
                 job.results()
             except Exception as e:  # of submitit: what became of the run says its run.json, and the sweep's end
-                console.print(f"job {number}: {escape(str(e).strip().splitlines()[0])}", soft_wrap=True)
+                console.print(f"job {number}: {str(e).strip().splitlines()[0]}", soft_wrap=True)
         while queued.intersection(running.values()):
             time.sleep(ASK_EVERY)
             queued = _queue()

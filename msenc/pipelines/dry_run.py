@@ -10,7 +10,6 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from msenc.pipelines.prepare import prepare_command
 from msenc.runs.find import find_run, run_records
 from msenc.runs.folder import places_of_runs
 from msenc.runs.identity import data_hashes, run_identity, run_settings
-from msenc.runs.overrides import key_of
+from msenc.runs.overrides import key_of, task_overrides
 from msenc.runs.record import is_finished, machine, read_facts, read_run
 from msenc.training.assembly import GIVEN, build_datamodule
 from msenc.training.plan import count_batches
@@ -71,12 +70,12 @@ def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[
         table.add_column(column, justify=justify)
     for number, (job, row) in enumerate(zip(jobs, rows, strict=True)):
         varied = " ".join(o for o in job if key_of(o) in axes)
-        table.add_row(str(number), escape(varied), row.state, _minutes(row), _mib(row))
+        table.add_row(str(number), varied, row.state, _minutes(row), _mib(row))
     console.print(table)
     for what, names in _grouped((row.source, n) for n, row in enumerate(rows)).items():
         console.print(f"Time of {names}: {what}", soft_wrap=True)
     for what, names in _grouped((row.problem, n) for n, row in enumerate(rows)).items():
-        console.print(f"[yellow]Unknown of {names}:[/yellow] {escape(what)}", soft_wrap=True)
+        console.print(f"Unknown of {names}: {what}", style="yellow", soft_wrap=True)
     if all(row.seconds is not None for row in rows):
         console.print(f"One after another: {sum(row.seconds for row in rows) / 60:.1f} min.")
     peaks = [row.peak_bytes for row in rows if row.peak_bytes]
@@ -94,7 +93,7 @@ def finished_run(config: DictConfig) -> Callable[[Sequence[str]], Path | None]:
 
     def find(overrides: Sequence[str]) -> Path | None:
         try:
-            cfg, own, command = _compose(config, overrides)
+            cfg, own, command = compose_job(config, overrides, here=False)
             datamodule = build_datamodule(own, command)
             datamodule.setup()
             run = find_run(places_of_runs(config, config.hydra), run_identity(cfg, data_hashes(own, datamodule)))
@@ -105,14 +104,19 @@ def finished_run(config: DictConfig) -> Callable[[Sequence[str]], Path | None]:
     return find
 
 
-def _compose(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any], str]:
-    """A job's config, as it is and plain, and the command that prepares its data."""
+def compose_job(config: DictConfig, overrides: Sequence[str], here: bool) -> tuple[DictConfig, dict[str, Any], str]:
+    """The config of a sweep's job, as composed and as checked, and the `prepare.py` call that makes what it needs.
+
+    Args:
+        config: that all jobs start from.
+        overrides: of the job.
+        here: whether it runs on this machine.
+    """
     cfg = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
-    command = prepare_command(cfg.hydra.overrides.task, cfg.hydra.runtime.choices)
+    command = prepare_command(task_overrides(cfg.hydra), cfg.hydra.runtime.choices)
     with open_dict(cfg):
         del cfg.hydra
-    cfg.paths.output_dir = "none"
-    return cfg, checked(cfg, GIVEN), command
+    return cfg, checked(cfg, GIVEN, here), command
 
 
 class _Known:
@@ -127,7 +131,7 @@ class _Known:
         self._peaks: dict[str, int | None] = {}
 
     def expect(self, overrides: Sequence[str]) -> Expectation:
-        cfg, config, command = _compose(self.config, overrides)
+        cfg, config, command = compose_job(self.config, overrides, here=False)
         row = Expectation()
         llm, recipe = config["model"]["llm"]["name_or_path"], config["model"]["llm_recipe"]
         try:

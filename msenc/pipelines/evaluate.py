@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 from omegaconf import MISSING, DictConfig
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
@@ -71,9 +70,9 @@ def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
     if len(folders) > 1:
         _print_runs(measured, f"{len(measured)} of {len(folders)} runs evaluated on {config['split']}")
     if failed:
-        console.print("[red]Failed:[/red]")
+        console.print("Failed:", style="red")
         for folder, error in failed.items():
-            console.print(f"  {shown(folder)}: {escape(str(error))}", soft_wrap=True)
+            console.print(f"  {shown(folder)}: {error}", soft_wrap=True)
         sys.exit(1)
     return list(measured.values())
 
@@ -373,10 +372,10 @@ def _print_attributes(metrics: Mapping[str, Any], attributes: Sequence[str]) -> 
 
 def _print_grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table without broken words; text left-aligned, numbers right-aligned."""
-    table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     for number, column in enumerate(columns):
         is_text = number == 0 or column == "stream is"
-        table.add_column(escape(column), justify="left" if is_text else "right", no_wrap=True)
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
@@ -93,7 +92,7 @@ def _audit(config: Mapping[str, Any]) -> Audit:
     }
     for title, rows in sections.items():
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]" + ("" if rows else ": nothing"))
+        table.add_row(title + ("" if rows else ": nothing"), style="bold")
         for name, counts in rows.items():
             found = [counts.get(split, 0) for split in audit.columns]
             table.add_row(f"  {name}", *("" if n is None else n if isinstance(n, str) else f"{n:,}" for n in found))
@@ -198,7 +197,7 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
 
 def _print_transcript(made: Transcript) -> None:
     for note in made.notes:
-        console.print(escape(note), soft_wrap=True)
+        console.print(note, soft_wrap=True)
     console.print(
         f"{made.num_utterances:,} utterances in {made.num_dialogues:,} dialogues; {made.num_unknown:,} have an unknown "
         "speaker.",
@@ -357,8 +356,9 @@ def _warn_of_splits(targets: Mapping[str, int]) -> None:
     empty = [split for split in SPLITS if not targets.get(split)]
     if targets.get("train") and empty:
         console.print(
-            f"[yellow]Without a target (a dialogue of two turns): {', '.join(empty)}.[/yellow] train.py needs train "
-            "and val, and test unless evaluate=null. Set split=... in the table's rows, or remove the column.",
+            f"Without a target (a dialogue of two turns): {', '.join(empty)}. train.py needs train and val, and test "
+            "unless evaluate=null. Set split=... in the table's rows, or remove the column.",
+            style="yellow",
             soft_wrap=True,
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from msenc.config.schema import plain
+from msenc.config.values import check_values
 from msenc.files import inside, write_text
 from msenc.types import MsencError
 from msenc.work.console import console
@@ -21,7 +22,8 @@ def report(cfg: DictConfig) -> None:
     given = config["sweep_dir"]
     if given in (None, "???", []):
         raise MsencError("sweep_dir: no value. Give it: sweep_dir=FOLDER, or sweep_dir=[FOLDER,FOLDER].")
-    folders = [Path(str(name)) for name in (given if isinstance(given, list) else [given])]
+    check_values(config)
+    folders = [Path(name) for name in (given if isinstance(given, list) else [given])]
     runs = [(folder, run) for folder in folders for run in collect_runs(folder)]
     if len(folders) > 1:  # jobs of two sweeps may have the same numbers
         runs = [(f, run if run.folder == f else replace(run, name=f"{f.name}/{run.name}")) for f, run in runs]

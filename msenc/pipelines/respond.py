@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
-from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
@@ -134,8 +133,8 @@ def check_page(config: Mapping[str, Any]) -> None:
         )
     who = "Whoever reaches this machine" if password == "none" else "Whoever knows the password"
     console.print(
-        f"[yellow]host={escape(host)}: {who} can open the page. What is said there crosses the network unencrypted."
-        "[/yellow]",
+        f"host={host}: {who} can open the page. What is said there crosses the network unencrypted.",
+        style="yellow",
         soft_wrap=True,
     )
 
@@ -254,11 +253,11 @@ def write_replies_to(
 
 def _print(spoken: Sequence[Spoken], speaker: str, notices: Sequence[str], seconds: Mapping[str, float]) -> None:
     for notice in notices:
-        console.print(f"[yellow]{escape(notice)}[/yellow]", soft_wrap=True)
+        console.print(notice, style="yellow", soft_wrap=True)
     table = Table(show_header=False)
     for one in spoken:
-        table.add_row(escape(speaker), escape(one.answer.text))
-        table.add_row("voice", escape(one.answer.description or "not described"))
+        table.add_row(speaker, one.answer.text)
+        table.add_row("voice", one.answer.description or "not described")
         known = {k: v for k, v in asdict(one.answer.attributes).items() if v != UNKNOWN}
         table.add_row("attributes", ", ".join(f"{k} {v}" for k, v in known.items()) or "none recognised")
         if one.sound is not None:

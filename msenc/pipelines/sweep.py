@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,13 +12,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from rich.markup import escape
 
 from msenc.config.schema import ReportConfig
 from msenc.pipelines.cluster import take_over
-from msenc.pipelines.dry_run import finished_run, list_jobs
+from msenc.pipelines.dry_run import compose_job, finished_run, list_jobs
+from msenc.pipelines.plan import num_processes
 from msenc.pipelines.report import report
-from msenc.runs.overrides import key_of, quoted_value
+from msenc.runs.overrides import key_of, quoted_value, task_overrides
 from msenc.runs.record import is_finished, read_facts
 from msenc.runs.sweep import is_stopping, read_sweep, stop_jobs, sweep_name, write_sweep
 from msenc.types import MsencError
@@ -38,9 +39,9 @@ def begin_sweep(config: DictConfig) -> None:
         config: common to all jobs; values set in it reach them.
 
     Raises:
-        MsencError: another process runs the sweep.
+        MsencError: a job's config is refused, or another process runs the sweep.
     """
-    command = list(config.hydra.overrides.task)
+    command = task_overrides(config.hydra)
     jobs, axes = _jobs(config)
     if config.dry_run:
         if jobs is None:
@@ -51,6 +52,8 @@ def begin_sweep(config: DictConfig) -> None:
         sys.exit(0)
     if config.detach and not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
         raise MsencError("detach=true: jobs go on by themselves on Slurm alone. Use hydra/launcher=slurm.")
+    if jobs is not None:
+        _check_jobs(config, jobs)
     given = {key_of(o) for o in config.hydra.overrides.hydra}
     if "hydra.sweep.dir" not in given:
         name = sweep_name(config.hydra.runtime.choices.get("sweep"), command, axes)
@@ -85,12 +88,27 @@ def _jobs(config: DictConfig) -> tuple[list[list[str]] | None, list[str]]:
     """The overrides of each job, as by Hydra's basic sweeper (None for other sweepers), and the varied keys."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*params, *config.hydra.overrides.task])
+    overrides = parser.parse_overrides([*params, *task_overrides(config.hydra)])
     axes = [key_of(p) for p in params] + [o.get_key_element().lstrip("+~") for o in overrides if o.is_sweep_override()]
     if not config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
         return None, axes
     (jobs,) = BasicSweeper.split_arguments(overrides, None)
     return jobs, list(dict.fromkeys(axes))
+
+
+def _check_jobs(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+    """Refuse a sweep of which a job would be refused, before any of it begins."""
+    here = config.hydra.launcher._target_.endswith(".BasicLauncher")
+    for number, job in enumerate(jobs):
+        try:
+            _, checked, _ = compose_job(config, job, here)
+        except MsencError as error:
+            raise MsencError(f"{error} (job {number} of the sweep: {' '.join(job)})") from error
+        if here and num_processes(checked["trainer"]) > 1:
+            raise MsencError(
+                f"trainer.devices={checked['trainer'].get('devices')}: the jobs of a sweep take one device each here. "
+                "Leave out -m for a run on several, or let a launcher start the jobs (docs/sweeps.md)."
+            )
 
 
 def _set(config: DictConfig, key: str, value: str) -> None:
@@ -119,13 +137,13 @@ def end_sweep(config: DictConfig) -> None:
             report(OmegaConf.structured(ReportConfig(sweep_dir=str(folder), split=config.evaluate)))
             has_report = True
         except MsencError as e:
-            console.print(f"No report: {escape(str(e))}", soft_wrap=True)
+            console.print(f"No report: {e}", soft_wrap=True)
     console.print(f"Sweep folder: {shown(folder)}", soft_wrap=True)
     failed = {job: how for job in jobs if (how := _failure(job.run_dir))}
     if failed:
-        console.print(f"[red]{len(failed)} of {len(jobs)} jobs did not finish:[/red]")
+        console.print(f"{len(failed)} of {len(jobs)} jobs did not finish:", style="red")
         for job, how in failed.items():
-            console.print(f"  job {job.number} ({' '.join(job.overrides)}): {escape(how)}", soft_wrap=True)
+            console.print(f"  job {job.number} ({' '.join(job.overrides)}): {how}", soft_wrap=True)
         console.print("Run the same command to retry them; it skips the others.")
     _let_go()
     if failed or not has_report:

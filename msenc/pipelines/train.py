@@ -14,9 +14,8 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from msenc.config.build import build
@@ -32,7 +31,7 @@ from msenc.pipelines.plan import add_batches, num_processes, plan_run
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
 from msenc.runs.folder import settle_folder, write_config
 from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, run_identity
-from msenc.runs.overrides import key_of
+from msenc.runs.overrides import key_of, task_overrides
 from msenc.runs.record import RunRecord, is_finished, is_first_process
 from msenc.runs.sweep import is_stopping, job_folder, note_run
 from msenc.runs.trust import check_urls, strings_of, values_of
@@ -107,7 +106,7 @@ def train(cfg: DictConfig) -> float | None:
     In a multirun a failure is written to ``run.json`` and reported when the sweep ends, so that the other jobs run.
     """
     hydra = HydraConfig.get()
-    overrides = [o for o in hydra.overrides.task if key_of(o) not in ("resume", "paths.output_dir")]
+    overrides = [o for o in task_overrides(hydra) if key_of(o) not in ("resume", "paths.output_dir")]
     command = prepare_command(overrides, hydra.runtime.choices)
     is_job = hydra.mode is RunMode.MULTIRUN
     if is_job and cfg.resume is None:
@@ -152,14 +151,14 @@ def train(cfg: DictConfig) -> float | None:
                 # in a new folder: an existing one may belong to another process
                 folder = job_folder(Path(hydra.sweep.dir), hydra.job.num)
                 record = _new_record(folder, cfg, overrides, command)
-                note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, hydra.overrides.task)
+                note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, task_overrides(hydra))
             if record is not None and not is_finished(record.facts):
                 record.add(status="failed", error=f"{type(e).__name__}: {e}")
             if not is_job:
                 raise
             if not isinstance(e, MsencError):
                 traceback.print_exc()
-            console.print(f"[red]This job failed; the sweep continues.[/red] {e}", soft_wrap=True)
+            console.print(f"This job failed; the sweep continues. {e}", style="red", soft_wrap=True)
             return None
         finally:
             if record is not None:
@@ -172,8 +171,11 @@ def _open(cfg: DictConfig, command: str) -> _Job:
     _check_stage(config)
     if cfg.resume not in (None, "auto"):
         # No stored override has a URL that was not allowed (`check_overrides`), but parts may combine to one.
-        typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # unresolved: iterating would resolve it
-        check_urls(config, [*config["urls"], *values_of(typed)], Path(cfg.resume) / ".hydra" / "overrides.yaml")
+        check_urls(
+            config,
+            [*config["urls"], *values_of(task_overrides(HydraConfig.get()))],
+            Path(cfg.resume) / ".hydra" / "overrides.yaml",
+        )
         check_same_settings(Path(cfg.resume), cfg)
     quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
@@ -204,7 +206,7 @@ def _settle(cfg: DictConfig, job: _Job, overrides: list[str], command: str) -> R
     else:
         record = _new_record(folder, cfg, overrides, command)
     if is_first_process() and hydra.mode is RunMode.MULTIRUN:
-        note_run(Path(hydra.sweep.dir), hydra.job.num, folder, hydra.overrides.task)
+        note_run(Path(hydra.sweep.dir), hydra.job.num, folder, task_overrides(hydra))
     return record
 
 
@@ -378,7 +380,7 @@ def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, rec
 
 
 def _warn(text: str) -> None:
-    console.print(f"[yellow]{escape(text)}[/yellow]", soft_wrap=True)
+    console.print(text, style="yellow", soft_wrap=True)
 
 
 def _say_resumed(record: RunRecord) -> None:
@@ -519,4 +521,4 @@ def _groups_table(groups: list[dict[str, Any]]) -> Table:
 def _shown_setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return "-" if value is None else escape(f"{value:,}" if isinstance(value, int) else str(value))
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

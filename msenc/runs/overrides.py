@@ -3,7 +3,15 @@
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from msenc.config.hints import nearest
+from msenc.config.messages import CONFIGS
 from msenc.config.stored import read_overrides
 from msenc.runs.record import read_run
 from msenc.runs.trust import check_overrides
@@ -56,27 +64,109 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
     return [f"++{a}" if lora.match(a) else a for a in found]
 
 
+def task_overrides(hydra: DictConfig) -> list[str]:
+    """What a command sets of a run's config, as it was typed: to iterate over Hydra's list would resolve it."""
+    found: list[str] = OmegaConf.to_container(hydra.overrides.task)
+    return found
+
+
 def key_of(override: str) -> str:
     """The key of an override, as ``modality`` in ``modality=text``."""
     return override.lstrip("+~").partition("=")[0]
 
 
-def literal_arguments(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
-    """Command-line arguments with some values taken literally, since Hydra interprets commas and quotes.
+_A_PATH = re.compile(
+    r"(.+\.)?(dir|root|table|folder|init|name_or_path|save_dir|dirpath)|(paths\.)?\w+_dir|on_data|out|audio|video|history"
+    r"|resume|init_from(\.(run|connectors|adapter))?|recogniser|checkpoint"
+)
+"""Keys whose values are paths, or may be: taken as they are typed, whatever signs Hydra would read in them."""
+_MAY_BE_NULL = ("experiment", "sweep", "world")
+"""Groups of which nothing is chosen by default."""
+
+
+def read_arguments(arguments: Sequence[str], literal: Collection[str] = ()) -> list[str]:
+    """A command line as it is typed -> as Hydra takes it.
+
+    - ``data.root=A=B, C`` is quoted: where Hydra cannot read a path, or would see several values in it outside of a
+      multirun, it is taken as it stands. ``~/`` at its beginning is the user's folder.
+    - ``scheduler=null`` is ``scheduler=none``, where there is such a choice: no group takes a null from Hydra.
 
     Args:
         arguments: of a script.
-        keys: whose values are literal, but for ``null``.
+        literal: keys whose values are always taken as they stand, but for ``null``: Hydra reads commas and quotes as
+            its own.
+
+    Raises:
+        MsencError: an option that does not exist, an argument without a value, or a choice that can be none.
 
     Example:
-        >>> literal_arguments(["text=Well, yes!", "seed=2"], ["text"])
-        ["text='Well, yes!'", 'seed=2']
+        >>> read_arguments(["text=Well, yes!", "seed=2", "data.root=a=b", "data.dir='c d'", "scheduler=null"], ["text"])
+        ["text='Well, yes!'", 'seed=2', "data.root='a=b'", "data.dir='c d'", 'scheduler=none']
     """
-    parts = [argument.partition("=") for argument in arguments]
-    return [
-        f"{key}={quoted_value(value)}" if key in keys and value not in ("", "null") else argument
-        for argument, (key, _, value) in zip(arguments, parts, strict=True)
-    ]
+    parser = get_args_parser()
+    parser.error = _refuse_option  # type: ignore[method-assign]
+    options = parser.parse_args(arguments)
+    is_multirun = options.multirun or any(a.startswith(("sweep=", "hydra.mode=MULTIRUN")) for a in options.overrides)
+    found = []
+    for argument in arguments:
+        if argument not in options.overrides:
+            found.append(argument)
+        elif (read := _read_argument(argument, literal, is_multirun)) is not None:
+            found.append(read)
+    return found
+
+
+def _refuse_option(message: str) -> NoReturn:
+    raise MsencError(f"{message}. All options: --hydra-help; keys and their values are given as key=value.")
+
+
+def _read_argument(argument: str, literal: Collection[str], is_multirun: bool) -> str | None:
+    key, equals, value = argument.partition("=")
+    name = key_of(argument)
+    if not equals:
+        if argument.startswith("~"):
+            return argument
+        raise MsencError(f"{argument!r}: no value. Expected key=value, such as seed=2.")
+    if not name:
+        raise MsencError(f"{argument!r}: no key. Expected key=value, such as seed=2.")
+    if not argument.startswith("~") and (CONFIGS / name).is_dir():
+        return _read_choice(argument, key, name, value, is_multirun)
+    if not (name in literal or _A_PATH.fullmatch(name)) or value in ("", "null"):
+        return argument
+    if _A_PATH.fullmatch(name) and value.startswith("~/"):
+        return f"{key}={quoted_value(str(Path(value).expanduser()))}"
+    return f"{key}={quoted_value(value)}" if name in literal or _is_misread(argument, is_multirun) else argument
+
+
+def _read_choice(argument: str, key: str, group: str, value: str, is_multirun: bool) -> str | None:
+    """Of a group: Hydra takes names alone, and has an error of Python's for anything else."""
+    choices = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+    given = value.split(",") if is_multirun else [value]
+    if "null" in given and "none" in choices:
+        return f"{key}={','.join('none' if choice == 'null' else choice for choice in given)}"
+    if value == "null" and group in _MAY_BE_NULL:
+        return None
+    if value == "" or "null" in given or isinstance(_value_of(argument), dict | int | float | bool):
+        raise MsencError(f"{argument}: no such choice.{nearest(value or 'null', choices)}")
+    return argument
+
+
+def _is_misread(argument: str, is_multirun: bool) -> bool:
+    """Whether Hydra would take a path for something else."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return True
+    if override.is_sweep_override():
+        return not is_multirun
+    return isinstance(override.value(), int | float | bool)
+
+
+def _value_of(argument: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(argument).value()
+    except HydraException:  # it says so itself
+        return None
 
 
 def quoted_value(text: str) -> str:

@@ -15,7 +15,6 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import torch
 from filelock import FileLock
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
@@ -470,9 +469,10 @@ def _print(facts: Mapping[str, Mapping[str, Any]]) -> None:
         if not fact["used"]:
             scores = fact["scores"]
             console.print(
-                f"[yellow]{escape(stream)}: the alignment hardly distinguishes utterances: it labels "
+                f"{stream}: the alignment hardly distinguishes utterances: it labels "
                 f"{100 * scores['accuracy']:.1f} % of the validation utterances correctly, the majority label alone "
                 f"{100 * scores['chance']:.1f} %. It is not used: the stream starts unaligned. The clips may not show "
-                "what the labels describe: try another source, encoder or connector.[/yellow]",
+                "what the labels describe: try another source, encoder or connector.",
+                style="yellow",
                 soft_wrap=True,
             )

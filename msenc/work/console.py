@@ -8,7 +8,9 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-console = Console(quiet=rank_zero_only.rank != 0)  # only the first process of a run prints
+# Only the first process of a run prints. Names and texts of data may hold what rich takes for markup or emoji
+# ([red], :cat:): nothing printed here is read as such, and colours are given as `style`.
+console = Console(quiet=rank_zero_only.rank != 0, markup=False, emoji=False)
 
 
 def quieten() -> None:
