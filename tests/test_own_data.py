@@ -152,7 +152,7 @@ def raw_demo(tmp_path_factory):
 
 @pytest.fixture
 def listening(monkeypatch):
-    for package in ("sklearn", "silero_vad", "scenedetect"):
+    for package in ("silero_vad", "scenedetect"):
         pytest.importorskip(package)
     monkeypatch.setattr("msenc.models.recognition.Recogniser", Words)
     monkeypatch.setattr("msenc.raw.speakers.Resemblyzer", Pitch)
@@ -215,7 +215,7 @@ def test_the_raw_demo_is_found_out_by_real_models(home, tmp_path):
     whisper = Path(os.environ.get("MSENC_MODELS", "")) / "whisper-base"
     if "MSENC_MODELS" not in os.environ or not whisper.is_dir():
         pytest.skip("MSENC_MODELS names no folder with whisper-base")
-    for package in ("sklearn", "silero_vad", "scenedetect", "resemblyzer"):
+    for package in ("silero_vad", "scenedetect", "resemblyzer"):
         if find_spec(package) is None:
             pytest.skip(f"needs {package} (extra raw)")
     figures = raw.measure(str(whisper), tmp_path, num_videos=1, dialogues_per_video=3)

@@ -12,7 +12,7 @@ from msenc.raw.segment import SegmentSettings
 from msenc.types import MsencError
 from msenc.work.items import Part
 
-for package in ("sklearn", "silero_vad", "scenedetect"):
+for package in ("silero_vad", "scenedetect"):
     pytest.importorskip(package)
 
 SPLIT = {"rule": "random", "fractions": {"train": 0.5, "test": 0.5}, "seed": 1}
