@@ -31,12 +31,24 @@ About the smallest difference that one hears between two sentences, or that the 
 MIN_CLIPS = 10
 
 
-GENDER_CUES = {"f0_hz": (155.0, 0.25), "f3_hz": (2850.0, 1.0), "f4_hz": (3900.0, 0.5)}
+GENDER_CUES = {"f0_hz": (155.0, 0.5), "f3_hz": (2850.0, 1.0), "f4_hz": (3900.0, 0.5)}
 """Measure -> where women and men part, and how much a semitone above it counts for a woman."""
 
 
-MIN_GENDER_ST = 0.3
+MIN_GENDER_ST = 0.6
 """Weighted semitones from there, below which a voice may be either."""
+
+
+MAX_FORMANTS_ST = 2.0
+"""What both formants count at most: noise, a distant microphone and a telephone move them by more."""
+
+
+MAX_HIGH_PITCH_ST = 2.5
+"""What a high pitch counts at most: where the fundamental is cut off, a harmonic is taken for it."""
+
+
+LOWEST_WOMAN_HZ, HIGHEST_MAN_HZ = 120.0, 260.0
+"""Median pitches beyond which formants that say otherwise leave the gender unknown."""
 
 
 class NoVoiceError(MsencError):
@@ -169,7 +181,7 @@ def measured_values(measures: VoiceMeasures, num_syllables: int) -> dict[str, fl
 def estimate_gender(measures: Sequence[VoiceMeasures]) -> str:
     """The likely gender of one speaker by some clips; ``unknown`` where women and men overlap.
 
-    Pitch and, above all, the third and fourth formant, which a high or low mood does not move: `GENDER_CUES`, chosen on
+    Pitch, and the third and fourth formant, which a high or low mood does not move: `GENDER_CUES`, chosen on real and
     synthetic voices (docs/log.md).
 
     Example:
@@ -177,14 +189,21 @@ def estimate_gender(measures: Sequence[VoiceMeasures]) -> str:
         >>> estimate_gender([low, low, high]), estimate_gender([high]), estimate_gender([VoiceMeasures(f0_hz=90)])
         ('man', 'woman', 'unknown')
     """
-    scores = [
-        sum(weight * 12 * np.log2(getattr(m, cue) / middle) for cue, (middle, weight) in GENDER_CUES.items())
-        for m in measures
-        if all(getattr(m, cue) is not None for cue in GENDER_CUES)
-    ]
-    if not scores or abs(score := float(np.median(scores))) < MIN_GENDER_ST:
+    known = [m for m in measures if all(getattr(m, cue) is not None for cue in GENDER_CUES)]
+    if not known or abs(score := float(np.median([_gender_score(m) for m in known]))) < MIN_GENDER_ST:
         return UNKNOWN
-    return "woman" if score > 0 else "man"
+    pitch_hz = float(np.median([m.f0_hz for m in known]))
+    if score > 0:
+        return UNKNOWN if pitch_hz < LOWEST_WOMAN_HZ else "woman"
+    return UNKNOWN if pitch_hz > HIGHEST_MAN_HZ else "man"
+
+
+def _gender_score(measures: VoiceMeasures) -> float:
+    """Weighted semitones towards a woman's voice."""
+    pitch, *formants = (
+        weight * 12 * np.log2(getattr(measures, cue) / middle) for cue, (middle, weight) in GENDER_CUES.items()
+    )
+    return min(pitch, MAX_HIGH_PITCH_ST) + float(np.clip(sum(formants), -MAX_FORMANTS_ST, MAX_FORMANTS_ST))
 
 
 def _fit_bin(name: str, values: np.ndarray, settings: VoiceSettings) -> Bin:
