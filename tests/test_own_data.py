@@ -124,8 +124,10 @@ def test_a_table_elsewhere_is_taken_by_its_name(prepare, tmp_path):
 class Words:
     """Says how long it hears each sound."""
 
+    loaded = None
+
     def __init__(self, name_or_path, language, device, dtype):
-        pass
+        type(self).loaded = name_or_path
 
     def texts(self, sounds):
         return [f"{len(sound) / RATE:.1f} seconds" for sound in sounds]
@@ -188,6 +190,11 @@ def test_recordings_become_shards_by_way_of_a_table(prepare, raw_demo, listening
     prepare(root, SPLIT, "modality=text")
     turns = ShardReader(tmp_path / "mine" / "turns", "train")[0]["turns.json"]["utterances"]
     assert "minutes" in turns[0]["text"]
+
+
+def test_one_key_names_the_whisper_of_recordings_and_of_talk(prepare, raw_demo, listening):
+    prepare(raw_demo, SPLIT, "stage=transcribe", "recogniser=my-whisper")
+    assert Words.loaded == "my-whisper"
 
 
 def test_what_recordings_lack_is_in_the_audit(prepare, raw_demo, listening, tmp_path, capsys):

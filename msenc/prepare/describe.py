@@ -33,7 +33,7 @@ from msenc.speech.attributes import (
 from msenc.speech.description import describe, parse
 from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, measure
 from msenc.store.labels import VOICE_TURNS
-from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
+from msenc.types import UNKNOWN, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
 from msenc.work.items import Item, Members, Part, read_result, run_items
 
 MADE_BY = [VERSION, container.VERSION]
@@ -151,7 +151,9 @@ def _turns(
             if gender == UNKNOWN:
                 gender = parse(utterance.description or "").gender
             if gender == UNKNOWN:
-                heard = [m for u, m in own if u.speaker == utterance.speaker]
+                # unknown speakers are not one person
+                is_known = utterance.speaker != UNKNOWN_SPEAKER
+                heard = [m for u, m in own if u.speaker == utterance.speaker] if is_known else [measured]
                 gender, source = estimate_gender(heard), "estimated"
             values = measured_values(measured, next(syllables))
             turns[dialogue.id, utterance.id] = MeasuredTurn(values, gender, source if gender != UNKNOWN else None)

@@ -125,19 +125,13 @@ def transcribe_recordings(
     """
     _check_unedited(folder)
     found = _find_dialogues(root)
-    # of all dialogues, so that one that is missing or unusable changes nothing for the others
-    splits = split_dialogues(videos=[span.video for span in found.spans], **recipe.split)
-    ids = [f"{name}/{split}/dia{number}" for number, split in enumerate(splits)]
-    videos = dict.fromkeys(span.video for span in found.spans)
+    sources = [span.video for span in found.spans]
+    split_dialogues(videos=sources, **recipe.split)  # refuses what cannot be before anything is listened to
+    videos = dict.fromkeys(sources)
     hashes = hash_clips(root, videos, folder, num_workers)
-    rejections = list(found.rejections)
-    rejections += [
-        _rejection(id, span, "recording missing")
-        for id, span in zip(ids, found.spans, strict=True)
-        if hashes[span.video] is None
-    ]
+    rejected = {n: "recording missing" for n, span in enumerate(found.spans) if hashes[span.video] is None}
     # number of the dialogue -> its utterances so far, one list per stage: stretches, texts
-    columns: dict[int, list[Any]] = {n: [] for n, span in enumerate(found.spans) if hashes[span.video] is not None}
+    columns: dict[int, list[Any]] = {n: [] for n in range(len(found.spans)) if n not in rejected}
     if not columns:
         raise MsencError(
             f"{root}: found none of the {len(videos)} recordings that {FILE_NAME} names, as {next(iter(videos))!r}. "
@@ -155,12 +149,17 @@ def transcribe_recordings(
         for number, item in items.items():
             outcome = read_result(item, results)["outcome.json"]
             if "rejected" in outcome:
-                rejections.append(_rejection(ids[number], found.spans[number], outcome["rejected"]))
+                rejected[number] = outcome["rejected"]
                 del columns[number]
             else:
                 columns[number].append(outcome["found"])
     if stages != STAGES:
         return []
+    # of all dialogues, so that one that cannot be used takes no other one's place
+    has_target = [sum(map(_has_words, columns[n][1])) > 1 if n in columns else False for n in range(len(found.spans))]
+    splits = split_dialogues(videos=sources, has_target=has_target, **recipe.split)
+    ids = [f"{name}/{split}/dia{number}" for number, split in enumerate(splits)]
+    rejections = [*found.rejections, *(_rejection(ids[n], found.spans[n], rejected[n]) for n in sorted(rejected))]
     return _write(folder, found, columns, ids, rejections)
 
 
@@ -316,7 +315,7 @@ def _write(
         _, split, dialogue = ids[number].split("/")
         for turn, ((start_s, end_s, speaker), text) in enumerate(zip(stretches, texts, strict=True)):
             text = re.sub(r"\s+", " ", text).strip()
-            if any(c.isalnum() for c in text):
+            if _has_words(text):
                 rows.append((video, f"{start_s:.3f}", f"{end_s:.3f}", dialogue, speaker, text, split))
             else:
                 place = f"{start_s:g} to {end_s:g} s"
@@ -341,6 +340,10 @@ def _write(
         rejections=rejections,
         notes=found.notes,
     )
+
+
+def _has_words(text: str) -> bool:
+    return any(c.isalnum() for c in text)
 
 
 def _counted(rejections: Sequence[Rejection]) -> str:

@@ -279,6 +279,9 @@ def test_gender_is_given_or_estimated_by_speaker_and_marked(tmp_path, monkeypatc
         Utterance("4", "Ana", "Five.", clip="d"),
         Utterance("5", "2", "Six.", "a man speaks", clip="e"),
         Utterance("6", "3", "Seven.", clip="f"),
+        Utterance("7", "-1", "Eight.", clip="a"),  # two people of whom nobody knows who they are
+        Utterance("8", "-1", "Nine.", clip="e"),
+        Utterance("9", "-1", "Ten.", clip="d"),
     )
     other = (Utterance("0", "0", "One.", clip="e"),)  # another speaker of the same number
     dialogues = [Dialogue("d/train/0", "train", utterances), Dialogue("d/train/1", "train", other)]
@@ -292,6 +295,9 @@ def test_gender_is_given_or_estimated_by_speaker_and_marked(tmp_path, monkeypatc
         "d/train/0/utt4": ("woman", "given"),
         "d/train/0/utt5": ("man", "given"),
         "d/train/0/utt6": (UNKNOWN, None),
+        "d/train/0/utt7": ("man", "estimated"),
+        "d/train/0/utt8": ("woman", "estimated"),
+        "d/train/0/utt9": (UNKNOWN, None),
         "d/train/1/utt0": ("woman", "estimated"),
     }
     assert after[0].utterances[6].description is None
