@@ -63,6 +63,7 @@ class VoiceConfig:
     edges: dict[str, list[float]] = field(default_factory=dict)
     overwrite: bool = False
     seed: int = 1
+    loudness: str = "relative"
 
 
 @dataclass

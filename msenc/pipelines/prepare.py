@@ -224,7 +224,10 @@ def _voice_settings(describe: bool | str | None, wanted: Mapping[str, Any], fold
             before = DatasetManifest.read(folder).settings.get("voice")
     only_measure = describe == MEASURE if before is None else before.get("only_measure", False)
     if describe is None:
-        return VoiceSettings(**{k: before[k] for k in wanted}, only_measure=only_measure) if before else None
+        if before is None:
+            return None
+        before = {"loudness": "absolute", **before}  # as it was before there was a choice
+        return VoiceSettings(**{k: before[k] for k in wanted}, only_measure=only_measure)
     return VoiceSettings(**wanted, only_measure=only_measure) if describe else None
 
 

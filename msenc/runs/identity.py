@@ -15,6 +15,7 @@ from msenc.types import MsencError
 ANOTHER_PLACE = {
     "": ("paths", "logger", "resume", "plan", "dry_run", "prepare_workers", "init_from", "plugins", "urls"),
     "data": ("dir", "root", "table", "encoding", "recordings", "audio_track", "labels", "num_workers", "verify"),
+    "data.voice": ("loudness",),
 }
 """Keys that do not tell one run from another: where things lie, who watches, and how many help.
 

@@ -1,13 +1,13 @@
 """Measures of a voice -> the value of each attribute -> a word, by bins that are fitted on a train split."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 import numpy as np
 
 from msenc.speech.description import VOCABULARY
-from msenc.speech.voice import VoiceMeasures, count_syllables, guess_syllables
+from msenc.speech.voice import VoiceMeasures, count_syllables, guess_syllables, snr_of
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 UNITS = {
@@ -29,6 +29,10 @@ About the smallest difference that one hears between two sentences, or that the 
 
 
 MIN_CLIPS = 10
+
+
+RECORDING_LUFS = -23.0
+"""What the median of a recording's clips counts as (EBU R 128); so do synthesizers speak when nothing else is asked."""
 
 
 GENDER_CUES = {"f0_hz": (155.0, 0.5), "f3_hz": (2850.0, 1.0), "f4_hz": (3900.0, 0.5)}
@@ -67,6 +71,8 @@ class VoiceSettings:
         overwrite: replace the data set's own descriptions; else they stay and are read for their attributes.
         seed: of the sentences' templates.
         only_measure: measures and attributes are written, and the turns stay as they are.
+        loudness: ``relative`` to the recording, whose clips' median counts as -23 LUFS, or ``absolute``, with the gain
+            of the microphone in it.
     """
 
     levels: int = 3
@@ -75,11 +81,14 @@ class VoiceSettings:
     overwrite: bool = False
     seed: int = 1
     only_measure: bool = False
+    loudness: str = "relative"
 
     def __post_init__(self) -> None:
         """Refuse what no bins could be made of."""
         if self.levels not in (2, 3):
             raise MsencError(f"data.voice.levels: found {self.levels!r}, expected 2 or 3 words per attribute.")
+        if self.loudness not in ("relative", "absolute"):
+            raise MsencError(f"data.voice.loudness: found {self.loudness!r}, expected relative or absolute.")
         for speaker, gender in self.genders.items():
             if gender not in VOCABULARY["gender"]:
                 raise MsencError(
@@ -176,6 +185,26 @@ def measured_values(measures: VoiceMeasures, num_syllables: int) -> dict[str, fl
         "pauses": measures.pause_share,
         "noise": measures.snr_db,
     }
+
+
+def relate_to_recording(measures: Mapping[str, VoiceMeasures], is_relative: bool) -> dict[str, VoiceMeasures]:
+    """Measures of one recording's clips, with the noise that all of its pauses tell, however each clip was cut.
+
+    Args:
+        measures: by clip.
+        is_relative: also move the loudnesses so that their median is `RECORDING_LUFS`; a lone clip has none then.
+    """
+    levels = [m.noise_db for m in measures.values() if m.noise_db is not None]
+    loud = [m.loudness_lufs for m in measures.values() if m.loudness_lufs is not None]
+    related = {}
+    for clip, one in measures.items():
+        snr_db, lufs = one.snr_db, one.loudness_lufs
+        if levels and one.speech_db is not None:
+            snr_db = snr_of(one.speech_db, float(np.median(levels)))
+        if is_relative and lufs is not None:
+            lufs = round(lufs - float(np.median(loud)) + RECORDING_LUFS, 4) if len(loud) > 1 else None
+        related[clip] = replace(one, snr_db=snr_db, loudness_lufs=lufs)
+    return related
 
 
 def estimate_gender(measures: Sequence[VoiceMeasures]) -> str:
