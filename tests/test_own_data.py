@@ -124,8 +124,10 @@ def test_a_table_elsewhere_is_taken_by_its_name(prepare, tmp_path):
 class Words:
     """Says how long it hears each sound."""
 
+    loaded = None
+
     def __init__(self, name_or_path, language, device, dtype):
-        pass
+        type(self).loaded = name_or_path
 
     def texts(self, sounds):
         return [f"{len(sound) / RATE:.1f} seconds" for sound in sounds]
@@ -152,7 +154,7 @@ def raw_demo(tmp_path_factory):
 
 @pytest.fixture
 def listening(monkeypatch):
-    for package in ("sklearn", "silero_vad", "scenedetect"):
+    for package in ("silero_vad", "scenedetect"):
         pytest.importorskip(package)
     monkeypatch.setattr("msenc.models.recognition.Recogniser", Words)
     monkeypatch.setattr("msenc.raw.speakers.Resemblyzer", Pitch)
@@ -190,6 +192,11 @@ def test_recordings_become_shards_by_way_of_a_table(prepare, raw_demo, listening
     assert "minutes" in turns[0]["text"]
 
 
+def test_one_key_names_the_whisper_of_recordings_and_of_talk(prepare, raw_demo, listening):
+    prepare(raw_demo, SPLIT, "stage=transcribe", "recogniser=my-whisper")
+    assert Words.loaded == "my-whisper"
+
+
 def test_what_recordings_lack_is_in_the_audit(prepare, raw_demo, listening, tmp_path, capsys):
     root = tmp_path / "raw"
     shutil.copytree(raw_demo, root)
@@ -215,7 +222,7 @@ def test_the_raw_demo_is_found_out_by_real_models(home, tmp_path):
     whisper = Path(os.environ.get("MSENC_MODELS", "")) / "whisper-base"
     if "MSENC_MODELS" not in os.environ or not whisper.is_dir():
         pytest.skip("MSENC_MODELS names no folder with whisper-base")
-    for package in ("sklearn", "silero_vad", "scenedetect", "resemblyzer"):
+    for package in ("silero_vad", "scenedetect", "resemblyzer"):
         if find_spec(package) is None:
             pytest.skip(f"needs {package} (extra raw)")
     figures = raw.measure(str(whisper), tmp_path, num_videos=1, dialogues_per_video=3)

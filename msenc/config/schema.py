@@ -63,6 +63,7 @@ class VoiceConfig:
     edges: dict[str, list[float]] = field(default_factory=dict)
     overwrite: bool = False
     seed: int = 1
+    loudness: str = "relative"
 
 
 @dataclass
@@ -272,6 +273,8 @@ class PrepareConfig:
         align: what connectors are to be aligned to; voices that it asks for are measured.
         prepare_workers: processes that decode clips; 0 works in this one.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
+        recogniser: a Whisper by id or folder that writes recordings down, as `respond.py` names one; None: as
+            `data.recordings.recogniser` says.
         plugins: see `TrainConfig`.
     """
 
@@ -284,6 +287,7 @@ class PrepareConfig:
     describe: Any = None
     prepare_workers: int = 2
     part: str | None = None
+    recogniser: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
     plugins: list[str] = field(default_factory=list)
 

@@ -167,19 +167,22 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
         raise MsencError(f"data.audio_track={track}: expected the number of a track, from 1 on, or null.")
     if data["recordings"] is None:
         return read_meld(root, data["name"], labels, data["encoding"]).with_track(track)
-    split = data["recordings"]["split"]
+    recordings = data["recordings"]
+    if config.get("recogniser") is not None:
+        recordings = {**recordings, "recogniser": {**recordings["recogniser"], "name_or_path": config["recogniser"]}}
+    split = recordings["split"]
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
         return read_table(table, data["name"], split, labels, data["encoding"]).with_track(track)
 
     def make_part(name: str) -> Callable[[], Any]:
-        return build({**data["recordings"][name], "_partial_": True}, f"data.recordings.{name}")
+        return build({**recordings[name], "_partial_": True}, f"data.recordings.{name}")
 
     recipe = Recipe(
-        segment=build(data["recordings"]["segment"], "data.recordings.segment"),
+        segment=build(recordings["segment"], "data.recordings.segment"),
         make_recogniser=make_part("recogniser"),
         make_encoder=make_part("speaker_encoder"),
-        settings={key: data["recordings"][key] for key in ("recogniser", "speaker_encoder")},
+        settings={key: recordings[key] for key in ("recogniser", "speaker_encoder")},
         split=split,
         track=track,
     )
@@ -222,7 +225,10 @@ def _voice_settings(describe: bool | str | None, wanted: Mapping[str, Any], fold
             before = DatasetManifest.read(folder).settings.get("voice")
     only_measure = describe == MEASURE if before is None else before.get("only_measure", False)
     if describe is None:
-        return VoiceSettings(**{k: before[k] for k in wanted}, only_measure=only_measure) if before else None
+        if before is None:
+            return None
+        before = {"loudness": "absolute", **before}  # as it was before there was a choice
+        return VoiceSettings(**{k: before[k] for k in wanted}, only_measure=only_measure)
     return VoiceSettings(**wanted, only_measure=only_measure) if describe else None
 
 

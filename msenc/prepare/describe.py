@@ -16,7 +16,7 @@ from typing import Any, NotRequired, TypedDict
 from msenc.files import digest, inside, parse_json, read_json, write_text
 from msenc.files.kinds import Sha256
 from msenc.raw import container
-from msenc.raw.container import MediaError
+from msenc.raw.container import MediaError, part_of, split_part, tracks_of
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import read_audio
 from msenc.speech.attributes import (
@@ -28,12 +28,13 @@ from msenc.speech.attributes import (
     fit_bins,
     has_espeak,
     measured_values,
+    relate_to_recording,
     syllables_of,
 )
 from msenc.speech.description import describe, parse
 from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, measure
 from msenc.store.labels import VOICE_TURNS
-from msenc.types import UNKNOWN, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
+from msenc.types import UNKNOWN, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
 from msenc.work.items import Item, Members, Part, read_result, run_items
 
 MADE_BY = [VERSION, container.VERSION]
@@ -43,6 +44,7 @@ CACHE = "voice-cache.jsonl"
 BINS = "voice-bins.json"
 ITEMS = ".voice.items"
 ITEM_CLIPS = 32
+AROUND_S = 1.0  # of a recording, on each side of a clip, whose pauses tell the noise
 
 
 def describe_dialogues(
@@ -73,6 +75,7 @@ def describe_dialogues(
         MsencError: no clip of the train split has a voice, a worker died, or the disk refuses.
     """
     measures = _measure_all(dialogues, Path(root), folder, num_workers, rejections)
+    measures = _related(dialogues, measures, settings.loudness == "relative")
     turns = _turns(dialogues, measures, settings)
     bins = fit_bins((turns[d.id, u.id] for d in dialogues if d.split == "train" for u in d.utterances), settings)
     described, lines = [], []
@@ -138,6 +141,19 @@ def read_bins(folder: Path) -> dict[str, Bin]:
     }
 
 
+def _related(
+    dialogues: Sequence[Dialogue], measures: Mapping[str, VoiceMeasures], is_relative: bool
+) -> dict[str, VoiceMeasures]:
+    """What each clip's measures are in its recording: the file that it is a part of, else the dialogue's clips."""
+    recordings: dict[tuple[str, ...], dict[str, VoiceMeasures]] = {}
+    for dialogue in dialogues:
+        for clip in (u.clip for u in dialogue.utterances if u.clip in measures):
+            file, span = split_part(clip)
+            recording = (dialogue.id,) if span is None else (file, str(tracks_of(clip)))
+            recordings.setdefault(recording, {})[clip] = measures[clip]
+    return {clip: m for own in recordings.values() for clip, m in relate_to_recording(own, is_relative).items()}
+
+
 def _turns(
     dialogues: Sequence[Dialogue], measures: Mapping[str, VoiceMeasures], settings: VoiceSettings
 ) -> dict[tuple[str, str], MeasuredTurn]:
@@ -151,7 +167,9 @@ def _turns(
             if gender == UNKNOWN:
                 gender = parse(utterance.description or "").gender
             if gender == UNKNOWN:
-                heard = [m for u, m in own if u.speaker == utterance.speaker]
+                # unknown speakers are not one person
+                is_known = utterance.speaker != UNKNOWN_SPEAKER
+                heard = [m for u, m in own if u.speaker == utterance.speaker] if is_known else [measured]
                 gender, source = estimate_gender(heard), "estimated"
             values = measured_values(measured, next(syllables))
             turns[dialogue.id, utterance.id] = MeasuredTurn(values, gender, source if gender != UNKNOWN else None)
@@ -234,7 +252,12 @@ def _measure_all(
 def measure_clip(path: Path) -> dict[str, Any]:
     """``{"measures": ...}`` of one clip, or ``{"reason": ...}`` where it has no sound."""
     try:
-        return {"measures": asdict(measure(read_audio(path, SAMPLE_RATE), SAMPLE_RATE))}
+        samples, around = read_audio(path, SAMPLE_RATE), None
+        _, span = split_part(str(path))
+        if span is not None:
+            wider = part_of(str(path), max(span[0] - AROUND_S, 0), span[1] + AROUND_S)
+            around = read_audio(Path(wider), SAMPLE_RATE)
+        return {"measures": asdict(measure(samples, SAMPLE_RATE, around))}
     except MediaError as error:
         return {"reason": error.reason}
 

@@ -1,7 +1,7 @@
 """Long recordings -> ``utterances.csv``: who says what, from when to when, dialogue by dialogue.
 
-Three stages, each of which keeps one result per dialogue: *segment* finds the utterances, *transcribe* their words,
-*speakers* their speakers. Nothing is cut or encoded anew: an utterance is a span of its recording.
+Two stages keep one result per dialogue: *segment* finds the utterances, of one speaker each, *transcribe* their words.
+*speakers* is the whole: the table of them. Nothing is cut or encoded anew: an utterance is a span of its recording.
 """
 
 import csv
@@ -24,13 +24,13 @@ from msenc.raw.media import read_audio
 from msenc.raw.segment import (
     SAMPLE_RATE,
     SegmentSettings,
-    Spans,
+    Stretch,
     cut_utterances,
     find_cuts,
     load_speech_detector,
     quietest_moment,
 )
-from msenc.raw.speakers import SpeakerEncoder, cluster_speakers
+from msenc.raw.speakers import SpeakerEncoder, find_speakers
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import FILE_NAME, DialogueSpan, read_timestamps
 from msenc.store.manifest import write_rejections
@@ -125,26 +125,20 @@ def transcribe_recordings(
     """
     _check_unedited(folder)
     found = _find_dialogues(root)
-    # of all dialogues, so that one that is missing or unusable changes nothing for the others
-    splits = split_dialogues(videos=[span.video for span in found.spans], **recipe.split)
-    ids = [f"{name}/{split}/dia{number}" for number, split in enumerate(splits)]
-    videos = dict.fromkeys(span.video for span in found.spans)
+    sources = [span.video for span in found.spans]
+    split_dialogues(videos=sources, **recipe.split)  # refuses what cannot be before anything is listened to
+    videos = dict.fromkeys(sources)
     hashes = hash_clips(root, videos, folder, num_workers)
-    rejections = list(found.rejections)
-    rejections += [
-        _rejection(id, span, "recording missing")
-        for id, span in zip(ids, found.spans, strict=True)
-        if hashes[span.video] is None
-    ]
-    # number of the dialogue -> its utterances so far, one list per stage: spans, texts, speakers
-    columns: dict[int, list[Any]] = {n: [] for n, span in enumerate(found.spans) if hashes[span.video] is not None}
+    rejected = {n: "recording missing" for n, span in enumerate(found.spans) if hashes[span.video] is None}
+    # number of the dialogue -> its utterances so far, one list per stage: stretches, texts
+    columns: dict[int, list[Any]] = {n: [] for n in range(len(found.spans)) if n not in rejected}
     if not columns:
         raise MsencError(
             f"{root}: found none of the {len(videos)} recordings that {FILE_NAME} names, as {next(iter(videos))!r}. "
             "Put them there, or set data.root to their folder."
         )
     stages = STAGES[: STAGES.index(last_stage) + 1] if last_stage else STAGES
-    for stage in stages:
+    for stage in stages[:2]:
         items = {n: _item(stage, n, found.spans[n], hashes, recipe, columns[n]) for n in columns}
         results = inside(folder, f".{stage}.items")
         missing = run_items(
@@ -155,12 +149,17 @@ def transcribe_recordings(
         for number, item in items.items():
             outcome = read_result(item, results)["outcome.json"]
             if "rejected" in outcome:
-                rejections.append(_rejection(ids[number], found.spans[number], outcome["rejected"]))
+                rejected[number] = outcome["rejected"]
                 del columns[number]
             else:
                 columns[number].append(outcome["found"])
     if stages != STAGES:
         return []
+    # of all dialogues, so that one that cannot be used takes no other one's place
+    has_target = [sum(map(_has_words, columns[n][1])) > 1 if n in columns else False for n in range(len(found.spans))]
+    splits = split_dialogues(videos=sources, has_target=has_target, **recipe.split)
+    ids = [f"{name}/{split}/dia{number}" for number, split in enumerate(splits)]
+    rejections = [*found.rejections, *(_rejection(ids[n], found.spans[n], rejected[n]) for n in sorted(rejected))]
     return _write(folder, found, columns, ids, rejections)
 
 
@@ -199,9 +198,8 @@ def _item(
 ) -> Item:
     place = [hashes[span.video], span.start_s, span.end_s, recipe.track]
     settings = {
-        "segment": [segment.VERSION, asdict(recipe.segment), recipe.settings["speaker_encoder"]],
+        "segment": [segment.VERSION, speakers.VERSION, asdict(recipe.segment), recipe.settings["speaker_encoder"]],
         "transcribe": [recipe.settings["recogniser"]],
-        "speakers": [speakers.VERSION, recipe.settings["speaker_encoder"]],
     }[stage]
     return Item(
         id=f"dia{number} ({span.video})",
@@ -213,9 +211,7 @@ def _item(
 def _make_work(stage: str, root: Path, recipe: Recipe) -> Callable[[], Callable[[Any], Members]]:
     if stage == "segment":
         return partial(SegmentWork, root, recipe.track, recipe.segment, recipe.make_encoder)
-    if stage == "transcribe":
-        return partial(TranscribeWork, root, recipe.track, recipe.make_recogniser)
-    return partial(SpeakerWork, root, recipe.track, recipe.make_encoder)
+    return partial(TranscribeWork, root, recipe.track, recipe.make_recogniser)
 
 
 class _Work:
@@ -225,7 +221,7 @@ class _Work:
         self.root = root
         self.track = track
 
-    def __call__(self, input: tuple[DialogueSpan, Spans | None]) -> Members:
+    def __call__(self, input: tuple[DialogueSpan, list[Stretch] | None]) -> Members:
         span, utterances = input
         try:
             with one_thread():
@@ -235,12 +231,12 @@ class _Work:
         except MediaError as error:
             return {"outcome.json": {"rejected": error.reason}}
 
-    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: Spans | None) -> list[Any]:
+    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: list[Stretch] | None) -> list[Any]:
         raise NotImplementedError
 
 
 class SegmentWork(_Work):
-    """A dialogue -> [start, end] of its utterances, in seconds of the recording."""
+    """A dialogue -> [start, end, speaker] of its utterances, in seconds of the recording."""
 
     def __init__(
         self,
@@ -254,19 +250,15 @@ class SegmentWork(_Work):
         self.detect = load_speech_detector()
         self.encode = make_encoder()
 
-    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: Spans | None) -> list[Any]:
-        """Speech and cuts -> utterances."""
+    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: list[Stretch] | None) -> list[Any]:
+        """Speech, speakers and cuts -> utterances."""
         speech = self.detect(sound, self.settings.speech_threshold)
         if not speech:
             raise MediaError("no speech")
         cuts = find_cuts(self.root / span.video, (span.start_s, span.end_s), self.settings.scene_threshold)
-
-        def is_new_speaker(before: tuple[float, float], behind: tuple[float, float]) -> bool:
-            one, other = (self.encode(_slice(sound, *side)) for side in (before, behind))
-            return float(one @ other) < self.settings.same_speaker
-
-        found = cut_utterances(speech, cuts, self.settings, is_new_speaker, quietest_moment(sound))
-        return [[round(span.start_s + t, 3) for t in utterance] for utterance in found]
+        stretches = find_speakers(sound, speech, self.encode)
+        found = cut_utterances(stretches, cuts, self.settings, quietest_moment(sound))
+        return [[*(round(span.start_s + t, 3) for t in times), speaker] for *times, speaker in found]
 
 
 class TranscribeWork(_Work):
@@ -276,10 +268,10 @@ class TranscribeWork(_Work):
         super().__init__(root, track)
         self.recogniser = make_recogniser()
 
-    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: Spans | None) -> list[Any]:
+    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: list[Stretch] | None) -> list[Any]:
         """Words of each utterance, which is heard with a little of the pauses around it."""
-        starts = [start for start, _ in utterances]
-        ends = [end for _, end in utterances]
+        starts = [start for start, *_ in utterances]
+        ends = [end for _, end, _ in utterances]
         sounds = []
         for start, end, previous, following in zip(
             starts, ends, [-np.inf, *ends[:-1]], [*starts[1:], np.inf], strict=True
@@ -288,19 +280,6 @@ class TranscribeWork(_Work):
             last = min(end + _MARGIN_S, (end + following) / 2)
             sounds.append(_slice(sound, first - span.start_s, last - span.start_s))
         return self.recogniser.texts(sounds)
-
-
-class SpeakerWork(_Work):
-    """A dialogue's utterances -> their speakers."""
-
-    def __init__(self, root: Path, track: int | None, make_encoder: Callable[[], SpeakerEncoder]) -> None:
-        super().__init__(root, track)
-        self.encode = make_encoder()
-
-    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: Spans | None) -> list[Any]:
-        """Voices of all utterances -> clusters."""
-        parts = [_slice(sound, start - span.start_s, end - span.start_s) for start, end in utterances]
-        return cluster_speakers(np.stack([self.encode(part) for part in parts]))
 
 
 def _slice(sound: np.ndarray, start_s: float, end_s: float) -> np.ndarray:
@@ -331,12 +310,12 @@ def _write(
     rejections: list[Rejection],
 ) -> Transcript:
     rows: list[tuple[str, ...]] = []
-    for number, (spans, texts, names) in columns.items():
+    for number, (stretches, texts) in columns.items():
         video = found.spans[number].video
         _, split, dialogue = ids[number].split("/")
-        for turn, ((start_s, end_s), text, speaker) in enumerate(zip(spans, texts, names, strict=True)):
+        for turn, ((start_s, end_s, speaker), text) in enumerate(zip(stretches, texts, strict=True)):
             text = re.sub(r"\s+", " ", text).strip()
-            if any(c.isalnum() for c in text):
+            if _has_words(text):
                 rows.append((video, f"{start_s:.3f}", f"{end_s:.3f}", dialogue, speaker, text, split))
             else:
                 place = f"{start_s:g} to {end_s:g} s"
@@ -361,6 +340,10 @@ def _write(
         rejections=rejections,
         notes=found.notes,
     )
+
+
+def _has_words(text: str) -> bool:
+    return any(c.isalnum() for c in text)
 
 
 def _counted(rejections: Sequence[Rejection]) -> str:

@@ -1,7 +1,8 @@
 """A dialogue's sound and pictures -> its utterances: stretches of speech between pauses and cuts.
 
-An utterance ends at a long pause, at a shorter one in which the picture cuts or the speaker changes, and, where it
-would grow too long for the recogniser, at its longest pause. So no cut falls into a word that is surrounded by pauses.
+An utterance ends where the speaker changes, at a long pause, at a shorter one in which the picture cuts, and, where it
+would grow too long for the recogniser, at its longest pause. So no cut falls into a word that one speaker says between
+pauses.
 """
 
 import math
@@ -18,16 +19,16 @@ from msenc.raw.container import MediaError, Span
 from msenc.raw.media import iterate_frames
 from msenc.types import MsencError, needing
 
-VERSION = 1  # raised whenever equal input and settings give other utterances
+VERSION = 2  # raised whenever equal input and settings give other utterances
 SAMPLE_RATE = 16_000
 
 Spans = list[tuple[float, float]]
+Stretch = tuple[float, float, str]
+"""Start and end of speech in seconds, and who speaks."""
 
 _SCENE_WIDTH = 256  # pixels; PySceneDetect makes pictures so small, too
 _MIN_SCENE_S = 0.5
 _CUT_TOLERANCE_S = 0.1  # sound and picture are seldom cut at the very same moment
-_SIDE_S = 2.0  # speech on each side of a pause, of which the voices are compared
-_MIN_SIDE_S = 0.6
 _QUIET_S = 0.03
 
 
@@ -40,14 +41,12 @@ class SegmentSettings:
         speech_threshold: probability from which on Silero VAD calls it speech.
         min_pause_s: a pause of this length always ends an utterance.
         max_utterance_s: a longer one is divided; Whisper listens to 30 s at once.
-        same_speaker: cosine similarity of the voices on both sides of a short pause, below which they are two speakers.
     """
 
     scene_threshold: float = 27.0
     speech_threshold: float = 0.5
     min_pause_s: float = 0.5
     max_utterance_s: float = 25.0
-    same_speaker: float = 0.6
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.max_utterance_s <= 30:
@@ -111,34 +110,31 @@ def find_cuts(path: Path, span: Span, threshold: float) -> list[float]:
 
 
 def cut_utterances(
-    speech: Spans,
+    speech: Sequence[Stretch],
     cuts: Sequence[float],
     settings: SegmentSettings,
-    is_new_speaker: Callable[[tuple[float, float], tuple[float, float]], bool],
     quietest: Callable[[float, float], float],
-) -> Spans:
+) -> list[Stretch]:
     """Stretches of speech -> utterances.
 
     Args:
-        speech: in seconds, in order, apart from each other.
+        speech: of one speaker each, in order.
         cuts: of the picture, in seconds.
         settings: when an utterance ends.
-        is_new_speaker: whether somebody else speaks in the second of two spans of speech.
         quietest: the moment between two times that is the best to cut at where there is no pause.
 
     Returns:
-        Start and end of each utterance, in seconds, in order.
+        Start and end of each utterance, in seconds, in order, and its speaker.
 
     Example:
-        >>> never = lambda before, behind: False
-        >>> cut_utterances([(0, 1), (1.2, 2), (3, 4)], [], SegmentSettings(), never, max)
-        [(0, 2), (3, 4)]
-        >>> cut_utterances([(0, 1), (1.2, 2), (3, 4)], [1.1], SegmentSettings(), never, max)
-        [(0, 1), (1.2, 2), (3, 4)]
+        >>> cut_utterances([(0, 1, "0"), (1.2, 2, "0"), (2, 3, "1")], [], SegmentSettings(), max)
+        [(0, 2, '0'), (2, 3, '1')]
+        >>> cut_utterances([(0, 1, "0"), (1.2, 2, "0")], [1.1], SegmentSettings(), max)
+        [(0, 1, '0'), (1.2, 2, '0')]
     """
-    groups: list[Spans] = []
+    groups: list[list[Stretch]] = []
     for stretch in speech:
-        if groups and not _is_boundary(groups[-1], stretch, speech, cuts, settings, is_new_speaker):
+        if groups and not _is_boundary(groups[-1][-1], stretch, cuts, settings):
             groups[-1].append(stretch)
         else:
             groups.append([stretch])
@@ -160,43 +156,22 @@ def quietest_moment(sound: np.ndarray) -> Callable[[float, float], float]:
     return find
 
 
-def _is_boundary(
-    group: Spans,
-    stretch: tuple[float, float],
-    speech: Spans,
-    cuts: Sequence[float],
-    settings: SegmentSettings,
-    is_new_speaker: Callable[[tuple[float, float], tuple[float, float]], bool],
-) -> bool:
-    start_s, end_s = group[-1][1], stretch[0]
-    if end_s - start_s >= settings.min_pause_s:
+def _is_boundary(last: Stretch, stretch: Stretch, cuts: Sequence[float], settings: SegmentSettings) -> bool:
+    start_s, end_s = last[1], stretch[0]
+    if stretch[2] != last[2] or end_s - start_s >= settings.min_pause_s:
         return True
-    if any(start_s - _CUT_TOLERANCE_S <= cut <= end_s + _CUT_TOLERANCE_S for cut in cuts):
-        return True
-    before = max(group[0][0], start_s - _SIDE_S), start_s
-    # what follows, up to where the utterance must end anyway
-    following = [s for s in speech if end_s <= s[0] < end_s + _SIDE_S]
-    until_s = stretch[1]
-    for last, following_one in pairwise(following):
-        if following_one[0] - last[1] >= settings.min_pause_s:
-            break
-        until_s = following_one[1]
-    behind = end_s, min(until_s, end_s + _SIDE_S)
-    if min(before[1] - before[0], behind[1] - behind[0]) < _MIN_SIDE_S:
-        return False
-    return is_new_speaker(before, behind)
+    return any(start_s - _CUT_TOLERANCE_S <= cut <= end_s + _CUT_TOLERANCE_S for cut in cuts)
 
 
-def _divide(group: Spans, max_s: float, quietest: Callable[[float, float], float]) -> Spans:
+def _divide(group: Sequence[Stretch], max_s: float, quietest: Callable[[float, float], float]) -> list[Stretch]:
     """One utterance, or several of at most `max_s`, parted at the longest pauses."""
-    start_s, end_s = group[0][0], group[-1][1]
+    start_s, end_s, speaker = group[0][0], group[-1][1], group[0][2]
     if end_s - start_s <= max_s:
-        return [(start_s, end_s)]
+        return [(start_s, end_s, speaker)]
     if len(group) == 1:
         num = math.ceil((end_s - start_s) / (0.8 * max_s))
         length_s = (end_s - start_s) / num
         edges = [quietest(*(start_s + (k + d) * length_s for d in (-0.1, 0.1))) for k in range(1, num)]
-        edges = [start_s, *edges, end_s]
-        return list(pairwise(edges))
+        return [(a, b, speaker) for a, b in pairwise([start_s, *edges, end_s])]
     longest = max(range(1, len(group)), key=lambda k: group[k][0] - group[k - 1][1])
     return [*_divide(group[:longest], max_s, quietest), *_divide(group[longest:], max_s, quietest)]

@@ -15,6 +15,7 @@ from msenc.types import MsencError
 ANOTHER_PLACE = {
     "": ("paths", "logger", "resume", "plan", "dry_run", "detach", "prepare_workers", "init_from", "plugins", "urls"),
     "data": ("dir", "root", "table", "encoding", "recordings", "audio_track", "labels", "num_workers", "verify"),
+    "data.voice": ("loudness",),
 }
 """Keys that are not part of a run's identity: paths, loggers, numbers of processes.
 

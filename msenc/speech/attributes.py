@@ -1,13 +1,13 @@
 """Measures of a voice -> the value of each attribute -> a word, by bins that are fitted on a train split."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 import numpy as np
 
 from msenc.speech.description import VOCABULARY
-from msenc.speech.voice import VoiceMeasures, count_syllables, guess_syllables
+from msenc.speech.voice import VoiceMeasures, count_syllables, guess_syllables, snr_of
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 UNITS = {
@@ -31,12 +31,28 @@ About the smallest difference that one hears between two sentences, or that the 
 MIN_CLIPS = 10
 
 
-GENDER_CUES = {"f0_hz": (155.0, 0.25), "f3_hz": (2850.0, 1.0), "f4_hz": (3900.0, 0.5)}
+RECORDING_LUFS = -23.0
+"""What the median of a recording's clips counts as (EBU R 128); so do synthesizers speak when nothing else is asked."""
+
+
+GENDER_CUES = {"f0_hz": (155.0, 0.5), "f3_hz": (2850.0, 1.0), "f4_hz": (3900.0, 0.5)}
 """Measure -> where women and men part, and how much a semitone above it counts for a woman."""
 
 
-MIN_GENDER_ST = 0.3
+MIN_GENDER_ST = 0.6
 """Weighted semitones from there, below which a voice may be either."""
+
+
+MAX_FORMANTS_ST = 2.0
+"""What both formants count at most: noise, a distant microphone and a telephone move them by more."""
+
+
+MAX_HIGH_PITCH_ST = 2.5
+"""What a high pitch counts at most: where the fundamental is cut off, a harmonic is taken for it."""
+
+
+LOWEST_WOMAN_HZ, HIGHEST_MAN_HZ = 120.0, 260.0
+"""Median pitches beyond which formants that say otherwise leave the gender unknown."""
 
 
 class NoVoiceError(MsencError):
@@ -55,6 +71,8 @@ class VoiceSettings:
         overwrite: replace the data set's own descriptions; else they stay and are read for their attributes.
         seed: of the sentences' templates.
         only_measure: measures and attributes are written, and the turns stay as they are.
+        loudness: ``relative`` to the recording, whose clips' median counts as -23 LUFS, or ``absolute``, with the gain
+            of the microphone in it.
     """
 
     levels: int = 3
@@ -63,11 +81,14 @@ class VoiceSettings:
     overwrite: bool = False
     seed: int = 1
     only_measure: bool = False
+    loudness: str = "relative"
 
     def __post_init__(self) -> None:
         """Refuse what no bins could be made of."""
         if self.levels not in (2, 3):
             raise MsencError(f"data.voice.levels: found {self.levels!r}, expected 2 or 3 words per attribute.")
+        if self.loudness not in ("relative", "absolute"):
+            raise MsencError(f"data.voice.loudness: found {self.loudness!r}, expected relative or absolute.")
         for speaker, gender in self.genders.items():
             if gender not in VOCABULARY["gender"]:
                 raise MsencError(
@@ -166,10 +187,30 @@ def measured_values(measures: VoiceMeasures, num_syllables: int) -> dict[str, fl
     }
 
 
+def relate_to_recording(measures: Mapping[str, VoiceMeasures], is_relative: bool) -> dict[str, VoiceMeasures]:
+    """Measures of one recording's clips, with the noise that all of its pauses tell, however each clip was cut.
+
+    Args:
+        measures: by clip.
+        is_relative: also move the loudnesses so that their median is `RECORDING_LUFS`; a lone clip has none then.
+    """
+    levels = [m.noise_db for m in measures.values() if m.noise_db is not None]
+    loud = [m.loudness_lufs for m in measures.values() if m.loudness_lufs is not None]
+    related = {}
+    for clip, one in measures.items():
+        snr_db, lufs = one.snr_db, one.loudness_lufs
+        if levels and one.speech_db is not None:
+            snr_db = snr_of(one.speech_db, float(np.median(levels)))
+        if is_relative and lufs is not None:
+            lufs = round(lufs - float(np.median(loud)) + RECORDING_LUFS, 4) if len(loud) > 1 else None
+        related[clip] = replace(one, snr_db=snr_db, loudness_lufs=lufs)
+    return related
+
+
 def estimate_gender(measures: Sequence[VoiceMeasures]) -> str:
     """The likely gender of one speaker by some clips; ``unknown`` where women and men overlap.
 
-    Pitch and, above all, the third and fourth formant, which a high or low mood does not move: `GENDER_CUES`, chosen on
+    Pitch, and the third and fourth formant, which a high or low mood does not move: `GENDER_CUES`, chosen on real and
     synthetic voices (docs/log.md).
 
     Example:
@@ -177,14 +218,21 @@ def estimate_gender(measures: Sequence[VoiceMeasures]) -> str:
         >>> estimate_gender([low, low, high]), estimate_gender([high]), estimate_gender([VoiceMeasures(f0_hz=90)])
         ('man', 'woman', 'unknown')
     """
-    scores = [
-        sum(weight * 12 * np.log2(getattr(m, cue) / middle) for cue, (middle, weight) in GENDER_CUES.items())
-        for m in measures
-        if all(getattr(m, cue) is not None for cue in GENDER_CUES)
-    ]
-    if not scores or abs(score := float(np.median(scores))) < MIN_GENDER_ST:
+    known = [m for m in measures if all(getattr(m, cue) is not None for cue in GENDER_CUES)]
+    if not known or abs(score := float(np.median([_gender_score(m) for m in known]))) < MIN_GENDER_ST:
         return UNKNOWN
-    return "woman" if score > 0 else "man"
+    pitch_hz = float(np.median([m.f0_hz for m in known]))
+    if score > 0:
+        return UNKNOWN if pitch_hz < LOWEST_WOMAN_HZ else "woman"
+    return UNKNOWN if pitch_hz > HIGHEST_MAN_HZ else "man"
+
+
+def _gender_score(measures: VoiceMeasures) -> float:
+    """Weighted semitones towards a woman's voice."""
+    pitch, *formants = (
+        weight * 12 * np.log2(getattr(measures, cue) / middle) for cue, (middle, weight) in GENDER_CUES.items()
+    )
+    return min(pitch, MAX_HIGH_PITCH_ST) + float(np.clip(sum(formants), -MAX_FORMANTS_ST, MAX_FORMANTS_ST))
 
 
 def _fit_bin(name: str, values: np.ndarray, settings: VoiceSettings) -> Bin:

@@ -12,7 +12,7 @@ import numpy as np
 from msenc.speech.formants import high_formants
 from msenc.speech.pitch import HIGH_HZ, HOP_S, LOW_HZ, track_pitch
 
-VERSION = 2  # raised whenever an equal clip gives other values
+VERSION = 3  # raised whenever an equal clip gives other values
 SAMPLE_RATE = 16_000
 
 # Shortest material that a value is taken from.
@@ -42,6 +42,8 @@ class VoiceMeasures:
         snr_db: power of the speech over that of what is heard beside it.
         f3_hz: median of the third formant in voiced sounds.
         f4_hz: of the fourth one.
+        speech_db: power of what is heard while somebody speaks, over that of full scale.
+        noise_db: power of what is heard in pauses, in the clip or around it.
     """
 
     f0_hz: float | None = None
@@ -52,14 +54,18 @@ class VoiceMeasures:
     snr_db: float | None = None
     f3_hz: float | None = None
     f4_hz: float | None = None
+    speech_db: float | None = None
+    noise_db: float | None = None
 
 
-def measure(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> VoiceMeasures:
+def measure(samples: np.ndarray, sample_rate: int = SAMPLE_RATE, around: np.ndarray | None = None) -> VoiceMeasures:
     """Measure one clip.
 
     Args:
         samples: float32 (S,), one channel, in [-1, 1].
         sample_rate: in Hz.
+        around: of the recording that the clip is a part of, the clip with what stands beside it, whose pauses tell the
+            noise; None: the clip's own.
 
     Example:
         >>> measure(np.zeros(16_000, np.float32)) == VoiceMeasures()
@@ -75,6 +81,8 @@ def measure(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> VoiceMeasure
     inside = np.flatnonzero(is_speech)
     span = inside[-1] + 1 - inside[0]
     speech_s = len(inside) * HOP_S
+    speech_db = _decibel(power[is_speech].mean())
+    noise_db = _noise_db(power, is_speech) if around is None else noise_around(around, sample_rate)
     low, high = np.percentile(voiced, [10, 90])
     f3_hz, f4_hz = high_formants(samples, sample_rate, f0 > 0) or (None, None)
     return VoiceMeasures(
@@ -83,9 +91,11 @@ def measure(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> VoiceMeasure
         speech_s=_rounded(speech_s) if speech_s >= MIN_SPEECH_S else None,
         loudness_lufs=loudness_lufs(samples, sample_rate),
         pause_share=_rounded(1 - len(inside) / span) if span * HOP_S >= MIN_SPAN_S else None,
-        snr_db=_snr_db(power, is_speech),
+        snr_db=None if noise_db is None else snr_of(speech_db, noise_db),
         f3_hz=f3_hz and _rounded(f3_hz),
         f4_hz=f4_hz and _rounded(f4_hz),
+        speech_db=speech_db,
+        noise_db=noise_db,
     )
 
 
@@ -121,6 +131,21 @@ def find_speech(power: np.ndarray, is_voiced: np.ndarray) -> np.ndarray:
     # the reverb of a voice is still periodic: a pitch alone does not make a frame speech
     is_speech = (level > threshold) | (is_voiced & (level > loud - 25))
     return _without_runs(_without_runs(is_speech, False, _GAP_S), True, _BURST_S) | (is_voiced & (level > loud - 25))
+
+
+def noise_around(samples: np.ndarray, sample_rate: int) -> float | None:
+    """Power of the pauses in a sound, in dB; None where there are none."""
+    f0 = track_voice(samples, sample_rate)
+    if len(f0) == 0:
+        return None
+    power = _frame_power(samples, sample_rate, len(f0))
+    return _noise_db(power, find_speech(power, f0 > 0))
+
+
+def snr_of(speech_db: float, noise_db: float) -> float | None:
+    """The speech's power alone over the noise's, in dB; None where there is no more than noise."""
+    speech = 10 ** (speech_db / 10) - 10 ** (noise_db / 10)
+    return _rounded(min(10 * np.log10(speech) - noise_db, MAX_SNR_DB)) if speech > 0 else None
 
 
 def loudness_lufs(samples: np.ndarray, sample_rate: int) -> float | None:
@@ -186,13 +211,15 @@ def _frame_power(samples: np.ndarray, sample_rate: int, num_frames: int) -> np.n
     return (sums[starts + width] - sums[starts]) / width
 
 
-def _snr_db(power: np.ndarray, is_speech: np.ndarray) -> float | None:
+def _noise_db(power: np.ndarray, is_speech: np.ndarray) -> float | None:
     background = power[~is_speech]
     if len(background) * HOP_S < MIN_BACKGROUND_S:
         return None  # cut at the words: what the quietest sounds of speech hide, nobody knows
-    noise = max(float(np.median(background)), 1e-12)
-    speech = float(power[is_speech].mean()) - noise
-    return _rounded(min(10 * np.log10(speech / noise), MAX_SNR_DB)) if speech > 0 else None
+    return _decibel(np.median(background))
+
+
+def _decibel(power: float) -> float:
+    return _rounded(10 * np.log10(max(float(power), 1e-12)))
 
 
 def _without_runs(flags: np.ndarray, value: bool, shorter_than_s: float) -> np.ndarray:

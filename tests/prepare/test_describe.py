@@ -12,7 +12,15 @@ from msenc.prepare import describe as stage
 from msenc.prepare.dataset import prepare_dataset
 from msenc.prepare.describe import describe_dialogues, read_bins
 from msenc.raw.annotations import MELD_FILES, read_meld
-from msenc.speech.attributes import UNITS, MeasuredTurn, VoiceSettings, attributes_of, fit_bins, measured_values
+from msenc.speech.attributes import (
+    UNITS,
+    MeasuredTurn,
+    VoiceSettings,
+    attributes_of,
+    fit_bins,
+    measured_values,
+    relate_to_recording,
+)
 from msenc.speech.description import parse
 from msenc.speech.voice import VoiceMeasures
 from msenc.store.labels import VOICE_TURNS
@@ -279,6 +287,9 @@ def test_gender_is_given_or_estimated_by_speaker_and_marked(tmp_path, monkeypatc
         Utterance("4", "Ana", "Five.", clip="d"),
         Utterance("5", "2", "Six.", "a man speaks", clip="e"),
         Utterance("6", "3", "Seven.", clip="f"),
+        Utterance("7", "-1", "Eight.", clip="a"),  # two people of whom nobody knows who they are
+        Utterance("8", "-1", "Nine.", clip="e"),
+        Utterance("9", "-1", "Ten.", clip="d"),
     )
     other = (Utterance("0", "0", "One.", clip="e"),)  # another speaker of the same number
     dialogues = [Dialogue("d/train/0", "train", utterances), Dialogue("d/train/1", "train", other)]
@@ -292,10 +303,30 @@ def test_gender_is_given_or_estimated_by_speaker_and_marked(tmp_path, monkeypatc
         "d/train/0/utt4": ("woman", "given"),
         "d/train/0/utt5": ("man", "given"),
         "d/train/0/utt6": (UNKNOWN, None),
+        "d/train/0/utt7": ("man", "estimated"),
+        "d/train/0/utt8": ("woman", "estimated"),
+        "d/train/0/utt9": (UNKNOWN, None),
         "d/train/1/utt0": ("woman", "estimated"),
     }
     assert after[0].utterances[6].description is None
     assert after[0].utterances[6].attributes is None
+
+
+def test_noise_and_loudness_are_those_of_the_recording_and_absolute_loudness_is_an_option():
+    clips = {
+        "a": VoiceMeasures(loudness_lufs=-40.0, speech_db=-30.0, noise_db=-60.0, snr_db=30.0),
+        "b": VoiceMeasures(loudness_lufs=-46.0, speech_db=-36.0),  # cut at its words
+        "c": VoiceMeasures(loudness_lufs=-34.0, speech_db=-24.0, noise_db=-60.0, snr_db=36.0),
+        "d": VoiceMeasures(),
+    }
+    related = relate_to_recording(clips, True)
+    assert [related[c].loudness_lufs for c in "abcd"] == [-23.0, -29.0, -17.0, None]
+    assert related["b"].snr_db == pytest.approx(24, abs=0.1)
+    assert related["d"] == VoiceMeasures()
+    assert [m.loudness_lufs for m in relate_to_recording(clips, False).values()] == [-40.0, -46.0, -34.0, None]
+    louder = {c: replace(m, loudness_lufs=m.loudness_lufs and m.loudness_lufs + 20) for c, m in clips.items()}
+    assert relate_to_recording(louder, True) == related  # the gain says nothing
+    assert relate_to_recording({"a": clips["a"]}, True)["a"].loudness_lufs is None
 
 
 def test_rate_needs_speech_and_more_than_one_syllable():
@@ -342,6 +373,7 @@ def test_a_train_split_without_sound_is_refused(raw, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"loudness": "loud"}, "loudness: found 'loud', expected relative or absolute"),
         ({"levels": 4}, "levels: found 4, expected 2 or 3"),
         ({"genders": {"Ana": "lady"}}, "genders: found 'lady' for Ana, expected woman or man"),
         ({"edges": {"pitch": [1, 2]}}, "edges: no value 'pitch'; there are pitch/woman, pitch/man, range"),
@@ -391,3 +423,8 @@ def test_a_call_without_a_word_about_voices_keeps_them(demo_home, raw, folder, c
     plain = prepare(compose([*shared, "describe=false"], "prepare"))
     assert plain.turns_hash != spoken.turns_hash
     assert plain == prepare(compose(shared, "prepare"))
+    prepare(compose([*shared, "describe=true"], "prepare"))
+    made = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    assert made["settings"]["voice"].pop("loudness") == "relative"
+    (folder / "dataset.json").write_text(json.dumps(made), encoding="utf-8")  # from before there was a choice
+    assert prepare(compose(shared, "prepare")).settings["voice"]["loudness"] == "absolute"

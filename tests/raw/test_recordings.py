@@ -12,7 +12,7 @@ from msenc.raw.segment import SegmentSettings
 from msenc.types import MsencError
 from msenc.work.items import Part
 
-for package in ("sklearn", "silero_vad", "scenedetect"):
+for package in ("silero_vad", "scenedetect"):
     pytest.importorskip(package)
 
 SPLIT = {"rule": "random", "fractions": {"train": 0.5, "test": 0.5}, "seed": 1}
@@ -130,6 +130,20 @@ def test_without_timestamps_each_recording_is_a_dialogue(raw_demo, tmp_path):
     }
     assert "each of the 2 recordings is one dialogue" in transcript.notes[0]
     assert "1 files" in transcript.notes[1]
+
+
+def test_every_split_gets_recordings_in_which_somebody_answers(raw_demo, tmp_path):
+    root = tmp_path / "raw"
+    root.mkdir()
+    shutil.copy(raw_demo / "video0.mp4", root / "a.mp4")
+    first, second = (d.utterances for d in read_truth(raw_demo))
+    whole = [[first[0].start_s, first[-1].end_s + 0.2], [second[0].start_s, second[-1].end_s + 0.2]]
+    alone = [[u.start_s - 0.1, u.end_s + 0.1] for u in first[:4]]
+    (root / "timestamp.json").write_text(json.dumps({"a.mp4": [*alone, *whole]}))
+    for seed in range(4):
+        recipe = _recipe(split={**SPLIT, "seed": seed})
+        rows = _rows(transcribe_recordings("own", root, tmp_path / "data", recipe, 0))
+        assert {row["split"] for row in rows if row["dialogue"] in ("dia4", "dia5")} == {"train", "test"}
 
 
 @pytest.mark.parametrize("files", [[], ["notes.txt"]])

@@ -5,8 +5,9 @@ from msenc.raw.segment import SAMPLE_RATE, SegmentSettings, cut_utterances, quie
 from msenc.types import MsencError
 
 
-def _cut(speech, cuts=(), is_new_speaker=lambda before, behind: False, quietest=lambda a, b: (a + b) / 2, **settings):
-    return cut_utterances(speech, cuts, SegmentSettings(**settings), is_new_speaker, quietest)
+def _cut(speech, cuts=(), quietest=lambda a, b: (a + b) / 2, **settings):
+    speech = [s if len(s) == 3 else (*s, "0") for s in speech]
+    return [u[:2] for u in cut_utterances(speech, cuts, SegmentSettings(**settings), quietest)]
 
 
 def test_a_long_pause_ends_an_utterance_and_a_short_one_does_not():
@@ -18,19 +19,9 @@ def test_a_cut_of_the_picture_ends_an_utterance_only_in_a_pause():
     assert _cut([(0, 2), (2.3, 4)], cuts=[2.35]) == [(0, 2), (2.3, 4)]
 
 
-def test_a_new_speaker_ends_an_utterance():
-    heard = []
-
-    def is_new_speaker(before, behind):
-        heard.append((before, behind))
-        return behind[0] == 3.3
-
-    assert _cut([(0, 1), (1.2, 3), (3.3, 5)], is_new_speaker=is_new_speaker) == [(0, 3), (3.3, 5)]
-    assert heard[1] == ((1.0, 3), (3.3, 5))  # no more than two seconds of either
-
-
-def test_too_little_speech_does_not_tell_a_voice():
-    assert _cut([(0, 0.5), (0.7, 2)], is_new_speaker=lambda before, behind: True) == [(0, 2)]
+def test_every_utterance_has_one_speaker():
+    speech = [(0, 1, "0"), (1.2, 3, "0"), (3, 5, "1"), (5.1, 6, "0")]
+    assert cut_utterances(speech, [], SegmentSettings(), max) == [(0, 3, "0"), (3, 5, "1"), (5.1, 6, "0")]
 
 
 def test_a_long_utterance_is_parted_at_its_longest_pauses():

@@ -89,7 +89,18 @@ def test_loudness_alone_changes_nothing_else():
     loud, quiet = measure(samples, RATE), measure(samples / 8, RATE)
     assert loud.loudness_lufs - quiet.loudness_lufs == pytest.approx(20 * np.log10(8), abs=0.1)
     np.testing.assert_allclose(astuple(loud)[:3], astuple(quiet)[:3], rtol=1e-3)
+    assert loud.noise_db - quiet.noise_db == pytest.approx(20 * np.log10(8), abs=0.1)
     assert quiet.snr_db == pytest.approx(loud.snr_db, abs=0.1)
+
+
+def test_noise_is_that_of_the_recording_however_the_clip_was_cut():
+    recording = noise(np.concatenate([silence(1), phrase(1.5), silence(1)]), 30)
+    found = [
+        measure(recording[round((1 - before) * RATE) : round((2.5 + behind) * RATE)], RATE, recording).snr_db
+        for before, behind in ((0, 0), (0.05, 0.02), (0.3, 0.1), (1, 1))
+    ]
+    assert max(found) - min(found) < 1
+    assert found[0] == pytest.approx(30, abs=1.5)
 
 
 @pytest.mark.parametrize(
