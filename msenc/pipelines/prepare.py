@@ -165,11 +165,11 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     if track is not None and track < 1:
         raise MsencError(f"data.audio_track={track}: expected the number of a track, from 1 on, or null.")
     if data["recordings"] is None:
-        return read_meld(root, data["name"], labels, data["encoding"]).with_track(track)
+        return read_meld(root, data["name"], labels, data["encoding"]).stored_in(root).with_track(track)
     split = data["recordings"]["split"]
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
-        return read_table(table, data["name"], split, labels, data["encoding"]).with_track(track)
+        return read_table(table, data["name"], split, labels, data["encoding"]).stored_in(root).with_track(track)
 
     def make_part(name: str) -> Callable[[], Any]:
         return build({**data["recordings"][name], "_partial_": True}, f"data.recordings.{name}")
