@@ -298,7 +298,8 @@ class EvaluateConfig:
         decoding: settings of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
         generate: False measures losses alone.
         metrics: of replies (docs/metrics.md); the cheap ones by default.
-        metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``.
+        metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``;
+            and ``tokenizer``, of all metrics that count words.
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
         speech_workers: processes that speak; 0 works in this one.
         recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
