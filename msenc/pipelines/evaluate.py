@@ -348,7 +348,7 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
         rest = {name: value for name, value in rest.items() if not name.startswith(shown_below)}
     _print_grid(title, ["metric", "value"], [list(row) for row in rest.items()])
     columns = ["kind", "nll", "planted bits recovered", "in words", "in descriptions"]
-    used = [column for column in range(len(columns)) if column < 3 or any(row[column] for row in kinds)]
+    used = [column for column in range(len(columns)) if column < 2 or any(row[column] for row in kinds)]
     _print_grid("loss by kind of token", [columns[c] for c in used], [[row[c] for c in used] for row in kinds])
     if scores:
         _print_grid("replies", ["metric", "words", "description/"], scores)

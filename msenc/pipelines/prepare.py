@@ -355,8 +355,9 @@ def _warn_of_splits(targets: Mapping[str, int]) -> None:
     empty = [split for split in SPLITS if not targets.get(split)]
     if targets.get("train") and empty:
         console.print(
-            f"[yellow]Without a target (a dialogue of two turns): {', '.join(empty)}.[/yellow] train.py needs train "
-            "and val, and test unless evaluate=null. Mark rows with split=..., or leave the column out.",
+            f"[yellow]Without a target (a dialogue of two turns): {', '.join(empty)}.[/yellow] train.py needs train, "
+            "and val unless data.val=null, and test unless evaluate=null. Mark rows with split=..., or leave the "
+            "column out.",
             soft_wrap=True,
         )
 

@@ -70,6 +70,10 @@ from msenc.work.threads import settle_threads
 ALIGN = "align"
 """``stage=align``: the run ends when its connectors are aligned."""
 
+NO_VALIDATION = (
+    "Trained without validation (data.val=null): nothing tells when to stop, or whether streams arrive, and the last "
+    "checkpoint is taken as the best."
+)
 SPELT_DIALOGUES = 200
 """Training dialogues on which tokens per word are counted."""
 SPELLING = 1.8
@@ -159,7 +163,7 @@ def train(cfg: DictConfig) -> float | None:
 def _open(cfg: DictConfig, command: str) -> _Job:
     """Check the config, and open the data; what is missing of the generated ones is made."""
     config = checked(cfg, GIVEN)
-    _check_stage(config)
+    _check_choices(config)
     if cfg.resume not in (None, "auto"):
         # No stored override holds an address that was not named (`check_overrides`), but parts may add up to one.
         typed = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as it is: an iteration would resolve it
@@ -241,7 +245,8 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
             f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
             "Prepare with describe=true, or train on the words alone: prompt.target=text."
         )
-    for split in ("train", "val", *evaluated):
+    validates = config["data"]["val"] is not None
+    for split in ("train", *(["val"] if validates else []), *evaluated):
         datamodule.check_split(split)
         datamodule.units(split)  # what does not fit the token budget is refused now, not after training
     read_controls(config["control"], datamodule.streams)
@@ -286,8 +291,8 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
             console.print(f"optimizer.groups.{name}: nothing of it trains in this run; it is left out.")
     for note in datamodule.tokenizer.notes:
         console.print(note, soft_wrap=True)
-    spelling = _spelling(config, datamodule)
-    for text in spelling:
+    said = [*([] if validates else [NO_VALIDATION]), *_spelling(config, datamodule)]
+    for text in said:
         _warn(text)
     if config["stage"] == ALIGN:
         return _end_with_alignment(config, model, record)
@@ -299,7 +304,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         console.print("Nothing trains here (frozen LLM, no connector); the LLM is evaluated as it is.")
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
-    _print_streams(record, spelling)
+    _print_streams(record, said)
     return None
 
 
@@ -339,12 +344,14 @@ def _print_streams(record: RunRecord, said_before: list[str]) -> None:
         _warn(text)
 
 
-def _check_stage(config: Mapping[str, Any]) -> None:
+def _check_choices(config: Mapping[str, Any]) -> None:
     if config["stage"] not in (None, ALIGN):
         raise MsencError(f"stage={config['stage']}: expected {ALIGN}, or null to train on dialogues, too.")
     if config["stage"] == ALIGN and not sources_of(config):
         what = "align=none" if config["align"] is None else f"modality={config['modality']} has no stream to align"
         raise MsencError(f"stage={ALIGN}: found {what}. Choose what to align to, as align=words, and a modality.")
+    if config["data"]["val"] not in (None, "val"):
+        raise MsencError(f"data.val={config['data']['val']}: expected val, or null to train without validation.")
 
 
 def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
@@ -425,7 +432,7 @@ def _fit(
             if n
         ]
         trainer = build(
-            config["trainer"],
+            config["trainer"] | ({"limit_val_batches": 0} if config["data"]["val"] is None else {}),
             "trainer",
             callbacks=callbacks,
             logger=[] if is_debug else loggers,
