@@ -517,6 +517,13 @@ def test_every_key_of_lora_is_set_without_a_plus(compose, override, found):
     assert check_targets(config, {"model.connector": {"in_dim", "out_dim"}, "data.generate": {"root", "num_workers"}})
 
 
+def test_arguments_of_a_chat_template_are_set_without_a_plus(compose):
+    given = ["prompt=chat", "prompt.template_arguments.enable_thinking=false", "prompt.template_arguments.n=[1,2]"]
+    config = plain(compose(spelt_out(given)))
+    assert config["prompt"]["template_arguments"] == {"enable_thinking": False, "n": [1, 2]}
+    assert check_targets(config, {"model.connector": {"in_dim", "out_dim"}, "data.generate": {"root", "num_workers"}})
+
+
 def test_a_key_of_lora_alone_makes_no_adapters(compose):
     config = plain(compose(spelt_out(["model/llm=tiny", "model.llm.lora.use_dora=true"])))
     with pytest.raises(MsencError, match=r"model\.llm\.lora\.use_dora: the chosen LLM has no adapters"):

@@ -142,6 +142,16 @@ def test_what_was_measured_before_stays(runs, compose):
     assert files()[predictions] > written
 
 
+def test_another_tokenizer_is_another_evaluation(runs, compose, capsys):
+    given = ["generate=true", "limit=1", "decoding.max_new_tokens=4"]
+    (plain,) = measure(compose, runs / "2", *given)
+    (cut,) = measure(compose, runs / "2", *given, "metric_settings.tokenizer=words")
+    names = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"}
+    assert names <= plain.keys()
+    assert {f"{name}-words" for name in names} <= cut.keys()
+    assert not names & cut.keys()
+
+
 def test_the_jobs_of_a_sweep_are_found_wherever_their_runs_lie(runs, tmp_path):
     folder = tmp_path / "elsewhere"
     write(folder / "sweep.json", {"jobs": [["modality=text"], ["modality=text_audio"]]})

@@ -252,3 +252,33 @@ def test_a_split_without_a_target_is_said_by_audit_and_prepare_and_by_training(
         assert "Without a target (a dialogue of two turns): val." in " ".join(capsys.readouterr().out.split())
     with pytest.raises(MsencError, match=rf"{found}.*targets found: train: 5,.*split=val.*prepare again"):
         train(["data=folder", "modality=text", "prompt.target=text", *TINY, *places(tmp_path)[:2]])
+
+
+def test_without_validation_the_last_checkpoint_is_the_best_and_that_is_said(prepare, train, tmp_path, capsys):
+    path = write_table(tmp_path / "raw", is_cut=False) / "utterances.csv"
+    path.write_text("".join(x for x in path.read_text().splitlines(keepends=True) if not x.rstrip().endswith("val")))
+    prepare(path.parent, "modality=text_audio")
+    given = [
+        "data=folder",
+        "modality=text_audio",
+        "prompt.target=text",
+        *TINY,
+        "align=transcript",
+        *places(tmp_path)[:2],
+    ]
+    with pytest.raises(MsencError, match=r"no dialogue is in the split val.*data\.val=null"):
+        train(given, tmp_path / "refused")
+    with pytest.raises(MsencError, match=r"data\.val=test: expected val, or null"):
+        train([*given, "data.val=test"])
+    capsys.readouterr()
+    run = train([*given, "data.val=null", "trainer.max_epochs=2", "align.steps=2", "decoding.max_new_tokens=2"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Trained without validation" in said
+    assert "loss by kind of token" in said
+    assert "planted" not in said  # nothing is planted in one's own data
+    record = read_json(run.folder / "run.json")
+    assert (record["status"], record["epochs"], record["best_loss"]) == ("finished", 2, None)
+    assert "last checkpoint is taken as the best" in record["warnings"][0]
+    assert not (run.folder / "checkpoints" / "best.ckpt").exists()
+    assert read_json(run.folder / "export" / "export.json")["checkpoint"] == "last"
+    assert "nll" in read_json(next(run.folder.glob("evaluation/*/metrics.json")))

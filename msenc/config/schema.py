@@ -110,6 +110,7 @@ class DataConfig:
         voice: how `prepare.py` describes voices.
         batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
         max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
+        val: the split that is validated on while training; None: none is, and the last checkpoint is the best.
         num_workers: processes that prepare data, or load it while training.
         max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
         verify: hash every shard of a split before its first use.
@@ -129,6 +130,7 @@ class DataConfig:
     voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None
     max_tokens_per_batch: int | None = None
+    val: str | None = "val"
     num_workers: int = 0
     max_history_tokens: int = 1024
     verify: bool = True
@@ -304,7 +306,8 @@ class EvaluateConfig:
         decoding: settings of transformers' GenerationConfig, and ``batch_size`` (replies decoded at once).
         generate: False measures losses alone.
         metrics: of replies (docs/metrics.md); the cheap ones by default.
-        metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``.
+        metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``;
+            and ``tokenizer``, of all metrics that count words.
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
         speech_workers: processes that speak; 0 works in this one.
         recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.

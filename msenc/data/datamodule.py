@@ -176,7 +176,7 @@ class DialogueDataModule(L.LightningDataModule):
         raise MsencError(
             f"{self.folder}: {found}; targets found: {has}. Set split={split} in rows of the table, or remove its "
             "column split to split dialogues automatically (data.recordings.split.fractions), and prepare again."
-            + (" Or train without the final evaluation: evaluate=null." if split == "test" else "")
+            + _WITHOUT.get(split, "")
         )
 
     def lengths(self, split: str) -> list[DialogueLengths]:
@@ -300,6 +300,12 @@ class DialogueDataModule(L.LightningDataModule):
         return [name for name, _ in turns.most_common(2)]
 
 
+_WITHOUT = {
+    "test": " Or train without a last evaluation: evaluate=null.",
+    "val": " Or train without validation, to the last step: data.val=null.",
+}
+
+
 def _check_size(batch_size: int | None, max_tokens_per_batch: int | None) -> None:
     given = f"data.batch_size={batch_size} and data.max_tokens_per_batch={max_tokens_per_batch}"
     if (batch_size is None) == (max_tokens_per_batch is None):
@@ -348,9 +354,11 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
         is_for_training = "train" in manifest.splits
         if not (counts.get("train") if is_for_training else any(counts.values())):
             where = "the split train" if is_for_training else "any split"
+            left = [s for s in streams if s != stream]
             raise MsencError(
                 f"{folder}: no utterance of {where} has {stream}: {folder / 'rejected.csv'} says why. Does "
-                "data.root name the folder of the clips?"
+                "data.root name the folder of the clips? If there are none, train without them: modality="
+                f"{'_'.join(['text', *left])}"
             )
         hashes[wanted] = manifest.streams[wanted].hash
     dialogues: dict[str, dict[str, tuple[str, int]]] = {}  # by stream: id -> split, utterances

@@ -21,7 +21,7 @@ from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metrics, read_predictions, write_evaluation
 from msenc.evaluation.metrics.sound import SOUND_METRICS
-from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics
+from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics, settings_of
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
 from msenc.files import digest, inside
 from msenc.files.kinds import check_name
@@ -232,8 +232,9 @@ def _check_options(options: EvaluateConfig) -> None:
 def _settings_of_replies(options: EvaluateConfig, metrics: Sequence[str]) -> dict[str, Any]:
     """Settings for scoring replies that distinguish evaluations; empty for the defaults."""
     settings: dict[str, Any] = {}
-    if options.generate and set(metrics) != set(DEFAULT_METRICS):
-        settings["metrics"] = {metric: options.metric_settings.get(metric) for metric in sorted(metrics)}
+    of_metrics = {metric: settings_of(metric, options.metric_settings) for metric in sorted(metrics)}
+    if options.generate and (set(metrics) != set(DEFAULT_METRICS) or any(of_metrics.values())):
+        settings["metrics"] = of_metrics
     if options.speech is not None:
         settings["speech"] = {**options.speech, "recogniser": options.recogniser}
         if options.speech_metrics:
@@ -283,7 +284,8 @@ def _said(settings: Mapping[str, Any]) -> str:
 
 def _print_runs(measured: Mapping[Path, Mapping[str, Any]], title: str) -> None:
     """One line per run, with metrics that all have; the title names their common folder."""
-    shared = [name for name in IN_TABLE_OF_RUNS if all(name in found for found in measured.values())]
+    names = [n for metric in IN_TABLE_OF_RUNS for n in next(iter(measured.values())) if n.partition("-")[0] == metric]
+    shared = [name for name in names if all(name in found for found in measured.values())]
     names = [str(shown(folder)) for folder in measured]
     if len(names) > 1:
         common = os.path.commonpath(names)
@@ -347,7 +349,7 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
         rest = {name: value for name, value in rest.items() if not name.startswith(shown_below)}
     _print_grid(title, ["metric", "value"], [list(row) for row in rest.items()])
     columns = ["kind", "nll", "planted bits recovered", "in words", "in descriptions"]
-    used = [column for column in range(len(columns)) if column < 3 or any(row[column] for row in kinds)]
+    used = [column for column in range(len(columns)) if column < 2 or any(row[column] for row in kinds)]
     _print_grid("loss by kind of token", [columns[c] for c in used], [[row[c] for c in used] for row in kinds])
     if scores:
         _print_grid("replies", ["metric", "words", "description/"], scores)

@@ -166,14 +166,14 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     if track is not None and track < 1:
         raise MsencError(f"data.audio_track={track}: expected the number of a track, from 1 on, or null.")
     if data["recordings"] is None:
-        return read_meld(root, data["name"], labels, data["encoding"]).with_track(track)
+        return read_meld(root, data["name"], labels, data["encoding"]).stored_in(root).with_track(track)
     recordings = data["recordings"]
     if config.get("recogniser") is not None:
         recordings = {**recordings, "recogniser": {**recordings["recogniser"], "name_or_path": config["recogniser"]}}
     split = recordings["split"]
     table = local_folder(data["table"], "data.table") if data["table"] else root / UTTERANCES
     if data["table"] or (stage in (None, "audit") and table.is_file()):
-        return read_table(table, data["name"], split, labels, data["encoding"]).with_track(track)
+        return read_table(table, data["name"], split, labels, data["encoding"]).stored_in(root).with_track(track)
 
     def make_part(name: str) -> Callable[[], Any]:
         return build({**recordings[name], "_partial_": True}, f"data.recordings.{name}")
@@ -362,8 +362,8 @@ def _warn_of_splits(targets: Mapping[str, int]) -> None:
     empty = [split for split in SPLITS if not targets.get(split)]
     if targets.get("train") and empty:
         console.print(
-            f"Without a target (a dialogue of two turns): {', '.join(empty)}. train.py needs train and val, and test "
-            "unless evaluate=null. Set split=... in the table's rows, or remove the column.",
+            f"Without a target (a dialogue of two turns): {', '.join(empty)}. train.py needs train, val unless "
+            "data.val=null, and test unless evaluate=null. Set split=... in the table's rows, or remove the column.",
             style="yellow",
             soft_wrap=True,
         )

@@ -70,6 +70,10 @@ from msenc.work.threads import settle_threads
 ALIGN = "align"
 """``stage=align``: the run ends once its connectors are aligned."""
 
+NO_VALIDATION = (
+    "Trained without validation (data.val=null): nothing tells when to stop, or whether streams arrive, and the last "
+    "checkpoint is taken as the best."
+)
 SPELT_DIALOGUES = 200
 """Number of training dialogues on which tokens per word are counted."""
 SPELLING = 1.8
@@ -168,7 +172,7 @@ def train(cfg: DictConfig) -> float | None:
 def _open(cfg: DictConfig, command: str) -> _Job:
     """Check the config, and open the data; missing generated data are created."""
     config = checked(cfg, GIVEN)
-    _check_stage(config)
+    _check_choices(config)
     if cfg.resume not in (None, "auto"):
         # No stored override has a URL that was not allowed (`check_overrides`), but parts may combine to one.
         check_urls(
@@ -254,7 +258,8 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
             f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
             "Prepare with describe=true, or train only on the words: prompt.target=text."
         )
-    for split in ("train", "val", *evaluated):
+    validates = config["data"]["val"] is not None
+    for split in ("train", *(["val"] if validates else []), *evaluated):
         datamodule.check_split(split)
         datamodule.units(split)  # targets that exceed the token budget are refused now, not after training
     read_controls(config["control"], datamodule.streams)
@@ -299,8 +304,11 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
             console.print(f"optimizer.groups.{name}: no part of it trains in this run, so it is ignored.")
     for note in datamodule.tokenizer.notes:
         console.print(note, soft_wrap=True)
-    spelling = _spelling(config, datamodule)
-    said = [*spelling, *check_precision(model, config["trainer"].get("precision"))]
+    said = [
+        *([] if validates else [NO_VALIDATION]),
+        *_spelling(config, datamodule),
+        *check_precision(model, config["trainer"].get("precision")),
+    ]
     for text in said:
         _warn(text)
     if config["stage"] == ALIGN:
@@ -354,7 +362,7 @@ def _print_streams(record: RunRecord, said_before: list[str]) -> None:
         _warn(text)
 
 
-def _check_stage(config: Mapping[str, Any]) -> None:
+def _check_choices(config: Mapping[str, Any]) -> None:
     if config["stage"] not in (None, ALIGN):
         raise MsencError(f"stage={config['stage']}: expected {ALIGN}, or null to train on dialogues as well.")
     if config["stage"] == ALIGN and not sources_of(config):
@@ -362,6 +370,8 @@ def _check_stage(config: Mapping[str, Any]) -> None:
         raise MsencError(
             f"stage={ALIGN}: found {what}. Choose labels, such as align=words, and a modality with a stream."
         )
+    if config["data"]["val"] not in (None, "val"):
+        raise MsencError(f"data.val={config['data']['val']}: expected val, or null to train without validation.")
 
 
 def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
@@ -444,7 +454,7 @@ def _fit(
             if n
         ]
         trainer = build(
-            config["trainer"],
+            config["trainer"] | ({"limit_val_batches": 0} if config["data"]["val"] is None else {}),
             "trainer",
             callbacks=callbacks,
             logger=[] if is_debug else loggers,

@@ -7,6 +7,7 @@ import difflib
 import io
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ import pandas as pd
 
 from msenc.files import content_hash
 from msenc.files.kinds import is_below
-from msenc.raw.container import part_of, split_part, with_track
+from msenc.raw.container import StoredNames, part_of, split_part, with_track
 from msenc.raw.encoding import decode_table, repair_encoding
 from msenc.raw.marks import parse_marks
 from msenc.raw.splits import split_dialogues
@@ -36,6 +37,11 @@ TABLE_OPTIONS = ("speaker", "start", "end", "split", "description")
 
 NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 """Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+COMPOSED = ("dialogue", "speaker", "Speaker")
+"""Columns of names: whether their letters are composed (NFC) or not (NFD), they are the same."""
+_NAME = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,25 @@ class Annotations:
             for d in self.dialogues
         ]
         return replace(self, dialogues=dialogues)
+
+    def stored_in(self, root: Path) -> "Annotations":
+        """The same, with clips named as the folder spells them, where it spells their letters in another way."""
+        stored = StoredNames(root)
+        rejections = list(self.rejections)
+
+        def spelled(dialogue: Dialogue, utterance: Utterance) -> Utterance:
+            if utterance.clip is None or utterance.clip.isascii():
+                return utterance
+            file, _ = split_part(utterance.clip)
+            if len(names := stored.find(file)) > 1:
+                found = ", ".join(map(ascii, names))
+                id = f"{dialogue.id}/utt{utterance.id}"
+                rejections.append(Rejection(id, "clip", "several files of this name", file, found=found))
+                return replace(utterance, clip=None)
+            return replace(utterance, clip=names[0] + utterance.clip.removeprefix(file))
+
+        dialogues = [replace(d, utterances=tuple(spelled(d, u) for u in d.utterances)) for d in self.dialogues]
+        return replace(self, dialogues=dialogues, rejections=rejections)
 
 
 def read_meld(
@@ -162,7 +187,7 @@ def read_table(
     repaired: list[str] = []
     turns: dict[str, list[tuple[int, dict[str, str], bool]]] = {}
     for row, values, is_repaired in _read_rows(path, TABLE_COLUMNS, ("text", "speaker"), TABLE_OPTIONS, encoding):
-        if not re.fullmatch(r"[\w-]+", values["dialogue"]):
+        if not _NAME.fullmatch("".join(c for c in values["dialogue"] if unicodedata.category(c)[0] != "M")):
             raise MsencError(
                 f"{path}, row {row}: dialogue is {values['dialogue']!r}; expected a name that all its turns share, of "
                 "letters, digits, - and _."
@@ -289,12 +314,15 @@ def _read_rows(
     except OSError as error:
         raise MsencError(f"{path}: cannot be read ({error.strerror}). Expected a readable CSV file.") from error
     text, recoded = decode_table(data, path, encoding)
+    begin = _SPREADSHEET_LINE.match(text)
+    text = text[begin.end() :]
+    separator = begin[1] or _separator(text, columns)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
             table = pd.read_csv(
                 io.StringIO(text, newline=""),
-                sep=_separator(text, columns),
+                sep=separator,
                 dtype=str,
                 keep_default_na=False,
                 skip_blank_lines=False,
@@ -308,9 +336,10 @@ def _read_rows(
     table.columns = table.columns.str.strip()
     _check_columns(path, [str(c) for c in table.columns], columns, options)
 
-    rows, line = [], 2  # the header is line 1
+    rows, line = [], 2 + len(re.findall(r"\r\n|\r|\n", begin[0]))  # the header is line 1
     for raw in table.to_dict("records"):
         values = {str(c): repair_encoding(v).strip() for c, v in raw.items()}
+        values |= {c: unicodedata.normalize("NFC", values[c]) for c in COMPOSED if c in values}
         next_line = line + 1 + sum(len(re.findall(r"\r\n|\r|\n", v)) for v in raw.values())  # of a quoted field
         is_repaired = any(repair_encoding(raw[c]) != raw[c] for c in texts if c in values) or any(
             number in recoded for number in range(line, next_line)
@@ -325,13 +354,19 @@ def _read_rows(
     return rows
 
 
+_SPREADSHEET_LINE = re.compile(r"[\r\n]*(?:\"?sep=([,;\t|])\"?[\r\n]+)?")
+"""What may stand before a header: blank lines, and how spreadsheets tell each other the separator."""
+
+
 def _separator(text: str, columns: Sequence[str]) -> str:
-    """What stands between the header's names: a comma, unless the columns are found with another sign alone."""
-    header = text.lstrip("\r\n").splitlines()[0] if text.strip() else ""
-    for separator in ",;\t|":
-        if set(columns) <= {name.strip(' "') for name in header.split(separator)}:
-            return separator
-    return ","
+    """What stands between the header's names: that which finds most of the columns, or else parts it the most."""
+    header = next(iter(text.splitlines()), "")
+
+    def fitness(separator: str) -> tuple[int, int]:
+        names = [name.strip(' "') for name in header.split(separator)]
+        return len({*columns} & {*names}), len(names)
+
+    return max(SEPARATORS, key=fitness)
 
 
 def _check_columns(path: Path, found: list[str], columns: Sequence[str], options: Sequence[str]) -> None:
@@ -354,7 +389,7 @@ def _check_columns(path: Path, found: list[str], columns: Sequence[str], options
 
 
 def _header(columns: Sequence[str]) -> str:
-    return f"a header with {', '.join(columns)}"
+    return f"a header with {', '.join(columns)}, between {', '.join(SEPARATORS.values())}"
 
 
 def _bracketed(path: Path, row: int, description: str) -> str:

@@ -5,8 +5,9 @@ that decodes goes through `open_clip` and `read_packets`, so that what holds for
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -118,6 +119,39 @@ def with_track(clip: str, track: int) -> str:
     parts = [] if span is None else [f"t={span[0]:.3f},{span[1]:.3f}"]
     parts += [f"track={track}"] + ([] if channel is None else [f"channel={channel}"])
     return f"{file}#{'&'.join(parts)}"
+
+
+class StoredNames:
+    """Finds files whose names' letters the disk spells in another way than a table: ``ë`` as one sign, or as two.
+
+    Args:
+        root: folder that the names start from.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._folders: dict[str, dict[str, list[str]]] = {}
+
+    def find(self, file: str) -> list[str]:
+        """The names below the root that the text is; of several none is the text itself. The text, where none is."""
+        if file.isascii() or (self.root / file).exists():
+            return [file]
+        *folders, last = file.split("/")
+        found = [""]
+        for part in (*folders, last):
+            wanted = unicodedata.normalize("NFC", part)
+            found = [f"{folder}{name}/" for folder in found for name in self._listed(folder).get(wanted, [])]
+        return [name.removesuffix("/") for name in found] or [file]
+
+    def _listed(self, folder: str) -> dict[str, list[str]]:
+        """Composed name -> the names of a folder that are it."""
+        if folder not in self._folders:
+            names: dict[str, list[str]] = {}
+            with suppress(OSError):
+                for path in sorted((self.root / folder).iterdir()):
+                    names.setdefault(unicodedata.normalize("NFC", path.name), []).append(path.name)
+            self._folders[folder] = names
+        return self._folders[folder]
 
 
 @dataclass

@@ -39,7 +39,18 @@ MOST_PROPOSED = 5
 # with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
 _DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
 _C1 = re.compile("[\x80-\x9f]")
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_BINARY = {b"PK\x03\x04": "a spreadsheet or an archive", b"\xd0\xcf\x11\xe0": "a spreadsheet", b"%PDF": "a PDF"}
+# Letters that show nothing by themselves: fillers, a joiner, selectors of a sign's variant.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
 
 def decode_table(data: bytes, path: Path, encoding: str | None = None) -> tuple[str, set[int]]:
@@ -54,8 +65,11 @@ def decode_table(data: bytes, path: Path, encoding: str | None = None) -> tuple[
         encoding: what the file is in, by its user's word.
 
     Raises:
-        MsencError: an unknown or wrong `encoding`, or lines that cannot be cp1252; it names what would fit.
+        MsencError: an unknown or wrong `encoding`, or lines that cannot be cp1252; it names what would fit. And a file
+            that is no text.
     """
+    if kind := next((kind for start, kind in _BINARY.items() if data.startswith(start)), None):
+        raise MsencError(f"{path}: this is {kind}, whatever its name says. Save the table as CSV, in UTF-8.")
     mark = next((name for start, name in _MARKS.items() if data.startswith(start)), None)
     if encoding is None and mark is None and (wide := _wide(data)):
         mark = wide
@@ -95,12 +109,11 @@ def decode_table(data: bytes, path: Path, encoding: str | None = None) -> tuple[
 
 
 def _wide(data: bytes) -> str | None:
-    """UTF-16 without a mark has a zero byte in nearly every second place."""
-    zeros = [data[i:4096:2].count(0) for i in (0, 1)]
-    most = max(zeros)
-    if most < len(data[:4096]) / 5 or min(zeros) > most / 20:
-        return None
-    return "utf-16-be" if zeros[0] == most else "utf-16-le"
+    """UTF-16 and UTF-32 without a mark show by the zeros in the columns' names, which are ASCII."""
+    for width, name in ((4, "utf-32"), (2, "utf-16")):
+        if match := re.search(rb"(?:[ -~]\0{%d}){4}" % (width - 1), data[:4096]):
+            return f"{name}-le" if match.start() % width == 0 else f"{name}-be"
+    return None
 
 
 def _as_cp1252(line: bytes) -> str:
@@ -169,7 +182,7 @@ def _is_common(letter: str) -> bool:
 def repair_encoding(text: str) -> str:
     r"""Undo double encoding, map C1 control characters through cp1252, make no-break spaces plain.
 
-    A text of nothing but controls and characters without width is empty.
+    A text of nothing but controls and characters that show nothing is empty.
 
     Example:
         >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85"), repair_encoding("\u200b\ufeff")
@@ -177,7 +190,7 @@ def repair_encoding(text: str) -> str:
     """
     text = _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)
     text = _C1.sub(lambda match: match[0].encode("latin-1").decode("cp1252", errors="ignore"), text)
-    if all(unicodedata.category(c)[0] in "CZ" for c in text):
+    if all(unicodedata.category(c)[0] in "CZ" for c in _UNSEEN.sub("", text)):
         return ""
     return text.replace("\u00a0", " ")
 

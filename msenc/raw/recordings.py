@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from msenc.files import digest, inside, write_text
 from msenc.raw import container, segment, speakers
-from msenc.raw.container import SUFFIXES, MediaError, with_track
+from msenc.raw.container import SUFFIXES, MediaError, StoredNames, with_track
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import read_audio
 from msenc.raw.segment import (
@@ -171,7 +171,15 @@ def _find_dialogues(root: Path) -> _Found:
         times = read_timestamps(root / FILE_NAME)
         notes = [f"{FILE_NAME}: {len(times.spans):,} dialogues, {times.hours:.2f} h."]
         notes += [f"Overlap, used as it is: {line}" for line in times.overlaps]
-        return _Found(times.spans, times.rejections, notes)
+        stored = StoredNames(root)
+        named = {span.video: stored.find(span.video) for span in times.spans}
+        notes += [
+            f"Several files are {video}, so none is taken: {', '.join(map(ascii, names))}. Rename them."
+            for video, names in named.items()
+            if len(names) > 1
+        ]
+        spans = [replace(s, video=n[0]) if len(n := named[s.video]) == 1 else s for s in times.spans]
+        return _Found(spans, times.rejections, notes)
     names = sorted(
         p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")
     )

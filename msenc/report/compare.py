@@ -18,7 +18,7 @@ from msenc.types import MsencError
 MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 PLANTED_KINDS = ("text", "audio", "video", "both")
 STREAMS = {"text", "audio", "video"}
-LOWER_IS_BETTER = ("nll", "perplexity", "repetition", "parse_failure_rate", "wer", "cer", "others")
+LOWER_IS_BETTER = ("nll", "perplexity", "repetition_4", "parse_failure_rate", "wer", "cer", "others")
 NEITHER_IS_BETTER = ("length_ratio",)
 DEFAULT = "(default)"
 
@@ -108,8 +108,10 @@ def direction_of(metric: str) -> int:
     """1 if higher is better, -1 if lower is, 0 if neither.
 
     Example:
-        >>> direction_of("nll"), direction_of("speech/speaker_similarity/others"), direction_of("rouge_l")
+        >>> direction_of("nll"), direction_of("speech/speaker_similarity/others"), direction_of("rouge_l-zh")
         (-1, -1, 1)
+        >>> direction_of("repetition_4"), direction_of("length_ratio")
+        (-1, 0)
     """
     parts = metric.removesuffix(" %").split("/")
     if parts[-1] in NEITHER_IS_BETTER:
@@ -185,9 +187,10 @@ def table_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def metric_order(name: str) -> tuple[int, str]:
-    """Sort key: the main metrics, then planted bits, then all others by name."""
+    """Sort key: the main metrics, of whatever tokenizer, then planted bits, then all others by name."""
     order = [*MAIN_METRICS, *(f"planted/{kind}/recovered %" for kind in PLANTED_KINDS)]
-    return (order.index(name), "") if name in order else (len(order), name)
+    plain = name.partition("-")[0]
+    return (order.index(plain), name) if plain in order else (len(order), name)
 
 
 def _have_items(configurations: Sequence[Configuration], metric: str) -> bool:

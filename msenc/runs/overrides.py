@@ -53,15 +53,17 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
     """Short forms as Hydra takes them.
 
     ``init_from=RUN`` -> ``init_from.run=RUN``: initialize everything from that run. And a key of ``model.llm.lora``
-    that no YAML lists may still be one of PEFT's: it gets the ``++`` that Hydra requires.
+    that no YAML lists may still be one of PEFT's, as one of ``prompt.template_arguments`` may be a chat template's: they
+    get the ``++`` that Hydra requires.
 
     Example:
         >>> spelt_out(["init_from=runs/single/A", "seed=2", "model.llm.lora.use_dora=true"])
         ['init_from.run=runs/single/A', 'seed=2', '++model.llm.lora.use_dora=true']
     """
     found = [a.replace("init_from=", "init_from.run=", 1) if a.startswith("init_from=") else a for a in arguments]
-    lora = re.compile(rf"model\.llm\.lora\.(?!({'|'.join(ALWAYS_THERE)})=)[\w.]+=")
-    return [f"++{a}" if lora.match(a) else a for a in found]
+    lora = rf"model\.llm\.lora\.(?!({'|'.join(ALWAYS_THERE)})=)"
+    unlisted = re.compile(rf"({lora}|prompt\.template_arguments\.)[\w.]+=")
+    return [f"++{a}" if unlisted.match(a) else a for a in found]
 
 
 def task_overrides(hydra: DictConfig) -> list[str]:

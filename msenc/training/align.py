@@ -330,7 +330,8 @@ def _make(
                     write_checkpoint({"state_dict": {}, "alignment": asdict(take())}, folder / PARTIAL)
 
             fit(connector, settings, lambda step: train.batch(step, settings), loss_of, state, on_step)
-        held_out = _Utterances(datamodule, labels, stream, "val").first(SCORED)
+        validates = config["data"]["val"] is not None
+        held_out = _Utterances(datamodule, labels, stream, "val").first(SCORED) if validates else []
         scores = score(connector, held_out, targets, settings.objective) if held_out else {}
     write_checkpoint({"state_dict": {k: v.cpu() for k, v in connector.state_dict().items()}}, folder / FILE)
     record = {

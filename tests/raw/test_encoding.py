@@ -49,10 +49,20 @@ def test_what_cannot_be_cp1252_is_refused_with_what_would_fit_and_read_when_told
     assert found.repaired == []
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
-def test_unicode_in_other_widths_is_read(encoding):
-    text = f"{HEADER}\na,d,Ana,Здравствуй Zoé,,,train\n"
+@pytest.mark.parametrize("turn", ["Здравствуй Zoé", "你今天过得怎么样" * 500], ids=["short", "long"])
+@pytest.mark.parametrize("first", ["", "气氛,"], ids=["ASCII first", "another column first"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
+def test_unicode_in_other_widths_is_read(encoding, first, turn):
+    text = f"{first}{HEADER}\n{first}a,d,Ana,{turn},,,train\n"
     assert decode_table(text.encode(encoding), Path("t.csv")) == (text, set())
+
+
+def test_a_spreadsheet_is_refused_as_what_it_is(tmp_path):
+    (tmp_path / "utterances.csv").write_bytes(b"PK\x03\x04\x14\0\6\0\x08\0\0\0!\0b\xee\x9dh")
+    with pytest.raises(MsencError, match=r"utterances\.csv: this is a spreadsheet.*Save the table as CSV, in UTF-8"):
+        read_table(tmp_path / "utterances.csv", "own", SPLIT)
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
@@ -64,10 +74,77 @@ def test_other_separators_are_found(tmp_path, separator):
     assert (dialogue.utterances[0].text, dialogue.utterances[0].start_s, dialogue.utterances[0].end_s) == ("Oh", 2, 3.5)
 
 
+@pytest.mark.parametrize("begin", ["", "\n\r\n", "sep=;\n", '"sep=;"\r\n'])
+def test_what_stands_before_a_header_is_no_row(tmp_path, begin):
+    path = tmp_path / "utterances.csv"
+    path.write_text(begin + f"{HEADER}\na.wav,d,Ana,Oh,x,y,train\n".replace(",", ";"), newline="")
+    found = read_table(path, "own", SPLIT)
+    assert texts_of(found) == ["Oh"]
+    assert found.rejections[0].row == 2 + begin.count("\n")
+
+
+def test_a_misspelt_column_is_named_whatever_separates_them(tmp_path):
+    path = tmp_path / "utterances.csv"
+    path.write_text(f"{HEADER}\n".replace(",", ";").replace("text", "txt"))
+    with pytest.raises(MsencError, match=r"no column text \(nearest: txt\); found clip, dialogue,.*semicolons"):
+        read_table(path, "own", SPLIT)
+
+
+UNSEEN = ["\u200b\ufeff", "\x07", "\u00ad \u200d", "\x00", "\u202e\u2060", "\ufe0f", "\u3164\u115f", "\u2800", "\u034f"]
+
+
 def test_texts_that_show_nothing_are_empty(tmp_path):
-    found = read_table(table(tmp_path, "Oh!", "\u200b\ufeff", "\x07", "\u00ad \u200d", "Yes."), "own", SPLIT)
-    assert texts_of(found) == ["Oh!", "Yes."]
-    assert [r.reason for r in found.rejections] == ["empty text"] * 3
+    found = read_table(table(tmp_path, "Oh!", *UNSEEN, "❤\ufe0f", "Yes."), "own", SPLIT)
+    assert texts_of(found) == ["Oh!", "❤\ufe0f", "Yes."]
+    assert [r.reason for r in found.rejections] == ["empty text"] * len(UNSEEN)
+
+
+TIMES = [
+    ("0:02", 2),
+    ("00:00:02", 2),
+    ("1:02:03,5", 3723.5),
+    ("62:00", 3720),
+    ("2", 2),
+    ("2,5", 2.5),
+    (" 0:02.25 ", 2.25),
+]
+
+
+@pytest.mark.parametrize(("written", "seconds"), TIMES)
+def test_times_are_read_as_people_write_them(tmp_path, written, seconds):
+    path = tmp_path / "utterances.csv"
+    path.write_text(f'{HEADER}\na.wav,d,Ana,Oh,"{written}","2:00:00",train\n')
+    (dialogue,) = read_table(path, "own", SPLIT).dialogues
+    assert (dialogue.utterances[0].start_s, dialogue.utterances[0].end_s) == (seconds, 7200)
+
+
+COMPOSED, PARTED = "Zoë", "Zoe\u0308"
+
+
+@pytest.mark.parametrize(("in_table", "on_disk"), [(COMPOSED, PARTED), (PARTED, COMPOSED), (PARTED, PARTED)])
+def test_names_meet_however_their_letters_are_composed(tmp_path, in_table, on_disk):
+    (tmp_path / on_disk).mkdir()
+    (tmp_path / on_disk / f"{on_disk} 1.wav").touch()
+    path = tmp_path / "utterances.csv"
+    rows = [f"{in_table}/{in_table} 1.wav,{name},{name},Oh,0,1,train" for name in (COMPOSED, PARTED)]
+    path.write_text("\n".join([HEADER, *rows]))
+    (dialogue,) = read_table(path, "own", SPLIT).stored_in(tmp_path).dialogues
+    assert {u.clip for u in dialogue.utterances} == {f"{on_disk}/{on_disk} 1.wav#t=0.000,1.000"}
+    assert {u.speaker for u in dialogue.utterances} == {COMPOSED}
+
+
+def test_of_several_files_that_a_name_may_be_none_is_guessed(tmp_path):
+    for name in ("é\u0065\u0301.wav", "e\u0301é.wav", "éé"):
+        (tmp_path / name).touch()
+    path = tmp_path / "utterances.csv"
+    rows = ["éé.wav,d,Ana,Oh,0,1,train", "é\u0065\u0301.wav,d,Ana,Ah,0,1,train", "ô.wav,d,Ana,Eh,,,train"]
+    path.write_text("\n".join([HEADER, *rows]))
+    found = read_table(path, "own", SPLIT).stored_in(tmp_path)
+    clips = [u.clip for u in found.dialogues[0].utterances]
+    assert clips == [None, "é\u0065\u0301.wav#t=0.000,1.000", "ô.wav"]
+    (rejection,) = found.rejections
+    assert (rejection.reason, rejection.file) == ("several files of this name", "éé.wav")
+    assert rejection.found == r"'e\u0301\xe9.wav', '\xe9e\u0301.wav'"
 
 
 @pytest.mark.parametrize("encoding", ["klingon", "ascii"])

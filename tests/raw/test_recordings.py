@@ -117,6 +117,20 @@ def test_bad_recordings_are_listed_and_the_others_used(raw_demo, tmp_path):
     assert (tmp_path / "data" / "utterances-rejected.csv").is_file()
 
 
+def test_videos_are_found_however_their_names_are_composed(raw_demo, tmp_path):
+    root = tmp_path / "raw"
+    root.mkdir()
+    shutil.copy(raw_demo / "video0.mp4", root / "Zoe\u0308.mp4")
+    for name in ("e\u0301é.mp4", "ée\u0301.mp4"):
+        (root / name).touch()
+    end = read_truth(raw_demo)[-1].end_s + 1
+    (root / "timestamp.json").write_text(json.dumps({"Zoë.mp4": [[0, end]], "éé.mp4": [[0, 1]]}))
+    transcript = transcribe_recordings("own", root, tmp_path / "data", _recipe(), 0)
+    assert {row["clip"] for row in _rows(transcript)} == {"Zoe\u0308.mp4"}
+    assert [(r.file, r.reason) for r in transcript.rejections] == [("éé.mp4", "recording missing")]
+    assert any("Several files are éé.mp4" in note for note in transcript.notes)
+
+
 def test_without_timestamps_each_recording_is_a_dialogue(raw_demo, tmp_path):
     root = tmp_path / "raw"
     (root / "more").mkdir(parents=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media import RATE, Track, Video, tone, write, write_endless_flac
+from media import RATE, Track, Video, noise, one_bad, tone, write, write_endless_flac, write_endless_wav
 
 from msenc.models.encoders import LogMel, Pixels
 from msenc.prepare.dataset import prepare_dataset
@@ -75,6 +75,9 @@ def root(tmp_path) -> Path:
     write_wav_header(root / "fast.wav", 2**31 - 1)
     write_wav_header(root / "none.wav", 0)
     write_huge(root / "huge.mkv")
+    write_endless_flac(root / "endless.flac")
+    write_endless_wav(root / "endless.wav")
+    write(root / "damaged.mkv", Track([(0.0, noise(6))]), video=Video(seconds=6), damage=one_bad)
     (root / "link.mp4").symlink_to(secret)
     (root / "broken.mp4").symlink_to(tmp_path / "nothing")
     return root
@@ -98,8 +101,7 @@ def test_a_preparation_with_hostile_clips_ends_and_lists_them(root, tmp_path):
     reasons = {clip_of[r.id]: r.reason for r in audit.rejections if r.what == "audio"}
     assert {name for name in names if name not in reasons} == {
         *(f"good{n}.mp4" for n in range(4)),
-        "link.mp4",
-        "huge.mkv",
+        *("link.mp4", "huge.mkv", "endless.flac", "endless.wav", "damaged.mkv"),
     }
     assert {reasons[name] for name in LISTS} == {"playlist"}
     assert {reasons[name] for name in OTHERS} == {"clip corrupt"}
@@ -109,6 +111,11 @@ def test_a_preparation_with_hostile_clips_ends_and_lists_them(root, tmp_path):
     assert video["huge.mkv"] in ("clip too large", "clip corrupt")
     assert sum(n for reason, n in manifest.rejected.items() if "playlist" in reason) == 2 * len(LISTS)
     assert {flag.file for flag in audit.flags if flag.flag == "playlist"} == {*LISTS}
+    assert {flag.file for flag in audit.flags if flag.flag == "damaged_packets"} >= {"damaged.mkv"}
+    listed = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8")
+    assert all(name in listed for name in (*LISTS, *OTHERS, "slow.wav", "fast.wav", "broken.mp4"))
+    turns = sum(stream.utterances.get("train", 0) for name, stream in manifest.streams.items() if "logmel" in name)
+    assert turns == len(names) - len(reasons) - sum(clip_of[f"mine/test/dia0/utt{n}"] not in reasons for n in (0, 1))
 
 
 @pytest.mark.parametrize("name", [*LISTS, *OTHERS])

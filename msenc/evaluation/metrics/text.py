@@ -20,6 +20,9 @@ from msenc.evaluation.metrics.scores import Scorer
 from msenc.evaluation.metrics.words import with_tokenizer
 from msenc.types import MsencError, Reply
 
+CUT_INTO_WORDS = ("bleu", "sacrebleu", "rouge_l", "cider")
+"""Metrics that take a tokenizer."""
+
 TEXT_METRICS: dict[str, Callable[..., Scorer]] = {
     "bleu": lambda tokenizer="auto": with_tokenizer(bleu, tokenizer),
     "sacrebleu": lambda tokenizer="auto": with_tokenizer(make_sacrebleu(), tokenizer, make_sacrebleu("none")),
@@ -42,28 +45,50 @@ DEFAULT_METRICS = ("bleu", "rouge_l", "distinct", "repetition", "length_ratio")
 """Metrics that cost almost nothing and need no extra."""
 
 
-def build_text_metrics(
-    names: Sequence[str], settings: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Scorer]:
+def build_text_metrics(names: Sequence[str], settings: Mapping[str, Any] | None = None) -> dict[str, Scorer]:
     """Load whatever metrics need, so that missing parts are refused before anything is measured.
 
     Args:
         names: of `TEXT_METRICS`.
-        settings: name -> the metric's settings; those of metrics that are not requested are ignored.
+        settings: see `settings_of`; those of metrics that are not requested are ignored.
 
     Raises:
         MsencError: an unknown metric, a missing or unknown setting, or a missing package or model.
     """
     scorers = {}
+    for name in settings or {}:
+        if name not in (*TEXT_METRICS, "tokenizer"):
+            raise MsencError(
+                f"metric_settings.{name}: no such metric. Expected tokenizer, or one of {', '.join(TEXT_METRICS)}."
+            )
     for name in names:
         if name not in TEXT_METRICS:
             raise MsencError(f"metrics: found {name!r}, expected names among {', '.join(TEXT_METRICS)}.")
-        given = dict((settings or {}).get(name, {}))
+        given = settings_of(name, settings or {}) or {}
         try:
             scorers[name] = TEXT_METRICS[name](**given)
         except TypeError as error:
             raise MsencError(f"metric_settings.{name}: found {given}, but {error}.") from error
     return scorers
+
+
+def settings_of(name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A metric's own settings, and the tokenizer of all metrics if it has none of its own.
+
+    Args:
+        name: of the metric.
+        settings: name -> the metric's settings; ``tokenizer`` -> that of all `CUT_INTO_WORDS`.
+
+    Example:
+        >>> settings_of("cider", {"tokenizer": "zh"}), settings_of("distinct", {"tokenizer": "zh"})
+        ({'tokenizer': 'zh'}, None)
+    """
+    own, tokenizer = settings.get(name), settings.get("tokenizer")
+    if own is not None and not isinstance(own, Mapping):
+        raise MsencError(f"metric_settings.{name}: found {own!r}, expected its settings, such as tokenizer: zh.")
+    if tokenizer is None or name not in CUT_INTO_WORDS:
+        return None if own is None else dict(own)
+    return {"tokenizer": tokenizer, **(own or {})}
 
 
 def score_replies(

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from msenc.evaluation.metrics.scores import Scorer, Scores
 from msenc.types import MsencError, needing
@@ -24,8 +25,7 @@ def with_tokenizer(score: Scorer, tokenizer: str, on_words: Scorer | None = None
 
     Args:
         score: the metric with its own tokenization: ``default``, which ``auto`` uses for Latin script.
-        tokenizer: one of `TOKENIZERS`; ``auto`` decides by the script of most letters of the references: ``default``
-            for Latin, ``characters`` for scripts without spaces, ``words`` for all others.
+        tokenizer: one of `TOKENIZERS`; ``auto`` is what `tokenizer_of` selects for the references.
         on_words: the metric for texts split only at white space; `score` if None.
 
     Returns:
@@ -35,7 +35,7 @@ def with_tokenizer(score: Scorer, tokenizer: str, on_words: Scorer | None = None
         MsencError: an unknown tokenizer, or a package that it needs is missing.
     """
     if tokenizer not in TOKENIZERS:
-        raise MsencError(f"metric_settings: no tokenizer {tokenizer!r}. Expected one of {', '.join(TOKENIZERS)}.")
+        raise MsencError(f"metric_settings.tokenizer: found {tokenizer!r}, expected one of {', '.join(TOKENIZERS)}.")
     known = {} if tokenizer == "auto" else {tokenizer: _cutter(tokenizer)}
 
     def tokenized(replies: Sequence[str], references: Sequence[str]) -> Scores:
@@ -50,15 +50,29 @@ def with_tokenizer(score: Scorer, tokenizer: str, on_words: Scorer | None = None
 
 
 def tokenizer_of(texts: Sequence[str]) -> str:
-    """The tokenizer that ``auto`` selects for these texts.
+    """The tokenizer that ``auto`` selects: ``default`` if most letters are Latin and no text is without a to z.
+
+    Otherwise ``characters`` if there is a letter of a script without spaces, else ``words``.
 
     Example:
-        >>> tokenizer_of(["Oh, naïve!"]), tokenizer_of(["今天天气很好"]), tokenizer_of(["Доброе утро", "нет"])
+        >>> tokenizer_of(["Oh, naïve!", "..."]), tokenizer_of(["今天天气很好"]), tokenizer_of(["Доброе утро", "нет"])
         ('default', 'characters', 'words')
+        >>> tokenizer_of(["Good morning!", "早上好"]), tokenizer_of(["Good morning!", "👍"])
+        ('characters', 'words')
     """
-    scripts = Counter(_script(c) for text in texts for c in text if c.isalpha())
-    most = scripts.most_common(1)[0][0] if scripts else "LATIN"
-    return "default" if most == "LATIN" else "characters" if most in UNSPACED else "words"
+    letters = Counter(c for text in texts for c in text if c.isalpha())
+    scripts: Counter[str] = Counter()
+    for letter, number in letters.items():
+        scripts[_script(letter)] += number
+    is_latin = not scripts or scripts.most_common(1)[0][0] == "LATIN"
+    if is_latin and all(re.search("[A-Za-z0-9]", text) or not _says_something(text) for text in texts):
+        return "default"
+    return "characters" if scripts.keys() & {*UNSPACED} else "words"
+
+
+def _says_something(text: str) -> bool:
+    """Whether a text is more than punctuation: it has letters, digits, or signs such as emoji."""
+    return any(unicodedata.category(c) in ("So", "Nd", "No", "Nl") or c.isalpha() for c in text)
 
 
 def _script(letter: str) -> str:
@@ -82,12 +96,18 @@ def characters(text: str) -> list[str]:
     """Every character of a script without spaces with its marks; words of other scripts.
 
     Example:
-        >>> characters("我用 iPhone。")
-        ['我', '用', 'iphone', '。']
+        >>> characters("我用 iPhone。"), characters("Привет东京")
+        (['我', '用', 'iphone', '。'], ['привет', '东', '京'])
     """
-    found = []
+    found: list[str] = []
     for word in words(text):
-        found += re.findall(r"[\x00-\u024f]+|.[\u0300-\u036f\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ebc]*", word)
+        found.append(word[0])
+        for before, c in pairwise(word):
+            is_mark = unicodedata.category(c)[0] == "M"
+            if is_mark or not (_script(before) in UNSPACED or _script(c) in UNSPACED):
+                found[-1] += c
+            else:
+                found.append(c)
     return found
 
 
@@ -99,6 +119,9 @@ def _cutter(name: str) -> Callable[[str], list[str]]:
 
         try:
             tokenizer = BLEU(tokenize=name).tokenizer
-        except RuntimeError as error:  # MeCab is a separate package
-            raise ImportError(str(error).strip().splitlines()[0], name="mecab") from error
+        except RuntimeError as error:  # MeCab and its dictionaries are separate packages
+            raise MsencError(
+                f"The tokenizer {name} needs MeCab, which is not installed: pip install 'sacrebleu[{name[:2]}]'. "
+                "Or use tokenizer=characters."
+            ) from error
     return lambda text: tokenizer(text).split()
