@@ -217,6 +217,13 @@ def test_an_unknown_stage_is_refused(prepare, raw_demo):
         prepare(raw_demo, "data=demo", "stage=segment")
 
 
+def test_channels_are_mixed_or_speakers(prepare, raw_demo, listening, tmp_path):
+    with pytest.raises(MsencError, match=r"data\.recordings\.channels=stereo: expected mix, or speakers"):
+        prepare(raw_demo, SPLIT, "data.recordings.channels=stereo")
+    with pytest.raises(MsencError, match=r"no utterance was found in 3 dialogues. 3 x one channel"):
+        prepare(raw_demo, SPLIT, "data.recordings.channels=speakers")
+
+
 @pytest.mark.real
 def test_the_raw_demo_is_found_out_by_real_models(home, tmp_path):
     whisper = Path(os.environ.get("MSENC_MODELS", "")) / "whisper-base"

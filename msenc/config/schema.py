@@ -84,11 +84,13 @@ class RecordingsConfig:
         recogniser: ``_target_`` node: sound -> words.
         speaker_encoder: ``_target_`` node: sound -> a vector that tells the voice.
         split: of the dialogues.
+        channels: ``mix`` of them is listened to; ``speakers``: each holds one speaker.
     """
 
     segment: Any = MISSING
     recogniser: Any = MISSING
     speaker_encoder: Any = MISSING
+    channels: str = "mix"
     split: SplitConfig = field(default_factory=SplitConfig)
 
 

@@ -175,6 +175,12 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     if data["table"] or (stage in (None, "audit") and table.is_file()):
         return read_table(table, data["name"], split, labels, data["encoding"]).stored_in(root).with_track(track)
 
+    if data["recordings"]["channels"] not in ("mix", "speakers"):
+        raise MsencError(
+            f"data.recordings.channels={data['recordings']['channels']}: expected mix, or speakers where each channel "
+            "holds one speaker."
+        )
+
     def make_part(name: str) -> Callable[[], Any]:
         return build({**recordings[name], "_partial_": True}, f"data.recordings.{name}")
 
@@ -185,6 +191,7 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
         settings={key: recordings[key] for key in ("recogniser", "speaker_encoder")},
         split=split,
         track=track,
+        per_channel=data["recordings"]["channels"] == "speakers",
     )
     last = stage if stage in STAGES else None
     made = transcribe_recordings(data["name"], root, folder, recipe, config["prepare_workers"], last, part)

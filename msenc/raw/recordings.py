@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from msenc.files import digest, inside, write_text
-from msenc.raw import container, segment, speakers
+from msenc.raw import channels, container, segment, speakers
 from msenc.raw.container import SUFFIXES, MediaError, StoredNames, with_track
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import read_audio
@@ -56,6 +56,7 @@ class Recipe:
         settings: the configs of both, by ``recogniser`` and ``speaker_encoder``: work is done anew where they change.
         split: `msenc.raw.splits.split_dialogues`'s rule, fractions and seed.
         track: of the recordings' audio, from 1 on; None: the one marked as default.
+        per_channel: whether each channel holds one speaker, and is listened to by itself.
     """
 
     segment: SegmentSettings
@@ -64,6 +65,7 @@ class Recipe:
     settings: Mapping[str, Any]
     split: Mapping[str, Any]
     track: int | None = None
+    per_channel: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def transcribe_recordings(
     splits = split_dialogues(videos=sources, has_target=has_target, **recipe.split)
     ids = [f"{name}/{split}/dia{number}" for number, split in enumerate(splits)]
     rejections = [*found.rejections, *(_rejection(ids[n], found.spans[n], rejected[n]) for n in sorted(rejected))]
-    return _write(folder, found, columns, ids, rejections)
+    return _write(folder, found, columns, ids, rejections, recipe.per_channel)
 
 
 def _find_dialogues(root: Path) -> _Found:
@@ -205,6 +207,7 @@ def _item(
     columns: Sequence[Any],
 ) -> Item:
     place = [hashes[span.video], span.start_s, span.end_s, recipe.track]
+    place += [channels.VERSION] if recipe.per_channel else []
     settings = {
         "segment": [segment.VERSION, speakers.VERSION, asdict(recipe.segment), recipe.settings["speaker_encoder"]],
         "transcribe": [recipe.settings["recogniser"]],
@@ -218,66 +221,81 @@ def _item(
 
 def _make_work(stage: str, root: Path, recipe: Recipe) -> Callable[[], Callable[[Any], Members]]:
     if stage == "segment":
-        return partial(SegmentWork, root, recipe.track, recipe.segment, recipe.make_encoder)
-    return partial(TranscribeWork, root, recipe.track, recipe.make_recogniser)
+        return partial(SegmentWork, root, recipe)
+    return partial(TranscribeWork, root, recipe)
+
+
+Sounds = dict[str | None, np.ndarray]
+"""Who speaks in a sound, where it is known -> the sound."""
 
 
 class _Work:
     """A dialogue -> what a stage finds in it, or why it cannot be used."""
 
-    def __init__(self, root: Path, track: int | None) -> None:
+    def __init__(self, root: Path, recipe: Recipe) -> None:
         self.root = root
-        self.track = track
+        self.track = recipe.track
+        self.per_channel = recipe.per_channel
 
     def __call__(self, input: tuple[DialogueSpan, list[Stretch] | None]) -> Members:
         span, utterances = input
         try:
             with one_thread():
                 video = span.video if self.track is None else with_track(span.video, self.track)
-                sound = read_audio(self.root / video, SAMPLE_RATE, (span.start_s, span.end_s))
-                return {"outcome.json": {"found": self.find(span, sound, utterances)}}
+                place = self.root / video, SAMPLE_RATE, (span.start_s, span.end_s)
+                if self.per_channel:
+                    sounds: Sounds = {str(n): sound for n, sound in enumerate(channels.read_channels(*place))}
+                else:
+                    sounds = {None: read_audio(*place)}
+                return {"outcome.json": {"found": self.find(span, sounds, utterances)}}
         except MediaError as error:
             return {"outcome.json": {"rejected": error.reason}}
 
-    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: list[Stretch] | None) -> list[Any]:
+    def find(self, span: DialogueSpan, sounds: Sounds, utterances: list[Stretch] | None) -> list[Any]:
         raise NotImplementedError
 
 
 class SegmentWork(_Work):
     """A dialogue -> [start, end, speaker] of its utterances, in seconds of the recording."""
 
-    def __init__(
-        self,
-        root: Path,
-        track: int | None,
-        settings: SegmentSettings,
-        make_encoder: Callable[[], SpeakerEncoder],
-    ) -> None:
-        super().__init__(root, track)
-        self.settings = settings
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        super().__init__(root, recipe)
+        self.settings = recipe.segment
         self.detect = load_speech_detector()
-        self.encode = make_encoder()
+        self.encode = None if recipe.per_channel else recipe.make_encoder()
 
-    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: list[Stretch] | None) -> list[Any]:
+    def find(self, span: DialogueSpan, sounds: Sounds, utterances: list[Stretch] | None) -> list[Any]:
         """Speech, speakers and cuts -> utterances."""
-        speech = self.detect(sound, self.settings.speech_threshold)
-        if not speech:
+        spoken = {speaker: self.detect(sound, self.settings.speech_threshold) for speaker, sound in sounds.items()}
+        if not any(spoken.values()):
             raise MediaError("no speech")
         cuts = find_cuts(self.root / span.video, (span.start_s, span.end_s), self.settings.scene_threshold)
-        stretches = find_speakers(sound, speech, self.encode)
-        found = cut_utterances(stretches, cuts, self.settings, quietest_moment(sound))
-        return [[*(round(span.start_s + t, 3) for t in times), speaker] for *times, speaker in found]
+        found: list[Stretch] = []
+        for speaker, speech in spoken.items():
+            if speaker is None:
+                stretches = find_speakers(sounds[speaker], speech, self.encode)
+            else:
+                stretches = [(*times, speaker) for times in speech]
+            found += cut_utterances(stretches, cuts, self.settings, quietest_moment(sounds[speaker]))
+        return [[*(round(span.start_s + t, 3) for t in times), speaker] for *times, speaker in sorted(found)]
 
 
 class TranscribeWork(_Work):
     """A dialogue's utterances -> their words."""
 
-    def __init__(self, root: Path, track: int | None, make_recogniser: Callable[[], Any]) -> None:
-        super().__init__(root, track)
-        self.recogniser = make_recogniser()
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        super().__init__(root, recipe)
+        self.recogniser = recipe.make_recogniser()
 
-    def find(self, span: DialogueSpan, sound: np.ndarray, utterances: list[Stretch] | None) -> list[Any]:
+    def find(self, span: DialogueSpan, sounds: Sounds, utterances: list[Stretch] | None) -> list[Any]:
         """Words of each utterance, which is heard with a little of the pauses around it."""
+        heard: dict[int, np.ndarray] = {}
+        for speaker, sound in sounds.items():
+            own = [n for n, stretch in enumerate(utterances) if speaker in (None, stretch[2])]
+            heard |= zip(own, self._slices(span, sound, [utterances[n] for n in own]), strict=True)
+        return self.recogniser.texts([heard[n] for n in range(len(utterances))])
+
+    def _slices(self, span: DialogueSpan, sound: np.ndarray, utterances: list[Stretch]) -> list[np.ndarray]:
         starts = [start for start, *_ in utterances]
         ends = [end for _, end, _ in utterances]
         sounds = []
@@ -287,7 +305,7 @@ class TranscribeWork(_Work):
             first = max(start - _MARGIN_S, (previous + start) / 2, span.start_s)
             last = min(end + _MARGIN_S, (end + following) / 2)
             sounds.append(_slice(sound, first - span.start_s, last - span.start_s))
-        return self.recogniser.texts(sounds)
+        return sounds
 
 
 def _slice(sound: np.ndarray, start_s: float, end_s: float) -> np.ndarray:
@@ -316,6 +334,7 @@ def _write(
     columns: Mapping[int, list[Any]],
     ids: Sequence[str],
     rejections: list[Rejection],
+    per_channel: bool,
 ) -> Transcript:
     rows: list[tuple[str, ...]] = []
     for number, (stretches, texts) in columns.items():
@@ -323,8 +342,9 @@ def _write(
         _, split, dialogue = ids[number].split("/")
         for turn, ((start_s, end_s, speaker), text) in enumerate(zip(stretches, texts, strict=True)):
             text = re.sub(r"\s+", " ", text).strip()
+            clip = f"{video}#channel={int(speaker) + 1}" if per_channel else video
             if _has_words(text):
-                rows.append((video, f"{start_s:.3f}", f"{end_s:.3f}", dialogue, speaker, text, split))
+                rows.append((clip, f"{start_s:.3f}", f"{end_s:.3f}", dialogue, speaker, text, split))
             else:
                 place = f"{start_s:g} to {end_s:g} s"
                 rejections.append(Rejection(f"{ids[number]}/span{turn}", "row", "no words", video, found=place))

@@ -53,8 +53,8 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
     """Short forms as Hydra takes them.
 
     ``init_from=RUN`` -> ``init_from.run=RUN``: initialize everything from that run. And a key of ``model.llm.lora``
-    that no YAML lists may still be one of PEFT's, as one of ``prompt.template_arguments`` may be a chat template's: they
-    get the ``++`` that Hydra requires.
+    that no YAML lists may still be one of PEFT's, as one of ``prompt.template_arguments`` may be a chat template's:
+    they get the ``++`` that Hydra requires.
 
     Example:
         >>> spelt_out(["init_from=runs/single/A", "seed=2", "model.llm.lora.use_dora=true"])
