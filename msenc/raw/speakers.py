@@ -16,7 +16,7 @@ HOP_S = 0.25
 OTHER_VOICE = 0.35
 """Mean cosine distance of two clusters of the default encoder's windows, above which they are two speakers.
 
-Chosen on two real meetings, four real and 20 synthetic voices: `benchmarks/speakers.py`. From 0.32 to 0.36 all agree.
+Chosen on two real meetings, a reader, and synthetic meetings (docs/log.md): best from 0.34 to 0.36, worse beyond.
 """
 NOBODY = -1
 
