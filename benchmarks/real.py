@@ -41,7 +41,7 @@ GRID_WORDS = (
     },
     {"a": "again", "n": "now", "p": "please", "s": "soon"},
 )
-GRID_WOMEN = ("brbk7n", "lrwp9a")  # by listening; the others are men
+GRID_WOMEN = ("brbk7n", "lrwp9a")  # by pitch and formants, measured apart from msenc; the others are men
 MIN_ALONE = 0.7  # of a meeting's utterance, in which its speaker alone speaks, for the gender to be judged
 
 
