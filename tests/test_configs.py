@@ -36,6 +36,7 @@ GROUPS = {
     "decoding": ["train", "evaluate", "respond"],
     "experiment": ["train"],
     "hydra": ["train", "prepare", "evaluate", "report", "respond"],
+    "hydra/launcher": ["train"],
     "logger": ["train"],
     "modality": ["train", "prepare"],
     "model/audio": ["train", "prepare"],
@@ -162,6 +163,8 @@ BINDS_ONLY = {
     "data/raw_demo": "needs a recogniser (tests/test_own_data.py)",
     "experiment/zero_shot": "trains nothing (tests/test_evaluate.py has it as a baseline)",
     "hydra/in_place": "for scripts that do not train",
+    "hydra/launcher/slurm": "needs Slurm",
+    "hydra/launcher/slurm_multi_node": "needs Slurm",
     "logger/wandb": "needs the extra wandb and its service",
     "speech/espeak": "speaks replies, which evaluate.py writes",
     "speech/openai": "speaks replies, by a server",
@@ -170,6 +173,7 @@ BINDS_ONLY = {
     **{f"sweep/{f.stem}": "its rows are trained one by one" for f in files_of("sweep")},
     "trainer/ddp": "needs two processes",
     "trainer/gpu": "needs a GPU",
+    "trainer/multi_node": "needs GPUs of several nodes",
 }
 
 

@@ -276,7 +276,7 @@ def test_controls_that_the_run_cannot_have_are_refused(finished, compose, train)
         MsencError, match=r"control=zero_video: this run has no such control\. Expected one of: .*zero_audio"
     ):
         measure(compose, finished.run, "control=zero_video")
-    with pytest.raises(MsencError, match="control_draws=0: expected 1 or more"):
+    with pytest.raises(MsencError, match="control_draws: found 0, expected .*1 or more"):
         measure(compose, finished.run, "control=shuffle", "control_draws=0")
     assert evaluations(finished.run).keys() == before
     with pytest.raises(MsencError, match="control=zero_audio: this run has no such control"):
@@ -550,7 +550,7 @@ def test_nothing_is_prepared_to_a_url(demo_home, compose, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     to_url = [f"{key}=s3://bucket/x", "model.llm.name_or_path=s3://bucket/x"]
     cfg = compose([*SMALL_DEMO, *to_url, "prepare_workers=0"], "prepare")
-    with pytest.raises(MsencError, match=rf"{key}=s3://bucket/x: a URL, expected a folder of this machine"):
+    with pytest.raises(MsencError, match=rf"{key}=s3://bucket/x: a URL, expected a local folder"):
         prepare(cfg)
     assert not (tmp_path / "s3:").exists()
 
@@ -558,7 +558,7 @@ def test_nothing_is_prepared_to_a_url(demo_home, compose, tmp_path, monkeypatch,
 def test_the_command_has_what_an_experiment_chose(train, compose, demo_home):
     overrides = ["modality=text_audio", f"model.llm.name_or_path={demo_home / 'data' / 'tiny-llm'}"]
     with pytest.raises(MsencError, match=r"dataset\.json: missing") as caught:
-        train(["experiment=paper_meld", *overrides])
+        train(["experiment=paper_meld", *overrides, "trainer=cpu"])
     command = str(caught.value).rpartition("Run: ")[2]
     cfg = compose(shlex.split(command)[2:], "prepare")
     assert (cfg.data.name, cfg.model.streams.audio.name, cfg.data.root) == ("meld", "wavlm_large", "FOLDER")
