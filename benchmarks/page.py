@@ -218,7 +218,7 @@ def check_replies(agent: Any, config: Mapping[str, Any], saved: bytes, sent: Seq
 @contextmanager
 def served(run: Path, folder: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
     """The page in a process whose temporary files lie in a folder: its address, and the process's id."""
-    command = [sys.executable, str(ROOT / "respond.py"), "page=true", f"run_dir={quoted_value(str(run))}"]
+    command = [sys.executable, str(ROOT / "respond.py"), "page=true", f"run_dir={run}"]
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(
         [*command, f"runs_dir={folder}", *OVERRIDES, *overrides],

@@ -55,7 +55,7 @@ def test_runs_that_share_an_alignment_make_it_once_and_say_what_it_was_made_of(f
     assert [name.partition("-")[0] for name in made] == ["audio", "video"]
     capsys.readouterr()
     two = read_json(fresh([*COLUMN, *FAST, "modality=text_video", "seed=2"], "two").folder / "run.json")
-    assert "taken from" in capsys.readouterr().out
+    assert "already aligned, loaded from" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "runs" / "alignments").iterdir()) == made
     assert two["alignments"]["video"]["reused"]
     assert not one["alignments"]["video"]["reused"]
@@ -127,7 +127,7 @@ def spoil_other(folder):
         (spoil_one, [], r"align\.labels\.video: all .* have the same label 'joy'"),
         (spoil_other, [], r"no utterance of the train split has a label.*labels of meld/.*the data has demo/"),
         (None, ["align.labels.video.column=Emotoin"], r"column=Emotoin: no such column.*Did you mean 'Emotion'"),
-        (None, ["align.labels.video.source=colunm"], r"source: 'colunm'.*Did you mean 'column'"),
+        (None, ["align.labels.video.source=colunm"], r"source: found 'colunm'.*Did you mean 'column'"),
         (None, ["align.labels.video.attributes=[pich]"], r"no attribute 'pich'.*Did you mean 'pitch'"),
         (None, ["align.objective=lm"], r"align\.objective: found 'lm'"),
         (None, ["stage=algin"], r"stage=algin: expected align"),

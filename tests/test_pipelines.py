@@ -276,7 +276,7 @@ def test_controls_that_the_run_cannot_have_are_refused(finished, compose, train)
         MsencError, match=r"control=zero_video: this run has no such control\. Expected one of: .*zero_audio"
     ):
         measure(compose, finished.run, "control=zero_video")
-    with pytest.raises(MsencError, match="control_draws: found 0, expected .*1 or more"):
+    with pytest.raises(MsencError, match=r"control_draws: found 0, expected .*1 or more"):
         measure(compose, finished.run, "control=shuffle", "control_draws=0")
     assert evaluations(finished.run).keys() == before
     with pytest.raises(MsencError, match="control=zero_audio: this run has no such control"):

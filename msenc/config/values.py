@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from msenc.config.hints import nearest
 from msenc.files.kinds import Count, MisfitError, Must, Name, Split, check, short
 from msenc.types import MsencError
 
@@ -63,7 +64,7 @@ VALUES: dict[str, Any] = {
     # the commands' own
     "seed": Seed,
     "modality": Text,
-    "stage": Literal["align", "audit", "segment", "transcribe", "speakers"] | None,
+    "stage": Text | None,
     "evaluate": Split | None,
     "split": Split,
     "checkpoint": Text,
@@ -72,7 +73,7 @@ VALUES: dict[str, Any] = {
     "control_draws": Positive,
     "limit": Positive | None,
     "metrics": Texts,
-    "metric_settings": dict[str, dict[str, Any] | None],
+    "metric_settings": dict[str, dict[str, Any] | Text | None],
     "speech_metrics": Texts,
     "speech_workers": Workers,
     "prepare_workers": Workers,
@@ -99,6 +100,8 @@ VALUES: dict[str, Any] = {
     "host": Text,
     "port": Port | None,
     "max_upload_mb": Positive,
+    "max_total_mb": Positive,
+    "page_password": str | None,
     "plugins": Texts,
     "urls": Texts,
     "paths.data_dir": Folder,
@@ -126,6 +129,9 @@ VALUES: dict[str, Any] = {
     # data
     "data.name": Name,
     "data.dir": Place,
+    "data.val": Text | None,
+    "data.voice.loudness": Literal["relative", "absolute"],
+    "data.recordings.channels": Literal["mix", "speakers"],
     "data.root": Text,
     "data.table": Text | None,
     "data.encoding": Text | None,
@@ -301,7 +307,15 @@ def check_value(key: str, value: Any, kind: Any) -> None:
         check(value, kind)
     except MisfitError as misfit:
         place = ".".join([key, *reversed(misfit.place)]).replace(".[", "[")
-        raise MsencError(f"{place}: found {typed(misfit.found)}, expected {misfit.expected}.") from misfit
+        hint = nearest(misfit.found, _names(kind)).partition(" Valid")[0] if isinstance(misfit.found, str) else ""
+        raise MsencError(f"{place}: found {typed(misfit.found)}, expected {misfit.expected}.{hint}") from misfit
+
+
+def _names(kind: Any) -> list[str]:
+    """The names among which a kind chooses."""
+    if get_origin(kind) is Literal:
+        return [name for name in get_args(kind) if isinstance(name, str)]
+    return [name for part in get_args(kind) for name in _names(part)]
 
 
 def typed(value: Any) -> str:

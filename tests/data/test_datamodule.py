@@ -393,7 +393,8 @@ def test_a_limit_counts_dialogues_and_not_units(prepared, tokenizer):
 def test_processes_divide_validation_and_training(prepared, tokenizer):
     def targets(rank, world_size, name):
         datamodule = module_of(prepared, tokenizer, batch_size=3)
-        datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
         return [batch.target_ids for batch in getattr(datamodule, name)()]
 
     for name in ("train_dataloader", "val_dataloader"):

@@ -1,6 +1,7 @@
 """A control against a model whose use of the audio is known: a listener that is right about what it hears so often."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -36,6 +37,9 @@ class Listener(nn.Module):
         super().__init__()
         self.moods = moods
         self.odds = nn.Parameter(torch.tensor(float(odds)))
+
+    def computing(self):
+        return nullcontext()
 
     def forward(self, batch):
         audio = batch.streams["audio"]

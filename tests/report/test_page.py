@@ -97,7 +97,9 @@ def test_several_folders_make_one_report(tmp_path, capsys):
     assert not (second / "report").exists()
 
 
-@pytest.mark.parametrize(("given", "expected"), [("???", "no value"), (None, "no value"), (3, "No folder 3")])
+@pytest.mark.parametrize(
+    ("given", "expected"), [("???", "no value"), (None, "no value"), (3, "sweep_dir: found 3, expected")]
+)
 def test_no_folder_is_refused(given, expected):
     with pytest.raises(MsencError, match=expected):
         report(OmegaConf.create({"sweep_dir": given, "split": "test", "settings": None}))

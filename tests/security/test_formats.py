@@ -263,7 +263,7 @@ PLACES: list[tuple[str, tuple[str | int, ...], Any, str]] = [
     ("export.json", ("format_version",), 9, r"export.json: format_version 9"),
     ("export.json", ("streams", "audio", "dim"), "16", r"export.json, streams.audio.dim: found '16'"),
     ("export.json", ("llm", "trained"), "pickle", r"export.json, llm.trained: found 'pickle', expected one of adapter"),
-    ("export.json", ("connector",), None, r"export.json, connector: found null, expected one"),
+    ("export.json", ("connector",), None, r"export.json, connector: found null, expected a connector"),
     ("export.json", ("connector", "num_blocks"), "x", r"export.json: cannot be loaded \('str' object cannot be"),
     ("export.json", ("connector", "other"), 1, r"export.json: cannot be loaded \(.* unexpected keyword"),
     ("export.json", ("prompt", "other"), 1, r"export.json: cannot be loaded \(.* unexpected keyword"),

@@ -271,7 +271,7 @@ def test_who_goes_in_mid_turn_leaves_no_half_a_turn(page):
     [
         (["host=0.0.0.0"], "whoever reaches this machine could open the page. Give page_password"),
         (["host=0.0.0.0", "page_password='  '"], "an empty password keeps nobody out"),
-        (["host=''"], "host='': no address"),
+        (["host=''"], "host: found '', expected a text"),
         (["max_total_mb=0"], "max_total_mb: found 0"),
     ],
 )

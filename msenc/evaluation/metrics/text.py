@@ -56,14 +56,15 @@ def build_text_metrics(names: Sequence[str], settings: Mapping[str, Any] | None 
         MsencError: an unknown metric, a missing or unknown setting, or a missing package or model.
     """
     scorers = {}
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise MsencError(f"metrics: found {name!r}, expected names among {', '.join(TEXT_METRICS)}.")
     for name in settings or {}:
         if name not in (*TEXT_METRICS, "tokenizer"):
             raise MsencError(
                 f"metric_settings.{name}: no such metric. Expected tokenizer, or one of {', '.join(TEXT_METRICS)}."
             )
     for name in names:
-        if name not in TEXT_METRICS:
-            raise MsencError(f"metrics: found {name!r}, expected names among {', '.join(TEXT_METRICS)}.")
         given = settings_of(name, settings or {}) or {}
         try:
             scorers[name] = TEXT_METRICS[name](**given)
