@@ -218,7 +218,7 @@ def test_an_unknown_stage_is_refused(prepare, raw_demo):
 
 
 def test_channels_are_mixed_or_speakers(prepare, raw_demo, listening, tmp_path):
-    with pytest.raises(MsencError, match=r"data\.recordings\.channels=stereo: expected mix, or speakers"):
+    with pytest.raises(MsencError, match=r"data\.recordings\.channels: found .stereo., expected one of mix, speakers"):
         prepare(raw_demo, SPLIT, "data.recordings.channels=stereo")
     with pytest.raises(MsencError, match=r"no utterance was found in 3 dialogues. 3 x one channel"):
         prepare(raw_demo, SPLIT, "data.recordings.channels=speakers")
@@ -273,7 +273,7 @@ def test_without_validation_the_last_checkpoint_is_the_best_and_that_is_said(pre
         "align=transcript",
         *places(tmp_path)[:2],
     ]
-    with pytest.raises(MsencError, match=r"no dialogue is in the split val.*data\.val=null"):
+    with pytest.raises(MsencError, match=r"the split val has no dialogues.*data\.val=null"):
         train(given, tmp_path / "refused")
     with pytest.raises(MsencError, match=r"data\.val=test: expected val, or null"):
         train([*given, "data.val=test"])

@@ -17,7 +17,7 @@ import numpy as np
 
 from msenc.demo.clip_writer import write_clip
 from msenc.demo.ideal import Belief
-from msenc.raw.marks import format_marks
+from msenc.files.marks import format_marks
 from msenc.types import SPLITS, Dialogue, MsencError, Utterance
 from msenc.work.pool import map_in_order
 from msenc.work.write_once import write_once

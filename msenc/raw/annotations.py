@@ -18,9 +18,9 @@ import pandas as pd
 
 from msenc.files import content_hash
 from msenc.files.kinds import is_below
+from msenc.files.marks import parse_marks
 from msenc.raw.container import StoredNames, part_of, split_part, with_track
 from msenc.raw.encoding import decode_table, repair_encoding
-from msenc.raw.marks import parse_marks
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import clock_seconds
 from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance

@@ -27,7 +27,6 @@ from msenc.config.stored import read_config
 from msenc.files import check_no_way_out, inside, read_json, write_json
 from msenc.files.kinds import Count, Name
 from msenc.types import MsencError
-from msenc.work.console import console, shown
 from msenc.work.processes import is_first_process
 
 SCHEMA_VERSION = 1
@@ -160,6 +159,8 @@ class RunRecord:
                 lock.acquire()
             except Timeout as e:
                 if wait:
+                    from msenc.work.console import console, shown  # not for --help: it imports transformers
+
                     console.print(f"Another process is using {shown(self.folder)}: waiting for it.", soft_wrap=True)
                     lock.acquire(timeout=-1, poll_interval=1)
                     self._lock = lock

@@ -15,9 +15,9 @@ from msenc.demo.frame import draw_split, draw_transcripts
 from msenc.demo.ideal import Cue, said_bit
 from msenc.demo.script import read_cues
 from msenc.demo.table import find_world, write_world
+from msenc.files.marks import parse_marks
 from msenc.models.encoders import LogMel, Pixels
 from msenc.raw.annotations import read_meld
-from msenc.raw.marks import parse_marks
 from msenc.raw.media import read_audio, read_frames
 from msenc.types import MsencError
 

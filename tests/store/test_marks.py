@@ -1,6 +1,6 @@
 import pytest
 
-from msenc.raw.marks import format_marks, parse_marks
+from msenc.files.marks import format_marks, parse_marks
 from msenc.types import Mark, MsencError
 
 
