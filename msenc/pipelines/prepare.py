@@ -175,12 +175,6 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     if data["table"] or (stage in (None, "audit") and table.is_file()):
         return read_table(table, data["name"], split, labels, data["encoding"]).stored_in(root).with_track(track)
 
-    if data["recordings"]["channels"] not in ("mix", "speakers"):
-        raise MsencError(
-            f"data.recordings.channels={data['recordings']['channels']}: expected mix, or speakers where each channel "
-            "holds one speaker."
-        )
-
     def make_part(name: str) -> Callable[[], Any]:
         return build({**recordings[name], "_partial_": True}, f"data.recordings.{name}")
 
