@@ -275,7 +275,7 @@ def test_without_validation_the_last_checkpoint_is_the_best_and_that_is_said(pre
     ]
     with pytest.raises(MsencError, match=r"the split val has no dialogues.*data\.val=null"):
         train(given, tmp_path / "refused")
-    with pytest.raises(MsencError, match=r"data\.val=test: expected val, or null"):
+    with pytest.raises(MsencError, match=r"data\.val: found 'test', expected one of val or null"):
         train([*given, "data.val=test"])
     capsys.readouterr()
     run = train([*given, "data.val=null", "trainer.max_epochs=2", "align.steps=2", "decoding.max_new_tokens=2"])

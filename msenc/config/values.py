@@ -129,7 +129,7 @@ VALUES: dict[str, Any] = {
     # data
     "data.name": Name,
     "data.dir": Place,
-    "data.val": Text | None,
+    "data.val": Literal["val"] | None,
     "data.voice.loudness": Literal["relative", "absolute"],
     "data.recordings.channels": Literal["mix", "speakers"],
     "data.root": Text,

@@ -47,6 +47,18 @@ class Call:
     longest_keys: int
     is_causal: bool
 
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """What the kernel takes of it, forward and backward, after the tensors; without dropout."""
+        return (
+            self.query_starts,
+            self.key_starts,
+            self.longest_query,
+            self.longest_keys,
+            0.0,
+            self.is_causal,
+        )
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -186,12 +198,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float)
         query[call.queries],
         key[call.keys],
         value[call.keys],
-        call.query_starts,
-        call.key_starts,
-        call.longest_query,
-        call.longest_keys,
-        0.0,
-        call.is_causal,
+        *call.bounds,
         return_debug_mask=False,
         scale=scale,
     )
@@ -210,12 +217,7 @@ def _attend_backward(
         value[call.keys],
         out[call.queries],
         sums[:, call.queries].contiguous(),
-        call.query_starts,
-        call.key_starts,
-        call.longest_query,
-        call.longest_keys,
-        0.0,
-        call.is_causal,
+        *call.bounds,
         random,
         random.new_empty(0),
         scale=scale,

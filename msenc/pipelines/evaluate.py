@@ -213,8 +213,6 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
 
 def _check_options(options: EvaluateConfig) -> None:
     """Refuse options that are invalid for every run."""
-    if options.control and options.control_draws < 1:
-        raise MsencError(f"control_draws={options.control_draws}: expected 1 or more.")
     if options.speech is not None and not options.generate:
         raise MsencError(
             "speech: found a synthesizer and generate=false, so there are no replies to synthesize. Remove one of them."
@@ -223,10 +221,6 @@ def _check_options(options: EvaluateConfig) -> None:
     if unknown or (options.speech_metrics and options.speech is None):
         found = f"no such metric as {unknown[0]}" if unknown else "no synthesizer"
         raise MsencError(f"speech_metrics: {found}. Expected some of {', '.join(SOUND_METRICS)}, and speech=espeak.")
-    if options.limit is not None and options.limit < 1:
-        raise MsencError(
-            f"limit={options.limit}: expected the number of dialogues to evaluate, 1 or more, or null for all."
-        )
 
 
 def _settings_of_replies(options: EvaluateConfig, metrics: Sequence[str]) -> dict[str, Any]:

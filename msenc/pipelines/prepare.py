@@ -163,8 +163,6 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     """The annotations; recordings without a table are transcribed first. None if that is incomplete, or was all."""
     data, stage = config["data"], config.get("stage")
     labels, track = data["labels"], data["audio_track"]
-    if track is not None and track < 1:
-        raise MsencError(f"data.audio_track={track}: expected the number of a track, from 1 on, or null.")
     if data["recordings"] is None:
         return read_meld(root, data["name"], labels, data["encoding"]).stored_in(root).with_track(track)
     recordings = data["recordings"]

@@ -370,8 +370,6 @@ def _check_choices(config: Mapping[str, Any]) -> None:
         raise MsencError(
             f"stage={ALIGN}: found {what}. Choose labels, such as align=words, and a modality with a stream."
         )
-    if config["data"]["val"] not in (None, "val"):
-        raise MsencError(f"data.val={config['data']['val']}: expected val, or null to train without validation.")
 
 
 def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
