@@ -20,6 +20,7 @@ from guarding import guard, no_server, payload, stored_run  # noqa: F401 (fixtur
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from local_slurm import slurm, slurm_packages  # noqa: F401 (fixtures)
 from omegaconf import DictConfig
 from tiny_models import save_causal_lm, save_clip, save_speech_encoder, save_whisper
 

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,11 +64,24 @@ def refusal(error: Exception) -> str | None:
         return f"error: {error}"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK and error.filename is not None:
         return f"error: {error.filename}: {error.strerror}. Expected a place where this command may read and write."
-    return f"config error: {_config_message(error)}" if _is_config_error(error) else None
+    if _is_config_error(error):
+        return f"config error: {_config_message(error)}"
+    if (override := _override_being_applied(error)) is not None:
+        key = override.partition("=")[0].lstrip("+~")
+        return f"config error: {override}: cannot be set. A list is given as a whole, {key.rpartition('.')[0]}=[a,b]."
+    return None
 
 
 def _is_config_error(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in ("omegaconf", "hydra", "yaml")
+
+
+def _override_being_applied(error: BaseException) -> str | None:
+    """The override at which Hydra met an error that is of neither library, such as a name where a list has numbers."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":
+            return frame.f_locals["override"].input_line
+    return None
 
 
 def _config_message(error: BaseException) -> str:
@@ -90,6 +104,8 @@ def _config_message(error: BaseException) -> str:
             group, _, choice = e.missing_cfg_file.rpartition("/")
             return f"{group}={choice}: no such choice.{nearest(choice, e.options)}"
     texts = [str(e).strip() for e in (error, error.__cause__) if e is not None]
+    if unfit := re.match(r"Error merging override (.*)", texts[0]):
+        return f"{unfit[1]}: cannot be set: {_in_one_line(texts[-1])}."
     absent = re.match(r"Could not override '([\w/]+)'. No match in the defaults list", texts[0])
     if absent:
         return _absent_part(absent.group(1))

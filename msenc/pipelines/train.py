@@ -348,7 +348,8 @@ def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list
 def _print_streams(record: RunRecord, said_before: list[str]) -> None:
     """The streams at the last validation, with warnings."""
     found = findings(record.facts.get("metrics", {}))
-    said = warnings(record.facts.get("metrics", {}))
+    aligned = [stream for stream, fact in record.facts.get("alignments", {}).items() if fact["used"]]
+    said = warnings(record.facts.get("metrics", {}), aligned)
     record.add(warnings=[*said_before, *said])
     if not found:
         return
@@ -471,6 +472,7 @@ def _fit(
     record.add(
         **outcome,
         best_loss=outcome["metrics"].get("val/loss") if best is None else best,
+        processes=trainer.world_size,
         threads=torch.get_num_threads(),  # Lightning divides the cores among the processes of a run
     )
 

@@ -56,6 +56,7 @@ class Facts(TypedDict):
     peak_memory_mib: NotRequired[float]
     peak_gpu_memory_mib: NotRequired[float]
     threads: NotRequired[Count]
+    processes: NotRequired[Count]
     steps: NotRequired[Count]
     epochs: NotRequired[Count]
     best_loss: NotRequired[float | None]

@@ -3,7 +3,7 @@
 validation batches -> connector/<stream>/spread, stream/<stream>/used_nats -> progress bar, metrics, warnings
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -113,8 +113,12 @@ def findings(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def warnings(metrics: Mapping[str, Any]) -> list[str]:
+def warnings(metrics: Mapping[str, Any], aligned: Collection[str] = ()) -> list[str]:
     """Warnings about streams of a run, from its last metrics, with advice; empty if all reach the LLM.
+
+    Args:
+        metrics: of the run's last validation.
+        aligned: streams whose connector was aligned before training.
 
     Example:
         >>> warnings({"connector/audio/spread": 0.4, "stream/audio/used_nats": 0.1})
@@ -124,17 +128,18 @@ def warnings(metrics: Mapping[str, Any]) -> list[str]:
     """
     said = []
     for stream, found in findings(metrics).items():
+        align = "" if stream in aligned else "alignment first (align=words), "
         if found.get("spread", 1.0) < CONSTANT:
             said.append(
                 f"{stream}: the connector's output is nearly the same for every utterance "
                 f"({100 * found['spread']:.2f} % of it differs between them), so the LLM cannot use the stream. "
-                "Align it first (align=words), give the connectors a lower rate "
-                "(optimizer.groups.connectors.lr=3e-4), or try another model/connector=."
+                f"What may help: {align}a lower rate of the connectors (optimizer.groups.connectors.lr=3e-4), another "
+                "model/connector=."
             )
         elif found.get("used_nats", 1.0) < UNUSED:
             said.append(
-                f"{stream}: the LLM does not use the stream: when it is swapped between utterances, the loss only rises"
-                f" by {found['used_nats']:.4f} nats per token. Align it first (align=words), train longer, or check"
-                f" with evaluate.py control=shuffle_{stream} whether it says anything about the replies."
+                f"{stream}: the LLM does not use the stream: when it is swapped between utterances, the loss only"
+                f" rises by {found['used_nats']:.4f} nats per token. What may help: {align}longer training. Whether the"
+                f" stream says anything about the replies: evaluate.py control=shuffle_{stream}."
             )
     return said

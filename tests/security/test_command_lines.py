@@ -240,7 +240,8 @@ BY_HAND = {
     """,
     "evaluate": """
         run_dir= | run_dir=[] | run_dir=[3,4] | split=tset | checkpoint= | limit=0 | limit=-1 | limit=some | device=gpu9
-        device= | control_draws=0 | metrics=bleu | metrics=[3 | generate=maybe | speech_workers=-1 | speech=opera
+        device= | control_draws=0 | metrics=bleu | metrics=[3 | metrics.tokenizer=zh
+        metrics.99=bleu | +metrics.x=zh | metric_settings=[a] | generate=maybe | speech_workers=-1 | speech=opera
         decoding=null | decoding.num_beams=0 | +decoding.top_p=7 | decoding.batch_size=0 | on_data=a_file
         speech=kokoro speech.num_threads=0 | speech=openai speech.timeout_s=0 | speech=openai speech.max_retries=-1
         metric_settings=3 | speech=openai speech.voices=[a]

@@ -61,7 +61,9 @@ def test_no_more_targets_are_looked_at_than_asked_for(folder, tmp_path):
 def test_a_stream_that_is_not_used_is_said_and_its_names_are_read_back():
     metrics = {"val/loss": 1.0, "connector/audio/spread": 0.3, "stream/audio/used_nats": 0.0001}
     assert findings(metrics) == {"audio": {"spread": 0.3, "used_nats": 0.0001}}
-    assert "does not use the stream" in warnings(metrics)[0]
+    assert "does not use the stream" in (said := warnings(metrics)[0])
+    assert "align=" in said
+    assert "align=" not in warnings(metrics, aligned=["audio"])[0]
     assert warnings({**metrics, "stream/audio/used_nats": 0.1}) == []
 
 
