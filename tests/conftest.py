@@ -37,7 +37,10 @@ SMALL_DEMO = [
 """Overrides that the small demo was made with; any other sizes would be refused in its folder."""
 
 
-SLOW = ("test_resume", "test_pipelines", "test_sweeps", "test_configs", "test_processes", "test_readme", "test_align")
+SLOW = (
+    *("test_commands", "test_resume", "test_pipelines", "test_sweeps"),
+    *("test_configs", "test_processes", "test_readme", "test_align"),
+)
 """Files that take minutes: begun first, so that no core waits for another's last one."""
 
 

@@ -17,8 +17,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from msenc.config.hints import nearest
 from msenc.config.targets import locate_target
 from msenc.types import MsencError
+from msenc.work.command import as_typed
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+_installed = Path(__file__).parents[1] / "configs"
+CONFIGS = _installed if _installed.is_dir() else Path(__file__).parents[2] / "configs"
+"""Beside msenc in a checkout, in it where it is installed."""
 
 
 OF_THE_DISK = {
@@ -49,7 +52,7 @@ def readable_errors() -> Iterator[None]:
     except Exception as e:
         if _shown_in_full[0] or (text := refusal(e)) is None:
             raise
-        sys.exit(text)
+        sys.exit(as_typed(text))
     finally:
         if is_outermost:
             _shown_in_full.clear()

@@ -22,6 +22,7 @@ from msenc.report.table import (
     verdict_grid,
 )
 from msenc.runs.sweep import sweep_command
+from msenc.work.command import as_typed
 
 BASELINES = ("majority", "previous", "speaker")
 PLOTTED = ("nll", "planted/", "rouge_l", "description/accuracy")
@@ -143,4 +144,5 @@ def _commands(table: Table, folders: Sequence[Path]) -> list[str]:
                 commands.append(shlex.join(["python", "train.py", *overrides, *seed]))
     places = ",".join(map(str, folders))
     argument = f"sweep_dir={places}" if len(folders) == 1 else f"sweep_dir=[{places}]"
-    return [*commands, shlex.join(["python", "report.py", argument, f"split={table.split}"])]
+    commands.append(shlex.join(["python", "report.py", argument, f"split={table.split}"]))
+    return [as_typed(command) for command in commands]

@@ -240,7 +240,10 @@ def read_run(run_dir: str | Path, argument: str = "run_dir") -> tuple[dict[str, 
 
 def _commit() -> str | None:
     """The checkout's commit, marked if files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "pyproject.toml").is_file():  # installed, perhaps within a repository of something else
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

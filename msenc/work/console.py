@@ -3,14 +3,25 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import transformers
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from msenc.work.command import as_typed
+
+
+class _Console(Console):
+    """Names commands as they were called."""
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        super().print(*(as_typed(o) if isinstance(o, str) else o for o in objects), **kwargs)
+
+
 # Only the first process of a run prints. Names and texts of data may hold what rich takes for markup or emoji
 # ([red], :cat:): nothing printed here is read as such, and colours are given as `style`.
-console = Console(quiet=rank_zero_only.rank != 0, markup=False, emoji=False)
+console = _Console(quiet=rank_zero_only.rank != 0, markup=False, emoji=False)
 
 
 def quieten() -> None:

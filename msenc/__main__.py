@@ -1,0 +1,5 @@
+"""``python -m msenc`` is ``msenc``."""
+
+from msenc.commands import main
+
+main()
