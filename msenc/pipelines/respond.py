@@ -18,9 +18,9 @@ import lightning as L
 from omegaconf import DictConfig
 from rich.table import Table
 
-from msenc.config.build import build
+from msenc.config.build import build, with_current_targets
 from msenc.config.checks import checked
-from msenc.files import inside, write_json
+from msenc.files import inside, read_json, write_json
 from msenc.models.llm import load_tokenizer
 from msenc.models.recognition import Recogniser
 from msenc.prompt import DialogueTokenizer
@@ -39,6 +39,7 @@ from msenc.talk.agent import (
     talk_json,
 )
 from msenc.training.assembly import GIVEN, num_parameters
+from msenc.training.export import load_export
 from msenc.training.restore import find_device, load_trained, open_run
 from msenc.types import UNKNOWN, MsencError, needing
 from msenc.work.console import console, quieten, shown
@@ -169,13 +170,16 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
         page.close(verbose=False)
 
 
-def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
+def load_agent(run_dir: Path, config: Mapping[str, Any], base: str | None = None) -> Agent:
     """A run's model with the encoders that made its features, ready to hear and answer.
 
     Args:
-        run_dir: the run.
+        run_dir: the run, or its export.
         config: keys of `RespondConfig`.
+        base: of an export, its base LLM, if that has moved.
     """
+    if (run_dir / "export.json").is_file():
+        return _agent_of_export(run_dir, config, base)
     record, own = open_run(run_dir, config["data_dir"], config["urls"])
     L.seed_everything(own["seed"], workers=True, verbose=False)
     model = load_trained(run_dir, config["checkpoint"], record, own)
@@ -191,6 +195,24 @@ def load_agent(run_dir: Path, config: Mapping[str, Any]) -> Agent:
         recognise=_Recognise(config["recogniser"], config["max_clip_s"]),
         max_clip_s=config["max_clip_s"],
         speakers=known_speakers(record),
+    )
+
+
+def _agent_of_export(folder: Path, config: Mapping[str, Any], base: str | None) -> Agent:
+    model, tokenizer = load_export(folder, base)
+    settle_threads(num_parameters(model))
+    content = read_json(folder / "export.json")
+    streams = with_current_targets(content["streams"])
+    return Agent(
+        model.to(find_device(config["device"])),
+        tokenizer,
+        encoders={name: build(stream["encoder"], f"model.streams.{name}.encoder") for name, stream in streams.items()},
+        num_queries={name: stream["num_queries"] for name, stream in streams.items()},
+        budget=content["max_history_tokens"],
+        layout="dialogue",
+        recognise=_Recognise(config["recogniser"], config["max_clip_s"]),
+        max_clip_s=config["max_clip_s"],
+        speakers=known_speakers(content),
     )
 
 

@@ -488,7 +488,7 @@ def _export(config: Mapping[str, Any], model: ConversationModel, record: RunReco
     trained = next((n for n in ("best", "last") if (record.folder / "checkpoints" / f"{n}.ckpt").is_file()), None)
     if trained is not None:
         load_checkpoint(ConversationModule(model), record.folder, trained)
-    facts = {key: record.facts[key] for key in ("task_hash", "turns_hash", "seed", "commit")}
+    facts = {key: record.facts[key] for key in ("task_hash", "turns_hash", "seed", "commit", "speakers")}
     write_export(folder, model, config, {"data": record.facts["data"], "checkpoint": trained, **facts})
     console.print(f"Written: {shown(folder)}", soft_wrap=True)
 
