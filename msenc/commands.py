@@ -39,6 +39,8 @@ COMMANDS = ("train", "prepare", "evaluate", "report", "respond")
 """Those that compose a config of the same name, and have a module of that name in `msenc.pipelines`."""
 OTHERS = ("import-upstream", "configs", "new")
 OWN_CONFIGS = "configs"
+CHILD = "MSENC_COMMAND"
+"""Environment variable by which further processes of a run know the command."""
 
 
 def run(command: str) -> None:
@@ -72,6 +74,8 @@ def run(command: str) -> None:
 def main() -> None:
     """The command ``msenc``."""
     command, *arguments = sys.argv[1:] or ["--help"]
+    if "LOCAL_RANK" in os.environ and CHILD in os.environ:  # Lightning repeats the arguments, as `run` left them
+        command, arguments = os.environ[CHILD], sys.argv[1:]
     if command in ("-h", "--help"):
         print(__doc__.strip())
     elif command == "--version":
@@ -84,6 +88,7 @@ def main() -> None:
             from msenc.work.signals import listen_from_start
 
             listen_from_start()
+        os.environ[CHILD] = command
         sys.path.append(str(Path.cwd()))  # where plugins=[my_module] lies; last, so that it hides no library
         run(command)
     else:

@@ -18,6 +18,7 @@ from msenc.config.hints import nearest
 from msenc.config.targets import locate_target
 from msenc.types import MsencError
 from msenc.work.command import as_typed
+from msenc.work.signals import INTERRUPTED
 
 _installed = Path(__file__).parents[1] / "configs"
 CONFIGS = _installed if _installed.is_dir() else Path(__file__).parents[2] / "configs"
@@ -49,6 +50,11 @@ def readable_errors() -> Iterator[None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
+    except KeyboardInterrupt:
+        if not is_outermost or _shown_in_full[0]:
+            raise
+        print("Interrupted. To continue, repeat the command.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as e:
         if _shown_in_full[0] or (text := refusal(e)) is None:
             raise

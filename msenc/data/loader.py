@@ -1,5 +1,7 @@
 """Units of dialogues -> batches of an epoch, from its middle if a run is resumed."""
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -141,7 +143,7 @@ def make_loader(
         num_workers: loader processes.
         pin_memory: batches go to a GPU, and are copied there while it computes.
     """
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -153,3 +155,17 @@ def make_loader(
         # from the process's, and dropout would depend on when an iterator was created.
         generator=torch.Generator(),
     )
+    if num_workers:
+        _open.add(loader)
+    return loader
+
+
+_open: weakref.WeakSet[DataLoader] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Those of an epoch that was interrupted: they ignore the signal by which Python would end them, and waits then."""
+    for loader in list(_open):
+        if (iterator := loader._iterator) is not None:
+            iterator._shutdown_workers()

@@ -143,9 +143,11 @@ def train(cfg: DictConfig) -> float | None:
             return loss
         except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
             is_stopped = getattr(e, "code", None) == STOPPED
-            by = termination.asked_by.name if is_stopped and termination.is_asked else "the keyboard, or by a signal"
+            by = termination.asked_by.name if is_stopped and termination.is_asked else "Ctrl-C, or by a signal"
             if record is not None:
                 record.add(status="interrupted", error=f"interrupted by {by}; python train.py resume={record.folder}")
+                again = "the same command" if is_job else f"python train.py resume={shown(record.folder)}"
+                console.print(f"Interrupted by {by}. To continue: {again}", soft_wrap=True)
             termination.ask_for_requeue(is_first_process())
             if is_elsewhere and is_stopped:
                 return None  # if raised, the launcher would kill the other jobs before they have saved

@@ -11,12 +11,17 @@ from typing import Any
 STOPPED = os.EX_TEMPFAIL
 """Exit status after such a signal (75): nothing is wrong, and the same run can be resumed."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C, as of a shell's command (130)."""
+
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """SIGTERM: Slurm, torchrun, Kubernetes; SIGUSR1: ``sbatch --signal=USR1@120``; SIGUSR2: submitit, near a time limit."""
 
 
 class Termination:
     """While entered, a signal of `HEARD` ends the process with status `STOPPED`: at once or, while held, later.
+
+    So does Ctrl-C while held, with status `INTERRUPTED`; a second one, or one at any other time, interrupts at once.
 
     Attributes:
         asked_by: the first signal received; None before.
@@ -34,7 +39,7 @@ class Termination:
         return self.asked_by is not None
 
     def __enter__(self) -> "Termination":
-        self._before = {number: signal.getsignal(number) for number in HEARD}
+        self._before = {number: signal.getsignal(number) for number in (*HEARD, signal.SIGINT)}
         self.listen()
         if _START.is_asked:  # heard before, but whoever was importing or setting up swallowed the exit
             self.asked_by = _START.asked_by
@@ -51,21 +56,23 @@ class Termination:
         if _is_main_thread():
             for number in HEARD:
                 signal.signal(number, self._note)
+            signal.signal(signal.SIGINT, self._note_keyboard)
 
     def leave(self) -> None:
         """End the process."""
-        raise SystemExit(STOPPED)
+        raise SystemExit(INTERRUPTED if self.asked_by == signal.SIGINT else STOPPED)
 
     def ask_for_requeue(self, is_first_process: bool) -> None:
         """After everything is saved: let the launcher start the job again, if the signal was its way to ask for that.
 
         submitit's handler of SIGUSR2 submits the job anew and exits, or raises if it may not. In a plain Slurm job,
-        SIGUSR1 and SIGUSR2 requeue it, as Lightning does. SIGTERM never does: it also comes from ``scancel``.
+        SIGUSR1 and SIGUSR2 requeue it, as Lightning does. SIGTERM never does: it also comes from ``scancel``. Nor does
+        Ctrl-C.
 
         Args:
             is_first_process: of the run's processes; one of them asks.
         """
-        if self.asked_by in (None, signal.SIGTERM):
+        if self.asked_by in (None, signal.SIGTERM, signal.SIGINT):
             return
         launcher = self._before.get(self.asked_by)
         if callable(launcher) and not launcher.__module__.startswith("msenc."):
@@ -80,6 +87,12 @@ class Termination:
             self.asked_by = signal.Signals(number)
         if is_first and not self.is_held:
             self.leave()
+
+    def _note_keyboard(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_held or self.is_asked:
+            raise KeyboardInterrupt
+        self.asked_by = signal.SIGINT
+        os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.\n")
 
 
 _START = Termination()
@@ -100,8 +113,8 @@ def requeue_slurm_job() -> None:
 
 
 def ignore_termination(worker: int) -> None:
-    """For loader processes: ignore signals to the whole group; their parent ends them."""
-    for number in HEARD:
+    """For loader processes: ignore signals to the whole group, as Ctrl-C's; their parent ends them."""
+    for number in (*HEARD, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -4,13 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import SMALL_DEMO
 
+from msenc.files import read_json
 from msenc.work import signals
-from msenc.work.signals import HEARD, STOPPED, Termination, listen_from_start
+from msenc.work.signals import HEARD, INTERRUPTED, STOPPED, Termination, listen_from_start
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +59,67 @@ def test_what_is_held_ends_later_and_handlers_come_back(number):
     assert heard == []
     os.kill(os.getpid(), number)
     assert heard == [number]
+
+
+def test_ctrl_c_waits_for_the_step_and_a_second_one_does_not(capfd):
+    with Termination() as termination:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        termination.is_held = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert termination.asked_by == signal.SIGINT
+        assert "Ctrl-C again stops at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit) as end:
+            termination.leave()
+    assert end.value.code == INTERRUPTED == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interrupted(*command, there):
+    """Its output after Ctrl-C, sent when a file is there, as a terminal sends it: to all of its processes."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        start_new_session=True,
+    )
+    end = time.monotonic() + 240
+    while not any(there.parent.glob(there.name)) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == INTERRUPTED, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_a_run_with_loader_processes_that_ctrl_c_ends_has_saved_and_says_how_to_go_on(demo_home, tmp_path):
+    place = f"paths.output_dir={tmp_path / 'run'}"
+    endless = [
+        "modality=text_audio",
+        "trainer.max_epochs=10000",
+        "evaluate=null",
+        *SMALL_DEMO,
+        place,
+    ]
+    more = ["callbacks.checkpoints.every_n_steps=1", "data.num_workers=1"]
+    said = interrupted("train.py", *endless, *more, there=tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert f"To continue: python train.py resume={tmp_path / 'run'}" in said
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "interrupted"
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_preparation_that_ctrl_c_ends_goes_on_with_the_same_command(home, tmp_path):
+    command = ["prepare.py", f"paths.data_dir={tmp_path / 'data'}", "prepare_workers=2", "model/llm=tiny"]
+    said = interrupted(*command, there=tmp_path / "data" / "*")
+    assert "Interrupted. To continue, repeat the command." in said
 
 
 def stop(termination, number):
