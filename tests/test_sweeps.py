@@ -263,13 +263,15 @@ def test_jobs_that_outlive_the_sweeps_process_are_waited_for_and_a_killed_one_go
     runs = tmp_path / "runs"
     shutil.copytree(home / "whole", runs)
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
-    more = ["data.batch_size=2", "trainer.max_epochs=24", "callbacks.checkpoints.every_n_steps=8"]
+    more = ["data.batch_size=2", "trainer.max_epochs=48", "callbacks.checkpoints.every_n_steps=8"]
     command = [*SWEEP, "modality=text", "seed=1,2", f"paths.runs_dir={runs}", *more, *launcher]
-    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stdout=-1, stderr=-1)
+    # no pipes: the jobs hold them too, and to read them would be to wait for the jobs
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, **silent)
     while len(list(runs.glob("sweeps/*/*/?/checkpoints/last.ckpt"))) < 4 + 2 and process.poll() is None:
         time.sleep(0.1)
     process.kill()
-    process.communicate()
+    process.wait()
     (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
     os.kill(read_json(folder / "jobs" / "0.json")["process"], signal.SIGKILL)
     killed, _ = read_sweep(folder)
@@ -278,7 +280,8 @@ def test_jobs_that_outlive_the_sweeps_process_are_waited_for_and_a_killed_one_go
     done = run_script("train.py", *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(r["status"], r["resumed"]) for r in records(folder)] == [("finished", 1), ("finished", 0)]
-    said = "".join(path.read_text() for path in folder.rglob("*_log.out"))
+    said = " ".join(" ".join(path.read_text() for path in folder.rglob("*_log.out")).split())
+    assert said.count("waiting for it") == 1  # the second job's run was at work
     assert said.count("Training resumes from") == said.count(f"Training resumes from step {step:,} (last.ckpt)") == 1
     assert len(list(folder.glob("*/?/run.json"))) == 2
     assert table(folder)["seeds"].tolist() == [2]
