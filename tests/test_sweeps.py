@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import joblib
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, SMALL_DEMO, run_driver
 from filelock import FileLock
 from hydra import initialize_config_dir
@@ -257,22 +258,31 @@ def test_a_cluster_executor_skips_and_reports_as_well(swept, run_script, tmp_pat
     assert table(folder)["seeds"].tolist() == [2]
 
 
-def test_jobs_that_outlive_the_sweeps_process_are_waited_for(swept, run_script, tmp_path):
+def test_jobs_that_outlive_the_sweeps_process_are_waited_for_and_a_killed_one_goes_on(swept, run_script, tmp_path):
     home, _ = swept
     runs = tmp_path / "runs"
     shutil.copytree(home / "whole", runs)
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
-    more = ["data.batch_size=2", "trainer.max_epochs=24", "callbacks.checkpoints.every_n_steps=8"]
+    more = ["data.batch_size=2", "trainer.max_epochs=48", "callbacks.checkpoints.every_n_steps=8"]
     command = [*SWEEP, "modality=text", "seed=1,2", f"paths.runs_dir={runs}", *more, *launcher]
-    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stdout=-1, stderr=-1)
+    # no pipes: the jobs hold them too, and to read them would be to wait for the jobs
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, **silent)
     while len(list(runs.glob("sweeps/*/*/?/checkpoints/last.ckpt"))) < 4 + 2 and process.poll() is None:
         time.sleep(0.1)
     process.kill()
-    process.communicate()
+    process.wait()
+    (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
+    os.kill(read_json(folder / "jobs" / "0.json")["process"], signal.SIGKILL)
+    killed, _ = read_sweep(folder)
+    with FileLock(killed.run_dir / ".lock"):  # it is dead
+        step = torch.load(killed.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     done = run_script("train.py", *command)
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
-    assert [(r["status"], r["resumed"]) for r in records(folder)] == [("finished", 0)] * 2
+    assert [(r["status"], r["resumed"]) for r in records(folder)] == [("finished", 1), ("finished", 0)]
+    said = " ".join(" ".join(path.read_text() for path in folder.rglob("*_log.out")).split())
+    assert said.count("waiting for it") == 1  # the second job's run was at work
+    assert said.count("Training resumes from") == said.count(f"Training resumes from step {step:,} (last.ckpt)") == 1
     assert len(list(folder.glob("*/?/run.json"))) == 2
     assert table(folder)["seeds"].tolist() == [2]
 
