@@ -31,6 +31,14 @@ OF_THE_DISK = {
 }
 """What a system says of folders and disks that a program cannot mend."""
 
+EXTRAS = {
+    "hydra/sweeper/optuna": "search",
+    "hydra/launcher/joblib": "parallel",
+    "hydra/launcher/submitit_slurm": "cluster",
+    "hydra/launcher/submitit_local": "cluster",
+}
+"""Choices that come with a plugin of Hydra's -> the extra of msenc that installs it."""
+
 _shown_in_full: list[bool] = []
 """Of the outermost `readable_errors`: whether the user wants to see everything."""
 
@@ -111,6 +119,8 @@ def _config_message(error: BaseException) -> str:
             return f"{e.full_key}: no value. Give it: {e.full_key}=..."
         if isinstance(e, MissingConfigException) and e.missing_cfg_file and e.options is not None:
             group, _, choice = e.missing_cfg_file.rpartition("/")
+            if extra := EXTRAS.get(e.missing_cfg_file):
+                return f"{group}={choice}: its package is not installed. Install it: pip install -e '.[{extra}]'"
             return f"{group}={choice}: no such choice.{nearest(choice, e.options)}"
     texts = [str(e).strip() for e in (error, error.__cause__) if e is not None]
     if unfit := re.match(r"Error merging override (.*)", texts[0]):

@@ -207,12 +207,14 @@ class PathsConfig:
     Args:
         data_dir: prepared data, raw material of the demo, and its LLM.
         cache_dir: local copies of prepared data that lies behind a URL; may be deleted at any time between runs.
+        cache_max_bytes: that copies of shards may take there; None: no limit.
         runs_dir: runs, one folder each.
         output_dir: the folder of this run; None until `runs.folder` has settled it.
     """
 
     data_dir: str = MISSING
     cache_dir: str = MISSING
+    cache_max_bytes: int | None = None
     runs_dir: str = MISSING
     output_dir: str | None = None
 

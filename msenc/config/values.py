@@ -12,7 +12,9 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from msenc.config.hints import nearest
+from msenc.config.stored import strings_of
 from msenc.files.kinds import Count, MisfitError, Must, Name, Split, check, short
+from msenc.store.location import has_secret, is_url, local_folder
 from msenc.types import MsencError
 
 
@@ -84,7 +86,7 @@ VALUES: dict[str, Any] = {
     "run_dir": Text | _between(Texts, len, "one or more") | None,
     "sweep_dir": Text | _between(Texts, len, "one or more"),
     "on_data": Place | None,
-    "data_dir": Folder | None,
+    "data_dir": Place | None,
     "runs_dir": Folder,
     "out": NewFolder | None,
     "audio": Text | None,
@@ -104,8 +106,9 @@ VALUES: dict[str, Any] = {
     "page_password": str | None,
     "plugins": Texts,
     "urls": Texts,
-    "paths.data_dir": Folder,
+    "paths.data_dir": Place,
     "paths.cache_dir": Folder,
+    "paths.cache_max_bytes": Positive | None,
     "paths.runs_dir": NewFolder,
     "paths.output_dir": NewFolder | None,
     # nodes; their keys stand below
@@ -290,8 +293,16 @@ def check_values(config: Mapping[str, Any]) -> None:
         config: plain containers; a key that it lacks is not looked at.
 
     Raises:
-        MsencError: the first value that does not fit, its key, and what would.
+        MsencError: the first value that does not fit, its key, and what would; a URL with a password, which would be
+            written to run.json and logs, and so is not shown.
     """
+    for key, text in strings_of(config):
+        if has_secret(text):
+            raise MsencError(
+                f"{key}: found a URL with a password or key in it, which run.json and logs would keep. Give the URL "
+                "alone, and the password where its protocol looks for one: AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY for s3://, HF_TOKEN for hf://, ~/.netrc for https:// (docs/storage.md)."
+            )
     for pattern, kind in VALUES.items():
         for key, value in _found(config, pattern.split(".")):
             check_value(key, value, kind)
@@ -303,6 +314,8 @@ def check_value(key: str, value: Any, kind: Any) -> None:
     Raises:
         MsencError: it names the key, and the place in the value.
     """
+    if isinstance(value, str) and is_url(value) and {Folder, NewFolder} & {kind, *get_args(kind)}:
+        local_folder(value, key)
     try:
         check(value, kind)
     except MisfitError as misfit:

@@ -10,7 +10,8 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from msenc.runs.overrides import key_of, quoted_value
-from msenc.runs.sweep import note_run, read_submitted, write_submitted
+from msenc.runs.record import is_finished, read_facts
+from msenc.runs.sweep import note_run, read_submitted, read_sweep, write_submitted
 from msenc.types import MsencError
 from msenc.work.console import console, shown
 
@@ -62,9 +63,20 @@ def take_over(folder: Path, finished: Callable[[Sequence[str]], Path | None], de
         while queued.intersection(running.values()):
             time.sleep(ASK_EVERY)
             queued = _queue()
-        return [JobReturn(overrides=list(o), _return_value=None, status=JobStatus.COMPLETED) for o in job_overrides]
+        results = _results(folder)
+        return [
+            JobReturn(overrides=list(o), _return_value=results.get(number), status=JobStatus.COMPLETED)
+            for number, o in enumerate(job_overrides, start=initial_job_idx)
+        ]
 
     BaseSubmititLauncher.launch = launch
+
+
+def _results(folder: Path) -> dict[int, float | None]:
+    """Best validation loss of each job of a sweep that is finished."""
+    runs = {job.number: job.run_dir / "run.json" for job in read_sweep(folder) or [] if job.run_dir}
+    facts = {number: read_facts(path) for number, path in runs.items() if path.is_file()}
+    return {number: found.get("best_loss") for number, found in facts.items() if is_finished(found)}
 
 
 def _said(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -27,12 +27,13 @@ class Sweep(Callback):
 
 def _call(name: str, config: DictConfig) -> None:
     """Call a function of `pipelines.sweep`; Hydra would turn its exceptions into warnings and continue."""
-    if config.plan:
-        return
     try:
         from msenc.pipelines import sweep
 
-        getattr(sweep, name)(config)
+        if not config.plan:
+            getattr(sweep, name)(config)
+        elif name == "begin_sweep":
+            sweep.plan_search(config)
     except Exception as e:
         if (text := refusal(e)) is None:
             traceback.print_exc()

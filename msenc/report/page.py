@@ -21,6 +21,7 @@ from msenc.report.table import (
     heading,
     verdict_grid,
 )
+from msenc.report.trials import Trials, best_line, trial_grid
 from msenc.runs.sweep import sweep_command
 from msenc.work.command import as_typed
 
@@ -29,13 +30,14 @@ PLOTTED = ("nll", "planted/", "rouge_l", "description/accuracy")
 """Metrics whose effects are drawn; all are in the table of differences."""
 
 
-def render_page(table: Table, title: str, folders: Sequence[Path]) -> str:
+def render_page(table: Table, title: str, folders: Sequence[Path], searches: Sequence[Trials] = ()) -> str:
     """The page's HTML; content of the runs is escaped and never executed.
 
     Args:
         table: what `summarise` found.
         title: of the page.
         folders: the reported ones, for the commands.
+        searches: whose trials are listed.
     """
     examples, media_notes = find_examples(table.configurations, table.split)
     curves = learning_curves(table.configurations)
@@ -44,6 +46,7 @@ def render_page(table: Table, title: str, folders: Sequence[Path]) -> str:
         title=title,
         table=table,
         heading=heading(table),
+        searches=[(best_line(trials), trial_grid(trials)) for trials in searches],
         summary=_summary(table),
         main=_transposed(table),
         cost_names=COSTS,

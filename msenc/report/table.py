@@ -242,13 +242,13 @@ def print_table(table: Table, console: Console | None = None) -> None:
     """Print rows, comparisons and verdicts; tables wider than the console are transposed."""
     console = console or Console()
     console.print(Text(heading(table), style="bold"))
-    _print_grid(grid(table), console)
+    print_grid(grid(table), console)
     if table.comparisons:
         console.print(Text(COMPARED, style="bold"))
-        _print_grid(comparison_grid(table), console)
+        print_grid(comparison_grid(table), console)
     if table.verdicts:
         console.print(Text(JUDGED, style="bold"))
-        _print_grid(verdict_grid(table), console)
+        print_grid(verdict_grid(table), console)
     for line in footer(table):
         console.print(Text(line), soft_wrap=True)
 
@@ -262,8 +262,8 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     texts = {
         "table.md": _markdown(table),
         "table.tex": _latex(table),
-        "table.csv": _csv(_rows(table)),
-        "comparisons.csv": _csv(_comparison_rows(table)),
+        "table.csv": csv_of(_rows(table)),
+        "comparisons.csv": csv_of(_comparison_rows(table)),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -398,7 +398,8 @@ def _comparison_rows(table: Table) -> list[dict[str, object]]:
     ]
 
 
-def _csv(rows: Sequence[dict[str, object]]) -> str:
+def csv_of(rows: Sequence[dict[str, object]]) -> str:
+    """Rows with the same keys as CSV."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -457,8 +458,8 @@ def _escaped(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in text)
 
 
-def _print_grid(cells: list[list[str]], console: Console) -> None:
-    """A grid; if too wide for the console, transposed, then split into parts that fit, each with the first column."""
+def print_grid(cells: list[list[str]], console: Console) -> None:
+    """A grid; if too wide for the console, transposed, and split into parts that fit, each with the first column."""
     if not _fits(cells, console):
         cells = [list(column) for column in zip(*cells, strict=True)]
     first, shown = 1, 1

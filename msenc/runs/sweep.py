@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msenc.files import digest, read_json, write_json
 from msenc.files.kinds import Must, Name
@@ -41,13 +41,14 @@ class Job:
     run_dir: Path | None
 
 
-def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str]) -> str:
+def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str], is_table: bool = True) -> str:
     """The name of a sweep's folder; independent of how many values the command gives for an axis.
 
     Args:
         chosen: the file of the group ``sweep``, if there is one.
         overrides: of the command.
         axes: the varied keys; always including the seed.
+        is_table: of a search, another seed or another range of an axis is another search.
 
     Example:
         >>> one = sweep_name(None, ["modality=text", "seed=1,2", "optimizer.lr=0.1"], ["seed"])
@@ -56,24 +57,31 @@ def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str]
         >>> one == sweep_name(None, ["modality=text", "optimizer.lr=0.2"], ["seed"])
         False
     """
-    varied = {*axes, "seed"}
-    fixed = {key_of(o): o for o in overrides if key_of(o) not in varied and not _is_a_place(key_of(o))}
+    varied = {*axes, "seed"} if is_table else set()
+    fixed = {key_of(o): o for o in overrides if key_of(o) not in varied and not is_a_place(key_of(o))}
     return f"{chosen or 'multirun'}-{digest([sorted(fixed.values()), sorted(varied)])}"
 
 
-def _is_a_place(key: str) -> bool:
+def is_a_place(key: str) -> bool:
     """Whether a key is irrelevant to a run's identity."""
     group, _, name = key.partition(".")
     return group in ANOTHER_PLACE[""] or (group in ANOTHER_PLACE and name in ANOTHER_PLACE[group])
 
 
-def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[str]] | None) -> None:
+def write_sweep(
+    folder: Path,
+    command: Sequence[str],
+    jobs: Sequence[Sequence[str]] | None,
+    search: Mapping[str, Any] | None = None,
+) -> None:
     """Record the jobs of a starting sweep, replacing the record of earlier starts, whose runs stay.
 
     Args:
         folder: of the sweep.
         command: its overrides.
-        jobs: overrides of each; None if the sweeper chooses them as it runs.
+        jobs: overrides of each; of a search, those that are known; None if they are chosen as it runs.
+        search: of a search: the keys that are searched (``axes``), and whether the least or the greatest result is the
+            best (``direction``).
     """
     shutil.rmtree(folder / "jobs", ignore_errors=True)
     write_json(
@@ -83,6 +91,7 @@ def write_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Sequence[st
             "started": f"{datetime.now():%Y-%m-%d_%H-%M-%S}",
             "command": list(command),
             "jobs": jobs and [*map(list, jobs)],
+            **({"search": search} if search else {}),
         },
     )
 
@@ -152,10 +161,16 @@ def read_submitted(folder: Path) -> list[tuple[list[str], str]]:
     return [(entry["overrides"], entry["job"]) for entry in found["jobs"]]
 
 
+class _Search(TypedDict):
+    axes: list[str]
+    direction: Literal["minimize", "maximize"]
+
+
 class _Sweep(TypedDict):
     started: NotRequired[Name]
     command: NotRequired[list[str]]
     jobs: list[list[str]] | None
+    search: NotRequired[_Search]
 
 
 class _Note(TypedDict):
@@ -171,6 +186,11 @@ def _read_jobs(folder: Path) -> dict[str, Any]:
 def sweep_command(folder: Path) -> list[str]:
     """The overrides of the command that started a sweep last."""
     return _read_jobs(folder).get("command", [])
+
+
+def read_search(folder: Path) -> dict[str, Any] | None:
+    """What is searched, and in which direction; None if the folder is no search's."""
+    return _read_jobs(folder).get("search") if (folder / "sweep.json").is_file() else None
 
 
 def _noted(folder: Path) -> dict[int, dict[str, Any]]:

@@ -6,6 +6,8 @@ data.dir -> locate -> Path or RemotePath -> read_text (dataset.json, index.json)
 import errno
 import hashlib
 import logging
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,15 +17,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
-from filelock import FileLock
 from fsspec.callbacks import DEFAULT_CALLBACK, TqdmCallback
 
 from msenc.files.kinds import check_name
+from msenc.store.cache import Cache, hold, locked, partial_of, unwritable
 from msenc.types import MsencError
 
 LARGE_BYTES = 16 * 2**20
 """Files of this size and more are fetched with a progress bar."""
 
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Protocol -> the extra of msenc that brings what it needs."""
+
+WAITS_S = (1.0, 4.0)
+"""Seconds before each further try to fetch a file, beyond those of the protocol's own library."""
+
+_SECRET = re.compile(
+    r"[\w.+-]+://([^/\s@]*:(?!\d+(/|$))\S*@|\S*[?&][\w-]*(sig|token|key|secret|password|credential)[\w-]*=)",
+    re.IGNORECASE,
+)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 log = logging.getLogger(__name__)
@@ -36,16 +48,18 @@ class RemotePath:
     Args:
         url: its address.
         copy: path of its copy in the cache.
+        cache: holds the copies.
         current: addresses of the files that were read since `locate`; all paths made from one share it.
     """
 
     url: str
     copy: Path
+    cache: Cache
     current: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def __truediv__(self, name: str) -> "RemotePath":
         check_name(name, f"{self.url}/")
-        return RemotePath(f"{self.url}/{name}", self.copy / name, self.current)
+        return RemotePath(f"{self.url}/{name}", self.copy / name, self.cache, self.current)
 
     def __str__(self) -> str:
         return self.url
@@ -60,7 +74,7 @@ class RemotePath:
             MsencError: it cannot be fetched, and no copy is in the cache.
         """
         if self.url not in self.current:
-            with _lock(self.copy):
+            with locked(self.copy):
                 try:
                     with _download(self.url, self.copy) as partial:
                         partial.replace(self.copy)
@@ -87,16 +101,26 @@ class RemotePath:
         """
         copy = self.copy.with_name(f"{sha256[:16]}-{self.copy.name}")
         if not _is_whole(copy, sha256, num_bytes, verify):
-            with _lock(copy):
+            with locked(copy):
                 if not _is_whole(copy, sha256, num_bytes, verify):
                     if copy.exists():
                         log.warning("%s: the copy in the cache is damaged; fetching %s again.", copy, self.url)
                     self._fetch(copy, sha256, num_bytes)
         return copy
 
+    def open(self, sha256: str, num_bytes: int, verify: bool = True) -> int:
+        """A descriptor of `fetch`'s copy, which the cache keeps while it is open.
+
+        Raises:
+            MsencError: as `fetch`.
+        """
+        while (descriptor := hold(self.fetch(sha256, num_bytes, verify))) is None:
+            pass  # another process needed its room, and took it before this one held it
+        return descriptor
+
     def _fetch(self, copy: Path, sha256: str, num_bytes: int) -> None:
         try:
-            with _download(self.url, copy, num_bytes) as partial:
+            with _download(self.url, copy, num_bytes, self.cache) as partial:
                 found = partial.stat().st_size
                 if hash_file(partial) != sha256:
                     what = f"{found} bytes" if found != num_bytes else "content that differs from its sha256"
@@ -126,13 +150,26 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place)
 
 
-def locate(place: str | Path, cache_dir: str | Path) -> Place:
+def has_secret(text: str) -> bool:
+    """Whether a URL has a password, key or token in it.
+
+    Example:
+        >>> [has_secret(t) for t in ("s3://key:a/b+c@bucket/meld", "https://host/meld?X-Amz-Signature=0a")]
+        [True, True]
+        >>> [has_secret(t) for t in ("s3://bucket/meld", "http://host:9000/a@b", "hf://datasets/a/b@main", "a:b@c")]
+        [False, False, False, False]
+    """
+    return _SECRET.match(text) is not None
+
+
+def locate(place: str | Path, cache_dir: str | Path, cache_max_bytes: int | None = None) -> Place:
     """A location as the config gives it -> what reads from it; nothing is read yet.
 
     Args:
         place: a path, or a URL of any protocol that fsspec knows, ``file://`` included (a slow network disk is read
             through the cache that way).
         cache_dir: folder for local copies of remote files.
+        cache_max_bytes: that the copies of shards may take together; None: no limit.
 
     Raises:
         MsencError: the URL's protocol is unknown, or needs a package that is not installed; the cache is a URL.
@@ -142,7 +179,8 @@ def locate(place: str | Path, cache_dir: str | Path) -> Place:
     url = str(place).rstrip("/")
     system, path = _file_system(url)
     key = hashlib.sha256(system.unstrip_protocol(path).encode()).hexdigest()[:12]
-    return RemotePath(url, local_folder(cache_dir, "paths.cache_dir") / f"{PurePosixPath(path).name}-{key}")
+    cache = Cache(local_folder(cache_dir, "paths.cache_dir"), cache_max_bytes)
+    return RemotePath(url, cache.folder / f"{PurePosixPath(path).name}-{key}", cache)
 
 
 def local_folder(place: str | Path, key: str) -> Path:
@@ -156,12 +194,21 @@ def local_folder(place: str | Path, key: str) -> Path:
         MsencError: it is a URL.
     """
     if is_url(place):
-        raise MsencError(
-            f"{key}={place}: a URL, expected a local folder. Only prepared data is read from a URL, and "
-            "nothing is written to one: prepare with data.dir=FOLDER, copy that folder to the URL, and train with "
-            "data.dir=URL."
-        )
+        raise MsencError(f"{key}={place}: a URL, expected a local folder. {_reason(key)}")
     return Path(place)
+
+
+def _reason(key: str) -> str:
+    """Why what a key names cannot lie behind a URL, and what to do instead."""
+    if key in ("runs_dir", "paths.runs_dir", "paths.output_dir", "hydra.sweep.dir", "out"):
+        return (
+            "A run's files are locked, appended to and renamed, and object storage can do none of these. Write runs to "
+            "a local or shared folder, and copy it afterwards: aws s3 sync FOLDER URL (docs/storage.md)."
+        )
+    return (
+        "Only prepared data is read from a URL, and nothing is written to one: prepare with data.dir=FOLDER, copy that "
+        "folder to the URL, and train with data.dir=URL (docs/storage.md)."
+    )
 
 
 def hash_file(path: Path) -> str:
@@ -175,51 +222,48 @@ def _is_whole(copy: Path, sha256: str, num_bytes: int, verify: bool) -> bool:
 
 
 @contextmanager
-def _download(url: str, copy: Path, num_bytes: int = 0) -> Iterator[Path]:
-    """Fetch a file under a temporary name next to `copy`; it is removed unless renamed in the body."""
-    partial = copy.with_name(f".{copy.name}.partial")
+def _download(url: str, copy: Path, num_bytes: int = 0, cache: Cache | None = None) -> Iterator[Path]:
+    """Fetch a file as a partial one next to `copy`, which is removed unless renamed in the body."""
+    partial = partial_of(copy, num_bytes)
     system, path = _file_system(url)
     bar: dict[str, Any] = {"desc": copy.name, "unit": "B", "unit_scale": True, "disable": None}
     try:
-        with TqdmCallback(tqdm_kwargs=bar) if num_bytes >= LARGE_BYTES else DEFAULT_CALLBACK as callback:
-            system.get_file(path, str(partial), callback=callback)
-    except FileNotFoundError:
-        partial.unlink(missing_ok=True)
-        raise
-    except Exception as error:  # each protocol has its own error types
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise _unwritable(copy, error) from error
-        raise MsencError(
-            f"{url}: cannot be fetched ({type(error).__name__}: {error}). Check the address, the network and your "
-            "access, then repeat the command: complete files are kept."
-        ) from error
-    try:
+        if cache is not None:
+            cache.make_room(partial, num_bytes)
+        for wait in (*WAITS_S, None):
+            try:
+                with TqdmCallback(tqdm_kwargs=bar) if num_bytes >= LARGE_BYTES else DEFAULT_CALLBACK as callback:
+                    system.get_file(path, str(partial), callback=callback)
+                break
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each protocol has its own error types
+                if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                    raise unwritable(copy, error) from error
+                if wait is None or _is_lasting(error):
+                    raise MsencError(
+                        f"{url}: cannot be fetched ({_said(error)}). Check the address, the network and your access, "
+                        "then repeat the command: complete files are kept."
+                    ) from error
+                log.info("%s: %s; trying again.", url, _said(error))
+                time.sleep(wait)
         yield partial
     finally:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def _lock(copy: Path) -> Iterator[None]:
-    """Let one process at a time write a copy."""
-    lock = FileLock(copy.with_name(f".{copy.name}.lock"))
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise _unwritable(copy, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _is_lasting(error: Exception) -> bool:
+    """Whether another try would end the same way: access is refused, or the request is wrong."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 429)
+    return isinstance(error, PermissionError) or "Credentials" in type(error).__name__
 
 
-def _unwritable(copy: Path, error: OSError) -> MsencError:
-    return MsencError(
-        f"{copy}: cannot be written ({error.strerror or error}). It is the local copy of data behind a URL. Free space "
-        "or permissions there, or set another folder: paths.cache_dir=FOLDER, or MSENC_CACHE in the environment."
-    )
+def _said(error: Exception) -> str:
+    """An error in one line. An address in it may be that of a proxy or an endpoint, with a password."""
+    text = re.sub(r"://[^/\s@]*:\S*@", "://***@", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:297]}...'}"
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -237,6 +281,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         extras = metadata("fsspec").get_all("Provides-Extra") or []
         package = f"'fsspec[{protocol}]'" if protocol in extras else getattr(error.__cause__ or error, "name", protocol)
+        if protocol in EXTRAS:
+            package = f"-e '.[{EXTRAS[protocol]}]'"
         raise MsencError(
             f"{url}: the protocol {protocol!r} needs a package that is not installed ({error}). Install it: "
             f"pip install {package}"

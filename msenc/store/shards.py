@@ -6,6 +6,7 @@ where in them each dialogue lies. Any webdataset reader opens the tar files with
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from msenc.files.kinds import Count, Must, Name, Sha256, Split, is_name
 from msenc.store.location import Place, RemotePath, hash_file
 from msenc.store.members import check_features, check_turns, decode_member, encode_member
 from msenc.types import MsencError
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 INDEX = "index.json"
@@ -166,7 +169,8 @@ class ShardReader:
     """Dialogue id, or its place in the split -> members, reading only that dialogue's bytes.
 
     Shards are opened, and behind a URL fetched, at the first read from them, and none of another split. A reader can
-    be pickled, and used after a fork: reads name their offset, so processes do not disturb each other.
+    be pickled, and used after a fork: reads name their offset, so processes do not disturb each other. Where the cache
+    of remote files has a limit, a shard is only held while a dialogue is read, so that others can take its place.
 
     Args:
         folder: what `write_stream` wrote, or a copy of it behind a URL.
@@ -195,6 +199,7 @@ class ShardReader:
         self._descriptors: dict[int, int] = {}
         self._verified: set[int] = set()
         self._sound: set[str] = set()
+        self._keeps_open = not (isinstance(folder, RemotePath) and folder.cache.max_bytes is not None)
         for shard in self._shards.values():
             path = self.folder / shard["file"]
             if isinstance(path, RemotePath):
@@ -203,6 +208,16 @@ class ShardReader:
                 self._refuse(path, "missing; the index names it")
             if path.stat().st_size != shard["bytes"]:
                 self._refuse(path, f"{path.stat().st_size} bytes, expected {shard['bytes']}")
+        size = sum(shard["bytes"] for shard in self._shards.values())
+        if not self._keeps_open and size > folder.cache.max_bytes:
+            log.warning(
+                "%s: the shards of %s take %d bytes, more than paths.cache_max_bytes=%d. Dialogues are drawn from all "
+                "of them, so that each shard is fetched many times.",
+                folder,
+                split,
+                size,
+                folder.cache.max_bytes,
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -234,11 +249,13 @@ class ShardReader:
             return members
         except MsencError as error:  # the index names bytes that are no such member
             raise MsencError(_with_hint(f"{self.folder}, {id}, {error} Prepare the data again.", self.hint)) from error
+        finally:
+            self._leave(descriptor)
 
     def check(self) -> None:
         """Verify every shard of the split now; copies of this reader made afterwards do not verify again."""
         for number in self._shards:
-            self._open(number)
+            self._leave(self._open(number))
 
     def close(self) -> None:
         """Close what was opened; a later read opens it again."""
@@ -253,17 +270,25 @@ class ShardReader:
         return {**self.__dict__, "_descriptors": {}}  # a descriptor means nothing in another process
 
     def _open(self, number: int) -> int:
-        if number not in self._descriptors:
-            shard = self._shards[number]
-            path = self.folder / shard["file"]
-            verify = self.verify and number not in self._verified
-            if isinstance(path, RemotePath):
-                path = path.fetch(shard["sha256"], shard["bytes"], verify)
-            elif verify and hash_file(path) != shard["sha256"]:
+        if number in self._descriptors:
+            return self._descriptors[number]
+        shard = self._shards[number]
+        path = self.folder / shard["file"]
+        verify = self.verify and number not in self._verified
+        if isinstance(path, RemotePath):
+            descriptor = path.open(shard["sha256"], shard["bytes"], verify)
+        else:
+            if verify and hash_file(path) != shard["sha256"]:
                 self._refuse(path, "content that differs from its sha256 in the index")
-            self._verified.add(number)
-            self._descriptors[number] = os.open(path, os.O_RDONLY)
-        return self._descriptors[number]
+            descriptor = os.open(path, os.O_RDONLY)
+        self._verified.add(number)
+        if self._keeps_open:
+            self._descriptors[number] = descriptor
+        return descriptor
+
+    def _leave(self, descriptor: int) -> None:
+        if not self._keeps_open:
+            os.close(descriptor)
 
     def _read(self, descriptor: int, offset: int, size: int) -> np.ndarray:
         data = np.empty(size, np.uint8)  # a bytearray would be filled with zeros first

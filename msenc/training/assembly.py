@@ -41,7 +41,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
     """The data module of a run's config; the data are not checked yet."""
     data, model = config["data"], config["model"]
     return DialogueDataModule(
-        folder=locate(data["dir"], config["paths"]["cache_dir"]),
+        folder=locate(data["dir"], config["paths"]["cache_dir"], config["paths"].get("cache_max_bytes")),
         streams={
             name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])
             for name, stream in model["streams"].items()

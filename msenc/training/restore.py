@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from msenc.config.checks import check_targets
 from msenc.config.stored import ADVICE, settled
+from msenc.config.values import check_values
 from msenc.files import reason_of
 from msenc.models.conversation import ConversationModel
 from msenc.runs.record import read_run
@@ -41,6 +42,9 @@ def open_run(run_dir: Path, data_dir: str | None, urls: Collection[str] = ()) ->
         # Downloads go to this user's cache, whatever the run's config says: it may be a stranger's.
         data = data_dir or os.environ.get("MSENC_DATA", "data")
         config.paths.cache_dir = os.environ.get("MSENC_CACHE", f"{data}/cache")
+        limit = os.environ.get("MSENC_CACHE_MAX_BYTES", "null")
+        config.paths.cache_max_bytes = int(limit) if limit.isdecimal() else None if limit == "null" else limit
+        check_values({"paths": {"cache_max_bytes": config.paths.cache_max_bytes}})
         if data_dir is not None:
             config.paths.data_dir = data_dir
     except (OmegaConfBaseException, AttributeError) as error:

@@ -188,8 +188,13 @@ def test_what_a_run_fetches_goes_to_the_users_own_cache(outside, monkeypatch):
     assert path.read_text() != text
     assert open_run(RUN, None)[1]["paths"]["cache_dir"] == "data/cache"
     assert open_run(RUN, "elsewhere")[1]["paths"]["cache_dir"] == "elsewhere/cache"
+    assert open_run(RUN, None)[1]["paths"]["cache_max_bytes"] is None
     monkeypatch.setenv("MSENC_CACHE", "mine")
-    assert open_run(RUN, None)[1]["paths"]["cache_dir"] == "mine"
+    monkeypatch.setenv("MSENC_CACHE_MAX_BYTES", "1000")
+    paths = open_run(RUN, None)[1]["paths"]
+    assert (paths["cache_dir"], paths["cache_max_bytes"]) == ("mine", 1000)
+    monkeypatch.setenv("MSENC_CACHE_MAX_BYTES", "1 GB")
+    assert "paths.cache_max_bytes: found '1 GB', expected" in refusal(lambda: open_run(RUN, None))
 
 
 def test_an_audit_and_items_are_not_written_through_links(outside):

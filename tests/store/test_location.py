@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from file_server import serve
 
 from msenc.store import location
+from msenc.store.cache import Cache
 from msenc.store.location import RemotePath, local_folder, locate
 from msenc.types import MsencError
 
@@ -32,6 +34,11 @@ def server(remote, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serve(remote.parent) as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    monkeypatch.setattr(location, "WAITS_S", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -180,6 +187,26 @@ def test_processes_that_want_the_same_file_fetch_it_once(cache, server):
     assert files(cache) == [f"{SHA256[:16]}-train-000000.tar"]
 
 
+def test_a_dataset_of_the_hub_is_read(remote, cache):
+    code = (
+        "import sys; from msenc.store.location import locate\n"
+        "folder = locate(sys.argv[1], sys.argv[2])\n"
+        "print((folder / 'turns' / 'index.json').read_text())\n"
+        "shard = folder / 'turns' / 'train-000000.tar'\n"
+        "print(len(shard.fetch(sys.argv[3], int(sys.argv[4])).read_bytes()))\n"
+        "(folder / 'dataset.json').read_text()\n"
+    )
+    command = [sys.executable, "-c", code, "hf://datasets/owner/name", str(cache), SHA256, str(SIZE)]
+    with serve(remote, "owner/name") as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+    assert done.stdout == f'{{"é": 1}}\n{SIZE}\n'
+    assert "FileNotFoundError" in done.stderr
+    assert "hf_secret" not in done.stderr
+    assert hub.asked == ["turns/index.json", "turns/train-000000.tar"]
+    assert files(cache) == [f"{SHA256[:16]}-train-000000.tar", "index.json"]
+
+
 def test_a_full_disk_is_named(remote, cache):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))  # as on a disk that is full
@@ -222,6 +249,27 @@ def test_protocols_that_cannot_be_used_are_refused(cache, monkeypatch, url, mess
     monkeypatch.setitem(sys.modules, "paramiko", None)  # as if not installed
     with pytest.raises(MsencError, match=message):
         locate(url, cache)
+
+
+def test_errors_of_a_protocol_show_no_password(remote, cache, monkeypatch, caplog):
+    monkeypatch.setattr(location.log, "level", 0)
+    caplog.set_level("INFO")
+    calls = []
+
+    class Failing:
+        def get_file(self, *args, **kwargs):
+            calls.append(args)
+            raise OSError("cannot reach\nhttp://user:a/pass@proxy:80")
+
+    monkeypatch.setattr(location, "_file_system", lambda url: (Failing(), "x"))
+    place = RemotePath("s3://b/x", cache / "x", Cache(cache))
+    with pytest.raises(
+        MsencError, match=r"s3://b/x: cannot be fetched \(OSError: cannot reach http://\*\*\*@proxy:80\)"
+    ):
+        place.read_text()
+    assert len(calls) == 3
+    assert len(caplog.messages) == 2
+    assert "pass@" not in caplog.text
 
 
 def test_nothing_is_written_to_a_url(tmp_path):
