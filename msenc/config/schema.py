@@ -322,6 +322,7 @@ class EvaluateConfig:
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
         on_data: folder or URL of other prepared data to evaluate on; a run's own data.filter is left out there.
         overwrite: measure again what was measured before with the same settings.
+        track: add what is measured to the run where it is tracked (TensorBoard, W&B, MLflow).
         plugins: see `TrainConfig`.
         urls: see `TrainConfig`.
     """
@@ -344,6 +345,7 @@ class EvaluateConfig:
     data_dir: str | None = None
     on_data: str | None = None
     overwrite: bool = False
+    track: bool = True
     plugins: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
 
