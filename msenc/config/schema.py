@@ -277,6 +277,7 @@ class PrepareConfig:
         align: what connectors are to be aligned to; voices that it asks for are measured.
         prepare_workers: processes that decode clips; 0 works in this one.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
+        status: say what is done and missing, of all and of each of `part`'s parts, and prepare nothing.
         recogniser: a Whisper by id or folder that writes recordings down, as `respond.py` names one; None: as
             `data.recordings.recogniser` says.
         plugins: see `TrainConfig`.
@@ -291,6 +292,7 @@ class PrepareConfig:
     describe: Any = None
     prepare_workers: int = 2
     part: str | None = None
+    status: bool = False
     recogniser: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
     plugins: list[str] = field(default_factory=list)
