@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 ARGS =
-BENCHMARKS = training_step lora_step memory generation loading features checkpoint startup
+BENCHMARKS = training_step lora_step memory generation loading features preparing checkpoint startup
 
 BIN = .venv/bin
 STAMP = .venv/.installed

@@ -69,9 +69,13 @@ def batches_of(folder):
 
 
 def scalars(folder):
-    """What TensorBoard shows: name -> (step, value) in order."""
+    """What TensorBoard shows: name -> (step, value) in order; of what is measured of the machine, the steps alone."""
     events = EventAccumulator(str(folder / "logs" / "tensorboard")).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    measured = ("speed/", "memory/")
+    return {
+        tag: [(e.step, None if tag.startswith(measured) else e.value) for e in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def load(folder, name="last"):

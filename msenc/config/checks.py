@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from msenc.config.hints import nearest
 from msenc.config.schema import plain
+from msenc.config.secrets import check_no_secrets
 from msenc.config.stored import strings_of
 from msenc.config.targets import is_built, load_plugins, locate_target
 from msenc.config.trial import try_parts
@@ -36,6 +37,8 @@ def checked(cfg: DictConfig, given: Mapping[str, set[str]], here: bool = True) -
     if "paths" in cfg and not OmegaConf.is_missing(cfg.paths, "runs_dir") and cfg.paths.output_dir is None:
         cfg = cfg.copy()
         cfg.paths.output_dir = cfg.paths.runs_dir  # a run's folder is settled later; what lies in it is checked now
+    if "logger" in cfg:
+        check_no_secrets(OmegaConf.to_container(cfg.logger, resolve=False), "logger")
     config = plain(cfg)
     for key, text in strings_of(config):
         if text == "???":

@@ -81,6 +81,12 @@ def refusal(error: Exception) -> str | None:
         return f"error: {error}"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK and error.filename is not None:
         return f"error: {error.filename}: {error.strerror}. Expected a place where this command may read and write."
+    if type(error).__module__.startswith(("joblib.externals.loky", "submitit.")):
+        return (
+            f"error: a job of the launcher was killed ({type(error).__name__}); running out of memory or time is the "
+            "usual cause. What it finished is kept: repeat the command, which does what is left (prepare.py "
+            "status=true says what that is)."
+        )
     if _is_config_error(error):
         return f"config error: {_config_message(error)}"
     if (override := _override_being_applied(error)) is not None:

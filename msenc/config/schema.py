@@ -279,6 +279,7 @@ class PrepareConfig:
         align: what connectors are to be aligned to; voices that it asks for are measured.
         prepare_workers: processes that decode clips; 0 works in this one.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
+        status: say what is done and missing, of all and of each of `part`'s parts, and prepare nothing.
         recogniser: a Whisper by id or folder that writes recordings down, as `respond.py` names one; None: as
             `data.recordings.recogniser` says.
         plugins: see `TrainConfig`.
@@ -293,6 +294,7 @@ class PrepareConfig:
     describe: Any = None
     prepare_workers: int = 2
     part: str | None = None
+    status: bool = False
     recogniser: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
     plugins: list[str] = field(default_factory=list)
@@ -327,6 +329,7 @@ class EvaluateConfig:
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
         on_data: folder or URL of other prepared data to evaluate on; a run's own data.filter is left out there.
         overwrite: measure again what was measured before with the same settings.
+        track: add what is measured to the run where it is tracked (TensorBoard, W&B, MLflow).
         plugins: see `TrainConfig`.
         urls: see `TrainConfig`.
     """
@@ -350,6 +353,7 @@ class EvaluateConfig:
     data_dir: str | None = None
     on_data: str | None = None
     overwrite: bool = False
+    track: bool = True
     plugins: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
 

@@ -55,6 +55,7 @@ BUILDABLE = {
     ),
     "logger.*": (
         "msenc.training.loggers.CsvLogger",
+        "msenc.tracking.mlflow.MlflowLogger",
         *_of(
             "lightning.pytorch.loggers",
             *("CSVLogger", "CometLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),

@@ -23,6 +23,7 @@ from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metri
 from msenc.evaluation.metrics.sound import SOUND_METRICS
 from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics, settings_of
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
+from msenc.evaluation.tracked import track_evaluation
 from msenc.files import digest, inside
 from msenc.files.kinds import check_name
 from msenc.models.conversation import ConversationModel
@@ -196,6 +197,14 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
         settle_threads(num_parameters(loaded), before=threads)
         return loaded.to(device)
 
+    def track(
+        usual: Mapping[str, Any], metrics: Mapping[str, Any], items: list[dict[str, Any]], under: str = ""
+    ) -> None:
+        """Under the split's name if with the settings that a run's own evaluation has, else the folder's."""
+        if options.track:
+            named = options.split if settings == usual else place(settings).name
+            track_evaluation(run_dir, record, config, f"evaluation/{named}{under}", metrics, items, place(settings))
+
     settings = {
         "checkpoint": options.checkpoint,
         "decoding": decoding if options.generate else None,
@@ -215,6 +224,7 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
         if options.speech is not None:
             found |= _speak(predictions, options, folder, datamodule.folder, device, group)
         if group.is_first:
+            track({"checkpoint": "best", "decoding": config["decoding"], "limit": None}, found, predictions)
             write_evaluation(folder, found, predictions)
             _print_metrics(found, title)
         files = f"{shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}"
@@ -242,6 +252,13 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
             )
             cost |= {**facts, "settings": _said(settings)}
             if group.is_first:
+                usual = {
+                    "checkpoint": "best",
+                    "limit": None,
+                    "control": str(control),
+                    "draws": EvaluateConfig.control_draws,
+                }
+                track(usual, cost, controlled, f"/{control}")
                 write_evaluation(place(settings), cost, controlled)
         costs.append(cost)
     if costs and group.is_first:

@@ -15,6 +15,7 @@ from rich.table import Table
 from msenc.config.build import build
 from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
+from msenc.pipelines.prepare_status import say_stopped, show_status
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import read_bins
 from msenc.prepare.features import StreamRecipe
@@ -61,12 +62,27 @@ def prepare(cfg: DictConfig) -> DatasetManifest | Audit | None:
         raise MsencError(f"stage={config['stage']}: no such stage. Expected {', '.join(stages)}, or null for shards.")
     if config["data"]["table"] is not None and not config["data"]["recordings"]:
         raise MsencError(f"data.table={config['data']['table']}: only data=folder takes a table. Set data=folder, too.")
+    if config["status"]:
+        return show_status(config, partial(_survey, config))
     if config["stage"] == "audit":
         return _audit(config)
     manifest = _prepare(config)
     if manifest is not None:
         _print_manifest(config, manifest)
     return manifest
+
+
+def _survey(config: Mapping[str, Any]) -> bool:
+    """Go through what `prepare` would do, within `surveying`; returns whether it comes to the streams."""
+    data = config["data"]
+    root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
+    annotations = _annotations(config, root, folder, Part(1, 1))
+    if annotations is None:
+        return False
+    describe = MEASURE if config["describe"] is None and wants_voices(config) else config["describe"]
+    voice = _voice_settings(describe, data["voice"], folder)
+    prepare_part(annotations, root, folder, _recipes(config), config["prepare_workers"], voice, Part(1, 1))
+    return True
 
 
 def _audit(config: Mapping[str, Any]) -> Audit:
@@ -109,16 +125,7 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
         describe = MEASURE
     data, workers = config["data"], config["prepare_workers"]
     root, folder = local_folder(data["root"], "data.root"), local_folder(data["dir"], "data.dir")
-    streams = [
-        StreamRecipe(
-            kind=kind,
-            name=stream["name"],
-            dim=stream["dim"],
-            make_encoder=build({**stream["encoder"], "_partial_": True}, f"model.streams.{kind}.encoder"),
-            settings=stream["encoder"],
-        )
-        for kind, stream in config["model"]["streams"].items()
-    ]
+    streams = _recipes(config)
     part = Part.parse(config["part"]) if config.get("part") else None
     if part is not None:
         with folder_lock(folder, wait=True, part=part):
@@ -131,6 +138,7 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
         if annotations is None:
             return None
         console.print(f"Part {part} is done.", *remaining, sep="\n")
+        say_stopped(folder, part, remaining)
         if remaining:
             console.print("The job that completes the last one writes the shards; so does prepare.py without a part.")
             return None
@@ -152,6 +160,19 @@ def _prepare(config: Mapping[str, Any], wait: bool = False) -> DatasetManifest |
     if data["generate"] is not None and (recipe := _llm_recipe(config)):
         _pretrain(recipe)
     return manifest
+
+
+def _recipes(config: Mapping[str, Any]) -> list[StreamRecipe]:
+    return [
+        StreamRecipe(
+            kind=kind,
+            name=stream["name"],
+            dim=stream["dim"],
+            make_encoder=build({**stream["encoder"], "_partial_": True}, f"model.streams.{kind}.encoder"),
+            settings={key: value for key, value in stream["encoder"].items() if key != "device"},  # as on any other
+        )
+        for kind, stream in config["model"]["streams"].items()
+    ]
 
 
 def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
@@ -180,7 +201,10 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
         segment=build(recordings["segment"], "data.recordings.segment"),
         make_recogniser=make_part("recogniser"),
         make_encoder=make_part("speaker_encoder"),
-        settings={key: recordings[key] for key in ("recogniser", "speaker_encoder")},
+        settings={
+            key: recordings[key] | ({"device": "cpu"} if "device" in recordings[key] else {})  # as on any other
+            for key in ("recogniser", "speaker_encoder")
+        },
         split=split,
         track=track,
         per_channel=data["recordings"]["channels"] == "speakers",
@@ -188,7 +212,8 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     last = stage if stage in STAGES else None
     made = transcribe_recordings(data["name"], root, folder, recipe, config["prepare_workers"], last, part)
     if not isinstance(made, Transcript):
-        console.print(*(made or [f"Done up to the stage {stage}; to continue, omit stage=."]), sep="\n")
+        if not config.get("status"):
+            console.print(*(made or [f"Done up to the stage {stage}; to continue, omit stage=."]), sep="\n")
         return None
     _print_transcript(made)
     if stage in STAGES:

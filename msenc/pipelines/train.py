@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning as L
 import torch
@@ -36,6 +38,8 @@ from msenc.runs.record import RunRecord, is_finished, is_first_process
 from msenc.runs.sweep import is_stopping, job_folder, note_run
 from msenc.runs.trust import check_urls, strings_of, values_of
 from msenc.store.flags import count_left_out
+from msenc.tracking.measures import Measures
+from msenc.tracking.trackers import closing_trackers, open_trackers
 from msenc.training.align import Labels, align_connectors, sources_of
 from msenc.training.assembly import (
     GIVEN,
@@ -79,9 +83,6 @@ SPELT_DIALOGUES = 200
 """Number of training dialogues on which tokens per word are counted."""
 SPELLING = 1.8
 """Tokens per word above which an LLM spells out words: the tiny LLMs take 1.2 in their own world, 3 in others."""
-
-PURGING = ("msenc.training.loggers.CsvLogger", "lightning.pytorch.loggers.TensorBoardLogger")
-"""Loggers that, when a run is resumed, drop entries logged after its checkpoint."""
 
 
 @dataclass
@@ -233,7 +234,12 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     config = job.config
     if "identity" in record.facts:
         check_same_data(record.facts, config, job.datamodule)
-    record.add(identity=record.facts.get("identity", job.identity), data=config["data"]["name"], **job.data)
+    record.add(
+        identity=record.facts.get("identity", job.identity),
+        data=config["data"]["name"],
+        tracked=record.facts.get("tracked") or _new_tracked(config, record.folder),
+        **job.data,
+    )
     evaluates = bool(config["evaluate"]) and not config["trainer"].get("fast_dev_run")
     _learn(job, record, termination, [config["evaluate"]] if evaluates else [])
     if config["stage"] == ALIGN:
@@ -252,6 +258,17 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
         with open_group(config["trainer"], num) if num > 1 else ALONE as group:
             evaluate_run(record.folder, options, record.facts["threads"], group)
     return record.facts.get("best_loss")
+
+
+def _new_tracked(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """By what services know the run: chosen before they are asked, so that no kill leaves one that nobody knows."""
+    hydra = HydraConfig.get()
+    name = os.path.relpath(folder, config["paths"]["runs_dir"])
+    return {
+        "id": uuid4().hex[:12],
+        "name": (folder.name if name.startswith("..") else name)[-100:],
+        "group": Path(hydra.sweep.dir).name if hydra.mode is RunMode.MULTIRUN else None,
+    }
 
 
 def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: list[str]) -> None:
@@ -324,6 +341,9 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     else:
         record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
         console.print("Nothing to train (frozen LLM, no connector); the LLM is evaluated as it is.")
+        if not config["trainer"].get("fast_dev_run"):
+            with closing_trackers(open_trackers(config, record.facts, record.folder, _warn, 0)):
+                pass  # its settings are logged
     if is_first_process() and not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
     _print_streams(record, said)
@@ -451,17 +471,13 @@ def _fit(
                 f"step {newest[1]['global_step']:,} ({path.name})" if newest else "the start: no checkpoint was written"
             )
             console.print(f"Training resumes from {at}.")
-        purge = {"purge_step": resume["steps_logged"] if resume else 0} if record.facts["resumed"] else {}
-        loggers = [
-            build(n, f"logger.{k}", **(purge if n["_target_"] in PURGING else {}))
-            for k, n in config["logger"].items()
-            if n
-        ]
+        purge = (resume["steps_logged"] if resume else 0) if record.facts["resumed"] else None
+        trackers = [] if is_debug else open_trackers(config, record.facts, record.folder, _warn, purge)
         trainer = build(
             config["trainer"] | ({"limit_val_batches": 0} if config["data"]["val"] is None else {}),
             "trainer",
-            callbacks=callbacks,
-            logger=[] if is_debug else loggers,
+            callbacks=[*callbacks, *([Measures()] if trackers else [])],
+            logger=trackers,
             plugins=[files],
             default_root_dir=str(record.folder),
             enable_model_summary=False,
@@ -469,7 +485,8 @@ def _fit(
         )
         module.train()
         name_the_dead()
-        trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
+        with closing_trackers(trackers):
+            trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome = training_outcome(trainer)
         datamodule.trainer = None  # would keep the trained model alive as long as the data
     if is_first_process():

@@ -5,6 +5,7 @@ long is cut into items that stay when the rest is killed, and can be spread over
 without it the folder is no data set.
 """
 
+import glob
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -168,6 +169,25 @@ def folder_lock(folder: Path, wait: bool = False, part: Part | None = None) -> I
         except Timeout as e:
             what = "this folder" if part is None else f"this folder, or part {part} of it"
             raise MsencError(f"{folder}: another process is preparing {what}. Wait for it, then repeat.") from e
+
+
+def parts_begun(folder: Path) -> dict[Part, bool]:
+    """Parts of a folder that were begun since it was whole -> whether a process is at it; others ended, or were killed.
+
+    Args:
+        folder: as `folder_lock` takes it.
+    """
+    begun = {}
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.part-*-of-*.lock"):
+        number, _, of = path.name.removeprefix(f".{folder.name}.part-").removesuffix(".lock").partition("-of-")
+        if not (number.isdecimal() and of.isdecimal()):
+            continue
+        try:
+            with FileLock(path, timeout=0):
+                begun[Part(int(number), int(of))] = False
+        except Timeout:
+            begun[Part(int(number), int(of))] = True
+    return begun
 
 
 def _write_turns(folder: Path, dialogues: list[Dialogue]) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -18,14 +19,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from msenc.config.stored import read_config
 from msenc.files import check_no_way_out, inside, read_json, write_json
-from msenc.files.kinds import Count, Name
+from msenc.files.kinds import Count, Must, Name
 from msenc.types import MsencError
 from msenc.work.processes import is_first_process
 
@@ -36,6 +37,14 @@ PACKAGES = ("msenc", "torch", "lightning", "transformers", "peft", "hydra-core")
 class _Alignment(TypedDict):
     hash: str
     used: bool
+
+
+class _Tracked(TypedDict):
+    """By what a run is known to the services that track it (`msenc.tracking`)."""
+
+    id: Annotated[str, Must(lambda text: re.fullmatch(r"[0-9a-z]{1,40}", text) is not None, "an id")]
+    name: str
+    group: str | None
 
 
 class Facts(TypedDict):
@@ -70,6 +79,7 @@ class Facts(TypedDict):
     metrics: NotRequired[dict[str, float | None]]
     speakers: NotRequired[list[str]]
     warnings: NotRequired[list[str] | None]
+    tracked: NotRequired[_Tracked]
 
 
 def read_facts(path: Path) -> dict[str, Any]:

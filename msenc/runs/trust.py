@@ -20,8 +20,8 @@ from msenc.types import MsencError
 CHOICE = re.compile(r"\w[\w-]*(/\w[\w-]*)*")
 """A file of a group: no path that leaves ``configs/``."""
 
-URL = re.compile(r"(?!(?:file|memory)://)[^\s/]*://")
-"""Whether it reaches another machine; the two protocols only reach this machine, like paths."""
+URL = re.compile(r"(?!(?:file|memory|sqlite)://)[^\s/]*://")
+"""Whether it reaches another machine; these protocols only reach this machine, like paths."""
 
 
 def check_urls(config: Any, named: Iterable[str], path: Path) -> None:

@@ -339,8 +339,6 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:  # what was logged before a checkpoint is on disk before it is
             logger.save()
-            if hasattr(logger.experiment, "flush"):
-                logger.experiment.flush()
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self._saved_at = (trainer.global_step, time.monotonic())
         self.on_saved()

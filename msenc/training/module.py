@@ -76,7 +76,7 @@ class ConversationModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the gradient of summed losses into the gradient per target token of the global batch.
 
-        Logged before clipping: the training loss, and the gradient norm of each part.
+        Logged before clipping: the training loss, the gradient norm of each part, and the groups' learning rates.
         """
         loss, weights = self.over_processes(self._step_sums)
         weights = torch.where(weights > 0, weights, 1.0)  # if all tokens of a step have weight 0, its gradients are 0
@@ -89,6 +89,8 @@ class ConversationModule(L.LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         self.log_dict({f"grad_norm/{name}": norm for name, norm in gradient_norms(self._parameter_groups).items()})
+        rest = "all" if len(optimizer.param_groups) == 1 else "others"
+        self.log_dict({f"lr/{group.get('name', rest)}": group["lr"] for group in optimizer.param_groups})
 
     def over_processes(self, sums: Tensor) -> Tensor:
         """The sum over all processes of the run."""

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +80,34 @@ class Part:
         return f"{self.number}/{self.of}"
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stage's items, in their order.
+
+    Args:
+        description: of the stage.
+        items: all of them.
+        missing: those without a result.
+    """
+
+    description: str
+    items: list[Item]
+    missing: list[Item]
+
+
+_surveys: list[list[Stage]] = []
+
+
+@contextmanager
+def surveying() -> Iterator[list[Stage]]:
+    """Within, `run_items` does nothing but note what there is to do: yields the list that it fills."""
+    _surveys.append([])
+    try:
+        yield _surveys[-1]
+    finally:
+        _surveys.pop()
+
+
 def run_items(
     items: Sequence[Item],
     folder: Path,
@@ -109,6 +138,9 @@ def run_items(
         MsencError: a worker died (names possible items), the disk is full, or whatever the work raises.
             Existing results stay.
     """
+    if _surveys:
+        _surveys[-1].append(Stage(description, list(items), missing := missing_items(items, folder)))
+        return missing
     own = part.select(items) if part else list(items)
     todo = list({item.key: item for item in missing_items(own, folder)}.values())
     if todo:
@@ -213,7 +245,8 @@ def _perform(item: Item, folder: Path, work: Callable[[Any], Members]) -> None:
     try:
         with disk_errors(folder):
             temporary.touch()  # before the work: marks the item as in progress
-        result = work(item.input)
+        with _memory_errors(item):
+            result = work(item.input)
         with disk_errors(folder):
             with zipfile.ZipFile(temporary, "w") as file:
                 for name, value in result.items():
@@ -221,6 +254,21 @@ def _perform(item: Item, folder: Path, work: Callable[[Any], Members]) -> None:
             temporary.replace(_result_file(folder, item))
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _memory_errors(item: Item) -> Iterator[None]:
+    """A GPU whose memory is full, as a refusal: its processes share it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be imported here
+            raise
+        raise MsencError(
+            f"{item.id}: the GPU has too little memory for this. Each worker has the model and its batch there: set "
+            "fewer (prepare_workers=1), or smaller batches (the encoder's batch_s or batch_frames). Finished results "
+            "are kept."
+        ) from error
 
 
 def _temporary(item: Item, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from msenc.config.schema import plain
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.dataset import StreamSpec
 from msenc.models.connector import Mlp
@@ -339,6 +341,82 @@ def test_the_last_part_makes_the_shards(root, compose, tmp_path, capsys, monkeyp
     assert last == DatasetManifest.read(tmp_path / "out")
     assert list(tmp_path.glob(".out.part-*")) == []
     assert prepare(compose([*arguments, "part=1/2"], "prepare")) == last
+
+
+def test_status_says_what_is_left_and_how_to_do_it(root, compose, tmp_path, capsys, monkeypatch):
+    from msenc.pipelines.prepare import prepare
+
+    monkeypatch.setattr(features, "MIN_ITEM_UTTERANCES", 10)
+    out = tmp_path / "out"
+    arguments = ["data=meld", f"data.root={root}", f"data.dir={out}", "modality=text_audio", "prepare_workers=0"]
+
+    def status(*more):
+        with pytest.raises(SystemExit) as left:
+            prepare(compose([*arguments, "status=true", *more], "prepare"))
+        assert left.value.code == 1
+        return " ".join(re.sub("[│┃]", " ", capsys.readouterr().out).split())
+
+    said = status("part=1/2")
+    assert "1/2 0 / 1 0.00 / 0.0" in said
+    assert said.count("not begun") == 2
+    assert "For the rest: python prepare.py -m part=1/2,2/2" in said
+    assert not (out / "dataset.json").exists()
+
+    prepare(compose([*arguments, "part=1/2"], "prepare"))
+    capsys.readouterr()
+    (tmp_path / ".out.part-2-of-2.lock").touch()  # as a killed process leaves it
+    said = status()
+    assert re.search(r"1/2 1 / 1 [\d.]+ / [\d.]+ done 2/2 0 / 1 [\d.]+ / [\d.]+ killed or stopped", said)
+    assert "For the rest: python prepare.py -m part=2/2" in said
+    with folder_lock(out, part=Part(2, 2)):
+        assert "2/2 0 / 1" in (said := status())
+        assert "running" in said
+        assert "All parts that are left are being prepared." in said
+
+    prepare(compose([*arguments, "part=2/2"], "prepare"))
+    capsys.readouterr()
+    prepare(compose([*arguments, "status=true"], "prepare"))  # exit status 0
+    assert f"Complete: {out}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_killed_part_is_named_by_the_others(root, compose, tmp_path, capsys, monkeypatch):
+    from msenc.pipelines.prepare import prepare
+
+    monkeypatch.setattr(features, "MIN_ITEM_UTTERANCES", 10)
+    arguments = ["data=meld", f"data.root={root}", f"data.dir={tmp_path / 'out'}", "modality=text_audio"]
+    (tmp_path / ".out.part-2-of-2.lock").touch()
+    prepare(compose([*arguments, "prepare_workers=0", "part=1/2"], "prepare"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Killed" in line]
+    assert "Killed or stopped before it was done: part 2/2. python prepare.py -m part=2/2 goes on with it." in line
+
+
+def test_parts_of_one_command_leave_nothing_in_the_working_folder(root, call_script, tmp_path, monkeypatch, capsys):
+    from conftest import ROOT
+
+    before = {path.name for path in ROOT.iterdir()}
+    arguments = ["data=meld", f"data.root={root}", f"data.dir={tmp_path / 'out'}", f"paths.data_dir={tmp_path}"]
+    call_script("prepare.py", "-m", *arguments, "modality=text_audio", "prepare_workers=0", "part=1/2,2/2")
+    assert DatasetManifest.read(tmp_path / "out").streams.keys() == {"turns", "audio-logmel"}
+    assert {path.name for path in ROOT.iterdir()} == before
+    assert [path.name for path in (tmp_path / ".parts").iterdir()] == ["multirun.yaml"]
+
+
+def test_features_are_the_same_data_wherever_they_were_encoded(compose):
+    from msenc.pipelines.prepare import _recipes
+
+    overrides = ["modality=text_audio", "model/audio=whisper"]
+    on_gpu = [*overrides, "+model.streams.audio.encoder.device=cuda"]
+    (here,), (there,) = (_recipes(plain(compose(given, "prepare"))) for given in (overrides, on_gpu))
+    assert here.settings == there.settings
+    assert there.make_encoder.keywords["device"] == "cuda"
+
+
+def test_a_job_that_a_launcher_lost_is_one_line():
+    from msenc.config.messages import refusal
+
+    lost = type("TerminatedWorkerError", (Exception,), {"__module__": "joblib.externals.loky.process_executor"})
+    assert refusal(lost("a traceback\nof many lines")).startswith("error: a job of the launcher was killed")
+    assert "\n" not in refusal(lost())
 
 
 def test_parts_run_side_by_side_and_nothing_else_does(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from msenc.files import digest
 from msenc.types import MsencError
@@ -193,3 +194,11 @@ def test_a_full_disk_keeps_what_is_finished(folder, log):
     assert len(contents(folder)) == 1
     assert run(make_items(1, 2000, 3), folder, log) == []
     assert calls(log) == [1, 3, 2000, 2000]
+
+
+def test_a_gpu_that_is_full_is_a_refusal(tmp_path):
+    def no_memory(value):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(MsencError, match=r"^dia0: the GPU has too little memory .*prepare_workers=1"):
+        run_items([Item("dia0", "a", 1)], tmp_path, lambda: no_memory, 0, "work")
