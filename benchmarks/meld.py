@@ -18,8 +18,8 @@ CHARACTERS_PER_TOKEN = 4
 DESCRIPTION_TOKENS = 12
 
 
-def meld_dialogues(number: int, split: str = "train") -> list[Dialogue]:
-    """Dialogues of two turns or more, evenly over the distribution of their numbers of turns.
+def meld_dialogues(number: int, split: str = "train", longest: bool = False) -> list[Dialogue]:
+    """Dialogues of two turns or more, evenly over the distribution of their numbers of turns, or those of the most.
 
     They are MELD's, where MSENC_SHARED names a folder with its CSV files, else drawn to the same statistics.
     """
@@ -32,6 +32,8 @@ def meld_dialogues(number: int, split: str = "train") -> list[Dialogue]:
     # Neighbours in this order would have neighbouring ids, and so topics and speakers, were it not shuffled first.
     known = [known[i] for i in np.random.default_rng(1).permutation(len(known))]
     known.sort(key=lambda d: d.num_samples)
+    if longest:
+        return known[-number:]
     return [known[int((i + 0.5) / number * len(known))] for i in range(number)]
 
 
