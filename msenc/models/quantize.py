@@ -49,11 +49,9 @@ def check_quantization(quantization: str | None, freeze: bool, lora: Mapping[str
             f"{place}: the LLM would be trained in full, and quantized weights cannot be trained. Train an adapter "
             "(model.llm.lora={r: 16, lora_alpha: 32}), or only connectors (model.llm.freeze=true)."
         )
-    for key, value, is_lost in () if freeze else UNFIT:
-        if lora.get(key) == value and quantization in is_lost:
-            raise MsencError(
-                f"{place}: PEFT cannot compute model.llm.lora.{key}={value} from such weights. Leave it out."
-            )
+    for key, value, unfit in () if freeze else UNFIT:
+        if lora.get(key) == value and quantization in unfit:
+            raise MsencError(f"{place}: model.llm.lora.{key}={value} does not work with such weights. Leave it out.")
     with needing(place, "quantize"):
         import bitsandbytes  # noqa: F401
 
