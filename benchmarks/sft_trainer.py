@@ -6,9 +6,9 @@
 
 Needs the extra ``peers``. Text alone, dialogues of MELD's lengths (see meld.py), a random Llama of the demo's size
 that trains in full, or of SmolLM2-135M's with LoRA; float32, AdamW, one process, one thread. An epoch is everything
-that a trainer does in it but writing. TRL gets a tokenized sample per target, its history and its reply, in as many
-steps. That all compute the same loss for as many tokens is checked (to 1e-4) with the weights at the start, where a
-learning rate of 0 leaves them.
+that a trainer does in it but writing, and its share of the set-up (``--epochs``). TRL gets a tokenized sample per
+target, its history and its reply, in as many steps. That all compute the same loss for as many tokens is checked (to
+1e-4) with the weights at the start, where a learning rate of 0 leaves them.
 
 - ``dialogue``: msenc, packed dialogues, trained by Lightning.
 - ``padded``: SFTTrainer's default batches, without recomputed activations and bfloat16, which are its defaults, too.
@@ -63,12 +63,15 @@ def main() -> None:
     arguments.add_argument("--llm", choices=SIZES, default="tiny", help="its shape; default: %(default)s")
     arguments.add_argument("--dialogues", type=int, default=16, metavar="N", help="default: %(default)s")
     arguments.add_argument("--per-step", type=int, default=4, metavar="N", help="dialogues; default: %(default)s")
+    arguments.add_argument("--epochs", type=int, default=3, metavar="N", help="of each run; default: %(default)s")
     arguments.add_argument("--longest", action="store_true", help="the dialogues of most turns")
     given = arguments.parse_args()
     torch.set_num_threads(1)
     number = 2 if given.quick else given.dialogues
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), given.llm, number, given.per_step, given.longest, given.repetitions)
+        results = measure(
+            Path(folder), given.llm, number, given.per_step, given.longest, given.repetitions, given.epochs
+        )
     counts = results["counts"]
     print_table(
         f"An epoch, {given.llm}: {number} dialogues of {counts['turns']} turns, {counts['targets']} targets, "
@@ -79,7 +82,9 @@ def main() -> None:
     write_json(given.json, results)
 
 
-def measure(folder: Path, size: str, number: int, per_step: int, longest: bool, repetitions: int) -> dict[str, Any]:
+def measure(
+    folder: Path, size: str, number: int, per_step: int, longest: bool, repetitions: int, epochs: int = 1
+) -> dict[str, Any]:
     """Check that all losses are equal, and time an epoch of each."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rng = np.random.default_rng(0)
@@ -89,10 +94,9 @@ def measure(folder: Path, size: str, number: int, per_step: int, longest: bool, 
     samples = [sample for tokens in drawn for sample in samples_of(tokens)]
     llm = make_llm(size)
     model = ConversationModel(llm, {})
+    batch_size = math.ceil(len(samples) / len(per_batch))
     trainers = {
-        name: make_trainer(
-            folder / name, copy.deepcopy(llm), samples, math.ceil(len(samples) / len(per_batch)), options
-        )
+        name: make_trainer(folder / name, copy.deepcopy(llm), samples, batch_size, epochs, options)
         for name, options in TRL.items()
     }
     batches = [pack(tokens) for tokens in per_batch]
@@ -102,9 +106,9 @@ def measure(folder: Path, size: str, number: int, per_step: int, longest: bool, 
         assert targets == tokens, f"{name}: {targets} target tokens, expected {tokens}"
         assert abs(loss / expected - 1) < 1e-4, f"{name}: loss {loss}, expected {expected}"
     variants = {
-        "dialogue": lambda: fit(model, per_batch, folder),
+        "dialogue": lambda: fit(model, per_batch, epochs, folder),
         **{name: trainer.train for name, trainer in trainers.items()},
-        "floor": partial(run_floor, model, [floor_batch(batch) for batch in batches]),
+        "floor": partial(run_floor, model, [floor_batch(batch) for batch in batches] * epochs),
     }
     counts = {
         "turns": " to ".join(str(f([len(d.utterances) for d in dialogues])) for f in (min, max)),
@@ -113,7 +117,8 @@ def measure(folder: Path, size: str, number: int, per_step: int, longest: bool, 
         "tokens": sum(batch.input_ids.numel() for batch in batches),
         "tokens of samples": sum(len(sample["input_ids"]) for sample in samples),
     }
-    seconds = interleave(variants, repetitions, clock=time.process_time)
+    per_run = interleave(variants, repetitions, clock=time.process_time)
+    seconds = {name: [value / epochs for value in values] for name, values in per_run.items()}
     losses = {name: loss for name, (loss, _) in totals.items()}
     return {**summarise(seconds, "dialogue"), "counts": counts, "losses": losses}
 
@@ -158,11 +163,11 @@ def total_of(model: ConversationModel, batches: Sequence[Batch]) -> tuple[float,
     return losses.double().sum().item(), len(losses)
 
 
-def fit(model: ConversationModel, per_batch: Sequence[Sequence[TokenizedDialogue]], folder: Path) -> None:
-    """An epoch under Lightning, as train.py does it without validation and checkpoints."""
+def fit(model: ConversationModel, per_batch: Sequence[Sequence[TokenizedDialogue]], epochs: int, folder: Path) -> None:
+    """Epochs under Lightning, as train.py does it without validation and checkpoints."""
     trainer = L.Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=epochs,
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
@@ -198,7 +203,12 @@ def samples_of(tokens: TokenizedDialogue) -> list[dict[str, list[int]]]:
 
 
 def make_trainer(
-    folder: Path, llm: Any, samples: list[dict[str, list[int]]], batch_size: int, options: Mapping[str, Any]
+    folder: Path,
+    llm: Any,
+    samples: list[dict[str, list[int]]],
+    batch_size: int,
+    epochs: int,
+    options: Mapping[str, Any],
 ) -> Any:
     """TRL's trainer as msenc trains: float32 on a CPU, and nothing written."""
     with needing("this benchmark", "peers"):
@@ -212,7 +222,7 @@ def make_trainer(
     config = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
-        num_train_epochs=1,
+        num_train_epochs=epochs,
         learning_rate=0.0,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},

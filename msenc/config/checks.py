@@ -1,6 +1,7 @@
 """What can be refused of a config before anything is loaded: arguments, groups, weights, keys that nothing reads."""
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,8 @@ def checked(cfg: DictConfig, given: Mapping[str, set[str]], here: bool = True) -
         if text == "???":
             raise MsencError(f"{key}: no value. Give it: {key}=...")
     load_plugins(config.get("plugins", []))
+    # Where it is installed, PEFT imports it, and at each start it says which kernels for CPUs could be installed, too.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     check_values(config)
     check_targets(config, given)
     _check_bounds(config)

@@ -73,7 +73,7 @@ def quantize(llm: Any, quantization: Quantization) -> None:
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
-    # It says so of each product whose input is not float16, and that optional kernels for CPUs are missing.
+    # It says so of each product of 8 bits whose input is not float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     settings = (
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -88,7 +88,7 @@ def quantize(llm: Any, quantization: Quantization) -> None:
     for name, module in llm.named_modules():
         if not _is_quantized(module):
             continue
-        weight = weights[f"{name}.weight"].detach()
+        weight = weights.pop(f"{name}.weight").detach()  # and so freed, one by one
         if module.source_cls is not nn.Linear:  # a Conv1D of GPT-2 holds it transposed
             weight = weight.T
         module.weight = type(module.weight)(weight, requires_grad=False, **module.weight.__dict__)
