@@ -18,20 +18,24 @@ CHARACTERS_PER_TOKEN = 4
 DESCRIPTION_TOKENS = 12
 
 
-def meld_dialogues(number: int, split: str = "train") -> list[Dialogue]:
+def meld_dialogues(number: int, split: str = "train", longest: bool = False) -> list[Dialogue]:
     """Dialogues of two turns or more, evenly over the distribution of their numbers of turns.
 
+    With `longest`, those of the most turns in all splits.
     They are MELD's, where MSENC_SHARED names a folder with its CSV files, else drawn to the same statistics.
     """
     shared = os.environ.get("MSENC_SHARED")
     if shared:
-        known = [d for d in read_meld(Path(shared) / "data" / "meld").dialogues if d.split == split and d.num_samples]
+        known = [d for d in read_meld(Path(shared) / "data" / "meld").dialogues if d.num_samples]
+        known = [d for d in known if longest or d.split == split]
     else:
         rng = np.random.default_rng(0)
         known = [_draw_dialogue(f"meld/{split}/dia{i}", split, rng) for i in range(1000)]
     # Neighbours in this order would have neighbouring ids, and so topics and speakers, were it not shuffled first.
     known = [known[i] for i in np.random.default_rng(1).permutation(len(known))]
     known.sort(key=lambda d: d.num_samples)
+    if longest:
+        return known[-number:]
     return [known[int((i + 0.5) / number * len(known))] for i in range(number)]
 
 

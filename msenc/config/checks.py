@@ -1,6 +1,7 @@
 """What can be refused of a config before anything is loaded: arguments, groups, weights, keys that nothing reads."""
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from msenc.types import MsencError
 
 TAKEN_OUT = {"optimizer": {"groups"}}
 """Path of a node -> keys that the pipelines take out before they build it (`build_optimizer`)."""
+
+WHOLE = ("auto", "single_device", "ddp")
+"""How the names of Lightning's strategies begin under which each process has the whole LLM."""
 
 
 def checked(cfg: DictConfig, given: Mapping[str, set[str]], here: bool = True) -> dict[str, Any]:
@@ -44,6 +48,8 @@ def checked(cfg: DictConfig, given: Mapping[str, set[str]], here: bool = True) -
         if text == "???":
             raise MsencError(f"{key}: no value. Give it: {key}=...")
     load_plugins(config.get("plugins", []))
+    # Where it is installed, PEFT imports it, and at each start it says which kernels for CPUs could be installed, too.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     check_values(config)
     check_targets(config, given)
     _check_bounds(config)
@@ -57,8 +63,25 @@ def _check_bounds(config: Mapping[str, Any]) -> None:
     if model.get("streams") and model["connector"] is None:
         raise MsencError("model.connector: found null, expected one, as there are streams: model/connector=conv")
     trainer = config.get("trainer") or {}
+    if trainer:
+        _check_quantization(model["llm"], trainer.get("strategy", "auto"))
     if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1:
         raise MsencError("trainer.max_epochs=-1: the run would never end. Give trainer.max_steps=..., too.")
+
+
+def _check_quantization(llm: Mapping[str, Any], strategy: Any) -> None:
+    quantization = llm.get("quantization")
+    if quantization is None:
+        return
+    from msenc.models.quantize import check_quantization
+
+    check_quantization(quantization, llm.get("freeze", False), llm.get("lora"))
+    name = strategy.get("_target_") if isinstance(strategy, Mapping) else strategy
+    if not str(name).startswith(WHOLE):
+        raise MsencError(
+            f"model.llm.quantization={quantization}: trainer.strategy={name} divides the LLM's weights among "
+            "processes, and quantized ones cannot be. Take trainer=gpu or ddp, or model.llm.quantization=null."
+        )
 
 
 def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: str = "") -> int:

@@ -173,6 +173,7 @@ VALUES: dict[str, Any] = {
     "model.llm.dropout": ShareBelow1,
     "model.llm.dtype": Dtype,
     "model.llm.round_to": Dtype | None,
+    "model.llm.quantization": Literal["4bit", "8bit"] | None,
     "model.llm.lora.r": Positive,
     "model.llm.lora.lora_alpha": Above0,
     "model.llm.lora.lora_dropout": ShareBelow1,

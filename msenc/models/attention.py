@@ -14,17 +14,20 @@ GPUs. ``dense`` gives SDPA a mask of all pairs; it runs everywhere. ``flex_atten
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from msenc.models.flash import Calls, attend_split, plan_calls, takes, works
+from msenc.models.flash import Calls, attend_split, in_autocast_type, plan_calls, takes, works
 from msenc.types import MsencError, Segment
 
 NAME = "msenc_layout"
 """The name of this attention in a model's config."""
+
+_TRAINING = SimpleNamespace(training=True)
 
 KERNELS = ("auto", "split", "dense", "flex_attention")
 
@@ -208,15 +211,18 @@ def layout_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     layout.calls += 1
     if layout.kernel == "flex_attention":
-        return flex_attention_forward(module, query, key, value, layout.mask, scaling, dropout=dropout, **kwargs)
+        # Of the module it only takes whether it trains, to compile anew at each change between training and evaluation.
+        return flex_attention_forward(_TRAINING, query, key, value, layout.mask, scaling, dropout=dropout, **kwargs)
     _refuse(
         ["softcap", "position_bias", "s_aux"],
         kwargs,
         f"model.llm.attn_implementation={layout.kernel} does not compute. Use eager, or model.layout=sample.",
     )
-    if layout.kernel == "split" and query.is_cuda and takes(query, value, dropout):
-        out = attend_split(query, key, value, layout.on_gpu, scaling or query.shape[-1] ** -0.5)
-        return out.transpose(1, 2).contiguous(), None
+    if layout.kernel == "split" and query.is_cuda:
+        states = in_autocast_type(query, key, value)
+        if takes(states[0], states[2], dropout):
+            out = attend_split(*states, layout.on_gpu, scaling or query.shape[-1] ** -0.5)
+            return out.transpose(1, 2).contiguous(), None
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     # The flash kernel needs values as wide as keys, unlike in latent attention.

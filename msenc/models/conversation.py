@@ -37,6 +37,7 @@ class ConversationModel(nn.Module):
         connectors: stream name -> module (N, T, D), (N, T) -> (N, Q, H).
 
     Attributes:
+        quantization: what the LLM's frozen weights are quantized to (`quantize.quantize`); None: they are not.
         mixed: the type that `computing` computes in where that is safe, as the run was trained; None: that of the
             weights.
     """
@@ -47,6 +48,7 @@ class ConversationModel(nn.Module):
         self.connectors = nn.ModuleDict(connectors)
         self.base_name: str = llm.base_name
         self.base_fingerprint: str = llm.base_fingerprint
+        self.quantization: str | None = getattr(llm, "quantization", None)
         self.mixed: torch.dtype | None = None
         self._limits: dict[str, int] | None = None
 

@@ -96,6 +96,14 @@ def _call(queries: Sequence[range], keys: Sequence[range], is_causal: bool, devi
     return Call(places(queries), places(keys), starts(queries), starts(keys), *longest, is_causal)
 
 
+def in_autocast_type(*states: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does for torch's own attention: of a float32 LLM, rotated queries and keys are float32 again."""
+    kind = states[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return states
+    return tuple(state.to(torch.get_autocast_dtype(kind)) for state in states)
+
+
 def takes(query: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether the kernel computes attention of these (B, heads, L, d) on a GPU."""
     width = query.shape[-1]

@@ -18,6 +18,7 @@ from msenc.files import read_json, reason_of
 from msenc.models.attention import KERNELS, NAME, register
 from msenc.models.layout import choose_attention
 from msenc.models.pretrained import load_pretrained, to_dtype
+from msenc.models.quantize import check_quantization, quantize
 from msenc.types import MsencError
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")
@@ -62,6 +63,7 @@ def load_llm(
     attn_implementation: str = "auto",
     gradient_checkpointing: bool = False,
     round_to: str | None = None,
+    quantization: str | None = None,
     empty: bool = False,
 ) -> nn.Module:
     """Load the LLM and set which parameters train.
@@ -79,14 +81,17 @@ def load_llm(
         gradient_checkpointing: trade time for memory: recompute activations in the backward pass.
         round_to: narrower type whose values the base weights take, to compute in `dtype` what a model of that type was
             trained to be; None leaves them as they are.
+        quantization: 4bit or 8bit: the type that the base's linear layers are stored in (`quantize`), beneath adapters
+            or frozen; None: `dtype`.
         empty: only shapes: the config is read but no weights; all tensors are on the meta device.
 
     Returns:
-        A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`), ``attention_kernel``.
+        A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`; of the weights before
+        they are quantized), ``quantization``, ``attention_kernel``.
 
     Raises:
-        MsencError: it cannot be loaded, it is no causal LM, `check_lora` or PEFT refuses the LoRA arguments, or
-            `dropout` is no share or finds no block.
+        MsencError: it cannot be loaded, it is no causal LM, `check_lora` or PEFT refuses the LoRA arguments, `dropout`
+            is no share or finds no block, or `check_quantization` refuses.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -94,8 +99,14 @@ def load_llm(
         raise MsencError(
             f"model.llm.attn_implementation={attn_implementation}: expected one of {', '.join(KERNELS)}, eager."
         )
+    check_quantization(quantization, freeze, lora)
     register()
     config = load_pretrained(AutoConfig, name_or_path)
+    if quantization is not None and getattr(config, "quantization_config", None) is not None:
+        raise MsencError(
+            f"model.llm.quantization={quantization}: the weights of {name_or_path} are quantized already. Name the LLM "
+            "that they were made from."
+        )
     fitting = choose_attention(config)
     if attn_implementation == "auto" and fitting == "eager":
         attn_implementation = "eager"
@@ -119,6 +130,8 @@ def load_llm(
             for parameter in llm.parameters():
                 parameter.copy_(parameter.to(to_dtype(round_to)))
     base = None if empty else fingerprint(llm)
+    if quantization is not None:
+        quantize(llm, quantization)
     if gradient_checkpointing:
         # transformers 5.23 renamed it; by default, both recompute without re-entering autograd.
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
@@ -130,6 +143,7 @@ def load_llm(
     if not freeze and lora is not None:
         llm = _with_lora(llm, lora)
     llm.base_name, llm.base_fingerprint = name_or_path, base
+    llm.quantization = quantization
     llm.attention_kernel = "dense" if is_eager else attn_implementation
     return llm
 
@@ -185,7 +199,7 @@ def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     check_lora(lora)
     try:
         adapted = get_peft_model(llm, LoraConfig(task_type="CAUSAL_LM", **lora))
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:  # the last where it would train quantized weights
         raise MsencError(f"model.llm.lora: PEFT refuses {dict(lora)}: {e}") from e
     compute_lora_in_base_type(adapted)
     return adapted
@@ -233,7 +247,7 @@ class _InputTypeLinear(nn.Linear):
 
 
 def compute_lora_in_base_type(llm: nn.Module) -> None:
-    """Compute LoRA's two products in the type of the adapted layers, without changing its weights.
+    """Compute LoRA's two products in the type of the adapted layers, quantized or not, without changing its weights.
 
     PEFT keeps the adapters of a bfloat16 LLM in float32, which small steps need, and casts the activations to it: with
     all linear layers adapted, these products take as long as the LLM's own. Names, weights and what is saved do not
@@ -243,10 +257,12 @@ def compute_lora_in_base_type(llm: nn.Module) -> None:
     Args:
         llm: with adapters of PEFT, changed in place.
     """
-    from peft.tuners.lora import Linear
+    from peft.tuners import lora
 
+    # PEFT has the latter two where bitsandbytes is installed.
+    kinds = tuple(getattr(lora, name) for name in ("Linear", "Linear4bit", "Linear8bitLt") if hasattr(lora, name))
     for layer in llm.modules():
-        if isinstance(layer, Linear) and not layer.lora_variant:
+        if isinstance(layer, kinds) and not layer.lora_variant:
             layer.cast_input_dtype_enabled = False
             for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
                 factor.__class__ = _InputTypeLinear

@@ -28,6 +28,7 @@ from msenc.data.datamodule import DialogueDataModule
 from msenc.files import write_json
 from msenc.models.conversation import ConversationModel
 from msenc.models.groups import describe_groups, flatten_groups, partition
+from msenc.models.quantize import described
 from msenc.pipelines.evaluate import evaluate_run
 from msenc.pipelines.plan import add_batches, num_processes, plan_run
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
@@ -308,6 +309,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     record.add(
         llm=config["model"]["llm"]["name_or_path"],
         base_fingerprint=model.base_fingerprint,
+        quantization=model.quantization,
         trainable_parameters=counts,
         parameter_groups=groups,
         loss_weights=loss_weights or None,
@@ -519,7 +521,8 @@ def _export(config: Mapping[str, Any], model: ConversationModel, record: RunReco
 def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
     facts = record.facts
     table = Table(title=f"{config['modality']} on {config['data']['name']}, seed {config['seed']}", show_header=False)
-    table.add_row("LLM", f"{facts['llm']} ({facts['base_fingerprint']})")
+    weights = f", {described(facts['quantization'])} weights" if facts["quantization"] else ""
+    table.add_row("LLM", f"{facts['llm']} ({facts['base_fingerprint']}){weights}")
     table.add_row(
         "trainable parameters", ", ".join(f"{part} {n:,}" for part, n in facts["trainable_parameters"].items())
     )

@@ -15,6 +15,7 @@ from msenc.files.kinds import Count, Name, short
 from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_llm, load_tokenizer, with_adapter
+from msenc.models.quantize import Quantization
 from msenc.prompt import DialogueTokenizer
 from msenc.training.checkpoints import check_tensors
 from msenc.types import MsencError
@@ -68,6 +69,7 @@ def _write_parts(
             "trained": trained,
             "lora": llm.get("lora") if trained == "adapter" else None,
             **{k: llm[k] for k in ("dtype", "attn_implementation", "round_to") if k in llm},
+            **({"quantization": model.quantization} if model.quantization else {}),
         },
         "streams": {
             name: {
@@ -109,6 +111,7 @@ class _Llm:
     dtype: str = ""
     attn_implementation: str = ""
     round_to: str | None = None
+    quantization: Quantization | None = None
     lora: dict[str, Any] | None = None
 
 
@@ -136,15 +139,20 @@ def _readable(place: Path) -> Iterator[Path]:
         raise MsencError(f"{place}: cannot be loaded ({reason_of(error)[:300]}). {ADVICE}") from error
 
 
-def load_export(folder: str | Path, base: str | None = None) -> tuple[ConversationModel, DialogueTokenizer]:
+def load_export(
+    folder: str | Path, base: str | None = None, unquantized: bool = False
+) -> tuple[ConversationModel, DialogueTokenizer]:
     """Load what `write_export` wrote: the model, frozen and in eval mode, and the tokenizer of its prompt.
 
     Args:
         folder: ``export/`` of a run.
         base: hub id or folder of the base LLM, if it has moved since the run was trained.
+        unquantized: put an adapter that was trained on quantized weights on the weights as they were before. Its
+            replies will differ a little; it needs no bitsandbytes.
 
     Raises:
-        MsencError: not an export, another version, or different base weights than in training.
+        MsencError: not an export, another version, different base weights than in training, or bitsandbytes is missing
+            for quantized ones.
     """
     from safetensors.torch import load_model
 
@@ -161,6 +169,8 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
         raise MsencError(f"{path}, connector: found null, expected a connector, as there are streams. {ADVICE}")
     trained = content["llm"]["trained"]
     options = {k: v for k, v in content["llm"].items() if k not in ("trained", "lora")}
+    if unquantized:
+        options["quantization"] = None
     name = str(folder / "llm") if trained == "llm" else (base or content["base_llm"]["name"])
     with _readable(path):  # settings that no LLM takes
         llm = load_llm(name, freeze=True, **options)
@@ -173,11 +183,12 @@ def load_export(folder: str | Path, base: str | None = None) -> tuple[Conversati
     if trained == "llm":
         check_tensors(llm.state_dict(), str(folder / "llm"))
     if trained == "adapter":
-        base_name, base_fingerprint = llm.base_name, llm.base_fingerprint
+        facts = {k: getattr(llm, k) for k in ("base_name", "base_fingerprint", "quantization")}
         with _readable(folder / "adapter"):
             llm = with_adapter(llm, folder / "adapter")
         check_tensors({k: v for k, v in llm.state_dict().items() if "lora_" in k}, str(folder / "adapter"))
-        llm.base_name, llm.base_fingerprint = base_name, base_fingerprint
+        for key, fact in facts.items():
+            setattr(llm, key, fact)
     width = llm.get_input_embeddings().weight.shape[1]
     connectors = {}
     for stream, facts in content["streams"].items():

@@ -14,6 +14,7 @@ from msenc.config.stored import settled
 from msenc.data.datamodule import RUN_ONLY
 from msenc.models.conversation import ConversationModel
 from msenc.models.pretrained import name_some
+from msenc.models.quantize import described
 from msenc.runs.record import read_run
 from msenc.training.align import hash_of_tensors
 from msenc.training.averaging import learned_state
@@ -146,7 +147,10 @@ def start_from(
             raise MsencError(f"{start.argument}={start.run}: its {part} do not fit this run's: {found}.")
         module.load_state_dict(state, strict=False)
         facts[part] = dict(start.facts)
-        console.print(f"The {part} start from {shown(start.run)} ({start.facts['checkpoint']}).", soft_wrap=True)
+        before, now = (described(m["llm"].get("quantization")) for m in (start.config["model"], config["model"]))
+        differ = "" if before == now else f" They were trained on {before} weights; these are {now}."
+        source = f"{shown(start.run)} ({start.facts['checkpoint']})"
+        console.print(f"The {part} start from {source}.{differ}", soft_wrap=True)
     return facts
 
 

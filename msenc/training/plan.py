@@ -3,6 +3,7 @@
 DialogueDataModule -> counts; shapes of model and largest batch -> bytes. Nothing is computed or loaded.
 """
 
+import copy
 import math
 import statistics
 import weakref
@@ -22,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.lengths import row_tokens
 from msenc.models.conversation import ConversationModel
+from msenc.models.quantize import is_state, tensors_of
 from msenc.training.assembly import HALVED, MIXED
 from msenc.types import Batch
 
@@ -116,7 +118,8 @@ def predict_memory(
         batch = apply_to_collection(batch, Tensor, mode.from_tensor)
     trainable = [p for p in model.parameters() if p.requires_grad]
     weights = _size(trainable)
-    base = _size([*model.parameters(), *model.buffers()]) - weights
+    scales = [t for parameter in model.parameters() for t in tensors_of(parameter)]
+    base = _size([*model.parameters(), *model.buffers(), *scales]) - weights
     mixed: AbstractContextManager = nullcontext()
     model.train()
     memory = _Memory()
@@ -154,18 +157,32 @@ def _size(tensors: Iterable[Tensor]) -> int:
 
 
 def _give_shapes(model: nn.Module) -> None:
-    """Replace meta tensors by tensors of the active mode; tied ones stay tied."""
+    """Replace meta tensors by tensors of the active mode; tied ones stay tied, and quantized ones keep their scales."""
     made: dict[int, Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
+
+    def give(old: Any) -> Any:
+        if isinstance(old, Tensor):
+            place = old.untyped_storage()._cdata
+            if place not in made:
+                made[place] = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+            return made[place]
+        if not is_state(old):
+            return old
+        new = copy.copy(old)
+        vars(new).update({name: give(value) for name, value in vars(old).items()})
+        return new
+
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    is_parameter = isinstance(old, nn.Parameter)
-                    made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
-                tensors[name] = made[id(old)]
+        for name, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in parameters:
+                parameters[id(old)] = nn.Parameter(give(old), requires_grad=old.requires_grad)
+                vars(parameters[id(old)]).update({name: give(value) for name, value in vars(old).items()})
+            module._parameters[name] = parameters[id(old)]
+        for name, old in module._buffers.items():
+            module._buffers[name] = give(old)
 
 
 class _Memory(TorchDispatchMode):

@@ -3,10 +3,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_mask
+from transformers.integrations.flex_attention import WrappedFlexAttention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from msenc.models import flash
-from msenc.models.attention import Layout, layout_attention, layout_mask, make_layout
+from msenc.models import attention, flash
+from msenc.models.attention import NAME, Layout, layout_attention, layout_mask, make_layout
+from msenc.models.llm import load_llm
 from msenc.types import MsencError, Segment
 
 CPU = torch.device("cpu")
@@ -165,6 +169,51 @@ def test_what_the_gpus_kernel_takes(heads, width, dtype, dropout, is_taken):
     state = torch.empty(1, heads, 5, width, dtype=dtype)
     assert flash.takes(state, state, dropout) == is_taken
     assert not flash.takes(state, state[..., : width // 2], dropout)  # values narrower than keys
+
+
+def test_under_autocast_the_gpus_kernel_takes_what_a_float32_llm_gives(tiny_models, monkeypatch):
+    """Rotated by float32 angles, its queries and keys are float32, while its values are not."""
+    states, taken = [], []
+
+    def spy(module, query, key, value, mask, **options):
+        states.append((query, key, value))
+        taken.append(flash.takes(query, value, 0.0))
+        lowered = flash.in_autocast_type(query, key, value)
+        taken.append(flash.takes(lowered[0], lowered[2], 0.0))
+        return layout_attention(module, query, key, value, mask, **options)
+
+    llm = load_llm(str(tiny_models["llama"]), freeze=True)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, NAME, spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        llm(torch.arange(3, 13)[None], use_cache=False)
+    assert {tuple(state.dtype for state in one) for one in states} == {(torch.float32, torch.float32, torch.bfloat16)}
+    assert taken == [False, True] * 2
+    assert flash.in_autocast_type(*states[0]) == states[0]  # outside of it
+
+
+def test_block_masks_of_a_gpu_are_made_block_by_block(monkeypatch):
+    made = []
+    monkeypatch.setattr(flex, "create_block_mask", lambda *sizes, **options: made.append(options))
+    monkeypatch.setattr(attention, "token_limits", lambda *given: None)
+    for device in ("cuda", "cpu"):
+        make_layout(draw_segments(0), torch.device(device), "flex_attention")
+    assert [options["_compile"] for options in made] == [True, False]  # uncompiled, it fills all L x L pairs
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_compiled_once_for_training_and_evaluation(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
+    segments = draw_segments(0)
+    states = [torch.randn(1, h, segments[-1].stop, 16) for h in (4, 2, 2)]
+    layer, layout = torch.nn.Module(), make_layout(segments, CPU, "flex_attention")
+    with torch.no_grad():
+        outs = [layout_attention(layer.train(mode), *states, None, layout=layout)[0] for mode in (True, False, True)]
+    assert compiled.count(flex.flex_attention) == 1
+    exact = layout_attention(LAYER, *states, None, layout=make_layout(segments, CPU, "dense"))[0]
+    for out in outs:
+        torch.testing.assert_close(out, exact)
 
 
 def test_dropout_of_weights_takes_the_dense_kernel():

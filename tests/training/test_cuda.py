@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
-from test_module import fit, make_batches, make_module
+from lightning.fabric.utilities import move_data_to_device
+from test_module import LORA, fit, make_batches, make_module
 
 from msenc.files import read_json
 from msenc.models import flash
 from msenc.models.attention import layout_attention, make_layout
+from msenc.models.conversation import ConversationModel
+from msenc.models.llm import load_llm
 from msenc.training.checkpoints import random_state, set_random_state
 from msenc.types import Segment
 
@@ -69,6 +72,23 @@ def test_a_step_in_bf16_mixed_is_near_one_in_float32(tiny_models, tmp_path):
     exact = losses(tiny_models, tmp_path, "32-true")
     assert losses(tiny_models, tmp_path, "bf16-mixed") == pytest.approx(exact, rel=0.02)
     assert [1024 * loss for loss in losses(tiny_models, tmp_path, "16-mixed")] == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantized_weights_train_on_a_gpu_as_on_a_cpu(tiny_models, bits):
+    pytest.importorskip("bitsandbytes")
+    (batch,) = make_batches([2], streams=())
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        llm = load_llm(str(tiny_models["llama"]), lora=LORA, quantization=bits)
+        model = ConversationModel(llm, {}).to(device).train()
+        loss = model(move_data_to_device(batch, torch.device(device))).nll.mean()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.trainable().values()]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
 
 
 def test_random_numbers_of_the_gpu_are_part_of_a_checkpoint():

@@ -1,5 +1,6 @@
 import copy
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ TAKEN = {
     "norms whole": {"modules_to_save": ["norm"]},
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
+UNQUANTIZED = [(name, bits) for name in ("orthogonal", "bias") for bits in ("4bit", "8bit")] + [("DoRA", "8bit")]
 REFUSED = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "fast PiSSA": {"init_lora_weights": "pissa_niter_4"},
@@ -45,6 +47,14 @@ REFUSED = {
     "bias of the second factor": {"lora_bias": True},
     "activated": {"alora_invocation_tokens": [5, 6]},
 }
+
+IS_THERE = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+STORED = [
+    {},
+    {"round_to": "bfloat16"},
+    pytest.param({"quantization": "4bit"}, marks=IS_THERE),
+    pytest.param({"quantization": "8bit"}, marks=IS_THERE),
+]
 
 
 def batch():
@@ -67,11 +77,15 @@ def config_of(llm):
     }
 
 
-@pytest.mark.parametrize("round_to", [None, "bfloat16"])
+@pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("variant", TAKEN)
-def test_what_lora_trains_is_exported_and_resumed(tiny_models, tmp_path, variant, round_to):
+def test_what_lora_trains_is_exported_and_resumed(tiny_models, tmp_path, variant, stored):
     """Export and checkpoint, put on base weights that are loaded anew, say what the trained model says."""
-    options = {"name_or_path": str(tiny_models["llama"]), "lora": {**PLAIN, **TAKEN[variant]}, "round_to": round_to}
+    options = {"name_or_path": str(tiny_models["llama"]), "lora": {**PLAIN, **TAKEN[variant]}, **stored}
+    if (variant, stored.get("quantization")) in UNQUANTIZED:
+        with pytest.raises(MsencError, match=rf"model\.llm\.lora\.{next(iter(TAKEN[variant]))}=.* does not work"):
+            load_llm(**options)
+        return
     torch.manual_seed(1)
     model = ConversationModel(load_llm(**options), {})
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -87,7 +101,7 @@ def test_what_lora_trains_is_exported_and_resumed(tiny_models, tmp_path, variant
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[n], value) for n, value in frozen.items())
     content = write_export(tmp_path / "export", model, config_of(options), {})
-    assert content["llm"].get("round_to") == round_to
+    assert {key: content["llm"][key] for key in stored} == stored
     assert content["llm"]["lora"] == options["lora"]
     assert json.loads((tmp_path / "export" / "export.json").read_text()) == content
 

@@ -1,9 +1,12 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
 
 from msenc.config.schema import plain
 from msenc.data.loader import collate_units
+from msenc.models.quantize import tensors_of
 from msenc.pipelines.plan import memory_of
 from msenc.training.assembly import build_datamodule, build_model, build_optimizer
 from msenc.training.module import ConversationModule
@@ -85,20 +88,34 @@ def test_steps_follow_accumulation_and_bounds(planned):
     assert steps(max_epochs=-1, max_steps=-1) is None
 
 
-def test_what_stays_is_predicted_exactly(planned):
-    config, datamodule, model = planned()
+QUANTIZED = [
+    pytest.param(
+        ["model/llm=tiny_lora", f"model.llm.quantization={bits}"],
+        marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+        id=bits,
+    )
+    for bits in ("4bit", "8bit")
+]
+
+
+@pytest.mark.parametrize("overrides", [[], *QUANTIZED])
+def test_what_stays_is_predicted_exactly(planned, overrides):
+    config, datamodule, model = planned(overrides)
     batch = largest_batch(datamodule, 1)
     found = predict_memory(model, build_optimizer(config), batch)
     real = build_model(config).train()
+    scales = [tensor for parameter in real.parameters() for tensor in tensors_of(parameter)]
     optimizer = build_optimizer(config)([p for p in real.parameters() if p.requires_grad])
     real(batch).nll.sum().backward()
     optimizer.step()
 
     def size(tensors):
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
 
     assert found["trainable_weights"] == found["gradients"] == size(p for p in real.parameters() if p.requires_grad)
-    assert found["base_weights"] == size([*(p for p in real.parameters() if not p.requires_grad), *real.buffers()])
+    assert found["base_weights"] == size(
+        [*(p for p in real.parameters() if not p.requires_grad), *real.buffers(), *scales]
+    )
     assert found["optimizer_state"] == size(t for state in optimizer.state.values() for t in state.values())
     assert found["peak"] == sum(n for name, n in found.items() if name != "peak")
 
