@@ -157,7 +157,7 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
     @cache
     def model() -> ConversationModel:
         loaded = load_trained(run_dir, options.checkpoint, record, config)
-        settle_threads(num_parameters(loaded), before=threads)
+        settle_threads(num_parameters(loaded), before=threads, given=config.get("threads"))
         return loaded.to(find_device(options.device))
 
     settings = {

@@ -10,6 +10,7 @@ from msenc.files import hold, read_json
 from msenc.files.kinds import Name, Split
 from msenc.runs.find import runs_of
 from msenc.runs.record import read_facts
+from msenc.runs.sweep import read_sweep
 from msenc.types import MsencError
 
 FACTS = ("data", "turns_hash", "llm", "base_fingerprint", "commit", "device", "machine", "epochs", "history")
@@ -68,7 +69,7 @@ class Run:
 
     Args:
         name: the folder, relative to the one that was searched.
-        status: ``finished``, ``failed`` or ``running``.
+        status: ``finished``, ``failed``, ``running`` or ``interrupted``; ``waiting`` of a sweep's job without a run.
         error: what a failed run says.
         task_hash: runs are comparable where it is equal.
         seed: the run's seed.
@@ -132,7 +133,17 @@ def collect_runs(folder: Path) -> list[Run]:
     if not runs:
         raise MsencError(f"No run found in {folder}: expected folders with a run.json. Give the folder of a sweep.")
     # By what the sweep asked for: a run that it took over may say the same in other words.
-    return [_read_run(path / "run.json", folder, overrides) for path, overrides in runs.items()]
+    found = [_read_run(path / "run.json", folder, overrides) for path, overrides in runs.items()]
+    waiting = [job for job in read_sweep(folder) or [] if job.run_dir is None]
+    return found + [
+        Run(f"job {job.number}", "waiting", seed=_seed(job.overrides), overrides=parse_overrides(job.overrides))
+        for job in waiting
+    ]
+
+
+def _seed(overrides: Sequence[str]) -> int:
+    given = parse_overrides(overrides).get("seed", "1")
+    return int(given) if given.isdecimal() else 0
 
 
 def _read_run(path: Path, folder: Path, overrides: Sequence[str] | None) -> Run:

@@ -57,11 +57,11 @@ def sweep_name(chosen: str | None, overrides: Iterable[str], axes: Iterable[str]
         False
     """
     varied = {*axes, "seed"}
-    fixed = {key_of(o): o for o in overrides if key_of(o) not in varied and not _is_a_place(key_of(o))}
+    fixed = {key_of(o): o for o in overrides if key_of(o) not in varied and not is_a_place(key_of(o))}
     return f"{chosen or 'multirun'}-{digest([sorted(fixed.values()), sorted(varied)])}"
 
 
-def _is_a_place(key: str) -> bool:
+def is_a_place(key: str) -> bool:
     """Whether a key is irrelevant to a run's identity."""
     group, _, name = key.partition(".")
     return group in ANOTHER_PLACE[""] or (group in ANOTHER_PLACE and name in ANOTHER_PLACE[group])
