@@ -14,7 +14,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from msenc.config.hints import nearest
 from msenc.types import MsencError
 
-OPEN = {"train_schema": ("optimizer.groups", "loss.weights"), "report_schema": ("names", "decimals", "margins")}
+OPEN = {
+    "train_schema": ("optimizer.groups", "loss.weights", "margins"),
+    "report_schema": ("names", "decimals", "margins"),
+}
 """Places whose keys are names that no schema lists: an override adds one without a ``+``."""
 
 
@@ -231,6 +234,7 @@ class TrainConfig:
         stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
         evaluate: the split that is evaluated when training ends; None for none.
         control: of that evaluation, as in `EvaluateConfig`.
+        margins: of the sweep's report, and of its dry run: as in `ReportConfig`.
         optimizer: ``_target_`` node: parameters -> optimizer; of it, ``groups`` says which parameters train with other
             settings (docs/training.md).
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
@@ -260,6 +264,7 @@ class TrainConfig:
     decoding: Any = MISSING
     evaluate: str | None = "test"
     control: Any = None
+    margins: dict[str, float] = field(default_factory=dict)
     prepare_workers: int = 2
     resume: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -134,7 +134,8 @@ def end_sweep(config: DictConfig) -> None:
     has_report = config.evaluate is None or bool(config.trainer.get("fast_dev_run"))
     if not has_report:
         try:
-            report(OmegaConf.structured(ReportConfig(sweep_dir=str(folder), split=config.evaluate)))
+            margins = dict(config.margins)
+            report(OmegaConf.structured(ReportConfig(str(folder), split=config.evaluate, margins=margins)))
             has_report = True
         except MsencError as e:
             console.print(f"No report: {e}", soft_wrap=True)

@@ -1,7 +1,7 @@
 """Reads what runs left behind: `run.json` and `evaluation/*/metrics.json` below a folder; writes nothing."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -132,13 +132,20 @@ def collect_runs(folder: Path) -> list[Run]:
     runs = runs_of(folder)
     if not runs:
         raise MsencError(f"No run found in {folder}: expected folders with a run.json. Give the folder of a sweep.")
-    # By what the sweep asked for: a run that it took over may say the same in other words.
-    found = [_read_run(path / "run.json", folder, overrides) for path, overrides in runs.items()]
+    found = read_runs(runs, folder)
     waiting = [job for job in read_sweep(folder) or [] if job.run_dir is None]
     return found + [
         Run(f"job {job.number}", "waiting", seed=_seed(job.overrides), overrides=parse_overrides(job.overrides))
         for job in waiting
     ]
+
+
+def read_runs(runs: Mapping[Path, Sequence[str] | None], folder: Path) -> list[Run]:
+    """Runs by their folders, each with what was asked for; None: what its own record says.
+
+    A run that a sweep took over may say the same in other words than the sweep did.
+    """
+    return [_read_run(path / "run.json", folder, overrides) for path, overrides in runs.items()]
 
 
 def _seed(overrides: Sequence[str]) -> int:

@@ -317,7 +317,7 @@ def compare(
                     "words into different tokens."
                 )
                 continue
-            found.append((key, treated, baseline, *_difference(treated, baseline, metric)))
+            found.append((key, treated, baseline, *difference_of(treated, baseline, metric)))
         adjusted = holm([effect.p_value for *_, effect, _, _ in found])
         tests = sum(not math.isnan(p) for p in adjusted)
         for (key, treated, baseline, effect, size, spread), p in zip(found, adjusted, strict=True):
@@ -335,7 +335,8 @@ def compare(
     return comparisons, notes
 
 
-def _difference(treated: Configuration, baseline: Configuration, metric: str) -> tuple[Effect, float, Spread | None]:
+def difference_of(treated: Configuration, baseline: Configuration, metric: str) -> tuple[Effect, float, Spread | None]:
+    """The difference on a metric, in the items' standard deviations as well, and its variances; None without items."""
     sides = (treated, baseline)
     if _have_items(sides, metric):
         stacked = [_stacked([i for i in side.items if i is not None], metric) for side in sides]
@@ -374,7 +375,7 @@ def leaders(
         family = [c for c in comparisons if c.metric == tested]
         adjusted = [c.adjusted for c in family if {c.treated, c.baseline} == {best.name, following.name}]
         if not adjusted and not _weights_differ(best, following, tested):
-            effect, _, _ = _difference(best, following, tested)
+            effect, _, _ = difference_of(best, following, tested)
             adjusted = holm([*(c.effect.p_value for c in family), effect.p_value])[-1:]
         if adjusted and adjusted[0] < ALPHA:
             found[metric] = best

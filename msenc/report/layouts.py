@@ -55,12 +55,12 @@ def print_table(table: Table, console: Console | None = None, layout: str | None
         [Text(cell, style="bold" if is_bold else "") for cell, is_bold in zip(row, bold, strict=True)]
         for row, bold in zip(rows, bold_cells(table), strict=True)
     ]
-    _print_grid([head, *cells], console)
+    print_grid([head, *cells], console)
     console.print(Text(COST_HEADING, style="bold"))
-    _print_grid(cost_grid(table), console)
+    print_grid(cost_grid(table), console)
     for title, cells in _sections(table):
         console.print(Text(title, style="bold"))
-        _print_grid(cells, console)
+        print_grid(cells, console)
     for line in footer(table):
         console.print(Text(line), soft_wrap=True)
 
@@ -383,8 +383,8 @@ def _escaped(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------- console
 
 
-def _print_grid(cells: Sequence[Sequence[str | Text]], console: Console) -> None:
-    """A grid; if too wide for the console, transposed, then split into parts that fit, each with the first column."""
+def print_grid(cells: Sequence[Sequence[str | Text]], console: Console) -> None:
+    """Print a grid; if too wide for the console, transposed, then in parts that fit, each with the first column."""
     if not _fits(cells, console):
         cells = [list(column) for column in zip(*cells, strict=True)]
     first, shown = 1, 1

@@ -13,7 +13,19 @@ from msenc.runs.record import read_run
 from msenc.types import MsencError
 
 ANOTHER_PLACE = {
-    "": ("paths", "logger", "resume", "plan", "dry_run", "detach", "prepare_workers", "init_from", "plugins", "urls"),
+    "": (
+        "paths",
+        "logger",
+        "resume",
+        "plan",
+        "dry_run",
+        "detach",
+        "prepare_workers",
+        "init_from",
+        "plugins",
+        "urls",
+        "margins",
+    ),
     "data": ("dir", "root", "table", "encoding", "recordings", "audio_track", "labels", "num_workers", "verify"),
     "data.voice": ("loudness",),
 }
