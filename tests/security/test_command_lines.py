@@ -251,7 +251,11 @@ BY_HAND = {
         decoding.max_new_tokens=-1
         runs_dir=a_file | checkpoint= | recogniser= | speech=espeak speech.language=
     """,
-    "report": "sweep_dir= | sweep_dir=[3] | split=tset | split= | settings= | sweepdir=x | sweep_dir={a:1}",
+    "report": """
+        sweep_dir= | sweep_dir=[3] | split=tset | split= | settings= | sweepdir=x | sweep_dir={a:1} | layout=tex | decimals=7
+        decimals={nll:-1} | names=3 | names={nll:''} | margins={nll:0} | margins.nll=small | spread=se | metrics=nll
+        percent=3 | noise_floor= | title=
+    """,
 }
 
 
@@ -315,7 +319,10 @@ RIGHT = {
         decoding=sample | generate=false | on_data=http://localhost/data
     """,
     "respond": "port=65535 | text=[red],=~'? | speech=null | max_clip_s=0.5 | out=new/folder | page=true",
-    "report": "sweep_dir=[A,B] | split=val | settings=null",
+    "report": """
+        sweep_dir=[A,B] | split=val | settings=null | decimals=1 | decimals={nll:2} | layout=csv | margins.nll=0.1
+        names={planted/audio/recovered:voice} | names={text_audio:'T+A'} | spread=sd | title=Modalities
+    """,
 }
 
 
