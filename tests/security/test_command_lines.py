@@ -113,8 +113,11 @@ def misfits(kind: Any) -> list[Any]:
             return False
         return True
 
-    # Where a text is expected, a number that is typed is one.
-    return [v for v in WRONG if not fits(v) and (v is None or isinstance(v, list | dict) or not fits(typed(v)))]
+    def fits_as_typed(value: Any) -> bool:
+        # Where a text is expected, a number that is typed is one; a whole number is one with decimals.
+        return fits(typed(value)) or (type(value) is int and fits(float(value)))
+
+    return [v for v in WRONG if not fits(v) and (v is None or isinstance(v, list | dict) or not fits_as_typed(v))]
 
 
 def generated() -> list[tuple[str, str, Any]]:
@@ -252,8 +255,8 @@ BY_HAND = {
         runs_dir=a_file | checkpoint= | recogniser= | speech=espeak speech.language=
     """,
     "report": """
-        sweep_dir= | sweep_dir=[3] | split=tset | split= | settings= | sweepdir=x | sweep_dir={a:1} | layout=tex | decimals=7
-        decimals={nll:-1} | names=3 | names={nll:''} | margins={nll:0} | margins.nll=small | spread=se | metrics=nll
+        sweep_dir= | sweep_dir=[3] | split=tset | split= | settings= | sweepdir=x | sweep_dir={a:1} | layout=tex
+        decimals=7 | decimals={nll:-1} | names=3 | names={nll:''} | margins={nll:0} | margins.nll=small | spread=se | metrics=nll
         percent=3 | noise_floor= | title=
     """,
 }
