@@ -256,7 +256,8 @@ BY_HAND = {
     """,
     "report": """
         sweep_dir= | sweep_dir=[3] | split=tset | split= | settings= | sweepdir=x | sweep_dir={a:1} | layout=tex
-        decimals=7 | decimals={nll:-1} | names=3 | names={nll:''} | margins={nll:0} | margins.nll=small | spread=se | metrics=nll
+        decimals=7 | decimals={nll:-1} | names=3 | names={nll:''} | margins={nll:0} | margins.nll=small
+        spread=se | metrics=nll
         percent=3 | noise_floor= | title=
     """,
 }
