@@ -14,8 +14,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from msenc.config.hints import nearest
 from msenc.types import MsencError
 
-OPEN = ("optimizer.groups", "loss.weights")
-"""Places of `TrainConfig` whose keys are names that no schema lists: an override adds one without a ``+``."""
+OPEN = {
+    "train_schema": ("optimizer.groups", "loss.weights", "margins"),
+    "report_schema": ("names", "decimals", "margins"),
+}
+"""Places whose keys are names that no schema lists: an override adds one without a ``+``."""
 
 
 @dataclass
@@ -227,11 +230,13 @@ class TrainConfig:
         plan: what the run would take is printed, and nothing trains.
         dry_run: the jobs of the sweep are listed with what they would take, and none starts.
         detach: the sweep's process ends when its jobs are submitted to Slurm.
+        threads: of torch, whose number decides how sums are rounded; None: OMP_NUM_THREADS, or what suits the model.
         align: how connectors are aligned first; None does not.
         init_from: what another run has trained, to start from.
         stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
         evaluate: the split that is evaluated when training ends; None for none.
         control: of that evaluation, as in `EvaluateConfig`.
+        margins: of the sweep's report, and of its dry run: as in `ReportConfig`.
         optimizer: ``_target_`` node: parameters -> optimizer; of it, ``groups`` says which parameters train with other
             settings (docs/training.md).
         resume: a run's folder, which is continued as it was started; or ``auto``: continue what the same command
@@ -244,6 +249,7 @@ class TrainConfig:
     dry_run: bool = False
     detach: bool = False
     seed: int = 1
+    threads: int | None = None
     modality: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -260,6 +266,7 @@ class TrainConfig:
     decoding: Any = MISSING
     evaluate: str | None = "test"
     control: Any = None
+    margins: dict[str, float] = field(default_factory=dict)
     prepare_workers: int = 2
     resume: str | None = None
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -366,11 +373,29 @@ class ReportConfig:
         sweep_dir: a sweep's folder, a run's, one above several, or a list of these; the report goes into the first.
         split: whose evaluations are compared.
         settings: settings of the evaluations (or their hash), where there are several of the split.
+        title: of the page; None: what is compared.
+        metrics: those to report, in this order; empty: all.
+        names: metric, key, value, configuration or cost -> what is written in its place.
+        decimals: of all metrics, or metric -> decimals; by default 1 of percentages, else 3.
+        percent: metrics from 0 to 1 that are written in percent.
+        spread: ``ci``: means with half of their interval; ``sd``: with the standard deviation between seeds.
+        layout: ``booktabs``, ``markdown`` or ``csv``: the paper's table is printed so, and nothing else.
+        margins: metric -> the largest difference that counts as none; by default the noise floor's.
+        noise_floor: folder of a sweep=noise_floor with the settings of one of the rows.
     """
 
     sweep_dir: Any = MISSING
     split: str = "test"
     settings: str | None = None
+    title: str | None = None
+    metrics: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    decimals: Any = field(default_factory=dict)
+    percent: list[str] = field(default_factory=list)
+    spread: str = "ci"
+    layout: str | None = None
+    margins: dict[str, float] = field(default_factory=dict)
+    noise_floor: str | None = None
 
 
 @dataclass
@@ -433,17 +458,17 @@ class RespondConfig:
 def register_schemas() -> None:
     """Put the schemas where the YAML files' defaults lists find them (``train_schema`` ...)."""
     store = ConfigStore.instance()
-    train_schema = OmegaConf.structured(TrainConfig)
-    for path in OPEN:
-        OmegaConf.set_struct(OmegaConf.select(train_schema, path), False)
     for name, schema in {
-        "train_schema": train_schema,
+        "train_schema": TrainConfig,
         "prepare_schema": PrepareConfig,
         "evaluate_schema": EvaluateConfig,
         "report_schema": ReportConfig,
         "respond_schema": RespondConfig,
     }.items():
-        store.store(name=name, node=schema)
+        node = OmegaConf.structured(schema)
+        for path in OPEN.get(name, ()):
+            OmegaConf.set_struct(OmegaConf.select(node, path), False)
+        store.store(name=name, node=node)
 
 
 def plain(node: Any) -> Any:

@@ -58,6 +58,7 @@ ShareAbove0 = _between(float, lambda n: 0 < n <= 1, "more than 0, at most 1")
 ShareBelow1 = _between(float, lambda n: 0 <= n < 1, "from 0 to below 1")
 Device = _between(str, _is_device, "a device of torch's, such as cpu or cuda:0")
 Dtype = Literal["float32", "bfloat16", "float16"]
+Decimals = _between(int, range(7).__contains__, "from 0 to 6")
 Texts = list[Text]  # type: ignore[valid-type]
 Node = dict[str, object]
 """What is built, or handed on as a whole."""
@@ -65,6 +66,7 @@ Node = dict[str, object]
 VALUES: dict[str, Any] = {
     # the commands' own
     "seed": Seed,
+    "threads": _between(int, range(1, 1025).__contains__, "a number of threads from 1 to 1024") | None,
     "modality": Text,
     "stage": Text | None,
     "evaluate": Split | None,
@@ -85,6 +87,14 @@ VALUES: dict[str, Any] = {
     "init_from.*": Text | None,
     "run_dir": Text | _between(Texts, len, "one or more") | None,
     "sweep_dir": Text | _between(Texts, len, "one or more"),
+    "title": Text | None,
+    "names": dict[str, Text],
+    "decimals": Decimals | dict[str, Decimals] | None,  # type: ignore[valid-type]
+    "percent": Texts,
+    "spread": Literal["ci", "sd"],
+    "layout": Literal["booktabs", "markdown", "csv"] | None,
+    "margins": dict[str, Above0],
+    "noise_floor": Text | None,
     "on_data": Place | None,
     "data_dir": Place | None,
     "runs_dir": Folder,

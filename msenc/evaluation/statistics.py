@@ -14,12 +14,13 @@ Source: D. D. Dorfman, K. S. Berbaum and C. E. Metz, Investigative Radiology 27 
 Statistics in Medicine 26 (2007) 596-619, for the variance; W. G. Cochran, Biometrics 20 (1964) 191-195, for the
 critical value; A. V. Carter, K. T. Schnepel and D. G. Steigerwald, Review of Economics and Statistics 99 (2017)
 698-709, for the effective number of dialogues that differ in weight; S. Holm, Scandinavian Journal of Statistics 6
-(1979) 65-70.
+(1979) 65-70; D. J. Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680, for equivalence.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,12 +45,15 @@ class Effect:
         low: lower limit of the interval.
         high: upper limit.
         p_value: two-sided, not corrected for other comparisons.
+        bound: the true mean is no further from 0 than this, with the interval's confidence: so it is equivalent to 0
+            within any larger margin, by two one-sided tests. Infinite where nothing is known.
     """
 
     mean: float
     low: float
     high: float
     p_value: float
+    bound: float = math.inf
 
 
 def paired_effect(
@@ -78,7 +82,7 @@ def paired_effect(
         >>> f"{effect.mean:.2f} [{effect.low:.2f}, {effect.high:.2f}]"
         '1.00 [0.75, 1.25]'
     """
-    return _effect([_table(differences, clusters, weights, runs)], confidence)
+    return _effect([run_table(differences, clusters, weights, runs)], confidence)
 
 
 def unpaired_effect(
@@ -115,8 +119,8 @@ def unpaired_effect(
         '1.0, p = 0.29'
     """
     sides = zip((treated, baseline), clusters, weights, runs, strict=True)
-    first, second = (_table(*side) for side in sides)
-    _refuse_other_clusters(first.names, second.names, "one side", "the other")
+    first, second = (run_table(*side) for side in sides)
+    refuse_other_clusters(first.names, second.names, "one side", "the other")
     return _effect([first, second], confidence)
 
 
@@ -155,7 +159,7 @@ def verdict(effect: Effect) -> str:
 
 
 @dataclass(frozen=True)
-class _Table:
+class RunTable:
     """Values as (R, C): the contributions of each run's dialogues to its mean. A row's mean is the run's mean.
 
     `effective` is the number of equally weighted dialogues with an equally well known spread.
@@ -166,7 +170,8 @@ class _Table:
     effective: float
 
 
-def _table(values, clusters, weights, runs) -> _Table:
+def run_table(values, clusters, weights, runs) -> RunTable:
+    """Values per item, as `paired_effect` takes them, as a table; refuses what it refuses."""
     values = np.asarray(values, dtype=float)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     runs = np.zeros(len(values), dtype=int) if runs is None else np.asarray(runs)
@@ -195,60 +200,76 @@ def _table(values, clusters, weights, runs) -> _Table:
     # The variance of a ratio of sums is approximated by that of its linearization (Taylor).
     parts = len(names) / total * (sums(weights * values) - means * sums(weights))
     shares = (sums(weights) / total).mean(axis=0)
-    return _Table(means + parts, names, float((shares**2).sum() ** 2 / (shares**4).sum()))
+    return RunTable(means + parts, names, float((shares**2).sum() ** 2 / (shares**4).sum()))
 
 
-def _refuse_other_clusters(first: np.ndarray, second: np.ndarray, name: str, other: str) -> None:
+def refuse_other_clusters(first: np.ndarray, second: np.ndarray, name: str, other: str) -> None:
+    """Refuse two sides that have other dialogues."""
     if not np.array_equal(first, second):
         odd = sorted(set(first.tolist()) ^ set(second.tolist()))[:3]
         raise MsencError(f"{name} and {other} do not have the same items; for example, only one has {odd}.")
 
 
-def _effect(tables: Sequence[_Table], confidence: float) -> Effect:
+def _effect(tables: Sequence[RunTable], confidence: float) -> Effect:
     """Effect of the first table, minus the second's if there are two."""
     mean = float(tables[0].values.mean() - sum(table.values.mean() for table in tables[1:]))
     clusters = len(tables[0].names)
     if clusters < 2:
         return Effect(mean, math.nan, math.nan, math.nan)
     by_cluster = tables[0].values.mean(axis=0) - sum(table.values.mean(axis=0) for table in tables[1:])  # (C,)
-    rest = sum(_residual(table.values) / len(table.values) for table in tables if len(table.values) > 1)
+    rest = sum(residual(table.values) / len(table.values) for table in tables if len(table.values) > 1)
     of_dialogues = max(float(by_cluster.var(ddof=1)) / clusters - rest, 0.0)
     of_runs, run_freedom = _variance_of_runs([table.values.mean(axis=1) for table in tables])
     variance = of_runs + of_dialogues
     if variance == 0:
-        return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+        return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, abs(mean))
     share = of_runs / variance
     freedoms = (run_freedom, max(tables[0].effective - 1, 1.0))
-    width = _critical(1 - confidence, share, freedoms) * math.sqrt(variance)
-    p_value = _p_value(abs(mean) / math.sqrt(variance), share, freedoms)
-    return Effect(mean, mean - width, mean + width, p_value)
+    deviation = math.sqrt(variance)
+    width = float(critical(1 - confidence, share, freedoms)) * deviation
+    one_sided = float(critical(2 * (1 - confidence), share, freedoms)) * deviation
+    p_value = _p_value(abs(mean) / deviation, share, freedoms)
+    return Effect(mean, mean - width, mean + width, p_value, abs(mean) + one_sided)
 
 
 def _variance_of_runs(sides: Sequence[np.ndarray]) -> tuple[float, float]:
     """Means of each side's runs -> variance of the (difference of the) sides' means, and its degrees of freedom."""
-    spreads = [means.var(ddof=1) for means in sides if len(means) > 1]
-    if not spreads:
+    spreads = [float(means.var(ddof=1)) if len(means) > 1 else math.nan for means in sides]
+    variance, freedom = combined_runs(spreads, [len(means) for means in sides])
+    return float(variance), float(freedom)
+
+
+def combined_runs(spreads: Sequence[Any], counts: Sequence[int]) -> tuple[Any, Any]:
+    """Variance of the (difference of the) sides' means that comes from runs, and its degrees of freedom (Welch).
+
+    Args:
+        spreads: variance between the runs of each side, numbers or arrays of one shape; of a single run not used.
+        counts: runs of each side.
+    """
+    several = [i for i, count in enumerate(counts) if count > 1]
+    if not several:
         return 0.0, 1.0
-    if len(spreads) < len(sides):  # a single run has no spread: use the other side's for both
-        return float(spreads[0] * sum(1 / len(means) for means in sides)), max(map(len, sides)) - 1.0
-    parts = [float(spread) / len(means) for spread, means in zip(spreads, sides, strict=True)]
-    weight = sum(part**2 / (len(means) - 1) for part, means in zip(parts, sides, strict=True))
-    return sum(parts), sum(parts) ** 2 / weight if weight > 0 else 1.0  # Welch; of one side: R - 1
+    if len(several) < len(counts):  # a single run has no spread: use the other side's for both
+        return spreads[several[0]] * sum(1 / count for count in counts), max(counts) - 1.0
+    parts = [spread / count for spread, count in zip(spreads, counts, strict=True)]
+    weight = sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
+    total = sum(parts)
+    return total, np.where(weight > 0, total**2 / np.where(weight > 0, weight, 1.0), 1.0)  # of one side: R - 1
 
 
-def _residual(values: np.ndarray) -> float:
+def residual(values: np.ndarray) -> float:
     """The residual's part of the variance of one run's mean."""
     runs, clusters = values.shape
     rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
     return float((rest**2).sum() / ((runs - 1) * (clusters - 1)) / clusters)
 
 
-def _critical(alpha: float, share: float, freedoms: tuple[float, float]) -> float:
+def critical(alpha: float, share: Any, freedoms: tuple[Any, Any]) -> Any:
     """Cochran's critical value: the two t quantiles, weighted by the runs' `share` of the variance."""
     from scipy.special import stdtrit  # imported late, so that --help does not wait for scipy
 
-    quantiles = -stdtrit(np.array(freedoms), alpha / 2)
-    return float(share * quantiles[0] + (1 - share) * quantiles[1])
+    of_runs, of_dialogues = (-stdtrit(freedom, alpha / 2) for freedom in freedoms)
+    return share * of_runs + (1 - share) * of_dialogues
 
 
 def _p_value(z: float, share: float, freedoms: tuple[float, float]) -> float:
@@ -256,7 +277,7 @@ def _p_value(z: float, share: float, freedoms: tuple[float, float]) -> float:
     from scipy.optimize import brentq
 
     def excess(log_alpha: float) -> float:
-        return _critical(math.exp(log_alpha), share, freedoms) - z
+        return float(critical(math.exp(log_alpha), share, freedoms)) - z
 
     if excess(0.0) >= 0:  # z is 0
         return 1.0

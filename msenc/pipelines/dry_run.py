@@ -18,6 +18,8 @@ from msenc.data.datamodule import DialogueDataModule
 from msenc.files import digest
 from msenc.pipelines.plan import memory_of
 from msenc.pipelines.prepare import prepare_command
+from msenc.report.foresight import foresee
+from msenc.report.layouts import print_grid
 from msenc.runs.find import find_run, run_records
 from msenc.runs.folder import places_of_runs
 from msenc.runs.identity import data_hashes, run_identity, run_settings
@@ -39,6 +41,7 @@ class Expectation:
         source: of that estimate.
         peak_bytes: predicted; None if nothing trains, or unknown.
         problem: why something is unknown.
+        folder: of the run that the job would continue, or has finished.
     """
 
     state: str = "new"
@@ -46,6 +49,7 @@ class Expectation:
     source: str = ""
     peak_bytes: int | None = None
     problem: str = ""
+    folder: Path | None = None
 
 
 def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[str]) -> list[Expectation]:
@@ -85,7 +89,24 @@ def list_jobs(config: DictConfig, jobs: Sequence[Sequence[str]], axes: Sequence[
             "libraries (0.4 GiB) and memory that the allocator holds come on top (see plan=true).",
             soft_wrap=True,
         )
+    _print_power(config, jobs, rows, axes)
     return rows
+
+
+def _print_power(
+    config: DictConfig, jobs: Sequence[Sequence[str]], rows: Sequence[Expectation], axes: Sequence[str]
+) -> None:
+    """What the sweep will be able to show, by those of its runs that are finished."""
+    if config.evaluate is None:
+        return
+    done = {row.folder: job for job, row in zip(jobs, rows, strict=True) if row.state == "finished" and row.folder}
+    try:
+        heading, cells = foresee(jobs, done, axes, config.evaluate, config.margins)
+    except MsencError as error:
+        console.print(f"What differences they will show is unknown: {error}", style="yellow", soft_wrap=True)
+        return
+    console.print(heading, soft_wrap=True)
+    print_grid(cells, console)
 
 
 def finished_run(config: DictConfig) -> Callable[[Sequence[str]], Path | None]:
@@ -146,7 +167,7 @@ class _Known:
             earlier = find_run(self.places, run_identity(cfg, data))
             if earlier is not None:
                 facts = read_facts(earlier / "run.json")
-                row.state, spent = facts["status"], facts["seconds"]
+                row.state, spent, row.folder = facts["status"], facts["seconds"], earlier
             if row.state == "finished":
                 row.seconds = 0.0
                 return row

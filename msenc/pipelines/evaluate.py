@@ -194,7 +194,7 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
     @cache
     def model() -> ConversationModel:
         loaded = load_trained(run_dir, options.checkpoint, record, config)
-        settle_threads(num_parameters(loaded), before=threads)
+        settle_threads(num_parameters(loaded), before=threads, given=config.get("threads"))
         return loaded.to(device)
 
     def track(

@@ -1,13 +1,15 @@
 """report.py: runs -> tables and a page."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from msenc.config.schema import plain
+from msenc.config.schema import ReportConfig, plain
 from msenc.config.values import check_values
 from msenc.files import inside, write_text
+from msenc.runs.overrides import quoted_value
 from msenc.types import MsencError
 from msenc.work.console import console
 
@@ -18,11 +20,14 @@ def report(cfg: DictConfig) -> None:
     Of a search, the trials and the best of them; its runs are compared further if they were evaluated.
     """
     from msenc.report.collect import collect_runs
+    from msenc.report.layouts import csv_of, print_grid, print_table, write_table
     from msenc.report.page import render_page
-    from msenc.report.table import csv_of, print_grid, print_table, summarise, write_table
+    from msenc.report.plots import write_figures
+    from msenc.report.style import Style
+    from msenc.report.table import summarise
     from msenc.report.trials import best_line, read_trials, trial_grid, trial_rows
 
-    config = plain(cfg)
+    config = asdict(ReportConfig()) | plain(cfg)
     given = config["sweep_dir"]
     if given in (None, "???", []):
         raise MsencError("sweep_dir: no value. Give it: sweep_dir=FOLDER, or sweep_dir=[FOLDER,FOLDER].")
@@ -40,11 +45,36 @@ def report(cfg: DictConfig) -> None:
         runs = [(f, run if run.folder == f else replace(run, name=f"{f.name}/{run.name}")) for f, run in runs]
     if searches and not any(run.evaluations for _, run in runs):
         return
-    table = summarise([run for _, run in runs], split=config["split"], settings=config["settings"])
-    print_table(table)
+    noise = config["noise_floor"]
+    table = summarise(
+        [run for _, run in runs],
+        split=config["split"],
+        settings=config["settings"],
+        metrics=config["metrics"],
+        style=Style(config["names"], config["decimals"], config["percent"], config["spread"]),
+        margins=config["margins"],
+        noise=(noise, collect_runs(Path(noise))) if noise else None,
+    )
+    print_table(table, layout=config["layout"])
     target = inside(folders[0], "report")
-    paths = write_table(table, target)
+    figures = write_figures(table.comparisons, table.configurations, table.style, target / "figures")
+    paths = [*write_table(table, target), *figures]
     page = target / "report.html"
-    title = f"Report on {', '.join(f.resolve().name for f in folders)}"
-    write_text(page, render_page(table, title, folders, list(searches.values())))
-    console.print(f"Written: {', '.join(map(str, [*paths, page]))}", soft_wrap=True)
+    write_text(page, render_page(table, config["title"], folders, _options(config), list(searches.values())))
+    if config["layout"] is None:
+        console.print(f"Written: {', '.join(map(str, [*paths, page]))}", soft_wrap=True)
+
+
+def _options(config: dict[str, Any]) -> list[str]:
+    """What was asked for beside folders and split, as a command line has it."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{k}: {written(v)}' for k, v in value.items())}}}"
+        if isinstance(value, list):
+            return f"[{','.join(map(written, value))}]"
+        return quoted_value(value) if isinstance(value, str) else str(value)
+
+    usual = asdict(ReportConfig())
+    keys = [key for key in usual if key not in ("sweep_dir", "split", "layout") and config[key] != usual[key]]
+    return [f"{key}={written(config[key])}" for key in keys]

@@ -174,7 +174,8 @@ def end_sweep(config: DictConfig) -> None:
     has_report = config.evaluate is None or bool(config.trainer.get("fast_dev_run"))
     if not has_report or read_search(folder):
         try:
-            report(OmegaConf.structured(ReportConfig(sweep_dir=str(folder), split=config.evaluate or "test")))
+            margins = dict(config.margins)
+            report(OmegaConf.structured(ReportConfig(str(folder), split=config.evaluate or "test", margins=margins)))
             has_report = True
         except MsencError as e:
             console.print(f"No report: {e}", soft_wrap=True)

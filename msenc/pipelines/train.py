@@ -289,7 +289,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     loss_weights = config["loss"]["weights"]
     check_weights(loss_weights, datamodule)
     model = build_model(config)
-    record.add(threads=_settle_threads(model, record))
+    record.add(threads=_settle_threads(model, record, config.get("threads")))
     aligned = align_connectors(config, model, datamodule, job.labels)
     calibrated = [stream for stream, fact in aligned.items() if fact["used"]]
     if "connectors" in job.starts or _has_checkpoint(record.folder):
@@ -428,10 +428,10 @@ def _say_resumed(record: RunRecord) -> None:
         )
 
 
-def _settle_threads(model: ConversationModel, record: RunRecord) -> int:
-    """The number of threads the run started with, or that suits its model; OMP_NUM_THREADS overrides both."""
+def _settle_threads(model: ConversationModel, record: RunRecord, given: int | None) -> int:
+    """The number of threads the run started with, or that suits its model; OMP_NUM_THREADS and `given` override it."""
     before = record.facts.get("threads")
-    threads = settle_threads(num_parameters(model), before)
+    threads = settle_threads(num_parameters(model), before, given)
     if before not in (None, threads):
         _warn(
             f"OMP_NUM_THREADS={threads}: the run had {before} before. Sums are rounded in a different order from "

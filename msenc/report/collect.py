@@ -1,7 +1,7 @@
 """Reads what runs left behind: `run.json` and `evaluation/*/metrics.json` below a folder; writes nothing."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -10,6 +10,7 @@ from msenc.files import hold, read_json
 from msenc.files.kinds import Name, Split
 from msenc.runs.find import runs_of
 from msenc.runs.record import read_facts
+from msenc.runs.sweep import read_sweep
 from msenc.types import MsencError
 
 FACTS = ("data", "turns_hash", "llm", "base_fingerprint", "commit", "device", "machine", "epochs", "history")
@@ -68,7 +69,7 @@ class Run:
 
     Args:
         name: the folder, relative to the one that was searched.
-        status: ``finished``, ``failed`` or ``running``.
+        status: ``finished``, ``failed``, ``running`` or ``interrupted``; ``waiting`` of a sweep's job without a run.
         error: what a failed run says.
         task_hash: runs are comparable where it is equal.
         seed: the run's seed.
@@ -131,8 +132,25 @@ def collect_runs(folder: Path) -> list[Run]:
     runs = runs_of(folder)
     if not runs:
         raise MsencError(f"No run found in {folder}: expected folders with a run.json. Give the folder of a sweep.")
-    # By what the sweep asked for: a run that it took over may say the same in other words.
+    found = read_runs(runs, folder)
+    waiting = [job for job in read_sweep(folder) or [] if job.run_dir is None]
+    return found + [
+        Run(f"job {job.number}", "waiting", seed=_seed(job.overrides), overrides=parse_overrides(job.overrides))
+        for job in waiting
+    ]
+
+
+def read_runs(runs: Mapping[Path, Sequence[str] | None], folder: Path) -> list[Run]:
+    """Runs by their folders, each with what was asked for; None: what its own record says.
+
+    A run that a sweep took over may say the same in other words than the sweep did.
+    """
     return [_read_run(path / "run.json", folder, overrides) for path, overrides in runs.items()]
+
+
+def _seed(overrides: Sequence[str]) -> int:
+    given = parse_overrides(overrides).get("seed", "1")
+    return int(given) if given.isdecimal() else 0
 
 
 def _read_run(path: Path, folder: Path, overrides: Sequence[str] | None) -> Run:

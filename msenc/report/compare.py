@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 
 import numpy as np
 
+from msenc.evaluation.power import ALPHA, Spread, spread_of
 from msenc.evaluation.statistics import Effect, holm, paired_effect, unpaired_effect, verdict
 from msenc.report.collect import Evaluation, Run
 from msenc.report.items import Items, read_items
+from msenc.report.noise import Floor
 from msenc.types import MsencError
 
 MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
@@ -49,6 +51,11 @@ class Configuration:
         values = [value if value != DEFAULT else f"{key}={value}" for key, value in self.levels.items()]
         return ", ".join(values) or "all runs"
 
+    def deviation(self, metric: str) -> float:
+        """Standard deviation of a metric between the runs; NaN of a single one."""
+        values = values_of(self.evaluations, metric)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -62,6 +69,11 @@ class Comparison:
         effect: difference of the means, with its interval and p-value.
         adjusted: p-value after Holm's correction over all comparisons of this metric.
         size: the difference in standard deviations of the items' differences (Cohen's d of pairs); NaN without items.
+        detectable: what as many seeds and dialogues show with 80 % power, after correction; NaN where it is unknown,
+            and of differences that are significant.
+        margin: what counts as no difference; NaN if nothing does.
+        seeds_needed: that show a difference of the margin with that power; None: no number does, or it is unknown.
+        floor: what runs differ by that are alike but for the seed; NaN if unknown.
     """
 
     key: str
@@ -71,13 +83,27 @@ class Comparison:
     effect: Effect
     adjusted: float
     size: float
+    detectable: float = math.nan
+    margin: float = math.nan
+    seeds_needed: int | None = None
+    floor: float = math.nan
+
+    @property
+    def is_equivalent(self) -> bool:
+        """Whether the difference is shown to be smaller than the margin."""
+        return self.effect.bound < self.margin
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether runs that are alike but for the seed differ by as much."""
+        return abs(self.effect.mean) < self.floor
 
     @property
     def mark(self) -> str:
         """Better or worse after correction, no significant difference, or not tested."""
         if math.isnan(self.adjusted):
             return "not tested"
-        if self.adjusted >= 0.05:
+        if self.adjusted >= ALPHA:
             return "not shown"
         direction = direction_of(self.metric)
         if direction == 0:
@@ -161,8 +187,7 @@ def _refuse_other_items(configurations: Iterable[Configuration]) -> None:
 def _score(configuration: Configuration) -> None:
     names = dict.fromkeys(name for e in configuration.evaluations for name in table_metrics(e.metrics))
     for name in names:
-        measured = [table_metrics(e.metrics).get(name) for e in configuration.evaluations]
-        values = [value for value in measured if value is not None]
+        values = values_of(configuration.evaluations, name)
         if _have_items([configuration], name):
             items = [i for i in configuration.items if i is not None]
             effect = paired_effect(*_stacked(items, name))
@@ -184,6 +209,12 @@ def table_metrics(metrics: dict[str, float]) -> dict[str, float]:
     shares = {n: v for n, v in metrics.items() if n.startswith("planted/") and n.endswith("/recovered")}
     described = {n: v for n, v in metrics.items() if n in ("description/accuracy", "description/macro_f1")}
     return main | {f"{name} %": 100 * value for name, value in shares.items()} | described
+
+
+def values_of(evaluations: Iterable[Evaluation], metric: str) -> list[float]:
+    """A metric of those evaluations that have it."""
+    found = (table_metrics(e.metrics).get(metric) for e in evaluations)
+    return [value for value in found if value is not None]
 
 
 def metric_order(name: str) -> tuple[int, str]:
@@ -254,8 +285,19 @@ def pairs_to_compare(configurations: Sequence[Configuration]) -> list[tuple[str,
     return pairs
 
 
-def compare(configurations: Sequence[Configuration], metrics: Sequence[str]) -> tuple[list[Comparison], list[str]]:
+def compare(
+    configurations: Sequence[Configuration],
+    metrics: Sequence[str],
+    margins: Mapping[str, float] | None = None,
+    floor: Floor | None = None,
+) -> tuple[list[Comparison], list[str]]:
     """Test every pair on every metric.
+
+    Args:
+        configurations: of the sweep.
+        metrics: in order.
+        margins: metric -> what counts as no difference; where none is given, what `floor` says.
+        floor: how far runs are apart that are alike but for the seed.
 
     Returns:
         Comparisons, by metric; and what could not be compared, and why.
@@ -275,16 +317,26 @@ def compare(configurations: Sequence[Configuration], metrics: Sequence[str]) -> 
                     "words into different tokens."
                 )
                 continue
-            found.append((key, treated, baseline, *_difference(treated, baseline, metric)))
-        adjusted = holm([effect.p_value for *_, effect, _ in found])
-        comparisons += [
-            Comparison(key, treated.name, baseline.name, metric, effect, p, size)
-            for (key, treated, baseline, effect, size), p in zip(found, adjusted, strict=True)
-        ]
+            found.append((key, treated, baseline, *difference_of(treated, baseline, metric)))
+        adjusted = holm([effect.p_value for *_, effect, _, _ in found])
+        tests = sum(not math.isnan(p) for p in adjusted)
+        for (key, treated, baseline, effect, size, spread), p in zip(found, adjusted, strict=True):
+            noise = floor.smallest(metric, (len(treated.runs), len(baseline.runs))) if floor else math.nan
+            margin = (margins or {}).get(metric, noise)
+            detectable, needed = math.nan, None
+            if spread is not None and p >= ALPHA:
+                detectable = spread.detectable(alpha=ALPHA / tests)
+                needed = (
+                    spread.seeds_needed(margin, alpha=ALPHA / tests) if margin > 0 and max(spread.seeds) > 1 else None
+                )
+            comparisons.append(
+                Comparison(key, treated.name, baseline.name, metric, effect, p, size, detectable, margin, needed, noise)
+            )
     return comparisons, notes
 
 
-def _difference(treated: Configuration, baseline: Configuration, metric: str) -> tuple[Effect, float]:
+def difference_of(treated: Configuration, baseline: Configuration, metric: str) -> tuple[Effect, float, Spread | None]:
+    """The difference on a metric, in the items' standard deviations as well, and its variances; None without items."""
     sides = (treated, baseline)
     if _have_items(sides, metric):
         stacked = [_stacked([i for i in side.items if i is not None], metric) for side in sides]
@@ -295,15 +347,39 @@ def _difference(treated: Configuration, baseline: Configuration, metric: str) ->
         spread = math.sqrt(
             np.average((first - second - np.average(first - second, weights=weight)) ** 2, weights=weight)
         )
-        return effect, effect.mean / spread if spread > 0 else math.nan
-    measured = [
-        [table_metrics(e.metrics)[metric] for e in s.evaluations if metric in table_metrics(e.metrics)] for s in sides
-    ]
+        size = effect.mean / spread if spread > 0 else math.nan
+        return effect, size, spread_of(*values, clusters=dialogues, weights=weights, runs=runs)
+    measured = [values_of(side.evaluations, metric) for side in sides]
     values, dialogues, weights, runs = zip(*map(_of_seeds, measured), strict=True)
     effect = unpaired_effect(*values, clusters=dialogues, weights=weights, runs=runs)
     # No test: with seeds only, it would say nothing about other dialogues.
     limits = (effect.low, effect.high) if max(map(len, measured)) > 1 else (math.nan, math.nan)
-    return Effect(effect.mean, *limits, math.nan), math.nan
+    return Effect(effect.mean, *limits, math.nan), math.nan, None
+
+
+def leaders(
+    configurations: Sequence[Configuration], metrics: Sequence[str], comparisons: Sequence[Comparison]
+) -> dict[str, Configuration]:
+    """Metric -> the best configuration, where its difference to the next is significant.
+
+    A pair that the report does not compare is tested as one more of its comparisons.
+    """
+    found = {}
+    for metric in metrics:
+        tested = "nll" if metric == "perplexity" else metric
+        direction = direction_of(metric)
+        scored = [c for c in configurations if tested in c.scores and not math.isnan(c.scores[tested].mean)]
+        if not direction or len(scored) < 2:
+            continue
+        best, following = sorted(scored, key=lambda c: -direction * c.scores[tested].mean)[:2]
+        family = [c for c in comparisons if c.metric == tested]
+        adjusted = [c.adjusted for c in family if {c.treated, c.baseline} == {best.name, following.name}]
+        if not adjusted and not _weights_differ(best, following, tested):
+            effect, _, _ = difference_of(best, following, tested)
+            adjusted = holm([*(c.effect.p_value for c in family), effect.p_value])[-1:]
+        if adjusted and adjusted[0] < ALPHA:
+            found[metric] = best
+    return found
 
 
 def _weights_differ(treated: Configuration, baseline: Configuration, metric: str) -> bool:

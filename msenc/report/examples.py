@@ -76,8 +76,8 @@ def find_examples(configurations: Sequence[Configuration], split: str) -> tuple[
     shown = [(c, c.items[0]) for c in configurations if c.items[0] is not None and "reply" in c.items[0].rows[0]]
     if not shown:
         return [], ["No replies were generated, so none are shown."]
-    dialogues, notes = _open_dialogues(shown[0][0], split)
-    media = _Media(_root(shown[0][0]))
+    dialogues, notes = open_dialogues(shown[0][0], split)
+    media = _Media(raw_folder(shown[0][0]))
     examples = []
     for place in _choose([items.rows for _, items in shown]):
         row = shown[0][1].rows[place]
@@ -144,12 +144,14 @@ def _place(configuration: Configuration, key: str) -> str | None:
     return place if isinstance(place, str) and "\0" not in place else None
 
 
-def _root(configuration: Configuration) -> Path | None:
+def raw_folder(configuration: Configuration) -> Path | None:
+    """Where the clips are, if they are there."""
     root = _place(configuration, "data.root")
     return Path(root) if root and Path(root).is_dir() else None
 
 
-def _open_dialogues(configuration: Configuration, split: str) -> tuple[_Dialogues | None, list[str]]:
+def open_dialogues(configuration: Configuration, split: str) -> tuple[_Dialogues | None, list[str]]:
+    """A split's dialogues, or None and why they are not there."""
     folder = _place(configuration, "data.dir")
     if folder is None or is_url(folder):
         return None, ["The prepared data are not found, so the previous turns are not shown."]

@@ -1,16 +1,19 @@
-"""Plots of a report as SVG: effects with their intervals, and curves of training."""
+"""Plots of a report: effects with their intervals, and curves of training; SVG for the page, PDF for a paper."""
 
 import csv
 import io
+import logging
 import math
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from msenc.files import read_text
+from msenc.files import read_text, whole
 from msenc.report.compare import Comparison, Configuration, direction_of
+from msenc.report.style import Style
 from msenc.types import MsencError
 
 # Okabe and Ito's colours: distinguishable with any colour vision, and in grey print.
@@ -20,31 +23,82 @@ MAX_EPOCHS = 10**6
 """Whether an axis can show it."""
 
 
-def forest(metric: str, comparisons: Sequence[Comparison]) -> str:
-    """A row per comparison: the difference as a point, its interval as a line; filled if significant."""
+PLOTTED = ("nll", "planted/", "rouge_l", "description/accuracy")
+"""Metrics whose effects are drawn; all are in the table of differences."""
+
+
+def effects(comparisons: Sequence[Comparison], configurations: Sequence[Configuration], style: Style) -> dict[str, Any]:
+    """Metric -> `forest` of it, for those that are drawn."""
+    names = style.rows(configurations)
+    found: dict[str, list[Comparison]] = defaultdict(list)
+    for c in comparisons:
+        if c.metric.startswith(PLOTTED):
+            found[c.metric].append(c)
+    return {metric: forest(metric, of_metric, names, style) for metric, of_metric in found.items()}
+
+
+def write_figures(
+    comparisons: Sequence[Comparison], configurations: Sequence[Configuration], style: Style, folder: Path
+) -> list[Path]:
+    """Write each figure of the page as a PDF into a folder; returns their paths."""
+    found = effects(comparisons, configurations, style)
+    figures = {f"effect-{metric}": figure for metric, figure in found.items()}
+    curves = learning_curves(configurations, style)
+    if curves is not None:
+        figures["learning-curves"] = curves
+    paths = []
+    for name, figure in figures.items():
+        path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.')}.pdf"
+        with whole(path) as partial:
+            # No date: the same runs give the same file.
+            figure.savefig(partial, format="pdf", metadata={"CreationDate": None})
+        paths.append(path)
+    return paths
+
+
+def forest(metric: str, comparisons: Sequence[Comparison], names: Mapping[str, str], style: Style) -> Any:
+    """A row per comparison: the difference as a point, its interval as a line; filled if significant.
+
+    Args:
+        metric: what is compared.
+        comparisons: the rows.
+        names: a configuration's name -> what is written for it.
+        style: how the rest is written.
+    """
     figure, axes = _figure(5.2, 0.9 + 0.42 * len(comparisons))
+
+    def scaled(value: float) -> float:
+        return style.scaled(metric, value)
+
     for row, c in enumerate(comparisons):
         colour = {"better": COLOURS[2], "worse": COLOURS[1]}.get(c.mark, "#666666")
         if not math.isnan(c.effect.low):
-            axes.plot([c.effect.low, c.effect.high], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
+            axes.plot(
+                [scaled(c.effect.low), scaled(c.effect.high)],
+                [row, row],
+                color=colour,
+                linewidth=2,
+                solid_capstyle="butt",
+            )
         filled = colour if c.mark in ("better", "worse", "differs") else "white"
-        axes.plot([c.effect.mean], [row], "o", color=colour, markerfacecolor=filled, markersize=7)
+        axes.plot([scaled(c.effect.mean)], [row], "o", color=colour, markerfacecolor=filled, markersize=7)
     axes.axvline(0, color="#444444", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(comparisons)), [f"{_short(c.treated)}\n- {_short(c.baseline)}" for c in comparisons])
-    axes.set_ylim(len(comparisons) - 0.5, -0.5)
-    reach = max(
-        (abs(v) for c in comparisons for v in (c.effect.low, c.effect.high, c.effect.mean) if v == v), default=0
+    axes.set_yticks(
+        range(len(comparisons)), [f"{_short(names[c.treated])}\n- {_short(names[c.baseline])}" for c in comparisons]
     )
+    axes.set_ylim(len(comparisons) - 0.5, -0.5)
+    numbers = (scaled(v) for c in comparisons for v in (c.effect.low, c.effect.high, c.effect.mean))
+    reach = max((abs(v) for v in numbers if v == v), default=0)
     axes.set_xlim(-1.08 * reach or -1, 1.08 * reach or 1)  # 0 in the middle: the side shows the direction
     axes.locator_params(axis="x", nbins=5)
     better = {1: " (right is better)", -1: " (left is better)"}.get(direction_of(metric), "")
-    axes.set_xlabel(f"difference in {metric}{better}")
-    return _svg(figure)
+    axes.set_xlabel(f"difference in {style.name(metric)}{better}")
+    return figure
 
 
-def learning_curves(configurations: Sequence[Configuration]) -> str | None:
+def learning_curves(configurations: Sequence[Configuration], style: Style) -> Any | None:
     """Validation loss by epoch: a thin line per run, a marked one for their mean; None if nothing was logged."""
-    curves = [(c.name, [curve for run in c.runs if (curve := read_curve(run.folder))]) for c in configurations]
+    curves = [(style.row(c), [curve for run in c.runs if (curve := read_curve(run.folder))]) for c in configurations]
     if not any(found for _, found in curves):
         return None
     figure, axes = _figure(6.5, 3.6)
@@ -60,7 +114,7 @@ def learning_curves(configurations: Sequence[Configuration]) -> str | None:
     axes.set_ylabel("validation loss, nats per token")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9)
-    return _svg(figure)
+    return figure
 
 
 def read_curve(run_dir: Path) -> dict[int, float]:
@@ -87,7 +141,9 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("svg")
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every font that a PDF embeds
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "msenc", "font.family": "sans-serif"}
+    matplotlib.rcParams["pdf.fonttype"] = 42  # TrueType, which publishers ask for
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -96,7 +152,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A figure as SVG."""
     text = io.StringIO()
     # No date: the same runs give the same file.
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,22 +1,13 @@
-"""Runs -> one table: a row per configuration, means with intervals over dialogues and seeds; printed and written."""
+"""Runs -> what a report says of them: a row per configuration, comparisons, verdicts, notes."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
-
-from msenc.evaluation.statistics import Effect
-from msenc.files import write_text
 from msenc.report.collect import Evaluation, Run
 from msenc.report.compare import (
     DEFAULT,
@@ -25,15 +16,18 @@ from msenc.report.compare import (
     Verdict,
     compare,
     configure,
-    direction_of,
     judge_controls,
+    leaders,
     metric_order,
     table_metrics,
 )
+from msenc.report.noise import REPEATED, Floor, measure_floor, refuse_other_settings
+from msenc.report.plots import read_curve
+from msenc.report.style import Style, refuse_unknown
 from msenc.types import MsencError
 
-COSTS = ("trainable parameters", "seconds", "peak memory MiB")
 FEW_SEEDS = 3
+UNFINISHED = ("waiting", "running", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -47,8 +41,12 @@ class Table:
         configurations: the rows, in the order of their first run.
         comparisons: the tests that the sweep asks for, by metric.
         verdicts: of controls, if there are any.
+        leaders: metric -> the best row, where its difference to the next is significant.
         notes: caveats for the reader.
         left_out: runs excluded from all rows, each with the reason.
+        running: jobs that have no result yet, each with how far it is.
+        floor: how far runs are apart that are alike but for the seed: the reported ones, or those named for it.
+        style: how names and numbers are written.
     """
 
     split: str
@@ -57,21 +55,44 @@ class Table:
     configurations: list[Configuration]
     comparisons: list[Comparison]
     verdicts: list[Verdict]
+    leaders: dict[str, Configuration]
     notes: list[str]
     left_out: list[str]
+    running: list[str] = field(default_factory=list)
+    floor: Floor | None = None
+    style: Style = field(default_factory=Style)
+
+    @property
+    def is_of_noise(self) -> bool:
+        """Whether the rows differ in nothing that should matter, so that they say how far chance alone goes."""
+        return set(self.keys) <= set(REPEATED)
 
 
-def summarise(runs: list[Run], split: str = "test", settings: str | None = None) -> Table:
+def summarise(
+    runs: list[Run],
+    split: str = "test",
+    settings: str | None = None,
+    *,
+    metrics: Sequence[str] = (),
+    style: Style | None = None,
+    margins: Mapping[str, float] | None = None,
+    noise: tuple[object, list[Run]] | None = None,
+) -> Table:
     """Collect the finished runs' evaluations of one split in a table.
 
     Args:
         runs: of one sweep, as `collect_runs` finds them.
         split: which evaluations to take.
         settings: settings (or their hash) of the evaluations to use, if there are several.
+        metrics: those to report, in this order; by default all.
+        style: how names and numbers are written.
+        margins: metric -> the largest difference that counts as none.
+        noise: runs that are alike but for the seed, as one of the rows is, and the name of their folder.
 
     Raises:
         MsencError: no evaluation fits, or the fitting ones cannot be compared: they differ in data, split, settings
-            or items or in the runs' task, two runs share configuration and seed, or predictions cannot be read.
+            or items or in the runs' task, two runs share configuration and seed, or predictions cannot be read; a
+            name is not the report's; or `noise` is not of these settings.
     """
     chosen = _choose(runs, split, settings)
     used = [run for run in runs if run.name in chosen]
@@ -80,12 +101,54 @@ def summarise(runs: list[Run], split: str = "test", settings: str | None = None)
     keys = [key for key in _differing_keys([[run] for run in runs]) if any(key in run.overrides for run in used)]
     _refuse_equal_seeds(used, keys)
     configurations = configure(used, chosen, keys)
-    metrics = sorted({name for c in configurations for name in c.scores}, key=metric_order)
-    comparisons, incomparable = compare(configurations, metrics)
+    known = sorted({name for c in configurations for name in c.scores}, key=metric_order)
+    refuse_unknown("metrics", metrics, known)
+    refuse_unknown("margins", margins or {}, known)
+    style = style or Style()
+    style.check(known, configurations)
+    shown = list(metrics) or known
+    floor = None
+    if noise is not None:
+        floor = _floor_of(*noise, split, settings, [(run, chosen[run.name]) for run in used])
+    elif set(keys) <= set(REPEATED):
+        floor = measure_floor([r.seed for r in used], [table_metrics(chosen[r.name].metrics) for r in used])
+    comparisons, incomparable = compare(configurations, shown, margins, floor if noise is not None else None)
     verdicts, unjudged = judge_controls(configurations, split)
-    left_out = [_reason(run, split) for run in runs if run.name not in chosen]
-    notes = _notes(used, chosen, configurations, metrics) + incomparable + unjudged
-    return Table(split, keys, metrics, configurations, comparisons, verdicts, notes, left_out)
+    waiting = [run for run in runs if run.status in UNFINISHED]
+    left_out = [_reason(run, split) for run in runs if run.name not in chosen and run not in waiting]
+    return Table(
+        split,
+        keys,
+        shown,
+        configurations,
+        comparisons,
+        verdicts,
+        leaders(configurations, shown, comparisons),
+        _notes(used, chosen, configurations, shown) + incomparable + unjudged,
+        left_out,
+        [_progress(run) for run in waiting],
+        floor,
+        style,
+    )
+
+
+def _floor_of(
+    folder: object, runs: list[Run], split: str, settings: str | None, used: list[tuple[Run, Evaluation]]
+) -> Floor:
+    chosen = _choose(runs, split, settings)
+    repeated = [run for run in runs if run.name in chosen]
+    keys = [key for key in _differing_keys([[run] for run in repeated]) if key not in REPEATED]
+    if keys:
+        raise MsencError(
+            f"noise_floor: the runs of {folder} differ in {', '.join(keys)}, expected runs that differ in nothing but "
+            "seed and threads, as of python train.py sweep=noise_floor."
+        )
+    refuse_other_settings([(run, chosen[run.name]) for run in repeated], used, folder)
+    values = [table_metrics(chosen[run.name].metrics) for run in repeated]
+    floor = measure_floor([run.seed for run in repeated], values)
+    if floor is None:
+        raise MsencError(f"noise_floor: {folder} has one seed with an evaluation of {split}, expected two or more.")
+    return floor
 
 
 def costs(configuration: Configuration) -> dict[str, float]:
@@ -238,250 +301,15 @@ def _reason(run: Run, split: str) -> str:
     return f"{run.name}: {run.status}: {' '.join((run.error or 'no error was recorded').split())}"
 
 
-def print_table(table: Table, console: Console | None = None) -> None:
-    """Print rows, comparisons and verdicts; tables wider than the console are transposed."""
-    console = console or Console()
-    console.print(Text(heading(table), style="bold"))
-    print_grid(grid(table), console)
-    if table.comparisons:
-        console.print(Text(COMPARED, style="bold"))
-        print_grid(comparison_grid(table), console)
-    if table.verdicts:
-        console.print(Text(JUDGED, style="bold"))
-        print_grid(verdict_grid(table), console)
-    for line in footer(table):
-        console.print(Text(line), soft_wrap=True)
-
-
-def write_table(table: Table, folder: Path) -> list[Path]:
-    """Write `table.md`, `table.tex`, `table.csv` and `comparisons.csv` (numbers unrounded) into a folder.
-
-    Returns:
-        Their paths; earlier files of these names are replaced.
-    """
-    texts = {
-        "table.md": _markdown(table),
-        "table.tex": _latex(table),
-        "table.csv": csv_of(_rows(table)),
-        "comparisons.csv": csv_of(_comparison_rows(table)),
-    }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return [folder / name for name in texts]
-
-
-COMPARED = (
-    "Differences, with 95 % confidence intervals; * p < 0.05 after Holm's correction over the comparisons of a metric"
-)
-JUDGED = "Controls: loss per token with minus without the control, in nats"
-
-
-def heading(table: Table) -> str:
-    """The caption of the main table."""
-    return f"{table.split}: mean ± half of the 95 % confidence interval over dialogues and seeds († only over seeds)"
-
-
-def grid(table: Table) -> list[list[str]]:
-    """Header and rows of the main table as text."""
-    rows = [
-        [
-            *(c.levels[key] for key in table.keys),
-            str(len(c.runs)),
-            *(_cell(name, c.scores.get(name), name in c.over_seeds) for name in table.metrics),
-            *(f"{value:,.0f}" for value in costs(c).values()),
-        ]
-        for c in table.configurations
-    ]
-    return [[*table.keys, "seeds", *table.metrics, *COSTS], *rows]
-
-
-def comparison_grid(table: Table) -> list[list[str]]:
-    """Header and rows of the comparisons: a row per pair, a column per metric."""
-    metrics = list(dict.fromkeys(c.metric for c in table.comparisons))
-    pairs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for c in table.comparisons:
-        pairs[c.treated, c.baseline][c.metric] = difference(c)
-    rows = [[f"{a} - {b}", *(cells.get(m, "-") for m in metrics)] for (a, b), cells in pairs.items()]
-    return [["difference", *metrics], *rows]
-
-
-def difference(comparison: Comparison) -> str:
-    """A difference with its interval, and a star if it is significant."""
-    digits = _digits(comparison.metric)
-    e = comparison.effect
-    interval = "" if math.isnan(e.low) else f" [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
-    return f"{e.mean:+.{digits}f}{interval}{' *' if comparison.adjusted < 0.05 else ''}"
-
-
-def verdict_grid(table: Table) -> list[list[str]]:
-    """Header and rows of the controls."""
-    rows = []
-    for v in table.verdicts:
-        is_same = set(v.per_run.values()) == {v.verdict}
-        seeds = f"all {len(v.per_run)}" if is_same else ", ".join(f"{seed}: {said}" for seed, said in v.per_run.items())
-        cost = f"{v.effect.mean:+z.4f} [{v.effect.low:z.4f}, {v.effect.high:z.4f}]"
-        rows.append([v.configuration, v.control, v.verdict, cost, seeds])
-    return [["configuration", "control", "verdict", "nats per token [95 %]", "seeds"], *rows]
-
-
-def best(table: Table, metric: str) -> Configuration | None:
-    """The configuration with the best mean, if the metric has a direction and there is no tie at the digits shown."""
-    direction = direction_of(metric)
-    means = [
-        (direction * round(c.scores[metric].mean, _digits(metric)), c)
-        for c in table.configurations
-        if metric in c.scores and not math.isnan(c.scores[metric].mean)
-    ]
-    highest = max((mean for mean, _ in means), default=0.0)
-    winners = [c for mean, c in means if mean == highest]
-    return winners[0] if direction and len(winners) == 1 and len(means) > 1 else None
-
-
-def footer(table: Table) -> list[str]:
-    """Notes and excluded runs, a line each."""
-    return [*(f"Note: {note}" for note in table.notes), *(f"Excluded: {line}" for line in table.left_out)]
-
-
-def _digits(metric: str) -> int:
-    return 1 if metric.endswith("%") else 3
-
-
-def _cell(name: str, score: Effect | None, is_over_seeds: bool) -> str:
-    if score is None or math.isnan(score.mean):
-        return "-"
-    digits = _digits(name)
-    if math.isnan(score.low):
-        return f"{score.mean:.{digits}f}"
-    return f"{score.mean:.{digits}f} ± {score.high - score.mean:.{digits}f}{'†' if is_over_seeds else ''}"
-
-
-def _rows(table: Table) -> list[dict[str, object]]:
-    """Machine-readable rows: no rounding, no thousands separators; costs last."""
-    return [
-        {
-            **c.levels,
-            "seeds": len(c.runs),
-            **{
-                column: value
-                for name in table.metrics
-                for column, value in zip(
-                    (name, f"{name} low", f"{name} high"), _numbers(c.scores.get(name)), strict=True
-                )
-            },
-            **costs(c),
-        }
-        for c in table.configurations
-    ]
-
-
-def _numbers(score: Effect | None) -> list[float | str]:
-    numbers = [score.mean, score.low, score.high] if score is not None else [math.nan] * 3
-    return ["" if math.isnan(number) else number for number in numbers]
-
-
-def _comparison_rows(table: Table) -> list[dict[str, object]]:
-    return [
-        {
-            "key": c.key,
-            "treated": c.treated,
-            "baseline": c.baseline,
-            "metric": c.metric,
-            "difference": c.effect.mean,
-            "low": c.effect.low,
-            "high": c.effect.high,
-            "p_value": c.effect.p_value,
-            "p_value_holm": c.adjusted,
-            "effect_size_d": c.size,
-            "verdict": c.mark,
-        }
-        for c in table.comparisons
-    ]
-
-
-def csv_of(rows: Sequence[dict[str, object]]) -> str:
-    """Rows with the same keys as CSV."""
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
-
-
-def _markdown(table: Table) -> str:
-    parts = [f"{heading(table)}.", _markdown_grid(grid(table))]
-    if table.comparisons:
-        parts += [f"{COMPARED}.", _markdown_grid(comparison_grid(table))]
-    if table.verdicts:
-        parts += [f"{JUDGED}.", _markdown_grid(verdict_grid(table))]
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in footer(table))]).rstrip() + "\n"
-
-
-def _markdown_grid(cells: list[list[str]]) -> str:
-    head, *rows = [[text.replace("|", "\\|") for text in row] for row in cells]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def _latex(table: Table) -> str:
-    """The main table for a paper (package booktabs); the best mean of each metric is bold."""
-    head, *rows = grid(table)
-    first = len(table.keys) + 1
-    lines = [
-        "% Needs \\usepackage{booktabs}.",
-        f"% {heading(table)}.",
-        f"\\begin{{tabular}}{{{'l' * len(table.keys)}{'r' * (len(head) - len(table.keys))}}}",
-        "\\toprule",
-        " & ".join(map(_escaped, head)) + " \\\\",
-        "\\midrule",
-    ]
-    winners = {first + i: best(table, name) for i, name in enumerate(table.metrics)}
-    for configuration, row in zip(table.configurations, rows, strict=True):
-        cells = [
-            f"\\textbf{{{_escaped(cell)}}}" if winners.get(i) is configuration else _escaped(cell)
-            for i, cell in enumerate(row)
-        ]
-        lines.append(" & ".join(cells) + " \\\\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
-
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "†": r"$^\dagger$",
-}
-
-
-def _escaped(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def print_grid(cells: list[list[str]], console: Console) -> None:
-    """A grid; if too wide for the console, transposed, and split into parts that fit, each with the first column."""
-    if not _fits(cells, console):
-        cells = [list(column) for column in zip(*cells, strict=True)]
-    first, shown = 1, 1
-    for end in range(2, len(cells[0]) + 1):
-        part = [[row[0], *row[first:end]] for row in cells]
-        if end > first + 1 and not _fits(part, console):
-            console.print(_rich_table([[row[0], *row[first:shown]] for row in cells]))
-            first = shown
-        shown = end
-    console.print(_rich_table([[row[0], *row[first:shown]] for row in cells]))
-
-
-def _fits(cells: list[list[str]], console: Console) -> bool:
-    # Measured with unlimited width; the default stops at the console's.
-    return console.measure(_rich_table(cells), options=console.options.update(width=100_000)).maximum <= console.width
-
-
-def _rich_table(cells: list[list[str]]) -> RichTable:
-    shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    # Text objects: a value such as [red] would otherwise be read as markup.
-    for title in cells[0]:
-        shown.add_column(Text(title), overflow="fold")
-    for row in cells[1:]:
-        shown.add_row(*map(Text, row))
-    return shown
+def _progress(run: Run) -> str:
+    """How far a job is that is not done; a process that was killed says nothing, so its last file's time is given."""
+    which = ", ".join(f"{k}={v}" for k, v in run.overrides.items() if k != "seed")
+    name = f"{run.name} ({', '.join(filter(None, [which, f'seed={run.seed}']))})"
+    if run.status == "waiting":
+        return f"{name}: has not begun"
+    done = len(read_curve(run.folder))
+    if run.status == "interrupted":
+        return f"{name}: stopped after {done} epochs; the command that began it continues it"
+    files = [run.folder / "run.json", *run.folder.glob("logs/**/*")]
+    last = max(path.stat().st_mtime for path in files if path.exists())
+    return f"{name}: still running: {done} epochs done, last written {datetime.fromtimestamp(last):%Y-%m-%d %H:%M}"

@@ -13,7 +13,19 @@ from msenc.runs.record import read_run
 from msenc.types import MsencError
 
 ANOTHER_PLACE = {
-    "": ("paths", "logger", "resume", "plan", "dry_run", "detach", "prepare_workers", "init_from", "plugins", "urls"),
+    "": (
+        "paths",
+        "logger",
+        "resume",
+        "plan",
+        "dry_run",
+        "detach",
+        "prepare_workers",
+        "init_from",
+        "plugins",
+        "urls",
+        "margins",
+    ),
     "data": ("dir", "root", "table", "encoding", "recordings", "audio_track", "labels", "num_workers", "verify"),
     "data.voice": ("loudness",),
 }
@@ -94,6 +106,8 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
         del settings["loss"]
     if settings.get("data", {}).get("val") == "val":
         del settings["data"]["val"]
+    if settings.get("threads", 0) is None:
+        del settings["threads"]
     if "control" in settings:
         settings["controls"] = settings.pop("control")  # its first name
     return with_first_targets(settings)
@@ -106,7 +120,7 @@ def check_same_settings(folder: Path, cfg: DictConfig) -> None:
         MsencError: names up to three that differ.
     """
     _, own = read_run(folder)
-    before, now = _flat(run_settings(own)), _flat(run_settings(cfg))
+    before, now = flat(run_settings(own)), flat(run_settings(cfg))
     differ = [
         f"{key}={before.get(key, '(none)')} there, {now.get(key, '(none)')} now"
         for key in dict.fromkeys([*before, *now])
@@ -120,7 +134,8 @@ def check_same_settings(folder: Path, cfg: DictConfig) -> None:
         )
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested settings as dotted key -> value."""
     if not isinstance(value, dict) or not value:
         return {path: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}".lstrip(".")).items()}
+    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path}.{key}".lstrip(".")).items()}

@@ -46,20 +46,27 @@ def quota_cores(text: str) -> int | None:
 
 
 def choose_threads(
-    num_parameters: int, cores: int, environment: Mapping[str, str] = os.environ, before: int | None = None
+    num_parameters: int,
+    cores: int,
+    environment: Mapping[str, str] = os.environ,
+    before: int | None = None,
+    given: int | None = None,
 ) -> int:
     """The number of threads for a model.
 
     Args:
         num_parameters: of the model, frozen ones included.
         cores: that may be used.
-        environment: in which OMP_NUM_THREADS, if it is a number, overrides everything.
+        environment: in which OMP_NUM_THREADS, if it is a number, overrides all but `given`.
         before: the number before the run was resumed, needed for a bit-for-bit equal result.
+        given: the number that the run's config asks for.
 
     Example:
         >>> choose_threads(500_000, cores=8, environment={}), choose_threads(135_000_000, cores=8, environment={})
         (1, 8)
     """
+    if given is not None:
+        return given
     wanted = wanted_threads(environment)
     if wanted is not None:
         return wanted
@@ -75,11 +82,11 @@ def wanted_threads(environment: Mapping[str, str] = os.environ) -> int | None:
     return int(found[1]) if found else None
 
 
-def settle_threads(num_parameters: int, before: int | None = None) -> int:
+def settle_threads(num_parameters: int, before: int | None = None, given: int | None = None) -> int:
     """Set torch's threads to `choose_threads`' number; returns it."""
     import torch
 
-    threads = choose_threads(num_parameters, usable_cores(), before=before)
+    threads = choose_threads(num_parameters, usable_cores(), before=before, given=given)
     torch.set_num_threads(threads)
     return threads
 

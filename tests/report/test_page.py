@@ -1,5 +1,7 @@
+import json
 import re
 
+import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
 from clips import write_media
@@ -10,6 +12,9 @@ from msenc.pipelines.report import report
 from msenc.report.collect import collect_runs
 from msenc.report.page import render_page
 from msenc.report.table import summarise
+from msenc.runs.sweep import note_run
+from msenc.runs.sweep import write_sweep as write_sweep_record
+from msenc.speech.wav import to_wav
 from msenc.store.shards import write_stream
 from msenc.types import Dialogue, MsencError, Utterance
 
@@ -68,6 +73,27 @@ def test_a_long_name_leaves_room_for_the_plots(tmp_path):
     )  # matplotlib warns where an axis has collapsed, and a warning is an error
 
 
+def test_the_title_says_what_is_compared_and_metrics_are_grouped(sweep):
+    page = render_page(summarise(collect_runs(sweep)), None, [sweep])
+    assert "<h1>Comparison of text and text_audio (modality) on demo (test split, 3 seeds each)</h1>" in page
+    groups = re.findall(r'<tr class="part"><th colspan="3">([^<]*)</th>', page)
+    assert groups == ["Loss of the reference", "Words of the replies", "Planted words"]
+    assert "Any &lt;title&gt;" in render_page(summarise(collect_runs(sweep)), "Any <title>", [sweep])
+
+
+def test_jobs_that_are_not_done_are_listed_with_how_far_they_are(sweep):
+    write_run(sweep / "97", ["modality=text_video"], 2, 0.0, status="running")
+    write_run(sweep / "98", ["modality=text_video"], 3, 0.0, status="interrupted")
+    write_sweep_record(sweep, ["modality=text_video"], [["modality=text_video", f"seed={n}"] for n in range(4)])
+    for number, run in enumerate(("99", "11", "97")):
+        note_run(
+            sweep, number, sweep / run, [f"modality={('text_video', 'text_audio')[run == '11']}", f"seed={number}"]
+        )
+    page = rendered(sweep).split("Still running")[1].split("<h2>")[0]
+    assert "97 (modality=text_video, seed=2): still running: 3 epochs done, last written 20" in page
+    assert "job 3 (modality=text_video, seed=3): has not begun" in page
+
+
 def test_failed_jobs_are_named_in_the_page(sweep):
     assert "99: failed: MsencError: &lt;script&gt;" in rendered(sweep)
 
@@ -121,3 +147,54 @@ def test_a_browser_shows_and_plays_it_at_any_width(sweep, tmp_path):
             assert browser.evaluate(narrowest) > 100  # words, not a column of letters
         assert [r for r in browser.requests if not r.startswith("data:")] == [file.as_uri()] * 2
         assert browser.problems == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_all_replies_can_be_browsed_and_filtered(sweep, tmp_path):
+    add_data(sweep, tmp_path)
+    (spoken := sweep / "01" / "evaluation" / "demo-test-ab12" / "speech").mkdir()
+    (spoken / "a.wav").write_bytes(to_wav(np.zeros(1600, np.float32), 16000))
+    change_rows(sweep, lambda run, row: row | ({"speech": "speech/a.wav"} if run == "01" and row["turn"] == 1 else {}))
+    change_rows(sweep, lambda run, row: {**row, "reply": said(run, row)})
+    file = sweep / "report" / "report.html"
+    file.parent.mkdir()
+    file.write_text(rendered(sweep))
+    shown = "[...document.querySelectorAll('#all section')].map(e => e.innerText)"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(file.as_uri(), 1280)
+        first = browser.evaluate(shown)
+        assert len(first) == 10
+        assert browser.evaluate("form.elements.where.value") == "1 to 10 of 24"
+        assert f"{HOSTILE} 0" in first[0]  # the turn before, as text
+        browser.click("button[name=on]")
+        browser.click("button[name=on]")
+        last = browser.evaluate(shown)
+        assert len(last) == 4
+        assert browser.evaluate("form.elements.on.disabled")
+        assert not set(first) & set(last)
+        browser.click("input[name=differs]")
+        assert browser.evaluate("form.elements.where.value") == "1 to 10 of 12"
+        browser.type("input[name=words]", "DIA11 turn")
+        assert [text.split("\n")[0] for text in browser.evaluate(shown)] == [
+            "demo/test/dia11, turn 2; planted here: audio"
+        ]
+        browser.type("input[name=words]", "nobody says this")
+        assert browser.evaluate("form.elements.where.value") == "none fits"
+        browser.click("input[name=differs]")
+        browser.type("input[name=words]", "dia3")
+        requests = len(browser.requests)
+        browser.click("#all .replies button")  # the reply's; that before is the turn's
+        browser.wait("document.querySelector('#all audio').duration > 0")
+        assert len(browser.requests) == requests + 1
+        assert browser.requests[-1] == (spoken / "a.wav").as_uri()
+        assert browser.problems == []
+
+
+def said(run, row):
+    return {"text": f"{HOSTILE} {run[0] if row['turn'] == 2 else ''}", "description": "a woman speaks"}
+
+
+def change_rows(sweep, change):
+    for path in sweep.glob("*/evaluation/demo-test-ab12/predictions.jsonl"):
+        rows = [change(path.parents[2].name, json.loads(line)) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from msenc.report.collect import collect_runs
-from msenc.report.table import costs, print_table, summarise, write_table
+from msenc.report.layouts import print_table, write_table
+from msenc.report.table import costs, summarise
 from msenc.types import MsencError
 
 
@@ -85,9 +86,14 @@ def test_rows_hold_mean_and_interval_over_seeds(sweep):
 
 def test_failed_and_unfinished_runs_are_listed_with_their_error(sweep):
     table = summarise(collect_runs(sweep))
-    assert table.left_out == ["10: failed: MsencError: no shard of audio", "11: running: no error was recorded"]
+    assert table.left_out == ["10: failed: MsencError: no shard of audio"]
+    (running,) = table.running
+    assert running.startswith(
+        "11 (data=demo, modality=text_video, seed=0): still running: 0 epochs done, last written "
+    )
     shown = printed(table, 200)
     assert shown.index("Excluded: 10: failed: MsencError: no shard of audio") > shown.index("text_audio")
+    assert f"Not done: {running}" in shown
 
 
 def test_single_run_has_no_deviation(tmp_path):
@@ -128,14 +134,15 @@ def test_written_files_hold_the_table_and_replace_earlier_ones(sweep):
     names = ["comparisons.csv", "table.csv", "table.md", "table.tex"]
     assert sorted(path.name for path in (sweep / "report").iterdir()) == names
     lines = markdown.read_text().splitlines()
-    assert "| text | 3 | 3.000 ± 6.572† | 0.250 ± 0.000† | 30.0 ± 65.7† | 0.0 ± 0.0† | 1,234 | 60 | 0 |" in lines
-    assert "- Excluded: 11: running: no error was recorded" in lines
+    assert "| text | 3 | 3.000 ± 6.572† | 0.250 ± 0.000† | 30.0 ± 65.7† | 0.0 ± 0.0† |" in lines
+    assert "| text | 1,234 | 60 | 0 |" in lines
+    assert "- Excluded: 10: failed: MsencError: no shard of audio" in lines
     rows = list(csv.DictReader(values.read_text().splitlines()))
     assert rows[0]["modality"] == "text"
     assert float(rows[0]["nll high"]) == pytest.approx(9.572, abs=1e-3)
     compared = list(csv.DictReader(comparisons.read_text().splitlines()))
     assert {(row["treated"], row["baseline"]) for row in compared} == {("text_audio", "text")}
-    assert r"text\_audio & 2 & \textbf{0.600" in latex.read_text()
+    assert r"text\_audio & 2 & 0.600 $\pm$ 1.271$^\dagger$" in latex.read_text()
 
 
 def test_costs_are_the_last_columns(sweep):
@@ -160,11 +167,12 @@ def test_a_narrow_console_loses_nothing(sweep):
 def test_a_console_narrower_than_a_turned_table_gets_it_in_parts(tmp_path):
     names = [f"a_configuration_of_{n}_words" for n in ("two", "three", "four")]
     for number, name in enumerate(names):
-        write_run(tmp_path / str(number), [f"model={name}"], metrics={"nll": 1.0 + number})
+        metrics = dict.fromkeys(("rouge_l", "bleu_1", "token_accuracy"), 0.5) | {"nll": 1.0 + number}
+        write_run(tmp_path / str(number), [f"model={name}"], metrics=metrics)
     lines = printed(summarise(collect_runs(tmp_path)), 70).splitlines()
     heads = [line.split() for line in lines if line.split()[:1] == ["model"]]
-    assert heads == [["model", *names[:1]], ["model", *names[1:2]], ["model", *names[2:]]]
-    values = [line.split()[1:] for line in lines if line.split()[:1] == ["nll"]]
+    assert heads[:3] == [["model", *names[:1]], ["model", *names[1:2]], ["model", *names[2:]]]
+    values = [line.split()[2:] for line in lines if line.split()[:1] == ["nll"]]
     assert values[:3] == [["1.000"], ["2.000"], ["3.000"]]
 
 

@@ -113,14 +113,11 @@ def misfits(kind: Any) -> list[Any]:
             return False
         return True
 
-    # Where a text is expected, a number that is typed is one; and where a schema has a float, any whole number.
-    return [
-        v
-        for v in WRONG
-        if not fits(v)
-        and (v is None or isinstance(v, list | dict) or not fits(typed(v)))
-        and not (v == 2**70 and fits(float(v)))
-    ]
+    def fits_as_typed(value: Any) -> bool:
+        # Where a text is expected, a number that is typed is one; a whole number is one with decimals.
+        return fits(typed(value)) or (type(value) is int and fits(float(value)))
+
+    return [v for v in WRONG if not fits(v) and (v is None or isinstance(v, list | dict) or not fits_as_typed(v))]
 
 
 def generated() -> list[tuple[str, str, Any]]:
@@ -259,7 +256,12 @@ BY_HAND = {
         decoding.max_new_tokens=-1
         runs_dir=a_file | runs_dir=s3://b/r | out=s3://b/o | checkpoint= | recogniser= | speech=espeak speech.language=
     """,
-    "report": "sweep_dir= | sweep_dir=[3] | split=tset | split= | settings= | sweepdir=x | sweep_dir={a:1}",
+    "report": """
+        sweep_dir= | sweep_dir=[3] | split=tset | split= | settings= | sweepdir=x | sweep_dir={a:1} | layout=tex
+        decimals=7 | decimals={nll:-1} | names=3 | names={nll:''} | margins={nll:0} | margins.nll=small
+        spread=se | metrics=nll
+        percent=3 | noise_floor= | title=
+    """,
 }
 
 
@@ -323,7 +325,10 @@ RIGHT = {
         decoding=sample | generate=false | on_data=http://localhost/data
     """,
     "respond": "port=65535 | text=[red],=~'? | speech=null | max_clip_s=0.5 | out=new/folder | page=true",
-    "report": "sweep_dir=[A,B] | split=val | settings=null",
+    "report": """
+        sweep_dir=[A,B] | split=val | settings=null | decimals=1 | decimals={nll:2} | layout=csv | margins.nll=0.1
+        names={planted/audio/recovered:voice} | names={text_audio:'T+A'} | spread=sd | title=Modalities
+    """,
 }
 
 

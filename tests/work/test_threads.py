@@ -37,6 +37,7 @@ def test_the_users_number_rules_and_a_run_keeps_its_own():
     assert choose_threads(SMALL, 16, {"OMP_NUM_THREADS": "3"}, before=5) == 3
     assert choose_threads(SMALL - 1, 2, {}, before=5) == 5
     assert choose_threads(SMALL, 16, {}, before=1) == 1
+    assert choose_threads(SMALL, 16, {"OMP_NUM_THREADS": "3"}, before=5, given=2) == 2
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,7 @@ def test_torch_computes_with_the_number_that_was_chosen(monkeypatch, kept_thread
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert settle_threads(1, before=2) == torch.get_num_threads() == 2
     assert settle_threads(1) == torch.get_num_threads() == 1
+    assert settle_threads(1, given=2) == torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("script", ["train.py", "prepare.py", "evaluate.py", "respond.py"])
