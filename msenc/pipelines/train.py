@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from torch.distributed.fsdp import FSDPModule
 
 from msenc.config.build import build
 from msenc.config.checks import checked
@@ -49,8 +50,6 @@ from msenc.training.assembly import (
 )
 from msenc.training.checkpoints import (
     BEST,
-    LAST,
-    PREVIOUS,
     CheckpointFiles,
     Checkpoints,
     training_outcome,
@@ -61,7 +60,8 @@ from msenc.training.init_from import Start, read_starts, start_from
 from msenc.training.module import ConversationModule
 from msenc.training.monitor import findings, warnings
 from msenc.training.plan import count_batches
-from msenc.training.restore import load_checkpoint
+from msenc.training.restore import fill_model, load_checkpoint
+from msenc.training.sharding import LAST, PREVIOUS, gather, is_sharded
 from msenc.types import MsencError
 from msenc.work.console import console, quieten, shown
 from msenc.work.signals import STOPPED, Termination
@@ -265,7 +265,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     read_controls(config["control"], datamodule.streams)
     loss_weights = config["loss"]["weights"]
     check_weights(loss_weights, datamodule)
-    model = build_model(config)
+    model = build_model(config, by_shares=is_sharded(config["trainer"]))
     record.add(threads=_settle_threads(model, record))
     aligned = align_connectors(config, model, datamodule, job.labels)
     calibrated = [stream for stream, fact in aligned.items() if fact["used"]]
@@ -319,14 +319,14 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     else:
         record.add(stop_reason="nothing to train: the LLM is frozen and the modality has no connector")
         console.print("Nothing to train (frozen LLM, no connector); the LLM is evaluated as it is.")
-    if is_first_process() and not config["trainer"].get("fast_dev_run"):
+    if not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
     _print_streams(record, said)
     return None
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
+    return any((folder / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
 
 
 def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list[str]:
@@ -371,6 +371,8 @@ def _check_choices(config: Mapping[str, Any]) -> None:
         raise MsencError(
             f"stage={ALIGN}: found {what}. Choose labels, such as align=words, and a modality with a stream."
         )
+    if config["stage"] == ALIGN and is_sharded(config["trainer"]):
+        raise MsencError(f"stage={ALIGN}: found trainer=fsdp2, expected one process: trainer=gpu, or trainer=cpu.")
 
 
 def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
@@ -483,11 +485,16 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
 
 def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
     folder = record.folder / "export"
-    if (folder / "export.json").is_file():
+    trained = next((n for n in ("best", "last") if (record.folder / "checkpoints" / f"{n}.ckpt").exists()), None)
+    gathered = gather(model) if isinstance(model, FSDPModule) and trained is None else {}
+    if not is_first_process() or (folder / "export.json").is_file():
         return
-    trained = next((n for n in ("best", "last") if (record.folder / "checkpoints" / f"{n}.ckpt").is_file()), None)
+    if model.llm.stored is not None:  # this process has a share of the weights; what trains is exported whole
+        model = build_model(config, by_shares=True)
     if trained is not None:
         load_checkpoint(ConversationModule(model), record.folder, trained)
+    elif gathered:
+        fill_model(model, gathered)
     facts = {key: record.facts[key] for key in ("task_hash", "turns_hash", "seed", "commit", "speakers")}
     write_export(folder, model, config, {"data": record.facts["data"], "checkpoint": trained, **facts})
     console.print(f"Written: {shown(folder)}", soft_wrap=True)
