@@ -366,13 +366,19 @@ def _print_streams(record: RunRecord, said_before: list[str]) -> None:
 def _check_choices(config: Mapping[str, Any]) -> None:
     if config["stage"] not in (None, ALIGN):
         raise MsencError(f"stage={config['stage']}: expected {ALIGN}, or null to train on dialogues as well.")
+    is_shared = is_sharded(config["trainer"])
+    if is_shared and config["stage"] == ALIGN:
+        raise MsencError(f"stage={ALIGN}: found trainer=fsdp2, expected one process: trainer=gpu, or trainer=cpu.")
+    if is_shared and config["trainer"].get("precision") == "16-mixed":
+        raise MsencError(
+            "trainer.precision=16-mixed: found trainer=fsdp2, whose processes would each scale the gradients of "
+            "their own share. Use bf16-mixed, or 32-true."
+        )
     if config["stage"] == ALIGN and not sources_of(config):
         what = "align=none" if config["align"] is None else f"modality={config['modality']} has no stream to align"
         raise MsencError(
             f"stage={ALIGN}: found {what}. Choose labels, such as align=words, and a modality with a stream."
         )
-    if config["stage"] == ALIGN and is_sharded(config["trainer"]):
-        raise MsencError(f"stage={ALIGN}: found trainer=fsdp2, expected one process: trainer=gpu, or trainer=cpu.")
 
 
 def _end_with_alignment(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:

@@ -180,7 +180,9 @@ class Sharded(ModelParallelStrategy):
             found: tuple[T | None, str | None] = (action(), None)
         except MsencError as error:
             found = (None, str(error))
-        except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+        except CheckpointException as error:
+            found = (None, refusal.format(_first_failure(error)))
+        except (OSError, ValueError, RuntimeError) as error:
             found = (None, refusal.format(reason_of(error)[:300]))
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, found)
@@ -225,6 +227,12 @@ def _put_in(value: Any, shared: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_put_in(inner, shared) for inner in value)
     return value
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """Why the first process that failed did."""
+    cause, _ = next(iter(error.failures.values()))
+    return reason_of(cause)[:300]
 
 
 def _make_anew(folder: Path) -> None:
@@ -273,7 +281,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         OSError: a file cannot be read.
     """
     known = read_json(folder / CHECKSUMS, dict[str, str])
-    found = {file.name for file in folder.iterdir()} - {CHECKSUMS}
+    found = {file.name for file in folder.iterdir() if file.is_file()} - {CHECKSUMS}
     if META not in known or found != known.keys():
         odd = sorted(found ^ (known.keys() | {META}))
         raise ValueError(f"its files differ from those that it names: {', '.join(odd[:3])}")
@@ -308,7 +316,10 @@ def read_folder(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of `no_dist`
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=mesh is None)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=mesh is None)
+        except CheckpointException as error:  # which is no Exception
+            raise ValueError(_first_failure(error)) from error
     try:
         return _put_in(meta, tensors)
     except KeyError as error:

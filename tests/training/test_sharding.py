@@ -12,15 +12,18 @@ import torch
 from conftest import run_driver
 from safetensors.torch import load_file, save_file
 from test_resume import flat
+from tiny_models import build_conversation
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from msenc.config.schema import plain
 from msenc.files import hash_file, read_json
 from msenc.pipelines.plan import memory_of
+from msenc.pipelines.train import _check_choices
 from msenc.training.assembly import build_datamodule
 from msenc.training.averaging import learned_state
 from msenc.training.checkpoints import CheckpointFiles, read_checkpoint
 from msenc.training.export import load_export
+from msenc.training.sharding import shard
 from msenc.types import MsencError
 
 SHORT = [
@@ -290,3 +293,18 @@ def test_no_process_ever_holds_much_more_than_its_share(drive, llms, compose):
         datamodule = build_datamodule(config, "")
         datamodule.setup()
         assert memory_of(config, datamodule)["peak"] == pytest.approx(peak, rel=0.3)
+
+
+# ---------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("setting", [{"stage": "align"}, {"trainer": {"strategy": {}, "precision": "16-mixed"}}])
+def test_what_needs_a_whole_llm_or_one_scale_is_refused(setting):
+    with pytest.raises(MsencError, match=r"(stage=align|precision=16-mixed): found trainer=fsdp2"):
+        _check_choices({"stage": None, "trainer": {"strategy": {}}, **setting})
+
+
+def test_weights_of_two_types_that_train_together_are_refused(llms):
+    model = build_conversation(llms["tied"], lora=None, dtype="bfloat16")
+    with pytest.raises(MsencError, match=r"trainable weights of torch\.bfloat16 and torch\.float32.*model\.llm\.lora"):
+        shard(model, mesh=None)
