@@ -96,8 +96,10 @@ def plant(moment: str | None, witness: Path) -> None:
             end(kind)
 
     def half_exchange(new, place_of):
-        if place == "exchange" and place_of.name == f"{numbers[0]}.ckpt" and place_of.exists():
-            place_of.rename(place_of.with_name(f".{place_of.name}.old"))
+        is_second = place_of.with_name("previous.ckpt").exists()
+        if place == "exchange" and place_of.name == f"{numbers[0]}.ckpt" and is_second:
+            if place_of.exists():
+                place_of.rename(place_of.with_name(f".{place_of.name}.old"))
             end(kind)
         exchange(new, place_of)
 

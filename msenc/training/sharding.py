@@ -151,6 +151,7 @@ class Sharded(ModelParallelStrategy):
         partial = path.with_name(f".{path.name}.partial")
         shared: dict[str, Tensor] = {}
         rest = _take_out(checkpoint, shared)
+        rest[SHAPES] = {name: list(tensor.shape) for name, tensor in shared.items()}
         refusal = f"{path}: cannot be written ({{}}). Is the disk full?"
         self._agree(refusal, lambda: _make_anew(partial) if self.is_global_zero else None)
         self._agree(refusal, lambda: dcp.save(shared, storage_writer=_writer(partial)))
@@ -198,6 +199,9 @@ META, CHECKSUMS = "meta.pt", "checksums.json"
 checkpoints write them; their usual format would be pickled."""
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+SHAPES = "shapes_of_shared_tensors"
+"""Key in `META`: name in the safetensors -> shape of the whole tensor."""
 
 PLACE = "shared tensor: "
 """Stands for a tensor in `META`, followed by its name in the safetensors."""
@@ -305,8 +309,10 @@ def read_folder(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     meta = load_torch_file(folder / META, mmap=False)
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     tensors = {}
-    for name, facts in stored.items():
-        if sum(math.prod(chunk.sizes) for chunk in facts.chunks) != math.prod(facts.size):
+    for name, shape in meta.pop(SHAPES).items():
+        facts = stored.get(name)
+        held = sum(math.prod(chunk.sizes) for chunk in facts.chunks) if facts else 0
+        if held != math.prod(shape) or list(facts.size) != shape:
             raise ValueError(f"shares of {name} are missing")
         dtype = facts.properties.dtype
         tensors[name] = (
@@ -320,7 +326,4 @@ def read_folder(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=mesh is None)
         except CheckpointException as error:  # which is no Exception
             raise ValueError(_first_failure(error)) from error
-    try:
-        return _put_in(meta, tensors)
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]} is missing") from error
+    return _put_in(meta, tensors)
