@@ -119,8 +119,8 @@ def load_llm(
         llm.tie_weights()
     else:
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
-    if empty or by_shares:
-        with suppress(OSError):
+    if by_shares:
+        with suppress(OSError):  # there may be none
             llm.generation_config = GenerationConfig.from_pretrained(name_or_path)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
     # Which tokens end a reply is no such setting.
