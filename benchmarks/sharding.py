@@ -3,7 +3,7 @@
     python benchmarks/sharding.py FOLDER [--quick] [--json FILE]
 
 FOLDER gets the LLM, with random weights (2.2 GB; kept for the next time). Data: the demo in MSENC_DATA, made if absent.
-Memory is what a process has written to and no file holds, with an allocator that returns what is freed.
+Memory is what a process holds, of files what it has mapped and read, with an allocator that returns what is freed.
 """
 
 import os
@@ -75,7 +75,7 @@ def peaks(command: list[str]) -> list[float]:
     found: dict[int, float] = {}
     while started.poll() is None:
         for pid in tree(started.pid):
-            found[pid] = max(found.get(pid, 0), written(pid))
+            found[pid] = max(found.get(pid, 0), held(pid))
         time.sleep(0.01)
     if started.returncode:
         sys.exit(started.stderr.read())
@@ -89,10 +89,10 @@ def tree(pid: int) -> list[int]:
     return [pid, *(inner for child in children for inner in tree(child))]
 
 
-def written(pid: int) -> float:
+def held(pid: int) -> float:
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-        return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+        return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
     return 0.0
 
 

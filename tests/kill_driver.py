@@ -46,7 +46,7 @@ def end(kind: str) -> None:
     """Die at once; or be asked to end, as a cluster does: every process of the job."""
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    os.killpg(os.getpid(), {"stop": signal.SIGTERM, "usr1": signal.SIGUSR1, "usr2": signal.SIGUSR2}[kind])
+    os.killpg(os.getpgrp(), {"stop": signal.SIGTERM, "usr1": signal.SIGUSR1, "usr2": signal.SIGUSR2}[kind])
 
 
 def plant(moment: str | None, witness: Path) -> None:
@@ -160,11 +160,11 @@ def start(arguments: list[str], moment: str | None, run: dict, number: int) -> d
         pids.append(pid)
     ended: dict[int, int] = {}
     peaks = dict.fromkeys(pids, 0)
-    before = own_memory(os.getpid())
+    before = memory_of(os.getpid())
     while len(ended) < num_processes:
         pid, status = os.waitpid(-pids[0], os.WNOHANG if run.get("measures") else 0)
         if pid == 0:
-            peaks = {pid: max(peak, own_memory(pid) - before) for pid, peak in peaks.items()}
+            peaks = {pid: max(peak, memory_of(pid) - before) for pid, peak in peaks.items()}
             time.sleep(0.005)
             continue
         ended[pid] = status
@@ -184,11 +184,11 @@ def start(arguments: list[str], moment: str | None, run: dict, number: int) -> d
     }
 
 
-def own_memory(pid: int) -> int:
-    """Bytes that a process has written to and that no file holds; 0 once it has ended."""
+def memory_of(pid: int) -> int:
+    """Bytes that a process holds, of files those that it has read through a mapping; 0 once it has ended."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
     return 0
 
 

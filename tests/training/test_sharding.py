@@ -39,7 +39,7 @@ SHORT = [
 ]
 TWO = ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.precision=32-true"]
 LORA = ["model/llm=tiny_lora", "model.llm.lora.lora_dropout=0"]
-SGD = ["optimizer._target_=torch.optim.SGD", "optimizer.lr=0.2"]
+SGD = ["optimizer._target_=torch.optim.SGD", "optimizer.lr=0.02"]
 
 SETTINGS = {
     "lora": LORA,
@@ -139,7 +139,7 @@ def test_the_export_of_two_processes_is_that_of_one(pairs, name):
     parameters = dict(two.named_parameters())
     assert parameters.keys() == dict(one.named_parameters()).keys()
     for key, expected in one.named_parameters():  # AdamW divides a gradient by its own size, noise too
-        assert (parameters[key] - expected).norm() <= rounded(name, 1e-3) * expected.norm(), key
+        assert (parameters[key] - expected).norm() <= 10 * rounded(name, 1e-4) * expected.norm(), key
     assert dict(two.named_buffers()).keys() == dict(one.named_buffers()).keys()
     if "without" in name:
         return
