@@ -3,8 +3,8 @@
 The imports are paid once, here; every start is a fork. SPEC is a JSON list of runs: ``folder``, ``first`` and ``again``
 (arguments of train.py for the first start and for those after a kill), and ``moments``, one per start but the last;
 with ``is_sweep`` they are those of a multirun. ``processes`` has the number of processes of each start, as if torchrun
-had started them; the last number serves all later starts. With ``measures``, each one's peak memory is found, without
-what they have from here.
+had started them; the last number serves all later starts. With ``measures``, the peak of each one's memory is found,
+without what they have from here.
 RESULT gets, per run, how each start ended, what it said, and what lay in the folder then.
 """
 
@@ -159,12 +159,13 @@ def start(arguments: list[str], moment: str | None, run: dict, number: int) -> d
         os.setpgid(pid, pids[0] if pids else pid)
         pids.append(pid)
     ended: dict[int, int] = {}
-    peaks = dict.fromkeys(pids, 0)
-    before = memory_of(os.getpid())
+    peaks = {kind: dict.fromkeys(pids, 0) for kind in ("VmRSS", "RssAnon")}
+    before = memory_of(os.getpid(), "RssAnon")  # files that it has mapped, a fork only maps when it reads them
     while len(ended) < num_processes:
         pid, status = os.waitpid(-pids[0], os.WNOHANG if run.get("measures") else 0)
         if pid == 0:
-            peaks = {pid: max(peak, memory_of(pid) - before) for pid, peak in peaks.items()}
+            for kind, found in peaks.items():
+                found.update({pid: max(peak, memory_of(pid, kind) - before) for pid, peak in found.items()})
             time.sleep(0.005)
             continue
         ended[pid] = status
@@ -179,16 +180,16 @@ def start(arguments: list[str], moment: str | None, run: dict, number: int) -> d
         "status": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
         "said": said.read_text(),
         "files": sorted(p.name for p in (folder / "checkpoints").glob("*")),
-        "peaks": list(peaks.values()),
+        "peaks": {kind: list(found.values()) for kind, found in peaks.items()},
         "record": json.loads(record.read_text()) if record.is_file() else None,
     }
 
 
-def memory_of(pid: int) -> int:
-    """Bytes that a process holds, of files those that it has read through a mapping; 0 once it has ended."""
+def memory_of(pid: int, kind: str) -> int:
+    """Bytes that a process holds, of a kind that Linux counts (VmRSS: all, RssAnon: of no file); 0 once it has ended."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
     return 0
 
 
