@@ -186,7 +186,7 @@ def start(arguments: list[str], moment: str | None, run: dict, number: int) -> d
 
 
 def memory_of(pid: int, kind: str) -> int:
-    """Bytes that a process holds, of a kind that Linux counts (VmRSS: all, RssAnon: of no file); 0 once it has ended."""
+    """Bytes that a process holds, by a kind of Linux (VmRSS: all, RssAnon: of no file); 0 once it has ended."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
