@@ -151,8 +151,10 @@ def load_llm(
     return llm
 
 
-def decoder_layers(llm: nn.Module) -> list[nn.Module]:
-    """The LLM's layers, by the names that its family gives to what may not be split over devices.
+def parts_used_alone(llm: nn.Module) -> list[nn.Module]:
+    """Modules of which only one computes at a time: decoder layers; embedding and output layer, unless they are tied.
+
+    Layers are known by the names that the LLM's family gives to what may not be split over devices.
 
     Raises:
         MsencError: the family names none.
@@ -162,7 +164,9 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
     layers = [module for module in base.modules() if type(module).__name__ in names]
     if not layers:
         raise MsencError(f"{type(base).__name__} does not say which of its modules are layers, so it cannot be shared.")
-    return layers
+    first, last = llm.get_input_embeddings(), llm.get_output_embeddings()
+    is_tied = {id(p) for p in first.parameters()} & {id(p) for p in last.parameters()}
+    return layers if is_tied else [*layers, first, last]
 
 
 def _drop_out(llm: nn.Module, share: float) -> None:

@@ -473,6 +473,7 @@ def _fit(
         module.train()
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome = training_outcome(trainer)
+        record.add(processes=trainer.world_size)
         datamodule.trainer = None  # would keep the trained model alive as long as the data
     if is_first_process():
         write_json(record.folder / "metrics.json", outcome["metrics"])
@@ -480,7 +481,6 @@ def _fit(
     record.add(
         **outcome,
         best_loss=outcome["metrics"].get("val/loss") if best is None else best,
-        processes=trainer.world_size,
         threads=torch.get_num_threads(),  # Lightning divides the cores among the processes of a run
     )
 

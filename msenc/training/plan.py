@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.lengths import row_tokens
 from msenc.models.conversation import ConversationModel
-from msenc.models.llm import decoder_layers
+from msenc.models.llm import parts_used_alone
 from msenc.training.assembly import HALVED, MIXED
 from msenc.types import Batch
 
@@ -154,15 +154,15 @@ def predict_memory(
 
 
 def _gathered(model: ConversationModel) -> int:
-    """What one process holds in full while it computes: a layer, what is in no layer, and the gradients of both.
+    """What one process holds in full while it computes: the largest part, what is in no part, and gradients of both.
 
-    The next layer is gathered while one computes.
+    Received weights are copied to their places, while those of the next part arrive: three times the largest part.
     """
-    layers = [[*layer.parameters()] for layer in decoder_layers(model.llm)]
-    in_layers = {id(parameter) for layer in layers for parameter in layer}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_layers]
-    largest = max(layers, key=_size)
-    return _size(rest) + 2 * _size(largest) + _size(p for p in [*rest, *largest] if p.requires_grad)
+    parts = [[*part.parameters()] for part in parts_used_alone(model.llm)]
+    in_parts = {id(parameter) for part in parts for parameter in part}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_parts]
+    largest = max(parts, key=_size)
+    return 2 * _size(rest) + 3 * _size(largest) + 2 * _size(p for p in [*rest, *largest] if p.requires_grad)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

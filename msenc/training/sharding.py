@@ -2,8 +2,8 @@
 
 trainer=fsdp2 -> Sharded (Lightning's strategy) -> ConversationModule.configure_model -> shard
 
-A decoder layer's weights are gathered while it computes; those of everything else (embeddings, output layer,
-connectors) during a whole forward or backward pass.
+The weights of a decoder layer, of the embedding and of the output layer are gathered while it computes; those of
+everything else (norms, connectors; tied embeddings) during a whole forward or backward pass.
 """
 
 import json
@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from msenc.files import hash_file, read_json, reason_of, remove, sync_folder
 from msenc.models.conversation import ConversationModel
-from msenc.models.llm import decoder_layers
+from msenc.models.llm import parts_used_alone
 from msenc.models.pretrained import check_tensors, load_torch_file
 from msenc.types import MsencError
 
@@ -47,7 +47,7 @@ def is_sharded(trainer: Mapping[str, Any]) -> bool:
 
 
 def shard(model: ConversationModel, mesh: DeviceMesh) -> None:
-    """Share out every parameter over the processes of a mesh: one group per decoder layer, one for all the rest.
+    """Share out every parameter over the processes of a mesh, in groups that are gathered one after the other.
 
     What an LLM of `load_llm(by_shares=True)` lacks is read from its files, by each process its own rows.
 
@@ -58,10 +58,9 @@ def shard(model: ConversationModel, mesh: DeviceMesh) -> None:
     Raises:
         MsencError: the parameters that train together have several types.
     """
-    layers = decoder_layers(model.llm)
-    rest = {id(p) for layer in layers for p in layer.parameters()}
-    groups = [*([*layer.parameters()] for layer in layers), [p for p in model.parameters() if id(p) not in rest]]
-    for group in groups:
+    parts = parts_used_alone(model.llm)
+    in_parts = {id(p) for part in parts for p in part.parameters()}
+    for group in (*(part.parameters() for part in parts), [p for p in model.parameters() if id(p) not in in_parts]):
         types = sorted({str(p.dtype) for p in group if p.requires_grad})
         if len(types) > 1:
             raise MsencError(
@@ -72,8 +71,8 @@ def shard(model: ConversationModel, mesh: DeviceMesh) -> None:
     # the first layer's gradients later than the others, and be taken for another exchange.
     model.llm.enable_input_require_grads()
     absent = [name for name, parameter in model.llm.named_parameters() if parameter.is_meta]
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
+    for part in parts:
+        fully_shard(part, mesh=mesh)
     # The root, too, lets its weights go after a forward pass: what reads or saves them finds shares at any time.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if absent:

@@ -79,7 +79,7 @@ def llms(demo_home, tmp_path_factory):
     llm.tie_weights()
     llm.save_pretrained(tied)
     large = shutil.copytree(tied, home / "large")
-    config = LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=12)
+    config = LlamaConfig(vocab_size=4096, hidden_size=384, intermediate_size=1056, num_hidden_layers=32)
     config.update({"eos_token_id": llm.config.eos_token_id, "pad_token_id": llm.config.pad_token_id})
     LlamaForCausalLM(config).save_pretrained(large, max_shard_size="50MB")
     (large / "model.safetensors").unlink()
@@ -122,7 +122,7 @@ def pairs(drive, llms):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_that_share_one_llm_train_as_one(pairs, name):
     alone, both = pairs[f"one, {name}"][0], pairs[f"two, {name}"][0]
-    for metric in ("train/loss", "val/loss", "val/token_accuracy"):
+    for metric in ("train/loss", "val/loss"):
         assert logged(alone, metric)
         assert logged(both, metric) == pytest.approx(logged(alone, metric), rel=rounded(name, 1e-6)), metric
     for norm in ("grad_norm/llm", "grad_norm/connector.audio"):
@@ -273,25 +273,34 @@ def test_other_base_weights_are_refused(drive, llms, tmp_path):
 
 
 def test_no_process_ever_holds_much_more_than_its_share(drive, llms, compose):
-    overrides = [*LORA, f"model.llm.name_or_path={llms['large']}", "model.llm.gradient_checkpointing=true"]
-    overrides += ["data.batch_size=2", "data.max_history_tokens=40", "trainer.max_steps=2"]
-    overrides += ["data.val=null", "callbacks.average=null"]
+    """What a large LLM adds to a process that trains the demo's, which has a few hundred kilobytes."""
+    common = [*LORA, "model.llm.gradient_checkpointing=true", "data.batch_size=2", "data.max_history_tokens=40"]
+    common += ["trainer.max_steps=2", "data.val=null", "callbacks.average=null"]
+    large = [*common, f"model.llm.name_or_path={llms['large']}"]
     found = drive(
         {
-            "one large": {"processes": [1], "overrides": overrides, "measures": True},
-            "two large": {"processes": [2], "overrides": [*TWO, *overrides], "measures": True},
+            f"{number} {size}": {"processes": [number], "overrides": [*more, *overrides], "measures": True}
+            for number, more in ((1, []), (2, TWO))
+            for size, overrides in (("small", common), ("large", large))
         }
     )
-    assert all(starts[-1]["status"] == 0 for _, starts in found.values()), found["two large"][1][-1]["said"]
-    alone, both = (found[name][1][-1]["peaks"] for name in ("one large", "two large"))
+    assert all(starts[-1]["status"] == 0 for _, starts in found.values()), found["2 large"][1][-1]["said"]
+    peaks = {name: starts[-1]["peaks"] for name, (_, starts) in found.items()}
+    alone, both = (
+        {
+            kind: max(peaks[f"{number} large"][kind]) - min(peaks[f"{number} small"][kind])
+            for kind in ("VmRSS", "RssAnon")
+        }
+        for number in (1, 2)
+    )
+    print(peaks, alone, both)
     weights = sum(file.stat().st_size for file in llms["large"].glob("*.safetensors"))
-    print(weights, alone, both)
-    assert alone["VmRSS"][0] > weights
-    assert max(both["VmRSS"]) < 0.65 * alone["VmRSS"][0]
-    config = plain(compose([*SHORT, *TWO, *overrides]))
+    assert alone["VmRSS"] > weights
+    assert both["VmRSS"] < 0.65 * alone["VmRSS"]
+    config = plain(compose([*SHORT, *TWO, *large]))
     datamodule = build_datamodule(config, "")
     datamodule.setup()
-    assert memory_of(config, datamodule)["peak"] == pytest.approx(max(both["RssAnon"]), rel=0.3)
+    assert memory_of(config, datamodule)["peak"] == pytest.approx(both["RssAnon"], rel=0.3)
 
 
 # ---------------------------------------------------------------------------------------------- refused
