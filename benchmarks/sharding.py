@@ -25,7 +25,7 @@ SIZES = {
 COMMON = [
     *("modality=text", "model/llm=smollm2", "model.llm.dtype=bfloat16", "model.llm.gradient_checkpointing=true"),
     *("data.batch_size=2", "data.max_history_tokens=64", "data.val=null", "evaluate=null"),
-    *("trainer.max_steps=2", "callbacks.average=null", "callbacks.progress=null"),
+    *("trainer.max_steps=1", "callbacks.average=null", "callbacks.progress=null"),
 ]
 CASES = {
     "one process": [],
