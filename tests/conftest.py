@@ -38,7 +38,7 @@ SMALL_DEMO = [
 
 
 SLOW = (
-    *("test_commands", "test_resume", "test_pipelines", "test_sweeps"),
+    *("test_commands", "test_resume", "test_sharding", "test_pipelines", "test_sweeps"),
     *("test_configs", "test_processes", "test_readme", "test_align"),
 )
 """Files that take minutes: begun first, so that no core waits for another's last one."""

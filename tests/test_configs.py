@@ -173,6 +173,7 @@ BINDS_ONLY = {
     "speech/none": "speaks nothing",
     **{f"sweep/{f.stem}": "its rows are trained one by one" for f in files_of("sweep")},
     "trainer/ddp": "needs two processes",
+    "trainer/fsdp2": "needs several processes; tests/training/test_sharding.py trains with it",
     "trainer/gpu": "needs a GPU",
     "trainer/multi_node": "needs GPUs of several nodes",
 }

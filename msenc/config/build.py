@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from msenc.config.targets import is_others, locate_target
+from msenc.config.targets import is_built, is_others, locate_target
 from msenc.files import reason_of
 from msenc.types import MsencError, needing
 
@@ -31,7 +31,7 @@ def build(node: Any, place: str, **given: Any) -> Any:
     """Call a node's ``_target_`` with its keys and what the pipeline adds; ``_partial_`` nodes become partials.
 
     Hydra's ``instantiate`` would wrap a refusal in an error of its own, and turn dataclasses among the arguments into
-    dictionaries. No node of msenc nests another, so this is all that is needed.
+    dictionaries. Of nodes in nodes, only a trainer's strategy is an argument, and it is built first.
 
     Args:
         node: plain containers.
@@ -47,7 +47,11 @@ def build(node: Any, place: str, **given: Any) -> Any:
         raise MsencError(f"{place}: found {node!r}, expected a _target_ and its arguments.")
     target = node.get("_target_")
     located = locate_target(target, place)
-    keys = {k: v for k, v in node.items() if not k.startswith("_")}
+    keys = {
+        k: build(v, f"{place}.{k}") if isinstance(v, Mapping) and is_built(f"{place}.{k}") else v
+        for k, v in node.items()
+        if not k.startswith("_")
+    }
     if taken := sorted(keys.keys() & given.keys()):
         raise MsencError(f"{place}.{taken[0]}: is set by msenc itself. Leave it out.")
     called = partial(_refusing, f"{place}: {target}", located) if is_others(target) else located

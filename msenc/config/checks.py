@@ -124,7 +124,8 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     for key in sorted(keys - set(parameters)):
         if not takes_any:
             raise MsencError(f"{path}.{key}: {target} takes no such argument.{nearest(key, parameters)}")
-    for key in sorted(keys & set(parameters)):
+    nodes = {key for key in keys if isinstance(node[key], dict) and is_built(f"{path}.{key}")}
+    for key in sorted(keys & set(parameters) - nodes):
         check_value(f"{path}.{key}", node[key], _kind(parameters[key]))
     if not node.get("_partial_"):
         try:

@@ -41,6 +41,7 @@ BUILDABLE = {
     ),
     "scheduler": _of("msenc.training.schedules", "warmup_cosine", "epoch_decay"),
     "trainer": ("lightning.Trainer", "lightning.pytorch.Trainer"),
+    "trainer.strategy": ("msenc.training.sharding.Sharded",),
     # Of Lightning's: none that calls what it is given (LambdaCallback, ModelPruning), or writes where it is told to.
     "callbacks.*": (
         "msenc.training.checkpoints.Checkpoints",

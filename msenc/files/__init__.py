@@ -199,18 +199,33 @@ def whole(path: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which replaces an earlier one; remains of killed processes are removed."""
     partial = folder.with_name(f".{folder.name}.partial")
-    _remove(partial)
+    remove(partial)
     partial.mkdir(parents=True)
     yield partial
-    _remove(folder)
+    remove(folder)
     partial.rename(folder)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder; for a link, only the link."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush to disk which names a folder has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inside(root: Path, *names: str) -> Path:

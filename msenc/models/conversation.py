@@ -94,7 +94,8 @@ class ConversationModel(nn.Module):
         embeds = self.llm.get_input_embeddings()(batch.input_ids)  # (B, L, H)
         shape = embeds.shape
         flat = embeds.reshape(-1, shape[-1])  # (B*L, H)
-        for name, queries in self.connect(batch).items():
+        # The class's own methods here: a sharded model's (`training.sharding`) gather weights, and let them go after.
+        for name, queries in ConversationModel.connect(self, batch).items():
             stream = batch.streams[name]
             filled = queries.flatten(0, 1)[stream.sources].to(flat.dtype)  # (P, H)
             flat = flat.index_put((stream.places,), filled)
@@ -120,7 +121,7 @@ class ConversationModel(nn.Module):
         Raises:
             MsencError: the batch is packed, and the LLM does not follow the layout's mask.
         """
-        embeds = self.embed(batch)
+        embeds = ConversationModel.embed(self, batch)
         with self._logits_only_at(batch.predictors):
             logits = (
                 self._attend_by_layout(embeds, batch) if batch.segments else attend_causally(self.llm, embeds, batch)

@@ -188,4 +188,6 @@ def gradient_norms(groups: Sequence[ParameterGroup]) -> dict[str, Tensor]:
             if parameter.grad is not None:
                 key = group.name if "pattern" in group.settings else part_of(name)
                 gradients.setdefault(key, []).append(parameter.grad)
-    return {name: get_total_norm(found) for name, found in gradients.items()}
+    norms = {name: get_total_norm(found) for name, found in gradients.items()}
+    # Of gradients that are shared out over processes, each has computed its part.
+    return {name: norm.full_tensor() if hasattr(norm, "full_tensor") else norm for name, norm in norms.items()}

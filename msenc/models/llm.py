@@ -5,6 +5,7 @@ name or folder -> PreTrainedModel or PeftModel; its tokenizer
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch.nn.functional import linear
 from msenc.files import read_json, reason_of
 from msenc.models.attention import KERNELS, NAME, register
 from msenc.models.layout import choose_attention
-from msenc.models.pretrained import load_pretrained, to_dtype
+from msenc.models.pretrained import load_pretrained, name_some, to_dtype
 from msenc.models.quantize import check_quantization, quantize
+from msenc.models.slices import StoredWeights
 from msenc.types import MsencError
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")
@@ -65,6 +67,7 @@ def load_llm(
     round_to: str | None = None,
     quantization: str | None = None,
     empty: bool = False,
+    by_shares: bool = False,
 ) -> nn.Module:
     """Load the LLM and set which parameters train.
 
@@ -84,6 +87,8 @@ def load_llm(
         quantization: 4bit or 8bit: the type that the base's linear layers are stored in (`quantize`), beneath adapters
             or frozen; None: `dtype`.
         empty: only shapes: the config is read but no weights; all tensors are on the meta device.
+        by_shares: as `empty`, but adapters and buffers are there, and ``stored`` reads the base weights
+            (`sharding.shard` fills them in).
 
     Returns:
         A causal LM with the attributes ``base_name``, ``base_fingerprint`` (see `fingerprint`; of the weights before
@@ -93,6 +98,7 @@ def load_llm(
         MsencError: it cannot be loaded, it is no causal LM, `check_lora` or PEFT refuses the LoRA arguments, `dropout`
             is no share or finds no block, or `check_quantization` refuses.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if attn_implementation not in (*KERNELS, "eager"):
@@ -117,19 +123,30 @@ def load_llm(
             "its own attention, which only eager computes. Use eager, or auto."
         )
     options = {"dtype": to_dtype(dtype), "attn_implementation": "eager" if is_eager else NAME}
-    if empty:
-        with torch.device("meta"):
+    if empty or by_shares:
+        # Buffers, such as the frequencies of rotary positions, are computed as the model is made.
+        with init_empty_weights(include_buffers=empty):
             llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        llm.tie_weights()
     else:
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
+    if by_shares:
+        with suppress(OSError):  # there may be none
+            llm.generation_config = GenerationConfig.from_pretrained(name_or_path)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
     # Which tokens end a reply is no such setting.
     llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)
-    if round_to is not None:
+    stored = StoredWeights(name_or_path, llm, dtype, round_to) if by_shares else None
+    if stored is not None:
+        with torch.no_grad():
+            for name, buffer in llm.named_buffers():
+                if stored.knows(name):
+                    buffer.copy_(stored.read(name))
+    elif round_to is not None and not empty:
         with torch.no_grad():
             for parameter in llm.parameters():
                 parameter.copy_(parameter.to(to_dtype(round_to)))
-    base = None if empty else fingerprint(llm)
+    base = None if empty else fingerprint(llm, stored)
     if quantization is not None:
         quantize(llm, quantization)
     if gradient_checkpointing:
@@ -141,11 +158,29 @@ def load_llm(
     if dropout and not freeze:
         _drop_out(llm, dropout)
     if not freeze and lora is not None:
-        llm = _with_lora(llm, lora)
-    llm.base_name, llm.base_fingerprint = name_or_path, base
+        llm = _with_lora(llm, lora) if stored is None else _with_lora_by_shares(llm, lora, stored)
+    llm.base_name, llm.base_fingerprint, llm.stored = name_or_path, base, stored
     llm.quantization = quantization
     llm.attention_kernel = "dense" if is_eager else attn_implementation
     return llm
+
+
+def parts_used_alone(llm: nn.Module) -> list[nn.Module]:
+    """Modules of which only one computes at a time: decoder layers; embedding and output layer, unless they are tied.
+
+    Layers are known by the names that the LLM's family gives to what may not be split over devices.
+
+    Raises:
+        MsencError: the family names none.
+    """
+    base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    names = {*(base._no_split_modules or ())}
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    if not layers:
+        raise MsencError(f"{type(base).__name__} does not say which of its modules are layers, so it cannot be shared.")
+    first, last = llm.get_input_embeddings(), llm.get_output_embeddings()
+    is_tied = {id(p) for p in first.parameters()} & {id(p) for p in last.parameters()}
+    return layers if is_tied else [*layers, first, last]
 
 
 def _drop_out(llm: nn.Module, share: float) -> None:
@@ -202,6 +237,32 @@ def _with_lora(llm: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     except (TypeError, ValueError, RuntimeError) as e:  # the last where it would train quantized weights
         raise MsencError(f"model.llm.lora: PEFT refuses {dict(lora)}: {e}") from e
     compute_lora_in_base_type(adapted)
+    return adapted
+
+
+def _with_lora_by_shares(llm: nn.Module, lora: Mapping[str, Any], stored: StoredWeights) -> nn.Module:
+    """Adapters with values, of base weights without.
+
+    PEFT puts adapters where the base weights are, and on the meta device they would forget their values. Meanwhile,
+    NaNs without memory stand for the base weights, which shows what is computed from them.
+    """
+    own = {(module, name): p for module in llm.modules() for name, p in module._parameters.items() if p is not None}
+    stand_ins = {id(p): nn.Parameter(torch.full((), torch.nan, dtype=p.dtype).expand(p.shape)) for p in own.values()}
+    for (module, name), parameter in own.items():
+        module._parameters[name] = stand_ins[id(parameter)]
+    adapted = _with_lora(llm, lora)
+    for (module, name), parameter in own.items():
+        module._parameters[name] = parameter.requires_grad_(stand_ins[id(parameter)].requires_grad)
+    for module_name, module in adapted.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta and stored.knows(f"{module_name}.{name}"):
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    computed = [name for name, p in adapted.named_parameters() if not p.is_meta and p.isnan().any()]
+    if computed:
+        raise MsencError(
+            f"model.llm.lora: {len(computed)} tensors are computed from base weights ({name_some(computed, 2)}), which "
+            "no process holds under trainer=fsdp2. Leave out use_dora and trainable_token_indices."
+        )
     return adapted
 
 
@@ -268,16 +329,28 @@ def compute_lora_in_base_type(llm: nn.Module) -> None:
                 factor.__class__ = _InputTypeLinear
 
 
-def fingerprint(model: nn.Module) -> str:
+def token_embeddings(llm: nn.Module) -> Tensor:
+    """(V, H) of an LLM, read anew where it starts without weights."""
+    weight = llm.get_input_embeddings().weight
+    if not weight.is_meta:
+        return weight
+    return llm.stored.read(next(name for name, p in llm.named_parameters() if p is weight))
+
+
+def fingerprint(model: nn.Module, stored: StoredWeights | None = None) -> str:
     """A hash of a model's weights: names, shapes, types, and an even sample of every tensor's values.
 
     It distinguishes base weights (another model, another pre-training of the same model) in milliseconds, wherever
     they were loaded from. It does not protect against tampering.
+
+    Args:
+        model: the weights, or their shapes.
+        stored: has the values of those on the meta device.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(flat.numel() // FINGERPRINT_VALUES, 1)
+        step = max(tensor.numel() // FINGERPRINT_VALUES, 1)
+        values = stored.sample(name, step) if tensor.is_meta else tensor.detach().reshape(-1)[::step]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
+        digest.update(values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

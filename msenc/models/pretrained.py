@@ -3,16 +3,20 @@
 Used by the encoders, the connectors and the LLM.
 """
 
+import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from msenc.files.kinds import short
 from msenc.types import MsencError
+
+ANOTHER = "Take another checkpoint, or train again."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,6 +103,29 @@ def load_torch_file(path: Path, mmap: bool = True) -> Any:
     except Exception as error:  # torch raises many types of errors for files in other formats
         found = str(_reason(error)).partition("\n")[0]
         raise ValueError(f"{path.name} cannot be read as tensors in plain containers: {found}") from error
+
+
+def check_tensors(state: Mapping[Any, Any], where: str) -> None:
+    """Refuse invalid weights: anything that is not a tensor, and NaN or infinity.
+
+    Raises:
+        MsencError: names the first one.
+    """
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_dense(tensor):
+            raise MsencError(f"{where}, {short(name)}: found a {type(tensor).__name__}, expected a tensor. {ANOTHER}")
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
+            number = int((~tensor.isfinite()).sum())
+            raise MsencError(
+                f"{where}, {name}: found NaN or infinity in {number:,} of {tensor.numel():,} values: the training "
+                f"diverged, or the file was changed. {ANOTHER}"
+            )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor really stores all its values: by strides, one number can fill any shape."""
+    is_usual = tensor.layout is torch.strided and not tensor.is_quantized and tensor.element_size() <= 8
+    return is_usual and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def load_error(what: str, name_or_path: str, reason: Exception | str) -> MsencError:

@@ -12,6 +12,7 @@ from msenc.data.datamodule import DialogueDataModule
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared
 from msenc.training.assembly import GIVEN, HALVED, MIXED, build_datamodule, build_model, build_optimizer
 from msenc.training.plan import count_batches, largest_batch, predict_memory
+from msenc.training.sharding import is_sharded
 from msenc.work.console import console, quieten
 
 
@@ -65,9 +66,10 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
     processes = num_processes(trainer)
     batch = largest_batch(datamodule, processes)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    found = predict_memory(model, build_optimizer(config), batch, str(trainer["precision"]), processes)
+    is_shared = is_sharded(trainer)
+    found = predict_memory(model, build_optimizer(config), batch, str(trainer["precision"]), processes, is_shared)
     peak = found.pop("peak")
-    average = 4 * trained if config["callbacks"].get("average") else 0
+    average = 4 * trained // (processes if is_shared else 1) if config["callbacks"].get("average") else 0
     return {**found, "average_of_weights": average, "peak": peak + average}
 
 

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from torch.distributed.fsdp import FSDPModule
 
 from msenc.config.build import build
 from msenc.config.checks import checked
@@ -54,8 +55,6 @@ from msenc.training.assembly import (
 )
 from msenc.training.checkpoints import (
     BEST,
-    LAST,
-    PREVIOUS,
     CheckpointFiles,
     Checkpoints,
     training_outcome,
@@ -66,7 +65,8 @@ from msenc.training.init_from import Start, read_starts, start_from
 from msenc.training.module import ConversationModule
 from msenc.training.monitor import findings, warnings
 from msenc.training.plan import count_batches
-from msenc.training.restore import load_checkpoint
+from msenc.training.restore import fill_model, load_checkpoint
+from msenc.training.sharding import LAST, PREVIOUS, gather, is_sharded
 from msenc.types import MsencError
 from msenc.work.console import console, quieten, shown
 from msenc.work.group import ALONE, name_the_dead, open_group
@@ -243,7 +243,8 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     )
     evaluates = bool(config["evaluate"]) and not config["trainer"].get("fast_dev_run")
     _learn(job, record, termination, [config["evaluate"]] if evaluates else [])
-    if config["stage"] == ALIGN:
+    is_whole_in_one = is_sharded(config["trainer"])  # the first process alone holds a whole LLM then
+    if config["stage"] == ALIGN or (is_whole_in_one and not is_first_process()):
         return record.facts.get("best_loss")
     console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
     gc.collect()  # reference cycles in Lightning would keep optimizer and LLM alive during evaluation
@@ -255,7 +256,7 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
             control=config["control"],
             urls=[text for _, text in strings_of(config)],  # its own
         )
-        num = num_processes(config["trainer"])
+        num = 1 if is_whole_in_one else num_processes(config["trainer"])
         with open_group(config["trainer"], num) if num > 1 else ALONE as group:
             evaluate_run(record.folder, options, record.facts["threads"], group)
     return record.facts.get("best_loss")
@@ -288,7 +289,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
     read_controls(config["control"], datamodule.streams)
     loss_weights = config["loss"]["weights"]
     check_weights(loss_weights, datamodule)
-    model = build_model(config)
+    model = build_model(config, by_shares=is_sharded(config["trainer"]))
     record.add(threads=_settle_threads(model, record, config.get("threads")))
     aligned = align_connectors(config, model, datamodule, job.labels)
     calibrated = [stream for stream, fact in aligned.items() if fact["used"]]
@@ -346,14 +347,14 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         if not config["trainer"].get("fast_dev_run"):
             with closing_trackers(open_trackers(config, record.facts, record.folder, _warn, 0)):
                 pass  # its settings are logged
-    if is_first_process() and not config["trainer"].get("fast_dev_run"):
+    if not config["trainer"].get("fast_dev_run"):
         _export(config, model, record)
     _print_streams(record, said)
     return None
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
+    return any((folder / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
 
 
 def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list[str]:
@@ -393,6 +394,14 @@ def _print_streams(record: RunRecord, said_before: list[str]) -> None:
 def _check_choices(config: Mapping[str, Any]) -> None:
     if config["stage"] not in (None, ALIGN):
         raise MsencError(f"stage={config['stage']}: expected {ALIGN}, or null to train on dialogues as well.")
+    is_shared = is_sharded(config["trainer"])
+    if is_shared and config["stage"] == ALIGN:
+        raise MsencError(f"stage={ALIGN}: found trainer=fsdp2, expected one process: trainer=gpu, or trainer=cpu.")
+    if is_shared and config["trainer"].get("precision") == "16-mixed":
+        raise MsencError(
+            "trainer.precision=16-mixed: found trainer=fsdp2, whose processes would each scale the gradients of "
+            "their own share. Use bf16-mixed, or 32-true."
+        )
     if config["stage"] == ALIGN and not sources_of(config):
         what = "align=none" if config["align"] is None else f"modality={config['modality']} has no stream to align"
         raise MsencError(
@@ -490,6 +499,7 @@ def _fit(
         with closing_trackers(trackers):
             trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome = training_outcome(trainer)
+        record.add(processes=trainer.world_size)
         datamodule.trainer = None  # would keep the trained model alive as long as the data
     if is_first_process():
         write_json(record.folder / "metrics.json", outcome["metrics"])
@@ -497,7 +507,6 @@ def _fit(
     record.add(
         **outcome,
         best_loss=outcome["metrics"].get("val/loss") if best is None else best,
-        processes=trainer.world_size,
         threads=torch.get_num_threads(),  # Lightning divides the cores among the processes of a run
     )
 
@@ -508,11 +517,16 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
 
 def _export(config: Mapping[str, Any], model: ConversationModel, record: RunRecord) -> None:
     folder = record.folder / "export"
-    if (folder / "export.json").is_file():
+    trained = next((n for n in ("best", "last") if (record.folder / "checkpoints" / f"{n}.ckpt").exists()), None)
+    gathered = gather(model) if isinstance(model, FSDPModule) and trained is None else {}
+    if not is_first_process() or (folder / "export.json").is_file():
         return
-    trained = next((n for n in ("best", "last") if (record.folder / "checkpoints" / f"{n}.ckpt").is_file()), None)
+    if model.llm.stored is not None:  # this process has a share of the weights; what trains is exported whole
+        model = build_model(config, by_shares=True)
     if trained is not None:
         load_checkpoint(ConversationModule(model), record.folder, trained)
+    elif gathered:
+        fill_model(model, gathered)
     facts = {key: record.facts[key] for key in ("task_hash", "turns_hash", "seed", "commit", "speakers")}
     write_export(folder, model, config, {"data": record.facts["data"], "checkpoint": trained, **facts})
     console.print(f"Written: {shown(folder)}", soft_wrap=True)

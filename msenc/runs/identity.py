@@ -35,6 +35,10 @@ Initial weights are identified by their tensors' hashes, not by their folder.
 """
 
 
+NUMBERS_OF_PROCESSES = ("trainer.devices", "trainer.num_nodes")
+"""Keys in which a run may be resumed with other values: they share the same batches out to fewer, or more."""
+
+
 def task_hash(config: Mapping[str, Any], datamodule: DialogueDataModule) -> str:
     """Hash of what two runs must share to be compared: turns and splits, the form of targets, history truncation."""
     task = {
@@ -124,7 +128,7 @@ def check_same_settings(folder: Path, cfg: DictConfig) -> None:
     differ = [
         f"{key}={before.get(key, '(none)')} there, {now.get(key, '(none)')} now"
         for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and key not in NUMBERS_OF_PROCESSES
     ]
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""

@@ -37,6 +37,7 @@ from msenc.models.alignment import (
 )
 from msenc.models.connector import calibrate
 from msenc.models.conversation import ConversationModel
+from msenc.models.llm import token_embeddings
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Slot, Target, TokenizedDialogue
 from msenc.runs.identity import stream_hashes
 from msenc.store.labels import LABELS, VOICE_TURNS, columns_of, read_labels
@@ -305,8 +306,13 @@ def _make(
     labels: Labels,
     stream: str,
 ) -> None:
-    device = next(model.parameters()).device
-    embeddings = model.llm.get_input_embeddings().weight
+    if settings.objective == "llm" and model.llm.stored is not None:
+        raise MsencError(
+            "align.objective=llm: found trainer=fsdp2, under which no process holds the LLM; expected one that does. "
+            "Align in a run of its own (stage=align trainer=gpu), and start from that: init_from.connectors=RUN."
+        )
+    embeddings = token_embeddings(model.llm)
+    device = embeddings.device
     with own_random_numbers(settings.seed):
         node = config["model"]["connector"]
         connector = build(

@@ -14,7 +14,7 @@ from msenc.data.datamodule import DialogueDataModule
 from msenc.data.dataset import StreamSpec
 from msenc.models.connector import Standardize, calibrate, tie
 from msenc.models.conversation import ConversationModel
-from msenc.models.llm import load_tokenizer
+from msenc.models.llm import load_tokenizer, token_embeddings
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Prompt
 from msenc.store.location import locate
 from msenc.types import MsencError
@@ -60,15 +60,16 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
     )
 
 
-def build_model(config: Mapping[str, Any], empty: bool = False) -> ConversationModel:
+def build_model(config: Mapping[str, Any], empty: bool = False, by_shares: bool = False) -> ConversationModel:
     """The model of a run's config, with base weights loaded and connectors initialized.
 
     Args:
         config: of the run.
         empty: only shapes, on the meta device; no weights are read.
+        by_shares: the LLM starts without weights; see `load_llm`.
     """
     model = config["model"]
-    llm = build({**model["llm"], "empty": empty}, "model.llm")
+    llm = build({**model["llm"], "empty": empty, "by_shares": by_shares}, "model.llm")
     width = llm.get_input_embeddings().weight.shape[1]
     connector = model["connector"]
     if empty and connector and "init" in connector:
@@ -165,4 +166,4 @@ def calibrate_connectors(
             new = (torch.from_numpy(frames) for frames in features[name] if frames is not None)
             utterances += islice(new, CALIBRATION_UTTERANCES - len(utterances))
     for name, utterances in known.items():
-        calibrate(model.connectors[name], utterances, model.llm.get_input_embeddings().weight)
+        calibrate(model.connectors[name], utterances, token_embeddings(model.llm))

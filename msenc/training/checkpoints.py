@@ -23,14 +23,16 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from msenc.files import remove, sync_folder
 from msenc.files.kinds import short
-from msenc.models.pretrained import load_torch_file
+from msenc.models.pretrained import ANOTHER, check_tensors, load_torch_file
+from msenc.training.sharding import LAST, PREVIOUS, read_folder, read_meta
 from msenc.types import MsencError
+from msenc.work.processes import is_first_process
 from msenc.work.signals import Termination
 
 BASE = ("base_name", "base_fingerprint")
-ANOTHER = "Take another checkpoint, or train again."
-LAST, PREVIOUS, BEST, UNREADABLE = "last.ckpt", "previous.ckpt", "best.ckpt", "unreadable.ckpt"
+BEST, UNREADABLE = "best.ckpt", "unreadable.ckpt"
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -52,7 +54,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
         if path.name == LAST and path.is_file():
             _keep(path, path.with_name(PREVIOUS))
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as e:
         raise MsencError(f"{path}: cannot be written ({e.strerror}). Is the disk full?") from e
 
@@ -68,65 +70,45 @@ def _keep(path: Path, previous: Path) -> None:
         link.replace(previous)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, whole: bool = True) -> dict[str, Any]:
     """Read a checkpoint onto the CPU and verify its checksums.
+
+    Args:
+        path: a file, or a folder that processes which share out a model have written.
+        whole: read a folder's tensors, too; otherwise only what they stand in.
 
     Raises:
         MsencError: it is truncated, modified, or not a checkpoint.
     """
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums
-            if (broken := file.testzip()) is not None:
-                raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
-        saved = load_torch_file(path, mmap=False)
-    except Exception as e:  # zipfile and zlib raise their own types for a broken file
+        if is_folder := path.is_dir():
+            saved = read_meta(path)
+            saved = read_folder(path) if whole else saved
+        else:
+            with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums
+                if (broken := file.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
+            saved = load_torch_file(path, mmap=False)
+    except Exception as e:  # zipfile, zlib and safetensors raise their own types for a broken file
         raise MsencError(f"{path}: cannot be read as a checkpoint ({e}).") from e
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
         raise MsencError(
             f"{path}: not a checkpoint of train.py (it has no state_dict). Expected {BEST}, {LAST} or {PREVIOUS}."
         )
-    check_tensors(saved["state_dict"], f"{path}, state_dict")
+    has_tensors = whole or not is_folder
+    if has_tensors:
+        check_tensors(saved["state_dict"], f"{path}, state_dict")
     average = saved.get("average", {})
     if not isinstance(average, dict) or not average.keys() <= saved["state_dict"].keys():
         raise MsencError(f"{path}, average: its names differ from those of state_dict. {ANOTHER}")
-    check_tensors(average, f"{path}, average")
+    if has_tensors:
+        check_tensors(average, f"{path}, average")
     base = saved.get("msenc", {})
     if not isinstance(base, dict) or not all(isinstance(base.get(key, ""), str) for key in BASE):
         raise MsencError(f"{path}, msenc: found {short(base)}, expected the strings {' and '.join(BASE)}. {ANOTHER}")
     if not isinstance(saved.get("global_step", 0), int):
         raise MsencError(f"{path}, global_step: found {short(saved['global_step'])}, expected a number. {ANOTHER}")
     return saved
-
-
-def check_tensors(state: Mapping[Any, Any], where: str) -> None:
-    """Refuse invalid weights: anything that is not a tensor, and NaN or infinity.
-
-    Raises:
-        MsencError: names the first one.
-    """
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_dense(tensor):
-            raise MsencError(f"{where}, {short(name)}: found a {type(tensor).__name__}, expected a tensor. {ANOTHER}")
-        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
-            number = int((~tensor.isfinite()).sum())
-            raise MsencError(
-                f"{where}, {name}: found NaN or infinity in {number:,} of {tensor.numel():,} values: the training "
-                f"diverged, or the file was changed. {ANOTHER}"
-            )
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor really stores all its values: by strides, one number can fill any shape."""
-    is_usual = tensor.layout is torch.strided and not tensor.is_quantized and tensor.element_size() <= 8
-    return is_usual and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -159,10 +141,10 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         reasons = []
         for path in (folder / LAST, folder / PREVIOUS):
-            if not path.is_file():
+            if not path.exists():
                 continue
             try:
-                saved = read_checkpoint(path)
+                saved = read_checkpoint(path, whole=False)
             except MsencError as e:
                 reasons.append(str(e))
                 continue
@@ -170,11 +152,14 @@ class CheckpointFiles(TorchCheckpointIO):
                 say(
                     f"{reasons[0]} Resuming from {path}, step {saved['global_step']:,}; renamed the other {UNREADABLE}."
                 )
-                # The next checkpoint must not displace this one, the only intact one.
-                (folder / LAST).replace(folder / UNREADABLE)
+                if is_first_process():
+                    # The next checkpoint must not displace this one, the only intact one.
+                    remove(folder / UNREADABLE)
+                    (folder / LAST).replace(folder / UNREADABLE)
             elif path.name == PREVIOUS:
                 say(f"{folder / LAST}: missing. Resuming from {path}, step {saved['global_step']:,}.")
-            self._read[path] = saved
+            if path.is_file():
+                self._read[path] = saved
             return path, saved
         if reasons:
             raise MsencError(f"{' '.join(reasons)} To train from the start, remove {folder}.")
@@ -284,12 +269,15 @@ class Checkpoints(Checkpoint):
         resume, self._resume = self._resume, None
         if batch_idx != resume["batch"]:
             raise RuntimeError(f"resumed at batch {batch_idx} of the epoch, the checkpoint is of {resume['batch']}")
-        if len(resume["random_states"]) != trainer.world_size:
-            raise MsencError(
-                f"the checkpoint is from {len(resume['random_states'])} processes, this run has {trainer.world_size}. "
-                "Resume it with the same number of devices."
+        states = resume["random_states"]
+        set_random_state(states[trainer.global_rank % len(states)])
+        if len(states) != trainer.world_size:
+            trainer.print(
+                f"The checkpoint is from {len(states)} processes, this run has {trainer.world_size}: from here on, "
+                "sums are rounded in another order, and dropout draws other numbers."
             )
-        set_random_state(resume["random_states"][trainer.global_rank])
+            for _ in range(trainer.global_rank // len(states)):  # no two processes draw the same
+                torch.manual_seed(int(torch.randint(2**62, ())))
         trainer.callback_metrics.update({k: v.to(trainer.strategy.root_device) for k, v in resume["metrics"].items()})
         # Lightning counts one too many if a validation came right before.
         trainer.fit_loop.epoch_loop._batches_that_stepped = resume["steps_logged"]

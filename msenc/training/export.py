@@ -15,9 +15,9 @@ from msenc.files.kinds import Count, Name, short
 from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_llm, load_tokenizer, with_adapter
+from msenc.models.pretrained import check_tensors
 from msenc.models.quantize import Quantization
 from msenc.prompt import DialogueTokenizer
-from msenc.training.checkpoints import check_tensors
 from msenc.types import MsencError
 
 FORMAT_VERSION = 1

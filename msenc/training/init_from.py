@@ -123,6 +123,11 @@ def start_from(
             if start.argument == f"init_from.{part}":
                 raise MsencError(f"{start.argument}: no part of the LLM trains in this run (model.llm.freeze=true).")
             continue  # one run for all parts, but this run has no use for this one
+        if any(own[name].is_meta for name in wanted):
+            raise MsencError(
+                f"{start.argument}={start.run}: an LLM that trains in full is read from its own files under "
+                f"trainer=fsdp2. Give that run's export instead: model.llm.name_or_path={start.run}/export/llm"
+            )
         _check_base(start, model)
         state = dict(start.state)
         if part == "connectors":

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from msenc.models.conversation import ConversationModel
 from msenc.models.groups import ParameterGroup, gradient_norms, partition
 from msenc.prompt import TOKEN_KINDS
+from msenc.training.sharding import shard
 from msenc.types import Batch, MsencError
 
 FP16_DIVISOR = 1024.0
@@ -60,6 +61,11 @@ class ConversationModule(L.LightningModule):
         self._divisor = 1.0
         self._step_sums = torch.zeros(2)  # weighted loss and sum of weights since the last optimizer step
         self._validation_sums = torch.zeros(3)  # loss, correct top-1 tokens, target tokens
+
+    def configure_model(self) -> None:
+        """Share the model out over the processes of a strategy that has a mesh of them."""
+        if self._device_mesh is not None:
+            shard(self.model, self._device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Keep float16's gradients within its range."""

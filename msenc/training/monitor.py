@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from msenc.models.alignment import spread
 from msenc.training.module import ConversationModule
@@ -61,15 +62,23 @@ class StreamMonitor(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Swap each stream within the batch until enough targets have been measured."""
-        if self._seen >= self.targets or not batch.streams:
+        looks = self._seen < self.targets and bool(batch.streams)
+        # Weights that are shared out are gathered for each pass: all processes make it, or none.
+        is_joint = isinstance(module.model, FSDPModule)
+        if not (module.over_processes(torch.tensor(float(looks))) if is_joint else looks):
             return
-        self._seen += len(batch.target_ids)
-        for stream, queries in module.model.connect(batch).items():
-            self._outputs.setdefault(stream, []).append(queries.float().cpu())
+        found = module.model.connect(batch)
+        self._seen += len(batch.target_ids) if looks else 0
+        for stream in module.model.connectors if is_joint else found:
+            queries = found[stream] if looks and stream in found else torch.empty(0)
+            if len(queries):
+                self._outputs.setdefault(stream, []).append(queries.float().cpu())
             if len(queries) > 1:
                 exchanged = module.model(exchange(batch, stream, *queries.shape[:2])).nll
                 rise = torch.stack([(exchanged - outputs["nll"]).sum(), exchanged.new_tensor(exchanged.numel())])
                 self._rises[stream] = self._rises.get(stream, torch.zeros(2)) + rise.float().cpu()
+            elif is_joint:
+                module.model(batch)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: ConversationModule) -> None:
         """Log the results over all processes."""

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.lengths import row_tokens
 from msenc.models.conversation import ConversationModel
+from msenc.models.llm import parts_used_alone
 from msenc.models.quantize import is_state, tensors_of
 from msenc.training.assembly import HALVED, MIXED
 from msenc.types import Batch
@@ -92,6 +93,7 @@ def predict_memory(
     batch: Batch,
     precision: str = "32-true",
     world_size: int = 1,
+    is_shared_out: bool = False,
 ) -> dict[str, int]:
     """Peak memory of a process in a training step, in bytes, by category.
 
@@ -105,10 +107,13 @@ def predict_memory(
         batch: the largest one.
         precision: as in Lightning.
         world_size: number of processes; with several, each keeps a second copy of its gradients to exchange them.
+        is_shared_out: each process holds its share of weights, gradients and optimizer state (`sharding`), and
+            gathers what it computes with.
 
     Returns:
         Bytes of ``base_weights``, ``trainable_weights``, ``gradients``, ``optimizer_state``, ``activations`` (what is
-        the rest of the peak: saved for the backward pass, logits, mask, temporaries) and ``peak``, their sum.
+        the rest of the peak: saved for the backward pass, logits, mask, temporaries), ``gathered_weights`` where
+        they are shared out, and ``peak``, their sum.
     """
     if precision in HALVED:
         model.to(HALVED[precision])
@@ -138,16 +143,29 @@ def predict_memory(
     gradients = _size([p.grad for p in trainable if p.grad is not None])
     state = _size([t for values in stepper.state.values() for t in values.values() if isinstance(t, Tensor)])
     activations = memory.peak - gradients - state
-    if world_size > 1:
-        gradients *= 2
     parts = {
         "base_weights": base,
         "trainable_weights": weights,
-        "gradients": gradients,
+        "gradients": gradients * (2 if world_size > 1 and not is_shared_out else 1),
         "optimizer_state": state,
-        "activations": activations,
     }
+    if is_shared_out:
+        parts = {name: -(-size // world_size) for name, size in parts.items()}
+        parts["gathered_weights"] = _gathered(model)
+    parts["activations"] = activations
     return {**parts, "peak": sum(parts.values())}
+
+
+def _gathered(model: ConversationModel) -> int:
+    """What one process holds in full while it computes: the largest part, what is in no part, and gradients of both.
+
+    Received weights are copied to their places, while those of the next part arrive: three times the largest part.
+    """
+    parts = [[*part.parameters()] for part in parts_used_alone(model.llm)]
+    in_parts = {id(parameter) for part in parts for parameter in part}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_parts]
+    largest = max(parts, key=_size)
+    return 2 * _size(rest) + 3 * _size(largest) + 2 * _size(p for p in [*rest, *largest] if p.requires_grad)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from msenc.config.checks import check_targets
 from msenc.config.stored import ADVICE, settled
@@ -92,12 +94,12 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     if checkpoint in ("best", "last"):
         path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
         last = path.with_name("last.ckpt")
-        if not path.is_file() and last.is_file():
+        if not path.exists() and last.exists():
             console.print(
                 "There is no best checkpoint here (no validation ran, or it was removed): using the last one."
             )
             path = last
-    if not path.is_file():
+    if not path.exists():
         found = sorted(f.name for f in (run_dir / "checkpoints").glob("*.ckpt"))
         raise MsencError(f"{path}: no such checkpoint. Found: {', '.join(found) or 'none'}. Did the run finish?")
     return path
@@ -111,7 +113,15 @@ def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) 
     """
     saved = read_checkpoint(find_checkpoint(run_dir, checkpoint))
     module.on_load_checkpoint(saved)
-    module.load_state_dict(learned_state(saved), strict=False)
+    fill_model(module.model, {name.removeprefix("model."): t for name, t in learned_state(saved).items()})
+
+
+def fill_model(model: ConversationModel, trained: Mapping[str, Tensor]) -> None:
+    """Give a model the tensors that train, by their names in it; one that starts without weights takes them over."""
+    takes_over = model.llm.stored is not None
+    model.load_state_dict(trained, strict=False, assign=takes_over)
+    if takes_over and isinstance(model.llm, PreTrainedModel):
+        model.llm.tie_weights()
 
 
 def find_device(name: str) -> torch.device:
