@@ -63,7 +63,7 @@ def _check_bounds(config: Mapping[str, Any]) -> None:
     if model.get("streams") and model["connector"] is None:
         raise MsencError("model.connector: found null, expected one, as there are streams: model/connector=conv")
     trainer = config.get("trainer") or {}
-    if trainer:
+    if trainer and "llm" in model:  # evaluate.py has no model of its own
         _check_quantization(model["llm"], trainer.get("strategy", "auto"))
     if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1:
         raise MsencError("trainer.max_epochs=-1: the run would never end. Give trainer.max_steps=..., too.")
