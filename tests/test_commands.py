@@ -70,7 +70,7 @@ def test_a_sweep_its_report_and_a_reply_in_an_empty_folder(installed, tmp_path):
     assert [read_json(run)["status"] for run in runs] == ["finished"] * 2
     assert all(read_json(run)["commit"] is None for run in runs)
     listed = said(installed.call(*sweep, "dry_run=true", cwd=tmp_path))
-    assert listed.count("finished") == 2
+    assert listed.count("│ finished") == 2
     assert "msenc train" in (folder / "report" / "report.html").read_text()
     assert "train.py" not in (folder / "report" / "report.html").read_text()
 
