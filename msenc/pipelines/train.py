@@ -141,8 +141,10 @@ def train(cfg: DictConfig) -> float | None:
         try:
             job = _open(cfg, command)
             record = _settle(cfg, job, overrides, command)
+            was_finished = is_finished(record.facts)
             loss = _train(job, record, termination)
-            record.add(status="finished", best_loss=loss)
+            if not was_finished:
+                record.add(status="finished", best_loss=loss)
             return loss
         except (KeyboardInterrupt, SystemExit) as e:  # Lightning turns the first into the second
             is_stopped = getattr(e, "code", None) == STOPPED
