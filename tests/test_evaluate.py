@@ -7,11 +7,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import CONFIGS
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from msenc.files import digest
+from msenc.pipelines import evaluate as evaluation
 from msenc.pipelines.evaluate import evaluate, find_runs
 from msenc.pipelines.report import report
 from msenc.store.manifest import DatasetManifest, SplitCounts
@@ -150,6 +152,23 @@ def test_another_tokenizer_is_another_evaluation(runs, compose, capsys):
     assert names <= plain.keys()
     assert {f"{name}-words" for name in names} <= cut.keys()
     assert not names & cut.keys()
+
+
+def test_models_of_metrics_are_on_the_device_of_the_evaluation(runs, compose, monkeypatch):
+    build, places = evaluation.build_text_metrics, []
+    monkeypatch.setattr(evaluation, "find_device", lambda name: torch.device("cpu", 0))
+    monkeypatch.setattr(evaluation, "build_text_metrics", lambda *given: places.append(given[-1]) or build(*given[:-1]))
+    monkeypatch.setattr(evaluation, "speak_replies", lambda *given: 0)
+    monkeypatch.setattr(
+        evaluation, "listen_to_replies", lambda *given: places.append(given[-2]) or {"speech/spoken": 0}
+    )
+    measure(compose, runs / "2", "generate=true", "limit=1", "decoding.max_new_tokens=1", "speech=espeak")
+    assert places == ["cpu:0", "cpu:0"]
+
+
+def test_several_processes_take_no_single_device(runs, compose):
+    with pytest.raises(MsencError, match=r"device=cuda:1: found one device for 2 processes.*trainer\.devices=\[1,"):
+        measure(compose, runs / "2", "trainer=ddp", "trainer.accelerator=cpu", "device=cuda:1")
 
 
 def test_the_jobs_of_a_sweep_are_found_wherever_their_runs_lie(runs, tmp_path):

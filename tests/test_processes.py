@@ -1,18 +1,23 @@
 """Two processes (gloo, started by Lightning or by torchrun) against one: the same batches, losses, weights, files."""
 
 import csv
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
-from msenc.files import read_json
+from msenc.files import read_json, write_json
+from msenc.pipelines.evaluate import evaluate
 from msenc.training.assembly import build_datamodule
 
 COMMON = [
@@ -111,6 +116,7 @@ def test_a_run_of_two_processes_that_is_stopped_goes_on_in_its_own_folder(demo_h
                 break
             time.sleep(0.02)
         process.communicate(timeout=120)
+        assert process.returncode == (1 if starter == "torchrun" else 75)  # as docs/cluster.md says
         (record,) = stopped.rglob("run.json")
         assert read_json(record)["status"] == "interrupted"
         steps.append(torch_step(record.parent / "checkpoints" / "last.ckpt"))
@@ -135,3 +141,102 @@ def torch_step(path):
     with suppress(FileNotFoundError, RuntimeError):
         return torch.load(path, weights_only=True)["global_step"]
     return 0
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+NO_BIN = {"edges": None, "words": ["low", "high"], "source": "given", "clips": 0, "percentiles": None}
+BINS = dict.fromkeys(["pitch/woman", "pitch/man", "range", "loudness", "pauses", "noise"], NO_BIN)
+BINS["rate"] = NO_BIN | {"edges": [4.0], "words": ["slow", "fast"]}
+
+
+def contents(folder):
+    """What the files of a folder hold, but not when they were written."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def bars(text, title):
+    return [line for line in text.splitlines() if line.startswith(title)]
+
+
+def test_two_processes_evaluate_as_one(run_script, compose, demo_home, tmp_path):
+    """At the end of a training, resumed in it, and by evaluate.py, started by Lightning and by torchrun."""
+    decoding = ["decoding.max_new_tokens=8", "decoding.batch_size=4"]
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu"]
+    data = ["data.batch_size=null", "data.max_tokens_per_batch=300"]
+    short = ["modality=text_audio", "model/llm=tiny_lora", "trainer.max_steps=2", f"paths.runs_dir={tmp_path}"]
+    asked = ["evaluate=val", "control=shuffle"]
+    done = run_script("train.py", *short, *data, *asked, *decoding, *ddp)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "single").iterdir()
+    both = contents(run / "evaluation")
+    assert len(both) == 2 * 3
+    for title in ("scoring val", "generating replies of val", "shuffle_text on val"):
+        assert len(bars(done.stdout, title)) == 1
+
+    options = [f"run_dir={run}", "split=val", *decoding, "device=cpu"]
+    evaluate(compose([*options, "control=shuffle", "overwrite=true"], "evaluate"))
+    alone = contents(run / "evaluation")
+    assert alone == both
+    (lines,) = {text for path, text in alone.items() if path.suffix == ".jsonl" and b'"reply": ' in text}
+    assert len({json.loads(line)["dialogue"] for line in lines.splitlines()}) == 4
+
+    shutil.rmtree(run / "evaluation")
+    write_json(run / "run.json", read_json(run / "run.json") | {"status": "running"})  # as if killed while it evaluated
+    done = run_script("train.py", f"resume={run}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_json(run / "run.json")["status"] == "finished"
+    assert contents(run / "evaluation") == alone
+
+    described = tmp_path / "data"
+    shutil.copytree(demo_home / "data", described)
+    write_json(described / "demo" / "voice-bins.json", {"bins": BINS})
+    options += [f"data_dir={described}", "speech=espeak", "recogniser=null", "speech_workers=1", "decoding=sample"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run_script(*torchrun, "evaluate.py", *options, *ddp)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [len(bars(done.stdout, title)) for title in ("speaking", "voices")] == [1, 1]
+    (spoken,) = {path.parent for path in contents(run / "evaluation") if path.suffix == ".wav"}
+    both = contents(run / "evaluation" / spoken.parent)
+    predictions = [json.loads(line) for line in both[Path("predictions.jsonl")].splitlines()]
+    assert any(prediction["spoken_attributes"] for prediction in predictions)
+    shutil.rmtree(run / "evaluation" / spoken.parent)
+    evaluate(compose(options, "evaluate"))
+    assert contents(run / "evaluation" / spoken.parent) == both
+
+
+FAILING = """
+import os, signal
+from msenc.models.conversation import ConversationModel
+
+def fail(self, batch):
+    {what}
+
+if os.environ.get("LOCAL_RANK", "0") == "{rank}":
+    ConversationModel.forward = fail
+"""
+RAISE, REFUSE = 'raise ValueError("no luck")', 'from msenc.types import MsencError; raise MsencError("no luck.")'
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+FAILURES = {  # what fails, in which process; the exit status, and what is said
+    "the other fails": (RAISE, 1, 1, r"^error: process 2 of 2: ValueError\('no luck'\)$"),
+    "the other refuses": (REFUSE, 1, 1, r"^error: process 2 of 2: no luck\.$"),
+    "the first refuses": (REFUSE, 0, 1, r"^error: no luck\.$"),
+    "the other is killed": (KILL, 1, 1, r"^error: another of the 2 processes has ended without a word\. .* memory"),
+    "the first is killed": (KILL, 0, -9, ""),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_if_one_process_fails_all_end_and_nothing_is_written(short_run, run_script, tmp_path, case):
+    what, rank, status, said = FAILURES[case]
+    run = shutil.copytree(short_run, tmp_path / "run")
+    (tmp_path / "failing.py").write_text(FAILING.format(what=what, rank=rank))
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu"]
+    paths = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    # returns when all processes have closed their output
+    done = run_script("evaluate.py", f"run_dir={run}", "split=train", "plugins=[failing]", *ddp, env=paths)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert re.search(said, done.stderr, re.MULTILINE), done.stderr
+    assert done.stderr.count("error: ") == (said != "")
+    assert ("Traceback" in done.stderr) == (what == RAISE)  # of a bug, where it happened
+    assert not (run / "evaluation").exists()

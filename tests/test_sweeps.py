@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import joblib
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, SMALL_DEMO, run_driver
 from filelock import FileLock
 from hydra import initialize_config_dir
@@ -257,7 +258,7 @@ def test_a_cluster_executor_skips_and_reports_as_well(swept, run_script, tmp_pat
     assert table(folder)["seeds"].tolist() == [2]
 
 
-def test_jobs_that_outlive_the_sweeps_process_are_waited_for(swept, run_script, tmp_path):
+def test_jobs_that_outlive_the_sweeps_process_are_waited_for_and_a_killed_one_goes_on(swept, run_script, tmp_path):
     home, _ = swept
     runs = tmp_path / "runs"
     shutil.copytree(home / "whole", runs)
@@ -269,10 +270,16 @@ def test_jobs_that_outlive_the_sweeps_process_are_waited_for(swept, run_script, 
         time.sleep(0.1)
     process.kill()
     process.communicate()
+    (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
+    os.kill(read_json(folder / "jobs" / "0.json")["process"], signal.SIGKILL)
+    killed, _ = read_sweep(folder)
+    with FileLock(killed.run_dir / ".lock"):  # it is dead
+        step = torch.load(killed.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     done = run_script("train.py", *command)
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
-    assert [(r["status"], r["resumed"]) for r in records(folder)] == [("finished", 0)] * 2
+    assert [(r["status"], r["resumed"]) for r in records(folder)] == [("finished", 1), ("finished", 0)]
+    said = "".join(path.read_text() for path in folder.rglob("*_log.out"))
+    assert said.count("Training resumes from") == said.count(f"Training resumes from step {step:,} (last.ckpt)") == 1
     assert len(list(folder.glob("*/?/run.json"))) == 2
     assert table(folder)["seeds"].tolist() == [2]
 

@@ -311,14 +311,17 @@ class EvaluateConfig:
         metric_settings: name of a metric -> its settings: ``metric_settings.embedding_similarity.name_or_path=FOLDER``;
             and ``tokenizer``, of all metrics that count words.
         speech: ``_target_`` node of the synthesizer that speaks the replies; None leaves them as text.
-        speech_workers: processes that speak; 0 works in this one.
+        speech_workers: processes that speak, started by each of the evaluation's; 0 works in these.
         recogniser: a Whisper by id or folder that the spoken replies are checked by; None leaves that out.
         speech_metrics: of the sound: ``mos``, ``speaker_similarity``.
         control: what is taken from the input in evaluations beside the plain one (docs/controls.md): a name, a list,
             or ``shuffle`` for the words of the history and for every stream of the run.
         control_draws: how often each control draws what stands in a stream's place.
         limit: first dialogues of the split; None for all.
-        device: torch's name of the device; ``auto`` takes a GPU if there is one.
+        device: torch's name of the device, for the run's model and for those of metrics; ``auto`` takes a GPU if there
+            is one.
+        trainer: of it, ``accelerator``, ``devices`` and ``num_nodes``: processes that share the targets out; None:
+            this one.
         data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
         on_data: folder or URL of other prepared data to evaluate on; a run's own data.filter is left out there.
         overwrite: measure again what was measured before with the same settings.
@@ -341,6 +344,7 @@ class EvaluateConfig:
     control_draws: int = 8
     limit: int | None = None
     device: str = "auto"
+    trainer: Any = None
     data_dir: str | None = None
     on_data: str | None = None
     overwrite: bool = False

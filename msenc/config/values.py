@@ -112,7 +112,7 @@ VALUES: dict[str, Any] = {
     "prompt": Node,
     "optimizer": Node,
     "scheduler": Node | None,
-    "trainer": Node,
+    "trainer": Node | None,
     "callbacks.*": Node | None,
     "logger.*": Node | None,
     "decoding": Node,

@@ -245,14 +245,26 @@ class DialogueDataModule(L.LightningDataModule):
         return self._eval_loader("val", self._eval_batches("val", *self._process()))
 
     def eval_dataloader(
-        self, split: str, limit: int | None = None, control: Control | None = None, draw: int = 0
+        self,
+        split: str,
+        limit: int | None = None,
+        control: Control | None = None,
+        draw: int = 0,
+        chosen: Sequence[int] | None = None,
     ) -> DataLoader:
-        """A split in order, all of it in this process; with `limit`, its first dialogues; under a control, if any."""
+        """A split in order; of it, the first dialogues (`limit`), the batches of these numbers (`chosen`)."""
         dialogues = self.dataset(split)
         if control is not None:
             dialogues = self.controlled(dialogues, control, draw)
         batches = self._eval_batches(split, limit=limit)
+        if chosen is not None:
+            batches = [batches[i] for i in chosen]
         return make_loader(UnitDataset(dialogues, self.units(split)), batches, self.collate_fn(), self.num_workers)
+
+    def eval_tokens(self, split: str, limit: int | None = None) -> list[int]:
+        """Tokens of each batch of `eval_dataloader`."""
+        units = self.units(split)
+        return [sum(units[i].tokens for i in batch) for batch in self._eval_batches(split, limit=limit)]
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

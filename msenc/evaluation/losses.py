@@ -14,8 +14,9 @@ from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import Progress, TaskID, track
+from rich.progress import Progress
 
+from msenc.data.batches import share
 from msenc.data.collate import Batch, histories
 from msenc.data.controls import Control
 from msenc.data.datamodule import DialogueDataModule
@@ -30,6 +31,7 @@ from msenc.models.conversation import ConversationModel
 from msenc.prompt import TOKEN_KINDS
 from msenc.speech.description import parse
 from msenc.types import UNKNOWN, MsencError, Reply, Utterance, VoiceAttributes
+from msenc.work.group import ALONE, Group
 
 LN2 = math.log(2)
 AGAIN = "Evaluate the run again (evaluate.py run_dir=... overwrite=true), or move the evaluation's folder away."
@@ -45,6 +47,7 @@ def evaluate_split(
     seed: int,
     limit: int | None = None,
     metrics: Mapping[str, Scorer] | None = None,
+    group: Group = ALONE,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score a split.
 
@@ -56,16 +59,20 @@ def evaluate_split(
         seed: for sampling in decoding.
         limit: number of dialogues, from the start of the split.
         metrics: of replies, from `metrics.text.build_text_metrics`.
+        group: processes that share the targets out, by their tokens, each with its copy of the model.
 
     Returns:
-        Flat metrics, and one prediction per target: ids, history, reference, token losses with their kinds, reply and
-        its scores.
+        Flat metrics (in the first process), and one prediction per target: ids, history, reference, token losses with
+        their kinds, reply and (in the first process) its scores.
     """
-    batches = track(datamodule.eval_dataloader(split, limit), description=f"scoring {split}")
-    predictions = _predictions(datamodule, split, limit, _score(model, batches))
+    (scored,) = _score_all(model, datamodule, split, limit, [None], f"scoring {split}", group)
+    predictions = _predictions(datamodule, split, limit, scored)
+    if decoding is not None:
+        _generate(model, datamodule, split, decoding, seed, predictions, group)
+    if not group.is_first:
+        return {}, predictions
     found: dict[str, Any] = loss_metrics(predictions)
     if decoding is not None:
-        _generate(model, datamodule, split, decoding, seed, predictions)
         replies = [Reply(p["reply"]["text"], p["reply"]["description"]) for p in predictions]
         is_described = datamodule.tokenizer.prompt.target == "text_description"
         references = [
@@ -88,6 +95,7 @@ def evaluate_control(
     plain: Sequence[Mapping[str, Any]],
     draws: int,
     limit: int | None = None,
+    group: Group = ALONE,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measure a control: losses of the same targets, and how much they rise.
 
@@ -100,19 +108,19 @@ def evaluate_control(
         datamodule: of the run.
         split: ``train``, ``val`` or ``test``.
         control: what replaces which stream.
-        plain: predictions of the same targets without the control.
+        plain: predictions of the same targets without the control; only the first process needs them.
         draws: of what the control draws, 1 or more.
         limit: number of dialogues, from the start of the split.
+        group: as in `evaluate_split`.
 
     Returns:
-        Flat metrics, with ``control/delta`` (nats per token, with its interval) and ``control/verdict``; predictions
-        whose token losses are those under the control.
+        In the first process (empty in others): flat metrics, with ``control/delta`` (nats per token, with its interval)
+        and ``control/verdict``; predictions whose token losses are those under the control.
     """
-    draws = draws if control.is_drawn else 1
-    loaders = [datamodule.eval_dataloader(split, limit, control, draw) for draw in range(draws)]
-    with Progress() as progress:  # one bar over all draws
-        bar = progress.add_task(f"{control} on {split}", total=sum(map(len, loaders)))
-        found = [_score(model, _advance(loader, progress, bar)) for loader in loaders]
+    controls = [(control, draw) for draw in range(draws if control.is_drawn else 1)]
+    found = _score_all(model, datamodule, split, limit, controls, f"{control} on {split}", group)
+    if not group.is_first:
+        return {}, []
     predictions = []
     for item in plain:
         drawn = [scores[item["dialogue"], item["turn"]] for scores in found]
@@ -137,12 +145,6 @@ def evaluate_control(
         "control/verdict": verdict(effect),
     }
     return metrics, predictions
-
-
-def _advance(batches: Iterable[Batch], progress: Progress, bar: TaskID) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        progress.advance(bar)
 
 
 def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
@@ -172,19 +174,48 @@ class _Scores(NamedTuple):
     correct: list[bool]
 
 
+def _score_all(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    limit: int | None,
+    controls: Sequence[tuple[Control, int] | None],
+    doing: str,
+    group: Group,
+) -> list[dict[tuple[str, int], _Scores]]:
+    """For each control and its draw (None: the data as they are), token losses by (dialogue, turn).
+
+    Whole batches are shared out, and are the same in any number of processes: so are the losses, to the bit.
+    """
+    tokens = datamodule.eval_tokens(split, limit)
+    own = share(range(len(controls) * len(tokens)), tokens * len(controls), group.rank, group.size)
+
+    def results() -> Iterator[tuple[int, dict[tuple[str, int], _Scores]]]:
+        for number, control in enumerate(controls):
+            chosen = [i % len(tokens) for i in own if i // len(tokens) == number]
+            if chosen:
+                for scored in _score(model, datamodule.eval_dataloader(split, limit, *(control or ()), chosen=chosen)):
+                    yield number, scored
+
+    found: list[dict[tuple[str, int], _Scores]] = [{} for _ in controls]
+    for number, scored in group.gather(results(), len(controls) * len(tokens), Progress(), doing):
+        found[number] |= scored
+    return found
+
+
 @torch.inference_mode()
-def _score(model: ConversationModel, batches: Iterable[Batch]) -> dict[tuple[str, int], _Scores]:
-    """Token losses by (dialogue, turn)."""
+def _score(model: ConversationModel, batches: Iterable[Batch]) -> Iterator[dict[tuple[str, int], _Scores]]:
+    """Token losses of each batch's targets, by (dialogue, turn)."""
     device = next(model.parameters()).device
-    scored: dict[tuple[str, int], _Scores] = defaultdict(lambda: _Scores([], [], []))
     for batch in batches:
+        scored: dict[tuple[str, int], _Scores] = {id: _Scores([], [], []) for id in batch.target_ids}
         with model.computing():
             scores = model(move_data_to_device(batch, device))
         rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
         for target, *row in rows:
             for values, value in zip(scored[batch.target_ids[target]], row, strict=True):
                 values.append(value)
-    return scored
+        yield scored
 
 
 def _predictions(
@@ -285,6 +316,7 @@ def _generate(
     decoding: Mapping[str, Any],
     seed: int,
     predictions: list[dict[str, Any]],
+    group: Group,
 ) -> None:
     """Store each target's reply in its prediction."""
     dataset, tokenizer = datamodule.dataset(split), datamodule.tokenizer
@@ -298,6 +330,7 @@ def _generate(
         num_queries=datamodule.num_queries,
         layout=datamodule.layout,
         progress=f"generating replies of {split}",
+        group=group,
     )
     for prediction, (*_, ids) in zip(predictions, written, strict=True):
         reply = tokenizer.prompt.parse(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import track
+from rich.progress import Progress
 
+from msenc.data.batches import share
 from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, histories
 from msenc.models.conversation import ConversationModel
 from msenc.models.generation import Decoding, Wanted, read_decoding, write_from_rows, write_from_trunks
 from msenc.prompt import History, TokenizedDialogue
 from msenc.types import MsencError
+from msenc.work.group import ALONE, Group
 
 
 class Written(NamedTuple):
@@ -50,6 +52,7 @@ def write_replies(
     turns: Sequence[Sequence[int]] | None = None,
     num_replies: int = 1,
     progress: str | None = None,
+    group: Group = ALONE,
 ) -> list[Written]:
     """Generate replies to many histories.
 
@@ -68,6 +71,7 @@ def write_replies(
         turns: for each dialogue, the turns to generate (from 1); all if None.
         num_replies: replies to each history.
         progress: title of a progress bar; None shows none.
+        group: processes that share the histories out, by their tokens.
 
     Returns:
         In the order of dialogues, turns and alternatives.
@@ -89,8 +93,8 @@ def write_replies(
     chunks = list(_chunks(units, decoding.batch_size))
     write = write_from_trunks if is_shared else write_from_rows
     device = next(model.parameters()).device
-    written = []
-    for chunk in chunks if progress is None else track(chunks, description=progress):
+
+    def write_chunk(chunk: list[list[_Trunk]]) -> list[Written]:
         read = [dialogues[unit[0].dialogue] for unit in chunk]
         batch = collate(
             read,
@@ -107,8 +111,13 @@ def write_replies(
                 wanted.append(Wanted(tokens.id, turn, alternative, row, cut, tokens.responses[turn - 1]))
         with model.computing():
             ids = write(model, move_data_to_device(batch, device), wanted, decoding)
-        written += [Written(*key, reply) for key, reply in zip(keys, ids, strict=True)]
-    return sorted(written)
+        return [Written(*key, reply) for key, reply in zip(keys, ids, strict=True)]
+
+    # What is decoded together is the same in any number of processes, and so are its replies, to the bit.
+    own = share(range(len(chunks)), [_tokens(chunk, decoding) for chunk in chunks], group.rank, group.size)
+    bar = None if progress is None else Progress()
+    written = group.gather((write_chunk(chunks[i]) for i in own), len(chunks), bar, progress or "")
+    return sorted(reply for of_chunk in written for reply in of_chunk)
 
 
 class _Trunk(NamedTuple):
@@ -145,6 +154,12 @@ def _units(
         else:
             apart += [[_Trunk(index, row, [reply])] for reply in replies]
     return [list(shared.values())] if shared else apart
+
+
+def _tokens(chunk: Sequence[list[_Trunk]], decoding: Decoding) -> int:
+    """Tokens that pass through the LLM, at most."""
+    trunks = [trunk for unit in chunk for trunk in unit]
+    return sum(len(trunk.row.ids) + len(trunk.replies) * decoding.search.max_new_tokens for trunk in trunks)
 
 
 def _chunks(units: Sequence[list[_Trunk]], num_rows: int) -> Iterator[list[list[_Trunk]]]:

@@ -4,7 +4,7 @@ A file's name is a hash of everything that determines its audio, so existing fil
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from msenc.config.build import build
+from msenc.data.batches import share
 from msenc.evaluation.metrics.sound import PredictedMos, speaker_similarity
 from msenc.evaluation.metrics.speech import heard_voice, score_voices, score_words
 from msenc.files import digest, inside
@@ -24,6 +25,7 @@ from msenc.speech.synthesis import Synthesizer, settle_gender
 from msenc.speech.voice import VoiceMeasures, measure
 from msenc.speech.wav import from_wav, write_wav
 from msenc.types import UNKNOWN, VoiceAttributes, needing
+from msenc.work.group import ALONE, Group
 from msenc.work.pool import map_in_order, progress_bar
 
 T = TypeVar("T")
@@ -40,7 +42,11 @@ class _Line(NamedTuple):
 
 
 def speak_replies(
-    predictions: Sequence[dict[str, Any]], synthesizer: Mapping[str, Any], folder: Path, num_workers: int
+    predictions: Sequence[dict[str, Any]],
+    synthesizer: Mapping[str, Any],
+    folder: Path,
+    num_workers: int,
+    group: Group = ALONE,
 ) -> int:
     """Synthesize the reply of every prediction, and store its file there (``speech``; None if a reply has no words).
 
@@ -48,7 +54,8 @@ def speak_replies(
         predictions: of an evaluation, with replies.
         synthesizer: ``_target_`` node, built in every process.
         folder: of the evaluation; the audio goes to ``speech/`` in it.
-        num_workers: processes; 0 works in this one. The audio does not depend on it.
+        num_workers: processes that this one starts; 0 works in this one. The audio does not depend on it.
+        group: processes that share the files out; all see the folder.
 
     Returns:
         The number of new files.
@@ -70,13 +77,11 @@ def speak_replies(
             key = digest({"by": synthesizer, "text": text, "voice": asdict(voice), "speaker": speaker})
             prediction["speech"] = f"speech/{key}.wav"
             lines.append(_Line(folder / prediction["speech"], text, voice, speaker))
-    new = [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()]
+    new = group.told(lambda: [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()])
     if new:
         inside(folder, "speech").mkdir(parents=True, exist_ok=True)
-        for _ in _map(
-            partial(_Speaker, build({**synthesizer, "_partial_": True}, "speech")), new, num_workers, "speaking"
-        ):
-            pass
+        make = partial(_Speaker, build({**synthesizer, "_partial_": True}, "speech"))
+        _map(make, new, [len(line.text) for line in new], num_workers, "speaking", group)
     return len(new)
 
 
@@ -87,6 +92,8 @@ def listen_to_replies(
     recogniser: str | None,
     num_workers: int,
     sound_metrics: Sequence[str] = (),
+    device: str = "cpu",
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Measure the files of `speak_replies`, and store the results in the predictions.
 
@@ -96,8 +103,10 @@ def listen_to_replies(
         folder: of the evaluation.
         bins: thresholds of the voice attributes, see `prepare.describe.read_bins`; None skips the voices.
         recogniser: a Whisper model by hub id or folder; None skips the words.
-        num_workers: processes that measure; 0 works in this one.
+        num_workers: processes that measure voices, started by this one; 0 works in this one.
         sound_metrics: of `metrics.sound.SOUND_METRICS`.
+        device: where the recogniser and the models of the sound metrics compute.
+        group: processes that share the files out; all see the folder.
 
     Returns:
         ``speech/spoken`` (replies with audio), ``speech/wer``, ``speech/cer``, per attribute the share that is measured
@@ -107,29 +116,29 @@ def listen_to_replies(
     files = sorted({folder / p["speech"] for p in predictions if p["speech"]})
     found: dict[str, Any] = {"speech/spoken": sum(p["speech"] is not None for p in predictions)}
     if recogniser is not None:
-        listen = Recogniser(recogniser)
-        words = _hear_all(files, listen.text, listen.sample_rate, "words")
+        listen = Recogniser(recogniser, device=device)
+        words = _hear_all(files, listen.text, listen.sample_rate, "words", group)
         scores = score_words([words[folder / p["speech"]] if p["speech"] else "" for p in predictions], texts)
         found |= scores.corpus
         for name, values in scores.items.items():
             _note_scores(predictions, name, values)
     if "mos" in sound_metrics:
-        predict = PredictedMos()
-        quality = _hear_all(files, predict, predict.sample_rate, "MOS")
+        predict = PredictedMos(device)
+        quality = _hear_all(files, predict, predict.sample_rate, "MOS", group)
         for name in ("overall", "sig", "bak"):
             scores = [quality[folder / p["speech"]][name] if p["speech"] else math.nan for p in predictions]
             found[f"speech/mos/{name}"] = float(np.nanmean(scores)) if files else math.nan
             _note_scores(predictions, f"speech/mos/{name}", scores)
     if "speaker_similarity" in sound_metrics:
-        embed = Resemblyzer()
-        voices = _hear_all(files, embed, embed.sample_rate, "speakers")
+        embed = Resemblyzer(device)
+        voices = _hear_all(files, embed, embed.sample_rate, "speakers", group)
         # a file that occurs twice would be compared with itself
         once = {(p["dialogue"], p["speech"]): p for p in predictions if p["speech"]}.values()
         found |= speaker_similarity(
             [voices[folder / p["speech"]] for p in once], [p["dialogue"] for p in once], [p["speaker"] for p in once]
         )
     if bins is not None:
-        measures = dict(zip(files, _map(_make_measurer, files, num_workers, "voices"), strict=True))
+        measures = _map(_make_measurer, files, _sizes(files), num_workers, "voices", group)
         heard = [
             heard_voice(measures[folder / p["speech"]] if p["speech"] else VoiceMeasures(), num_syllables, bins)
             for p, num_syllables in zip(predictions, syllables_of(texts), strict=True)
@@ -161,16 +170,20 @@ def _note_scores(predictions: Sequence[dict[str, Any]], name: str, values: Seque
 
 
 def _hear_all(
-    files: Sequence[Path], hear: Callable[[np.ndarray], R], sample_rate: int, description: str
+    files: Sequence[Path], hear: Callable[[np.ndarray], R], sample_rate: int, doing: str, group: Group
 ) -> dict[Path, R]:
     with needing("measuring spoken replies", "demo"):
         import soxr
-    heard = {}
-    with progress_bar("replies") as progress:
-        for file in progress.track(files, description=description):
-            samples, own_rate = from_wav(file.read_bytes())
-            heard[file] = hear(soxr.resample(samples, own_rate, sample_rate))
-    return heard
+
+    def hear_file(file: Path) -> R:
+        samples, own_rate = from_wav(file.read_bytes())
+        return hear(soxr.resample(samples, own_rate, sample_rate))
+
+    return _map(lambda: hear_file, files, _sizes(files), 0, doing, group)
+
+
+def _sizes(files: Sequence[Path]) -> list[int]:
+    return [file.stat().st_size for file in files]
 
 
 def _read_measure(file: Path) -> VoiceMeasures:
@@ -195,9 +208,16 @@ class _Speaker:
         write_wav(line.file, *self.speak(line.text, line.voice, line.speaker))
 
 
-def _map(make_work: Callable[[], Callable[[T], R]], values: Sequence[T], num_workers: int, doing: str) -> Iterator[R]:
-    """Results in order, with a progress bar; each process builds its worker once."""
+def _map(
+    make_work: Callable[[], Callable[[T], R]],
+    values: Sequence[T],
+    sizes: Sequence[int],
+    num_workers: int,
+    doing: str,
+    group: Group,
+) -> dict[T, R]:
+    """Value -> result, shared out by size, with a progress bar; each process builds its worker once."""
     advice = "Set fewer (speech_workers=1). Finished files are kept."
-    with progress_bar("replies") as progress:
-        results = map_in_order(make_work, values, num_workers, doing, advice)
-        yield from progress.track(results, len(values), description=doing)
+    own = [values[i] for i in share(range(len(values)), sizes, group.rank, group.size)]
+    results = zip(own, map_in_order(make_work, own, num_workers, doing, advice), strict=True)
+    return dict(group.gather(results, len(values), progress_bar("replies"), doing))

@@ -26,6 +26,7 @@ from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, spea
 from msenc.files import digest, inside
 from msenc.files.kinds import check_name
 from msenc.models.conversation import ConversationModel
+from msenc.pipelines.plan import num_processes
 from msenc.prepare.describe import BINS, read_bins
 from msenc.prompt import TOKEN_KINDS
 from msenc.runs.find import runs_of
@@ -37,6 +38,7 @@ from msenc.training.assembly import GIVEN, build_datamodule, num_parameters
 from msenc.training.restore import find_checkpoint, find_device, load_trained, open_run, trains
 from msenc.types import MsencError
 from msenc.work.console import console, quieten, shown
+from msenc.work.group import ALONE, Group, open_group
 from msenc.work.threads import settle_threads
 
 IN_TABLE_OF_RUNS = ("nll", "token_accuracy", "bleu_4", "rouge_l", "description/accuracy")
@@ -46,7 +48,8 @@ IN_TABLE_OF_RUNS = ("nll", "token_accuracy", "bleu_4", "rouge_l", "description/a
 def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
     """Evaluate runs on a split; each run's own config determines its model and data.
 
-    A run that fails does not stop the others: failures are named at the end, with exit status 1.
+    A run that fails does not stop the others: failures are named at the end, with exit status 1. Of several processes,
+    the first one returns the results.
     """
     config = checked(cfg, GIVEN)
     given = [cfg.run_dir] if isinstance(cfg.run_dir, str) else list(cfg.run_dir)
@@ -54,19 +57,24 @@ def evaluate(cfg: DictConfig) -> list[dict[str, Any]]:
     for folder, status in left_out:
         console.print(f"Not evaluated, since it has not finished ({status}): {shown(folder)}", soft_wrap=True)
     options = EvaluateConfig(**config)
+    _check_options(options)
+    quieten()
     measured: dict[Path, dict[str, Any]] = {}
     failed: dict[Path, Exception] = {}
-    for number, folder in enumerate(folders, start=1):
-        if len(folders) > 1:
-            console.rule(f"run {number} of {len(folders)}: {shown(folder)}")
-        try:
-            measured[folder] = evaluate_run(folder, options)
-        except Exception as e:
-            if len(folders) == 1:
-                raise
-            if not isinstance(e, MsencError):
-                traceback.print_exc()
-            failed[folder] = e
+    with _open_group(options) as group:
+        for number, folder in enumerate(folders, start=1):
+            if len(folders) > 1:
+                console.rule(f"run {number} of {len(folders)}: {shown(folder)}")
+            try:
+                measured[folder] = evaluate_run(folder, options, group=group)
+            except Exception as e:
+                if len(folders) == 1:
+                    raise
+                if not isinstance(e, MsencError):
+                    traceback.print_exc()
+                failed[folder] = e
+    if not group.is_first:
+        return []
     if len(folders) > 1:
         _print_runs(measured, f"{len(measured)} of {len(folders)} runs evaluated on {config['split']}")
     if failed:
@@ -110,7 +118,24 @@ def find_runs(given: Sequence[str]) -> tuple[list[Path], list[tuple[Path, str]]]
     return list(found), list(left_out.items())
 
 
-def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = None) -> dict[str, Any]:
+def _open_group(options: EvaluateConfig) -> Group:
+    """The processes that `options.trainer` asks for, on the kind of device that `options.device` names, if it does."""
+    trainer, device = options.trainer, options.device
+    num = num_processes(trainer) if trainer else 1
+    if not trainer or (num == 1 and device != "auto"):
+        return ALONE
+    kind, _, number = device.partition(":")
+    if number:
+        raise MsencError(
+            f"device={device}: found one device for {num} processes. Name a kind (device={kind}), and those of this "
+            f"kind by trainer.devices=[{number},...]."
+        )
+    return open_group(trainer if kind == "auto" else {**trainer, "accelerator": find_device(kind).type}, num)
+
+
+def evaluate_run(
+    run_dir: Path, options: EvaluateConfig, threads: int | None = None, group: Group = ALONE
+) -> dict[str, Any]:
     """Load a run's weights, score every target of a split, generate replies, and write both to ``evaluation/``.
 
     An evaluation with the same settings on the same data is reused, unless the checkpoint has changed since.
@@ -119,20 +144,31 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
         run_dir: the run.
         options: of the evaluation; without ``decoding`` the run's own, without ``metrics`` the cheap ones.
         threads: number of torch threads; None: chosen by the model's size.
+        group: processes that share the work out, and get the same results as one; the first one writes and returns
+            them.
+
+    Raises:
+        MsencError: in every process, if one of them has failed.
     """
-    _check_options(options)
+    with group.all_or_none():
+        return _evaluate(run_dir, options, threads, group)
+
+
+def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group: Group) -> dict[str, Any]:
     record, config = open_run(run_dir, options.data_dir, options.urls)
     is_other = options.on_data is not None
     if is_other:
         # The run's filter is for its own data; other data may have no audit.
         config["data"] |= {"dir": options.on_data, "filter": []}
     decoding = config["decoding"] if options.decoding in (MISSING, None) else options.decoding
-    quieten()
     if options.speech is not None:
         build(options.speech, "speech")  # so that errors come now, not after all replies are generated
         check_sound_metrics(options.speech_metrics)
     metrics = options.metrics or DEFAULT_METRICS
-    scorers = build_text_metrics(metrics, options.metric_settings) if options.generate else {}
+    device = str(group.device or find_device(options.device))
+    scorers = (
+        build_text_metrics(metrics, options.metric_settings, device) if options.generate and group.is_first else {}
+    )
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = _open_data(record, config, is_other)
     controls = read_controls(options.control, datamodule.streams)
@@ -152,13 +188,13 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
         return inside(run_dir, "evaluation", f"{check_name(name, 'data.name')}-{options.split}-{digest(settings)}")
 
     def before(folder: Path) -> dict[str, Any] | None:
-        return None if options.overwrite else _measured_before(folder, facts, weights)
+        return None if options.overwrite else group.told(lambda: _measured_before(folder, facts, weights))
 
     @cache
     def model() -> ConversationModel:
         loaded = load_trained(run_dir, options.checkpoint, record, config)
         settle_threads(num_parameters(loaded), before=threads)
-        return loaded.to(find_device(options.device))
+        return loaded.to(device)
 
     settings = {
         "checkpoint": options.checkpoint,
@@ -173,13 +209,14 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
         console.print(f"Already evaluated (overwrite=true repeats it): {shown(folder)}", soft_wrap=True)
     else:
         found, predictions = evaluate_split(
-            model(), datamodule, options.split, settings["decoding"], config["seed"], options.limit, scorers
+            model(), datamodule, options.split, settings["decoding"], config["seed"], options.limit, scorers, group
         )
         found |= {**facts, "settings": _said(settings)}
         if options.speech is not None:
-            found |= _speak(predictions, options, folder, datamodule.folder)
-        write_evaluation(folder, found, predictions)
-        _print_metrics(found, title)
+            found |= _speak(predictions, options, folder, datamodule.folder, device, group)
+        if group.is_first:
+            write_evaluation(folder, found, predictions)
+            _print_metrics(found, title)
         files = f"{shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}"
         console.print(f"Written: {files}", soft_wrap=True)
     costs = []
@@ -198,14 +235,16 @@ def evaluate_run(run_dir: Path, options: EvaluateConfig, threads: int | None = N
                 datamodule,
                 options.split,
                 control,
-                read_predictions(folder),
+                read_predictions(folder) if group.is_first else [],
                 options.control_draws,
                 options.limit,
+                group,
             )
             cost |= {**facts, "settings": _said(settings)}
-            write_evaluation(place(settings), cost, controlled)
+            if group.is_first:
+                write_evaluation(place(settings), cost, controlled)
         costs.append(cost)
-    if costs:
+    if costs and group.is_first:
         _print_controls(found, costs, f"{title}: rise of the loss under controls")
         console.print(f"Written: {len(costs)} evaluations under controls in {shown(run_dir / 'evaluation')}")
     return found
@@ -237,13 +276,18 @@ def _settings_of_replies(options: EvaluateConfig, metrics: Sequence[str]) -> dic
 
 
 def _speak(
-    predictions: list[dict[str, Any]], options: EvaluateConfig, folder: Path, data: Path | RemotePath
+    predictions: list[dict[str, Any]],
+    options: EvaluateConfig,
+    folder: Path,
+    data: Path | RemotePath,
+    device: str,
+    group: Group,
 ) -> dict[str, Any]:
     """Synthesize the replies of an evaluation, and measure their audio."""
-    new = speak_replies(predictions, options.speech, folder, options.speech_workers)
+    new = speak_replies(predictions, options.speech, folder, options.speech_workers, group)
     bins = read_bins(data) if isinstance(data, Path) and (data / BINS).is_file() else None
     found = listen_to_replies(
-        predictions, folder, bins, options.recogniser, options.speech_workers, options.speech_metrics
+        predictions, folder, bins, options.recogniser, options.speech_workers, options.speech_metrics, device, group
     )
     console.print(f"Spoken: {found['speech/spoken']:,} of {len(predictions):,} replies; {new:,} files are new.")
     if bins is None:

@@ -64,6 +64,7 @@ from msenc.training.plan import count_batches
 from msenc.training.restore import load_checkpoint
 from msenc.types import MsencError
 from msenc.work.console import console, quieten, shown
+from msenc.work.group import ALONE, name_the_dead, open_group
 from msenc.work.signals import STOPPED, Termination
 from msenc.work.threads import settle_threads
 
@@ -233,7 +234,7 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
     record.add(identity=record.facts.get("identity", job.identity), data=config["data"]["name"], **job.data)
     evaluates = bool(config["evaluate"]) and not config["trainer"].get("fast_dev_run")
     _learn(job, record, termination, [config["evaluate"]] if evaluates else [])
-    if not is_first_process() or config["stage"] == ALIGN:
+    if config["stage"] == ALIGN:
         return record.facts.get("best_loss")
     console.print(f"Run folder: {shown(record.folder)}", soft_wrap=True)
     gc.collect()  # reference cycles in Lightning would keep optimizer and LLM alive during evaluation
@@ -245,7 +246,9 @@ def _train(job: _Job, record: RunRecord, termination: Termination) -> float | No
             control=config["control"],
             urls=[text for _, text in strings_of(config)],  # its own
         )
-        evaluate_run(record.folder, options, record.facts["threads"])
+        num = num_processes(config["trainer"])
+        with open_group(config["trainer"], num) if num > 1 else ALONE as group:
+            evaluate_run(record.folder, options, record.facts["threads"], group)
     return record.facts.get("best_loss")
 
 
@@ -463,6 +466,7 @@ def _fit(
             use_distributed_sampler=False,  # the data module shards by itself, in its own order
         )
         module.train()
+        name_the_dead()
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome = training_outcome(trainer)
         datamodule.trainer = None  # would keep the trained model alive as long as the data

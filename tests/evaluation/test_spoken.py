@@ -152,3 +152,34 @@ def test_words_are_understood(tmp_path):
     found = listen_to_replies(predictions, tmp_path, None, str(whisper), 0)
     assert 0 <= found["speech/cer"] < found["speech/wer"] < 0.5 or found["speech/wer"] == 0
     assert [set(p.get("scores", {})) for p in predictions] == [{"speech/wer", "speech/cer"}] * 3 + [set()]
+
+
+def test_what_listens_is_where_the_evaluation_is(tmp_path, monkeypatch):
+    places = {}
+
+    def stub(name, hear):
+        def build(*settings, device=None):
+            places[name] = settings[-1] if device is None else device
+            return hear
+
+        monkeypatch.setattr(f"msenc.evaluation.spoken.{name}", build)
+
+    class Hearing:
+        sample_rate = 16_000
+
+        def __init__(self, found):
+            self.found = found
+
+        def __call__(self, samples):
+            return self.found
+
+        def text(self, samples):
+            return "words"
+
+    stub("Recogniser", Hearing(None))
+    stub("PredictedMos", Hearing({"overall": 3.0, "sig": 3.0, "bak": 3.0}))
+    stub("Resemblyzer", Hearing(np.ones(1)))
+    predictions = said()
+    speak_replies(predictions, NODE, tmp_path, 0)
+    listen_to_replies(predictions, tmp_path, None, "whisper", 0, ["mos", "speaker_similarity"], device="cuda:3")
+    assert places == dict.fromkeys(["Recogniser", "PredictedMos", "Resemblyzer"], "cuda:3")

@@ -46,7 +46,7 @@ class EmbeddingSimilarity:
         """N texts -> (N, D) float64 of length 1."""
         hidden, is_token, _ = self.encoder(texts, layer=-1)
         mean = (hidden.double() * is_token.unsqueeze(-1)).sum(1) / is_token.sum(1, keepdim=True)
-        return torch.nn.functional.normalize(mean, dim=-1)
+        return torch.nn.functional.normalize(mean, dim=-1).cpu()
 
 
 class BertScore:
@@ -114,7 +114,10 @@ class _TextEncoder:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """N texts -> hidden states (N, L, D), which are tokens (N, L) bool, which of them are not special (N, L)."""
+        """N texts -> hidden states (N, L, D), which are tokens (N, L) bool, which of them are not special (N, L).
+
+        All on the encoder's device.
+        """
         given: Any = self.tokenizer(
             list(texts),
             padding=True,
@@ -123,10 +126,11 @@ class _TextEncoder:
             return_special_tokens_mask=True,
             return_tensors="pt",
         )
+        given = given.to(self.model.device)
         is_token = given["attention_mask"].bool()
         is_word = is_token & ~given.pop("special_tokens_mask").bool()
-        output = self.model(**given.to(self.model.device), output_hidden_states=True)
-        return output.hidden_states[layer].float().cpu(), is_token, is_word
+        output = self.model(**given, output_hidden_states=True)
+        return output.hidden_states[layer].float(), is_token, is_word
 
 
 def _batches(items: list, metric: str) -> Iterable[list]:

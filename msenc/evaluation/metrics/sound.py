@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ class PredictedMos:
     Runs the model in the wheel of the package speechmos by onnxruntime; the package itself is not imported, as it
     would need librosa. Its overall score, SIG and BAK are the package's own.
 
+    Args:
+        device: where it runs; on the CPU as well if the installed onnxruntime cannot use a GPU.
+
     Raises:
         MsencError: the weights, or onnxruntime, are missing.
     """
@@ -31,7 +35,7 @@ class PredictedMos:
         ("overall", (-0.06766283, 1.11546468, 0.04602535)),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         spec = find_spec("speechmos")
         if spec is None:
             raise MsencError(
@@ -43,7 +47,11 @@ class PredictedMos:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         path = Path(spec.submodule_search_locations[0]) / "dnsmos_models" / "sig_bak_ovr.onnx"
-        self.session = onnxruntime.InferenceSession(str(path), options)
+        kind, _, number = device.partition(":")
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if kind == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(number or 0)}))
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
 
     def __call__(self, samples: np.ndarray) -> dict[str, float]:
         """Quality of speech (``sig``), background (``bak``) and overall (``overall``); short audio is repeated.

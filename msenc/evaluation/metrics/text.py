@@ -1,5 +1,6 @@
 """Metrics of generated replies against references, by name. Text and voice description are scored separately."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -45,12 +46,15 @@ DEFAULT_METRICS = ("bleu", "rouge_l", "distinct", "repetition", "length_ratio")
 """Metrics that cost almost nothing and need no extra."""
 
 
-def build_text_metrics(names: Sequence[str], settings: Mapping[str, Any] | None = None) -> dict[str, Scorer]:
+def build_text_metrics(
+    names: Sequence[str], settings: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> dict[str, Scorer]:
     """Load whatever metrics need, so that missing parts are refused before anything is measured.
 
     Args:
         names: of `TEXT_METRICS`.
         settings: see `settings_of`; those of metrics that are not requested are ignored.
+        device: where metrics with a model compute, unless their settings name another.
 
     Raises:
         MsencError: an unknown metric, a missing or unknown setting, or a missing package or model.
@@ -66,8 +70,10 @@ def build_text_metrics(names: Sequence[str], settings: Mapping[str, Any] | None 
             )
     for name in names:
         given = settings_of(name, settings or {}) or {}
+        make = TEXT_METRICS[name]
+        place = {"device": device} if "device" in inspect.signature(make).parameters else {}
         try:
-            scorers[name] = TEXT_METRICS[name](**given)
+            scorers[name] = make(**(place | given))
         except TypeError as error:
             raise MsencError(f"metric_settings.{name}: found {given}, but {error}.") from error
     return scorers

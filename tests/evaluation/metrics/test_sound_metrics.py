@@ -1,5 +1,5 @@
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +38,26 @@ def test_mos_without_its_weights_is_refused(monkeypatch):
     monkeypatch.setattr("msenc.evaluation.metrics.sound.find_spec", lambda name: None)
     with pytest.raises(MsencError, match=r"pip install --no-deps -c constraints\.txt speechmos"):
         PredictedMos()
+
+
+@pytest.mark.parametrize(
+    ("device", "usable", "expected"),
+    [
+        ("cpu", ["CUDAExecutionProvider"], []),
+        ("cuda", ["CUDAExecutionProvider"], [("CUDAExecutionProvider", {"device_id": 0})]),
+        ("cuda:1", ["CUDAExecutionProvider"], [("CUDAExecutionProvider", {"device_id": 1})]),
+        ("cuda", [], []),  # onnxruntime for CPUs alone
+    ],
+)
+def test_mos_is_predicted_where_the_evaluation_is(monkeypatch, device, usable, expected):
+    runtime = ModuleType("onnxruntime")
+    runtime.SessionOptions = SimpleNamespace
+    runtime.get_available_providers = lambda: [*usable, "CPUExecutionProvider"]
+    runtime.InferenceSession = lambda path, options, providers: providers
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    package = SimpleNamespace(submodule_search_locations=["speechmos"])
+    monkeypatch.setattr("msenc.evaluation.metrics.sound.find_spec", lambda name: package)
+    assert PredictedMos(device).session == [*expected, "CPUExecutionProvider"]
 
 
 def test_voices_are_compared_within_their_dialogue():

@@ -150,6 +150,14 @@ def test_a_pair_scores_the_same_in_any_company(name, bert):
     assert min(together) < 0.9
 
 
+def test_models_of_metrics_are_where_the_evaluation_is_unless_their_settings_say_otherwise(bert):
+    settings = {"embedding_similarity": {"name_or_path": bert}, "bertscore": {"name_or_path": bert, "num_layers": 2}}
+    settings["bertscore"]["device"] = "cpu"
+    scorers = build_text_metrics(["embedding_similarity", "bertscore", "rouge_l"], settings, device="meta")
+    places = [scorers[name].encoder.model.device.type for name in settings]
+    assert places == ["meta", "cpu"]
+
+
 # --------------------------------------------------------------------------------------------------- replies, refusals
 
 
