@@ -6,7 +6,8 @@ states are, and the lowest loss that each modality can reach, is derived in docs
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,12 @@ def steady_dialogue(number: int, seed: int, turns: tuple[int, int]) -> DrawnDial
 
 
 def _draw_dialogue(
-    stream: str, number: int, seed: int, bounds: tuple[int, int] = (3, 7), is_steady: bool = False
+    stream: str,
+    number: int,
+    seed: int,
+    bounds: tuple[int, int] = (3, 7),
+    is_steady: bool = False,
+    tells_mood: bool = False,
 ) -> DrawnDialogue:
     rng = chance(seed, stream, number, 0, DRAW)
     names = rng.choice(list(SPEAKERS), size=2, replace=False)
@@ -191,8 +197,10 @@ def _draw_dialogue(
         if is_steady and index >= 2:
             is_excited, is_happy = turns[index - 2].is_excited, turns[index - 2].is_happy
         question = str(rng.choice(list(_QUESTION_SHARES), p=list(_QUESTION_SHARES.values())))
-        statement = pick(rng, _STATEMENTS).format(pick(rng, INSIDE if is_inside else OUTSIDE))
+        statement = pick(rng, _STATEMENTS).format(place := pick(rng, INSIDE if is_inside else OUTSIDE))
         asked = pick(rng, QUESTIONS[question])
+        if tells_mood:
+            statement, asked = _STATEMENTS[is_excited].format(place), QUESTIONS[question][is_happy]
         if index == num_turns - 1:
             question = asked = None
         if index == 0:
@@ -237,7 +245,7 @@ def _mark(kind: str, field: str, start: int, word: str) -> Mark:
     return Mark(kind, field, start, start + len(word))
 
 
-def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -> None:
+def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int, words_tell_mood: bool = False) -> None:
     """Write the demo as a folder in MELD's shape: three CSV files and a clip per utterance.
 
     The folder appears at `root` when it is whole and not before. A folder with equal settings is left as it is.
@@ -247,11 +255,16 @@ def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -
         sizes: dialogues per split: ``{"train": 600, "val": 60, "test": 150}``.
         seed: not negative.
         num_workers: processes that draw and speak; 0 does it in this one. The data does not depend on it.
+        words_tell_mood: a flaw on purpose: how a turn words its statement and its question depends on its mood, so
+            that a model can know voice and face without hearing or seeing them.
 
     Raises:
         MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.
     """
-    write_folder(DEMO, root, "demo.json", {"version": VERSION, "seed": seed}, sizes, num_workers)
+    world, flaw = DEMO, {}
+    if words_tell_mood:
+        world, flaw = replace(DEMO, draw=partial(_draw_dialogue, tells_mood=True)), {"words_tell_mood": True}
+    write_folder(world, root, "demo.json", {"version": VERSION, "seed": seed, **flaw}, sizes, num_workers)
 
 
 def check_packages() -> None:
