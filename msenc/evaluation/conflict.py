@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from msenc.data.batches import share
 from msenc.data.conflict import PLANTED, ConflictItem, ConflictSamples
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.loader import make_loader
+from msenc.evaluation.losses import AGAIN
 from msenc.evaluation.statistics import Effect, paired_effect
-from msenc.files import write_json, write_text
+from msenc.files import read_json_lines, write_json, write_text
+from msenc.files.kinds import Count
 from msenc.models.conversation import ConversationModel
 from msenc.work.group import ALONE, Group
 
@@ -183,3 +185,27 @@ def write_conflict(folder: Path, settings: str, shares: Sequence[Mapping[str, An
     """Write ``conflict.jsonl`` (a line per item), then ``conflict.json``, next to the evaluation's metrics."""
     write_text(folder / ITEMS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(folder / CONFLICT, {"settings": settings, "shares": list(shares)})
+
+
+class _Row(TypedDict):
+    """A line of ``conflict.jsonl``."""
+
+    stream: Literal["audio", "video"]
+    label: str
+    compared: str
+    dialogue: str
+    turn: Count
+    same_speaker: bool
+    nats: float
+
+
+def read_conflict(folder: Path) -> list[dict[str, Any]]:
+    """The items that an evaluation's folder has, in order; none if it was not measured since the evaluation.
+
+    Raises:
+        MsencError: a line is invalid; names it.
+    """
+    path = folder / ITEMS
+    if not path.is_file() or path.stat().st_mtime < (folder / "metrics.json").stat().st_mtime:
+        return []
+    return [row for _, row in read_json_lines(path, _Row, AGAIN)]

@@ -9,6 +9,7 @@ from typing import Any
 from msenc.pages.render import data_uri, render
 from msenc.report.compare import Comparison, Configuration
 from msenc.report.examples import find_examples
+from msenc.report.followed import followed_grid
 from msenc.report.plots import forest, learning_curves
 from msenc.report.table import (
     COMPARED,
@@ -54,6 +55,7 @@ def render_page(table: Table, title: str, folders: Sequence[Path]) -> str:
         attributes=_attributes(table.configurations),
         judged=JUDGED,
         verdicts=verdict_grid(table) if table.verdicts else None,
+        followed=followed_grid(table.followed) if table.followed else None,
         examples=examples,
         media_notes=media_notes,
         commands=_commands(table, folders),

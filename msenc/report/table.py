@@ -7,8 +7,9 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -30,6 +31,7 @@ from msenc.report.compare import (
     metric_order,
     table_metrics,
 )
+from msenc.report.followed import FOLLOWED, find_followed, followed_grid
 from msenc.types import MsencError
 
 COSTS = ("trainable parameters", "seconds", "peak memory MiB")
@@ -49,6 +51,7 @@ class Table:
         verdicts: of controls, if there are any.
         notes: caveats for the reader.
         left_out: runs excluded from all rows, each with the reason.
+        followed: what the configurations follow where words and streams conflict, if that was measured.
     """
 
     split: str
@@ -59,6 +62,7 @@ class Table:
     verdicts: list[Verdict]
     notes: list[str]
     left_out: list[str]
+    followed: list[dict[str, Any]] = field(default_factory=list)
 
 
 def summarise(runs: list[Run], split: str = "test", settings: str | None = None) -> Table:
@@ -83,9 +87,10 @@ def summarise(runs: list[Run], split: str = "test", settings: str | None = None)
     metrics = sorted({name for c in configurations for name in c.scores}, key=metric_order)
     comparisons, incomparable = compare(configurations, metrics)
     verdicts, unjudged = judge_controls(configurations, split)
+    followed, unmeasured = find_followed(configurations)
     left_out = [_reason(run, split) for run in runs if run.name not in chosen]
-    notes = _notes(used, chosen, configurations, metrics) + incomparable + unjudged
-    return Table(split, keys, metrics, configurations, comparisons, verdicts, notes, left_out)
+    notes = _notes(used, chosen, configurations, metrics) + incomparable + unjudged + unmeasured
+    return Table(split, keys, metrics, configurations, comparisons, verdicts, notes, left_out, followed)
 
 
 def costs(configuration: Configuration) -> dict[str, float]:
@@ -249,6 +254,9 @@ def print_table(table: Table, console: Console | None = None) -> None:
     if table.verdicts:
         console.print(Text(JUDGED, style="bold"))
         _print_grid(verdict_grid(table), console)
+    if table.followed:
+        console.print(Text(FOLLOWED, style="bold"))
+        _print_grid(followed_grid(table.followed), console)
     for line in footer(table):
         console.print(Text(line), soft_wrap=True)
 
@@ -413,6 +421,8 @@ def _markdown(table: Table) -> str:
         parts += [f"{COMPARED}.", _markdown_grid(comparison_grid(table))]
     if table.verdicts:
         parts += [f"{JUDGED}.", _markdown_grid(verdict_grid(table))]
+    if table.followed:
+        parts += [f"{FOLLOWED}.", _markdown_grid(followed_grid(table.followed))]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in footer(table))]).rstrip() + "\n"
 
 
