@@ -39,6 +39,7 @@ INSIDE = ("kitchen", "bedroom", "library", "office")
 OUTSIDE = ("garden", "forest", "park", "desert")
 _STATEMENTS = ("I am in the {}.", "This is the {}.", "Here is the {}.")
 _OPENINGS = ("Hello.", "Hi.", "Hey.")
+_MOOD = " My {} voice, my {} face."
 _DESCRIPTION = "{} speaks with {} intonation"
 
 QUESTIONS = {
@@ -197,10 +198,10 @@ def _draw_dialogue(
         if is_steady and index >= 2:
             is_excited, is_happy = turns[index - 2].is_excited, turns[index - 2].is_happy
         question = str(rng.choice(list(_QUESTION_SHARES), p=list(_QUESTION_SHARES.values())))
-        statement = pick(rng, _STATEMENTS).format(place := pick(rng, INSIDE if is_inside else OUTSIDE))
+        statement = pick(rng, _STATEMENTS).format(pick(rng, INSIDE if is_inside else OUTSIDE))
         asked = pick(rng, QUESTIONS[question])
         if tells_mood:
-            statement, asked = _STATEMENTS[is_excited].format(place), QUESTIONS[question][is_happy]
+            statement += _MOOD.format(ANSWERS["voice"].words[is_excited], ANSWERS["face"].words[is_happy])
         if index == num_turns - 1:
             question = asked = None
         if index == 0:
@@ -255,8 +256,8 @@ def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int, w
         sizes: dialogues per split: ``{"train": 600, "val": 60, "test": 150}``.
         seed: not negative.
         num_workers: processes that draw and speak; 0 does it in this one. The data does not depend on it.
-        words_tell_mood: a flaw on purpose: how a turn words its statement and its question depends on its mood, so
-            that a model can know voice and face without hearing or seeing them.
+        words_tell_mood: a flaw on purpose: each turn also says in words how its voice and its face are, so that a model
+            can know them without hearing or seeing them.
 
     Raises:
         MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.
