@@ -98,6 +98,11 @@ def find_conflicts(
     dialogues = [dataset.dialogue(index) for index in range(count)]
     is_described = datamodule.tokenizer.prompt.target == "text_description"
     present = _present(datamodule, split, dialogues)
+    if not present:
+        raise MsencError(
+            f"conflict: {datamodule.folder}, split {split}: found no audio or video, expected turns whose voice or "
+            "face can contradict the words. Prepare with modality=text_audio_video, or as the data allow."
+        )
     labels = _labels(datamodule, dialogues, names, is_described)
     pairs = _Pairs(dialogues, is_described)
     items: list[ConflictItem] = []
@@ -105,10 +110,9 @@ def find_conflicts(
         items += pairs.of(stream, label, [turn for turn in turns if turn.place in present.get(stream, ())])
     if not items:
         known = ", ".join(dict.fromkeys(label for _, label, _ in labels))
-        found = f"no two turns that differ in {known} and have {' or '.join(present)}" if present else "no such stream"
         raise MsencError(
-            f"conflict: {datamodule.folder}, split {split}: found {found}, expected turns with audio or video that "
-            "can be exchanged, and replies that differ. Take another split, more dialogues, or other labels."
+            f"conflict: {datamodule.folder}, split {split}: found no two turns that differ in {known}, have "
+            f"{' or '.join(present)} and get different replies. Take another split, more dialogues, or other labels."
         )
     return items
 

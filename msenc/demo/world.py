@@ -39,7 +39,6 @@ INSIDE = ("kitchen", "bedroom", "library", "office")
 OUTSIDE = ("garden", "forest", "park", "desert")
 _STATEMENTS = ("I am in the {}.", "This is the {}.", "Here is the {}.")
 _OPENINGS = ("Hello.", "Hi.", "Hey.")
-_MOOD = " My {} voice, my {} face."
 _DESCRIPTION = "{} speaks with {} intonation"
 
 QUESTIONS = {
@@ -200,25 +199,29 @@ def _draw_dialogue(
         question = str(rng.choice(list(_QUESTION_SHARES), p=list(_QUESTION_SHARES.values())))
         statement = pick(rng, _STATEMENTS).format(pick(rng, INSIDE if is_inside else OUTSIDE))
         asked = pick(rng, QUESTIONS[question])
-        if tells_mood:
-            statement += _MOOD.format(ANSWERS["voice"].words[is_excited], ANSWERS["face"].words[is_happy])
         if index == num_turns - 1:
             question = asked = None
         if index == 0:
             opening, is_expressive, marks = pick(rng, _OPENINGS), chance_range, ()
         else:
             opening, is_expressive, marks = _answer(turns[-1], rng, SPEAKERS[speaker].person)
+        turn = DemoTurn(is_excited, is_happy, is_expressive, is_inside, question)
+        # As transcripts write it, so that the LLM can read it.
+        note = "".join(f"[{words}] " for words in reversed(turn.told.values())) if tells_mood else ""
+        marks = tuple(
+            replace(m, start=m.start + len(note), end=m.end + len(note)) if m.field == "text" else m for m in marks
+        )
         utterances.append(
             Utterance(
                 id=str(index),
                 speaker=speaker,
-                text=" ".join(part for part in (opening, statement, asked) if part),
+                text=note + " ".join(part for part in (opening, statement, asked) if part),
                 description=_DESCRIPTION.format(SPEAKERS[speaker].person, RANGE_WORDS[is_expressive]),
                 clip=clip_path(stream, number, index),
                 marks=marks,
             )
         )
-        turns.append(DemoTurn(is_excited, is_happy, is_expressive, is_inside, question))
+        turns.append(turn)
     split = stream if stream in SPLITS else "train"
     return DrawnDialogue(Dialogue(f"demo/{stream}/dia{number}", split, tuple(utterances)), tuple(turns))
 
@@ -256,8 +259,8 @@ def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int, w
         sizes: dialogues per split: ``{"train": 600, "val": 60, "test": 150}``.
         seed: not negative.
         num_workers: processes that draw and speak; 0 does it in this one. The data does not depend on it.
-        words_tell_mood: a flaw on purpose: each turn also says in words how its voice and its face are, so that a model
-            can know them without hearing or seeing them.
+        words_tell_mood: a flaw on purpose: each turn begins with a note in words of its voice and its face, so that a
+            model can know them without hearing or seeing them.
 
     Raises:
         MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.

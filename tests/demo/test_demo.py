@@ -83,10 +83,13 @@ def test_a_demo_flawed_on_purpose_says_every_mood_and_is_else_the_same(tmp_path)
         rows = list(csv.DictReader(file))
     turns = [u for one in draw_dialogues("train", 2, seed=0) for u in one.dialogue.utterances]
     for row, turn in zip(rows, turns, strict=True):
-        told = f" My {row['Pitch']} voice, my {row['Face']} face."
-        assert row["Utterance"].replace(told, "") == turn.text != row["Utterance"]
-        assert parse_marks(row["Marks"]) == turn.marks
-    with pytest.raises(MsencError, match="words_tell_mood"):
+        assert row["Utterance"] == f"[{row['Face']} face] [{row['Pitch']} voice] {turn.text}"
+        marks = parse_marks(row["Marks"])
+        assert [(m.kind, m.field) for m in marks] == [(m.kind, m.field) for m in turn.marks]
+        for mark, own in zip(marks, turn.marks, strict=True):
+            said = row["Utterance"] if mark.field == "text" else row["Description"]
+            assert said[mark.start : mark.end] == getattr(turn, own.field)[own.start : own.end]
+    with pytest.raises(MsencError, match="generated data with unknown settings"):
         write_demo(tmp_path / "flawed", sizes, seed=0, num_workers=0)
 
 

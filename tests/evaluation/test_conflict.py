@@ -91,8 +91,8 @@ class Listener(torch.nn.Module):
     def forward(self, batch):
         nll = torch.full(batch.labels.shape, 0.5)
         for number, segment in enumerate(batch.segments):
-            read = self.tokenizer.decode(batch.input_ids[0, segment.start : segment.start + segment.trunk])
             mine = batch.targets == number
+            read = self.tokenizer.decode(batch.input_ids[0, segment.start : int(batch.predictors[mine][0])])
             said = self.tokenizer.decode(batch.labels[mine])
             belief = 0.0
             if self.reads:
@@ -201,10 +201,10 @@ def test_what_lacks_labels_or_streams_is_refused_in_a_line(tmp_path, tokenizer):
     datamodule = module_of(write_world(tmp_path / "world"), tokenizer)
     with pytest.raises(MsencError, match=r"found no label Pitch that varies\. Known: planted, Mood, Take"):
         find_conflicts(datamodule, "test", ["Pitch"])
-    with pytest.raises(MsencError, match="found no two turns that differ in planted and have audio"):
+    with pytest.raises(MsencError, match="found no two turns that differ in planted, have audio and get"):
         find_conflicts(datamodule, "test", limit=1)
     silent = module_of(write_world(tmp_path / "silent", is_spoken=False), tokenizer, {})
-    with pytest.raises(MsencError, match="found no audio or video, expected turns with"):
+    with pytest.raises(MsencError, match="found no audio or video, expected turns whose"):
         find_conflicts(silent, "test")
     bare = write_world(tmp_path / "bare", is_planted=False)
     (bare / "labels.jsonl").unlink()
@@ -232,6 +232,6 @@ def test_items_are_read_back_unless_the_evaluation_is_newer(tmp_path, tokenizer)
     os.utime(folder / "metrics.json", (2e9, 2e9))
     assert read_conflict(folder) == []
     os.utime(folder / "metrics.json", (1e9, 1e9))
-    (folder / "conflict.jsonl").write_text('{"stream": "smell"}\n')
+    (folder / "conflict.jsonl").write_text(json.dumps({**rows[0], "stream": "smell"}) + "\n")
     with pytest.raises(MsencError, match=r"conflict\.jsonl, line 1: .*smell"):
         read_conflict(folder)
