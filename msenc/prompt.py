@@ -427,13 +427,11 @@ class DialogueTokenizer:
             MsencError: a response without a token, or a description that holds brackets.
         """
         labels = self.prompt.speaker_labels(dialogue)
-        turns, turn_tokens = [], []
-        for k, (label, utterance) in enumerate(zip(labels, dialogue.utterances, strict=True)):
-            pieces = self.prompt.turn_pieces(label, utterance.text, streams[k], words[k] if words else None)
-            block = tuple(p if isinstance(p, Slot) else self._ids(p) for p in pieces)
-            turns.append(block)
-            # Counted as if no slot had split the text, so that every modality keeps the same turns.
-            turn_tokens.append(sum(len(self._ids(p)) for p in self.prompt.turn_pieces(label, utterance.text, ())))
+        # Counted as if no slot had split the text, so that every modality keeps the same turns.
+        turn_tokens = [
+            sum(len(self._ids(p)) for p in self.prompt.turn_pieces(label, utterance.text, ()))
+            for label, utterance in zip(labels, dialogue.utterances, strict=True)
+        ]
         replies = list(zip(labels, dialogue.utterances, strict=True))[1:]
         responses = tuple(
             self._ids(self._response.replace("{speaker}", label), self.prompt.chat) for label, _ in replies
@@ -446,14 +444,36 @@ class DialogueTokenizer:
         return TokenizedDialogue(
             id=dialogue.id,
             instruction=self._instruction,
-            turns=tuple(turns),
+            turns=self.turns(dialogue, streams, words),
             responses=responses,
-            targets=tuple(self._target(utterance) for _, utterance in replies),
+            targets=tuple(self.target(utterance) for _, utterance in replies),
             turn_tokens=tuple(turn_tokens),
             windows=window_histories(streams, self.prompt.windows) if self.prompt.windows else (),
         )
 
-    def _target(self, utterance: Utterance) -> Target:
+    def turns(
+        self,
+        dialogue: Dialogue,
+        streams: Sequence[Collection[str]],
+        words: Sequence[Mapping[str, str]] | None = None,
+    ) -> tuple[tuple[Slot | tuple[int, ...], ...], ...]:
+        """Only the blocks of the turns, with the same arguments."""
+        return tuple(
+            tuple(
+                p if isinstance(p, Slot) else self._ids(p)
+                for p in self.prompt.turn_pieces(label, utterance.text, streams[k], words[k] if words else None)
+            )
+            for k, (label, utterance) in enumerate(
+                zip(self.prompt.speaker_labels(dialogue), dialogue.utterances, strict=True)
+            )
+        )
+
+    def target(self, utterance: Utterance) -> Target:
+        """The tokens to generate for an utterance.
+
+        Raises:
+            MsencError: a description that holds brackets.
+        """
         string, split, spans = self.prompt.format_target(utterance)
         piecewise = self.prompt.piecewise
         encoded = self.tokenizer(

@@ -88,6 +88,7 @@ TRAINED = {
     "data/beats": WORLD,
     "data/demo": "",
     "data/graded": WORLD,
+    "data/leaky": WORLD,
     "decoding/greedy": "",
     "decoding/sample": "modality=text",
     "experiment/control_noise_audio": "",

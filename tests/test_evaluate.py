@@ -16,6 +16,7 @@ from msenc.files import digest
 from msenc.pipelines import evaluate as evaluation
 from msenc.pipelines.evaluate import evaluate, find_runs
 from msenc.pipelines.report import report
+from msenc.report.collect import collect_runs
 from msenc.store.manifest import DatasetManifest, SplitCounts
 from msenc.store.shards import read_index, write_stream
 from msenc.types import Dialogue, MsencError, Utterance
@@ -314,3 +315,41 @@ def test_training_reads_no_test_shard_and_evaluation_no_other(train, compose, mo
     _opened.clear()
     measure(compose, run.folder, "split=test")
     assert splits() == {"test"}
+
+
+# ------------------------------------------------------------------------------------------------ beside it
+
+
+def test_conflicts_and_missing_streams_are_measured_beside_the_evaluation_and_kept(runs, compose, capsys):
+    run = runs / "10"
+    (first,) = measure(compose, run, "split=train", "conflict=true", "missing=audio")
+    (folder,) = {path.parent for path in run.glob("evaluation/demo-train-*/conflict.json")}
+    shown = "".join(capsys.readouterr().out.split())
+    assert "whattherunfollows" in shown
+    assert "lossbytheshareofturnsthathaveaudio" in shown
+    items = [json.loads(line) for line in (folder / "conflict.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {item["stream"] for item in items} == {"audio", "video"}  # the same as those of a run that sees
+    assert [s["items"] for s in first["conflict"]] == [
+        sum(item["stream"] == s["stream"] for item in items) for s in first["conflict"]
+    ]
+    points = read(folder / "missing.json")["curves"]["audio"]
+    assert [point["share"] for point in points] == [0, 0.25, 0.5, 0.75, 1]
+    assert points[-1]["nll"] == pytest.approx(first["nll"], abs=1e-6)
+    assert points[-1]["delta"] == 0
+    for point in points:
+        assert point["delta"] == pytest.approx(point["nll"] - first["nll"], abs=1e-5)
+    assert points[0]["nll"] != points[-1]["nll"]
+    assert len(collect_runs(run)[0].evaluations) == 1  # neither is an evaluation of its own
+    written = [(folder / name).stat().st_mtime_ns for name in ("conflict.json", "missing.json")]
+    assert measure(compose, run, "split=train", "conflict=true", "missing=audio") == [first]
+    assert [(folder / name).stat().st_mtime_ns for name in ("conflict.json", "missing.json")] == written
+    (other,) = measure(compose, run, "split=train", "conflict=Emotion")
+    assert {s["label"] for s in other["conflict"]} == {"Emotion"}
+
+
+def test_streams_and_labels_that_are_not_there_are_refused_before_anything_is_measured(runs, compose):
+    with pytest.raises(MsencError, match=r"missing: found video, but this run reads no such stream\. .*: audio\."):
+        measure(compose, runs / "10", "missing=video")
+    with pytest.raises(MsencError, match=r"conflict: .*found no label Mood that varies\. Known: planted, Emotion"):
+        measure(compose, runs / "10", "conflict=[Mood]")
+    assert evaluated(runs) == []

@@ -270,6 +270,21 @@ def test_noise_in_place_of_a_stream_is_another_stream_of_the_same_task(train, fi
     assert run.loss != finished.loss
 
 
+def test_dropped_turns_are_recorded_and_part_of_the_identity(train, finished):
+    same = [*FAST, "modality=text_audio", "model/llm=tiny_lora", "optimizer.lr=0.02", "evaluate=null"]
+    run = train([*same, "data.drop.audio=0.5"])
+    facts, plain = (read(folder / "run.json") for folder in (run.folder, finished.run))
+    assert (facts["drop"], plain["drop"]) == ({"audio": 0.5}, None)
+    assert facts["task_hash"] == plain["task_hash"]
+    assert facts["streams"] == plain["streams"]
+    assert facts["identity"] != plain["identity"]
+    assert run.loss != finished.loss
+    with pytest.raises(MsencError, match=r"data\.drop.*: found 1\.5, expected from 0 to below 1"):
+        train([*same, "data.drop={audio: 1.5}"], "other")
+    with pytest.raises(MsencError, match=r"data\.drop: found video, but this run reads no such stream"):
+        train([*same, "data.drop.video=0.5"], "another")
+
+
 def test_controls_that_the_run_cannot_have_are_refused(finished, compose, train):
     before = evaluations(finished.run).keys()
     with pytest.raises(

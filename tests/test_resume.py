@@ -136,6 +136,7 @@ SETTINGS = {
             "optimizer.groups.connectors.lr=0.003",
             "optimizer.groups.connectors.warmup=0.5",
             "loss.weights.description=0.5",
+            "data.drop.audio=0.5",
         ],
         ["kill batch 0 1", "kill write 2", "kill validation 0", at_random(1), "kill link"],
     ),

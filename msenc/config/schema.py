@@ -15,7 +15,7 @@ from msenc.config.hints import nearest
 from msenc.types import MsencError
 
 OPEN = {
-    "train_schema": ("optimizer.groups", "loss.weights", "margins"),
+    "train_schema": ("optimizer.groups", "loss.weights", "data.drop", "margins"),
     "report_schema": ("names", "decimals", "margins"),
 }
 """Places whose keys are names that no schema lists: an override adds one without a ``+``."""
@@ -121,6 +121,7 @@ class DataConfig:
         verify: hash every shard of a split before its first use.
         filter: ``no_<flag>``, or a list of them: what carries such a flag of the audit is left out of what is read.
         control: ``noise_audio`` and the like: what stands in a stream's place, in training too (docs/controls.md).
+        drop: stream -> share of the turns that lack it in training, drawn anew in each epoch (modality dropout).
     """
 
     name: str = MISSING
@@ -141,6 +142,7 @@ class DataConfig:
     verify: bool = True
     filter: Any = field(default_factory=list)
     control: str | None = None
+    drop: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -328,6 +330,9 @@ class EvaluateConfig:
         control: what is taken from the input in evaluations beside the plain one (docs/controls.md): a name, a list,
             or ``shuffle`` for the words of the history and for every stream of the run.
         control_draws: how often each control draws what stands in a stream's place.
+        conflict: measure whether the run follows the words, the voice or the face where they contradict each other
+            (docs/conflict.md): true, or the names of labels.
+        missing: streams; losses are measured with 0 to 100 % of their turns (docs/controls.md).
         limit: first dialogues of the split; None for all.
         device: torch's name of the device, for the run's model and for those of metrics; ``auto`` takes a GPU if there
             is one.
@@ -354,6 +359,8 @@ class EvaluateConfig:
     speech_metrics: list[str] = field(default_factory=list)
     control: Any = None
     control_draws: int = 8
+    conflict: Any = None
+    missing: Any = None
     limit: int | None = None
     device: str = "auto"
     trainer: Any = None

@@ -195,4 +195,4 @@ class ControlledDialogues(Dataset):
         dialogue, donor = self.dialogue(index), self.dialogue(self._donors[index]).utterances
         said = tuple(replace(u, text=donor[k % len(donor)].text) for k, u in enumerate(dialogue.utterances))
         # `turn_tokens` and `windows` stay those of the dialogue's own words, so the history has the same turns.
-        return replace(tokens, turns=self.tokenizer(replace(dialogue, utterances=said), self.frames(index)).turns)
+        return replace(tokens, turns=self.tokenizer.turns(replace(dialogue, utterances=said), self.frames(index)))

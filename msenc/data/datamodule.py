@@ -26,6 +26,7 @@ from msenc.data.controls import Control, ControlledDialogues, Moments, moments, 
 from msenc.data.dataset import DialogueDataset, StreamSpec
 from msenc.data.lengths import DialogueLengths, split_lengths
 from msenc.data.loader import EpochLoader, UnitDataset, UnitSample, collate_units, make_loader
+from msenc.data.missing import DroppedDialogues, DroppedUnits, check_drop
 from msenc.prompt import DialogueTokenizer
 from msenc.store.flags import FilteredReader, left_out
 from msenc.store.location import Place, RemotePath
@@ -55,6 +56,7 @@ class DialogueDataModule(L.LightningDataModule):
         verify: hash the shards before their first use.
         filters: ``no_<flag>`` each; flagged items are excluded.
         control: replaces a stream in everything that is read, including training; see `data.controls`.
+        drop: stream -> share of the turns that lack it in training; see `data.missing`.
         prepare_command: command that creates missing data, for messages.
     """
 
@@ -72,6 +74,7 @@ class DialogueDataModule(L.LightningDataModule):
         verify: bool = True,
         filters: Sequence[str] = (),
         control: str | None = None,
+        drop: Mapping[str, float] | None = None,
         prepare_command: str = "python prepare.py",
     ) -> None:
         super().__init__()
@@ -88,6 +91,8 @@ class DialogueDataModule(L.LightningDataModule):
         self.verify = verify
         self.filters = filters
         self.controls = read_controls(control, streams)
+        self.drop = dict(drop or {})
+        check_drop(self.drop, list(streams))
         self.hint = f"Run: {prepare_command}"
         if isinstance(folder, RemotePath):
             self.hint += f", and copy the folder to {folder}"
@@ -235,10 +240,17 @@ class DialogueDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled anew each epoch; each process gets its share of every batch. Resumes in the middle of an epoch."""
-        batches = self.train_batches(*self._process())
-        return EpochLoader(
-            self._unit_dataset("train"), batches.batches_of, self.collate_fn(), self.num_workers, self._is_for_gpu()
-        )
+        batches_of, dataset = self.train_batches(*self._process()).batches_of, self._unit_dataset("train")
+        if self.drop:
+            dropped = DroppedUnits(dataset.dialogues, dataset.units, self.drop, self.seed)
+            return EpochLoader(
+                dropped,
+                lambda epoch: dropped.numbers(batches_of(epoch), epoch),
+                self.collate_fn(),
+                self.num_workers,
+                self._is_for_gpu(),
+            )
+        return EpochLoader(dataset, batches_of, self.collate_fn(), self.num_workers, self._is_for_gpu())
 
     def val_dataloader(self) -> DataLoader:
         """In the order of the shards; each process gets its share of every batch."""
@@ -251,11 +263,14 @@ class DialogueDataModule(L.LightningDataModule):
         control: Control | None = None,
         draw: int = 0,
         chosen: Sequence[int] | None = None,
+        drop: Mapping[str, float] | None = None,
     ) -> DataLoader:
         """A split in order; of it, the first dialogues (`limit`), the batches of these numbers (`chosen`)."""
         dialogues = self.dataset(split)
         if control is not None:
             dialogues = self.controlled(dialogues, control, draw)
+        if drop:
+            dialogues = DroppedDialogues(dialogues, drop, self.seed)
         batches = self._eval_batches(split, limit=limit)
         if chosen is not None:
             batches = [batches[i] for i in chosen]

@@ -6,7 +6,8 @@ states are, and the lowest loss that each modality can reach, is derived in docs
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,12 @@ def steady_dialogue(number: int, seed: int, turns: tuple[int, int]) -> DrawnDial
 
 
 def _draw_dialogue(
-    stream: str, number: int, seed: int, bounds: tuple[int, int] = (3, 7), is_steady: bool = False
+    stream: str,
+    number: int,
+    seed: int,
+    bounds: tuple[int, int] = (3, 7),
+    is_steady: bool = False,
+    tells_mood: bool = False,
 ) -> DrawnDialogue:
     rng = chance(seed, stream, number, 0, DRAW)
     names = rng.choice(list(SPEAKERS), size=2, replace=False)
@@ -199,17 +205,23 @@ def _draw_dialogue(
             opening, is_expressive, marks = pick(rng, _OPENINGS), chance_range, ()
         else:
             opening, is_expressive, marks = _answer(turns[-1], rng, SPEAKERS[speaker].person)
+        turn = DemoTurn(is_excited, is_happy, is_expressive, is_inside, question)
+        # As transcripts write it, so that the LLM can read it.
+        note = "".join(f"[{words}] " for words in reversed(turn.told.values())) if tells_mood else ""
+        marks = tuple(
+            replace(m, start=m.start + len(note), end=m.end + len(note)) if m.field == "text" else m for m in marks
+        )
         utterances.append(
             Utterance(
                 id=str(index),
                 speaker=speaker,
-                text=" ".join(part for part in (opening, statement, asked) if part),
+                text=note + " ".join(part for part in (opening, statement, asked) if part),
                 description=_DESCRIPTION.format(SPEAKERS[speaker].person, RANGE_WORDS[is_expressive]),
                 clip=clip_path(stream, number, index),
                 marks=marks,
             )
         )
-        turns.append(DemoTurn(is_excited, is_happy, is_expressive, is_inside, question))
+        turns.append(turn)
     split = stream if stream in SPLITS else "train"
     return DrawnDialogue(Dialogue(f"demo/{stream}/dia{number}", split, tuple(utterances)), tuple(turns))
 
@@ -237,7 +249,7 @@ def _mark(kind: str, field: str, start: int, word: str) -> Mark:
     return Mark(kind, field, start, start + len(word))
 
 
-def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -> None:
+def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int, words_tell_mood: bool = False) -> None:
     """Write the demo as a folder in MELD's shape: three CSV files and a clip per utterance.
 
     The folder appears at `root` when it is whole and not before. A folder with equal settings is left as it is.
@@ -247,11 +259,16 @@ def write_demo(root: Path, sizes: dict[str, int], seed: int, num_workers: int) -
         sizes: dialogues per split: ``{"train": 600, "val": 60, "test": 150}``.
         seed: not negative.
         num_workers: processes that draw and speak; 0 does it in this one. The data does not depend on it.
+        words_tell_mood: a flaw on purpose: each turn begins with a note in words of its voice and its face, so that a
+            model can know them without hearing or seeing them.
 
     Raises:
         MsencError: if `root` holds something else, the sizes are wrong, a package is missing, or writing fails.
     """
-    write_folder(DEMO, root, "demo.json", {"version": VERSION, "seed": seed}, sizes, num_workers)
+    world, flaw = DEMO, {}
+    if words_tell_mood:
+        world, flaw = replace(DEMO, draw=partial(_draw_dialogue, tells_mood=True)), {"words_tell_mood": True}
+    write_folder(world, root, "demo.json", {"version": VERSION, "seed": seed, **flaw}, sizes, num_workers)
 
 
 def check_packages() -> None:

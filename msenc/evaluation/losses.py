@@ -65,7 +65,7 @@ def evaluate_split(
         Flat metrics (in the first process), and one prediction per target: ids, history, reference, token losses with
         their kinds, reply and (in the first process) its scores.
     """
-    (scored,) = _score_all(model, datamodule, split, limit, [None], f"scoring {split}", group)
+    (scored,) = score_all(model, datamodule, split, limit, [{}], f"scoring {split}", group)
     predictions = _predictions(datamodule, split, limit, scored)
     if decoding is not None:
         _generate(model, datamodule, split, decoding, seed, predictions, group)
@@ -117,8 +117,8 @@ def evaluate_control(
         In the first process (empty in others): flat metrics, with ``control/delta`` (nats per token, with its interval)
         and ``control/verdict``; predictions whose token losses are those under the control.
     """
-    controls = [(control, draw) for draw in range(draws if control.is_drawn else 1)]
-    found = _score_all(model, datamodule, split, limit, controls, f"{control} on {split}", group)
+    inputs = [{"control": control, "draw": draw} for draw in range(draws if control.is_drawn else 1)]
+    found = score_all(model, datamodule, split, limit, inputs, f"{control} on {split}", group)
     if not group.is_first:
         return {}, []
     predictions = []
@@ -166,7 +166,7 @@ def mean_probability_loss(losses: Sequence[Sequence[float]]) -> list[float]:
     return (-np.log(mean) - p.var(axis=0, ddof=1) / (2 * len(p) * mean**2)).tolist()
 
 
-class _Scores(NamedTuple):
+class Scores(NamedTuple):
     """Per token of one target: loss in nats, kind, and whether it was the most likely one."""
 
     nll: list[float]
@@ -174,41 +174,41 @@ class _Scores(NamedTuple):
     correct: list[bool]
 
 
-def _score_all(
+def score_all(
     model: ConversationModel,
     datamodule: DialogueDataModule,
     split: str,
     limit: int | None,
-    controls: Sequence[tuple[Control, int] | None],
+    inputs: Sequence[Mapping[str, Any]],
     doing: str,
     group: Group,
-) -> list[dict[tuple[str, int], _Scores]]:
-    """For each control and its draw (None: the data as they are), token losses by (dialogue, turn).
+) -> list[dict[tuple[str, int], Scores]]:
+    """Token losses by (dialogue, turn), for each input: what `eval_dataloader` is to replace or to drop.
 
     Whole batches are shared out, and are the same in any number of processes: so are the losses, to the bit.
     """
     tokens = datamodule.eval_tokens(split, limit)
-    own = share(range(len(controls) * len(tokens)), tokens * len(controls), group.rank, group.size)
+    own = share(range(len(inputs) * len(tokens)), tokens * len(inputs), group.rank, group.size)
 
-    def results() -> Iterator[tuple[int, dict[tuple[str, int], _Scores]]]:
-        for number, control in enumerate(controls):
+    def results() -> Iterator[tuple[int, dict[tuple[str, int], Scores]]]:
+        for number, given in enumerate(inputs):
             chosen = [i % len(tokens) for i in own if i // len(tokens) == number]
             if chosen:
-                for scored in _score(model, datamodule.eval_dataloader(split, limit, *(control or ()), chosen=chosen)):
+                for scored in _score(model, datamodule.eval_dataloader(split, limit, chosen=chosen, **given)):
                     yield number, scored
 
-    found: list[dict[tuple[str, int], _Scores]] = [{} for _ in controls]
-    for number, scored in group.gather(results(), len(controls) * len(tokens), Progress(), doing):
+    found: list[dict[tuple[str, int], Scores]] = [{} for _ in inputs]
+    for number, scored in group.gather(results(), len(inputs) * len(tokens), Progress(), doing):
         found[number] |= scored
     return found
 
 
 @torch.inference_mode()
-def _score(model: ConversationModel, batches: Iterable[Batch]) -> Iterator[dict[tuple[str, int], _Scores]]:
+def _score(model: ConversationModel, batches: Iterable[Batch]) -> Iterator[dict[tuple[str, int], Scores]]:
     """Token losses of each batch's targets, by (dialogue, turn)."""
     device = next(model.parameters()).device
     for batch in batches:
-        scored: dict[tuple[str, int], _Scores] = {id: _Scores([], [], []) for id in batch.target_ids}
+        scored: dict[tuple[str, int], Scores] = {id: Scores([], [], []) for id in batch.target_ids}
         with model.computing():
             scores = model(move_data_to_device(batch, device))
         rows = zip(*(t.tolist() for t in (batch.targets, scores.nll, batch.kinds, scores.correct)), strict=True)
@@ -219,7 +219,7 @@ def _score(model: ConversationModel, batches: Iterable[Batch]) -> Iterator[dict[
 
 
 def _predictions(
-    datamodule: DialogueDataModule, split: str, limit: int | None, scored: Mapping[tuple[str, int], _Scores]
+    datamodule: DialogueDataModule, split: str, limit: int | None, scored: Mapping[tuple[str, int], Scores]
 ) -> list[dict[str, Any]]:
     """One per target, in the order of the split."""
     dataset = datamodule.dataset(split)

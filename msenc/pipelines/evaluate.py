@@ -17,14 +17,24 @@ from rich.table import Table
 from msenc.config.build import build
 from msenc.config.checks import checked
 from msenc.config.schema import EvaluateConfig
+from msenc.data.conflict import find_conflicts
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
-from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metrics, read_predictions, write_evaluation
+from msenc.evaluation.conflict import CONFLICT, conflict_cells, evaluate_conflict, write_conflict
+from msenc.evaluation.losses import (
+    AGAIN,
+    evaluate_control,
+    evaluate_split,
+    read_metrics,
+    read_predictions,
+    write_evaluation,
+)
 from msenc.evaluation.metrics.sound import SOUND_METRICS
 from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics, settings_of
+from msenc.evaluation.missing import CURVES, evaluate_missing, missing_cells, read_missing, write_missing
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
 from msenc.evaluation.tracked import track_evaluation
-from msenc.files import digest, inside
+from msenc.files import digest, inside, read_json
 from msenc.files.kinds import check_name
 from msenc.models.conversation import ConversationModel
 from msenc.pipelines.plan import num_processes
@@ -173,6 +183,11 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = _open_data(record, config, is_other)
     controls = read_controls(options.control, datamodule.streams)
+    missing = read_missing(options.missing, list(datamodule.streams))
+    labels = [options.conflict] if isinstance(options.conflict, str) else options.conflict
+    conflicts = []
+    if labels:
+        conflicts = find_conflicts(datamodule, options.split, None if labels is True else labels, options.limit)
     name = datamodule.manifest.name if is_other else config["data"]["name"]
     facts = {
         "split": options.split,
@@ -264,7 +279,51 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
     if costs and group.is_first:
         _print_controls(found, costs, f"{title}: rise of the loss under controls")
         console.print(f"Written: {len(costs)} evaluations under controls in {shown(run_dir / 'evaluation')}")
+
+    def kept(file: str, settings: str) -> dict[str, Any] | None:
+        return None if options.overwrite else group.told(lambda: _kept_beside(folder, file, settings))
+
+    if conflicts:
+        asked = "true" if labels is True else ",".join(labels)
+        shares = (kept(CONFLICT, asked) or {}).get("shares")
+        if shares is None:
+            shares, rows = evaluate_conflict(model(), datamodule, options.split, conflicts, group)
+            if group.is_first:
+                write_conflict(folder, asked, shares, rows)
+        found |= {"conflict": shares}
+        if group.is_first:
+            head, *cells = conflict_cells(shares)
+            _print_grid(f"{title}: what the run follows, in % of the items", head, cells)
+            console.print(f"Written: {shown(folder / CONFLICT)}", soft_wrap=True)
+    if missing:
+        asked = ",".join(missing)
+        curves = (kept(CURVES, asked) or {}).get("curves")
+        if curves is None:
+            plain = read_predictions(folder) if group.is_first else []
+            curves = {
+                stream: evaluate_missing(model(), datamodule, options.split, stream, plain, options.limit, group)
+                for stream in missing
+            }
+            if group.is_first:
+                write_missing(folder, asked, curves)
+        found |= {"missing": curves}
+        if group.is_first:
+            for stream, points in curves.items():
+                losses, planted = missing_cells(points)
+                _print_grid(f"{title}: loss by the share of turns that have {stream}", losses[0], losses[1:])
+                if planted:
+                    _print_grid(f"planted bits recovered, in %, by that share of {stream}", planted[0], planted[1:])
+            console.print(f"Written: {shown(folder / CURVES)}", soft_wrap=True)
     return found
+
+
+def _kept_beside(folder: Path, file: str, settings: str) -> dict[str, Any] | None:
+    """What an earlier command measured with the same settings beside the evaluation, unless that is newer."""
+    path = folder / file
+    if not path.is_file() or path.stat().st_mtime < (folder / "metrics.json").stat().st_mtime:
+        return None
+    value = read_json(path, dict[str, Any], AGAIN)
+    return value if value.get("settings") == settings else None
 
 
 def _check_options(options: EvaluateConfig) -> None:

@@ -316,6 +316,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         trainable_parameters=counts,
         parameter_groups=groups,
         loss_weights=loss_weights or None,
+        drop=datamodule.drop or None,
         audit_hash=datamodule.manifest.audit_hash,
         left_out=count_left_out(datamodule.left_out),
         history=datamodule.dropped_turns("train"),
@@ -549,6 +550,8 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
     if facts["loss_weights"]:
         weights = ", ".join(f"{kind} {weight:g}" for kind, weight in facts["loss_weights"].items())
         table.add_row("loss weights", f"{weights}; 1 for other tokens")
+    if facts["drop"]:
+        table.add_row("dropped in training", ", ".join(f"{share:.0%} of {s}" for s, share in facts["drop"].items()))
     table.add_row("threads", str(facts["threads"]))
     add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
     console.print(table)

@@ -9,6 +9,7 @@ from msenc.pages.render import data_uri, render
 from msenc.report.browse import browse
 from msenc.report.compare import Configuration
 from msenc.report.examples import find_examples
+from msenc.report.followed import followed_grid
 from msenc.report.layouts import (
     COMPARED,
     COST_HEADING,
@@ -81,6 +82,7 @@ def render_page(
         attributes=_attributes(table.configurations),
         judged=JUDGED,
         verdicts=verdict_grid(table) if table.verdicts else None,
+        followed=followed_grid(table.followed) if table.followed else None,
         noise_heading=NOISE,
         noise=noise_grid(table) if table.floor else None,
         examples=examples,

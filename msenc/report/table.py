@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from msenc.report.collect import Evaluation, Run
 from msenc.report.compare import (
@@ -21,6 +22,7 @@ from msenc.report.compare import (
     metric_order,
     table_metrics,
 )
+from msenc.report.followed import find_followed
 from msenc.report.noise import REPEATED, Floor, measure_floor, refuse_other_settings
 from msenc.report.plots import read_curve
 from msenc.report.style import Style, refuse_unknown
@@ -47,6 +49,7 @@ class Table:
         running: jobs that have no result yet, each with how far it is.
         floor: how far runs are apart that are alike but for the seed: the reported ones, or those named for it.
         style: how names and numbers are written.
+        followed: what the configurations follow where words and streams conflict, if that was measured.
     """
 
     split: str
@@ -61,6 +64,7 @@ class Table:
     running: list[str] = field(default_factory=list)
     floor: Floor | None = None
     style: Style = field(default_factory=Style)
+    followed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_of_noise(self) -> bool:
@@ -114,6 +118,7 @@ def summarise(
         floor = measure_floor([r.seed for r in used], [table_metrics(chosen[r.name].metrics) for r in used])
     comparisons, incomparable = compare(configurations, shown, margins, floor if noise is not None else None)
     verdicts, unjudged = judge_controls(configurations, split)
+    followed, unmeasured = find_followed(configurations)
     waiting = [run for run in runs if run.status in UNFINISHED]
     left_out = [_reason(run, split) for run in runs if run.name not in chosen and run not in waiting]
     return Table(
@@ -124,11 +129,12 @@ def summarise(
         comparisons,
         verdicts,
         leaders(configurations, shown, comparisons),
-        _notes(used, chosen, configurations, shown) + incomparable + unjudged,
+        _notes(used, chosen, configurations, shown) + incomparable + unjudged + unmeasured,
         left_out,
         [_progress(run) for run in waiting],
         floor,
         style,
+        followed,
     )
 
 

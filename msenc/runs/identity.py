@@ -108,6 +108,8 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
             del optimizer["groups"]
     if not settings.get("loss", {}).get("weights", True):
         del settings["loss"]
+    if not settings.get("data", {}).get("drop", True):
+        del settings["data"]["drop"]
     if settings.get("data", {}).get("val") == "val":
         del settings["data"]["val"]
     if settings.get("threads", 0) is None:

@@ -76,6 +76,7 @@ class Facts(TypedDict):
     alignments: NotRequired[dict[Name, _Alignment] | None]
     trainable_parameters: NotRequired[dict[str, Count]]
     loss_weights: NotRequired[dict[str, float] | None]
+    drop: NotRequired[dict[str, float] | None]
     metrics: NotRequired[dict[str, float | None]]
     speakers: NotRequired[list[str]]
     warnings: NotRequired[list[str] | None]

@@ -56,6 +56,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> Dialogu
         verify=data["verify"],
         filters=[data["filter"]] if isinstance(data["filter"], str) else data["filter"],
         control=data.get("control"),
+        drop=data.get("drop"),
         prepare_command=prepare_command,
     )
 

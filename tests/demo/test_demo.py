@@ -76,6 +76,23 @@ def test_marks_are_the_deciding_words_and_agree_with_the_hidden_truth():
         assert abs(seen[question] / total - share) < 4 * math.sqrt(share * (1 - share) / total)
 
 
+def test_a_demo_flawed_on_purpose_says_every_mood_and_is_else_the_same(tmp_path):
+    sizes = {"train": 2, "val": 1, "test": 1}
+    write_demo(tmp_path / "flawed", sizes, seed=0, num_workers=0, words_tell_mood=True)
+    with (tmp_path / "flawed" / frame.CSV_NAMES["train"]).open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    turns = [u for one in draw_dialogues("train", 2, seed=0) for u in one.dialogue.utterances]
+    for row, turn in zip(rows, turns, strict=True):
+        assert row["Utterance"] == f"[{row['Face']} face] [{row['Pitch']} voice] {turn.text}"
+        marks = parse_marks(row["Marks"])
+        assert [(m.kind, m.field) for m in marks] == [(m.kind, m.field) for m in turn.marks]
+        for mark, own in zip(marks, turn.marks, strict=True):
+            said = row["Utterance"] if mark.field == "text" else row["Description"]
+            assert said[mark.start : mark.end] == getattr(turn, own.field)[own.start : own.end]
+    with pytest.raises(MsencError, match="generated data with unknown settings"):
+        write_demo(tmp_path / "flawed", sizes, seed=0, num_workers=0)
+
+
 def test_what_stands_before_a_mark_is_the_same_for_both_words():
     prefixes: dict[tuple, dict[str, set[str]]] = {}
     for asker, _, reply in targets(draw_dialogues("train", 600, seed=6)):
