@@ -314,3 +314,28 @@ def test_training_reads_no_test_shard_and_evaluation_no_other(train, compose, mo
     _opened.clear()
     measure(compose, run.folder, "split=test")
     assert splits() == {"test"}
+
+
+def test_a_trace_is_written_beside_the_metrics_once_and_a_text_run_has_none(runs, compose, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["trace=true", "split=train", "control_draws=1"]
+    measure(compose, runs, *options)
+    shown = capsys.readouterr().out
+    assert "reads text alone" in " ".join(shown.split())
+    (path,) = runs.rglob("trace.json")
+    assert (path.parent / "metrics.json").is_file()
+    assert path.parents[2] == runs / "10"
+    labels = read(path)["streams"]["audio"]["labels"]
+    assert "gender" in labels
+    for name, label in labels.items():
+        assert re.search(rf"^audio {re.escape(name)} ", shown, re.MULTILINE)
+        assert label["verdict"].split(":")[0] in shown
+    assert max(map(len, shown.partition("bits of a label")[2].partition("\n  audio")[0].splitlines())) <= 80
+    before = path.stat().st_mtime_ns
+    measure(compose, runs / "10", *options)
+    assert path.stat().st_mtime_ns == before
+    measure(compose, runs / "10", *options[:2], "control_draws=2")
+    assert read(path)["draws"] == 2
+    path.write_text("{}")
+    with pytest.raises(MsencError, match=r"trace\.json"):
+        measure(compose, runs / "10", *options)

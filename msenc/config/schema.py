@@ -317,6 +317,7 @@ class EvaluateConfig:
         control: what is taken from the input in evaluations beside the plain one (docs/controls.md): a name, a list,
             or ``shuffle`` for the words of the history and for every stream of the run.
         control_draws: how often each control draws what stands in a stream's place.
+        trace: probe where on its way through the model each label of a stream is lost (docs/trace.md).
         limit: first dialogues of the split; None for all.
         device: torch's name of the device, for the run's model and for those of metrics; ``auto`` takes a GPU if there
             is one.
@@ -342,6 +343,7 @@ class EvaluateConfig:
     speech_metrics: list[str] = field(default_factory=list)
     control: Any = None
     control_draws: int = 8
+    trace: bool = False
     limit: int | None = None
     device: str = "auto"
     trainer: Any = None

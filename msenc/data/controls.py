@@ -196,3 +196,50 @@ class ControlledDialogues(Dataset):
         said = tuple(replace(u, text=donor[k % len(donor)].text) for k, u in enumerate(dialogue.utterances))
         # `turn_tokens` and `windows` stay those of the dialogue's own words, so the history has the same turns.
         return replace(tokens, turns=self.tokenizer(replace(dialogue, utterances=said), self.frames(index)).turns)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Turns that swap a stream among each other.
+
+    Args:
+        stream: a stream of the run.
+        groups: of turns, each as (index of its dialogue, turn), that all have the stream.
+    """
+
+    stream: str
+    groups: tuple[tuple[tuple[int, int], ...], ...]
+
+
+class SwappedTurns(Dataset):
+    """A `DialogueDataset` in which each turn has the stream of another one of its group; a group of one stays.
+
+    Args:
+        dialogues: of the split.
+        swap: the groups.
+        seed: of the order in which a group swaps.
+        draw: which of several draws; they differ as far as a group is large enough.
+    """
+
+    def __init__(
+        self, dialogues: "DialogueDataset | ControlledDialogues", swap: Swap, seed: int, draw: int = 0
+    ) -> None:
+        self.dialogues, self.stream = dialogues, swap.stream
+        self._donors: dict[tuple[int, int], tuple[int, int]] = {}
+        for group in swap.groups:
+            order = [group[i] for i in np.random.default_rng(seed).permutation(len(group))]
+            step = 1 + draw % max(len(order) - 1, 1)
+            self._donors |= {turn: order[(i + step) % len(order)] for i, turn in enumerate(order)}
+
+    def __getitem__(self, index: int) -> tuple[TokenizedDialogue, Features]:
+        """As `DialogueDataset`, with swapped frames."""
+        tokens, features = self.dialogues[index]
+        replaced = []
+        for turn, frames in enumerate(features[self.stream]):
+            donor, its_turn = self._donors.get((index, turn), (index, turn))
+            if donor != index or its_turn != turn:
+                swapped = self.dialogues.features(donor)[self.stream][its_turn]
+                # The prompt's windows count frames, and should keep the same turns.
+                frames = np.resize(swapped, (len(frames), swapped.shape[1])) if tokens.windows else swapped
+            replaced.append(frames)
+        return tokens, {**features, self.stream: replaced}

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from msenc.data.batches import share
 from msenc.data.collate import Batch, histories
-from msenc.data.controls import Control
+from msenc.data.controls import Control, Swap
 from msenc.data.datamodule import DialogueDataModule
 from msenc.evaluation.metrics.description import DescribedTarget, score_descriptions, voice_of
 from msenc.evaluation.metrics.scores import Scorer
@@ -65,7 +65,7 @@ def evaluate_split(
         Flat metrics (in the first process), and one prediction per target: ids, history, reference, token losses with
         their kinds, reply and (in the first process) its scores.
     """
-    (scored,) = _score_all(model, datamodule, split, limit, [None], f"scoring {split}", group)
+    (scored,) = score_all(model, datamodule, split, limit, [None], f"scoring {split}", group)
     predictions = _predictions(datamodule, split, limit, scored)
     if decoding is not None:
         _generate(model, datamodule, split, decoding, seed, predictions, group)
@@ -118,7 +118,7 @@ def evaluate_control(
         and ``control/verdict``; predictions whose token losses are those under the control.
     """
     controls = [(control, draw) for draw in range(draws if control.is_drawn else 1)]
-    found = _score_all(model, datamodule, split, limit, controls, f"{control} on {split}", group)
+    found = score_all(model, datamodule, split, limit, controls, f"{control} on {split}", group)
     if not group.is_first:
         return {}, []
     predictions = []
@@ -174,16 +174,16 @@ class _Scores(NamedTuple):
     correct: list[bool]
 
 
-def _score_all(
+def score_all(
     model: ConversationModel,
     datamodule: DialogueDataModule,
     split: str,
     limit: int | None,
-    controls: Sequence[tuple[Control, int] | None],
+    controls: Sequence[tuple[Control | Swap, int] | None],
     doing: str,
     group: Group,
 ) -> list[dict[tuple[str, int], _Scores]]:
-    """For each control and its draw (None: the data as they are), token losses by (dialogue, turn).
+    """For each control or swap and its draw (None: the data as they are), token losses by (dialogue, turn).
 
     Whole batches are shared out, and are the same in any number of processes: so are the losses, to the bit.
     """

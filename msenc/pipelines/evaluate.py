@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from msenc.evaluation.losses import evaluate_control, evaluate_split, read_metri
 from msenc.evaluation.metrics.sound import SOUND_METRICS
 from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics, settings_of
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
-from msenc.files import digest, inside
+from msenc.evaluation.trace import FILE as TRACE
+from msenc.evaluation.trace import read_trace, trace_split
+from msenc.files import digest, inside, known_to_json, write_json
 from msenc.files.kinds import check_name
 from msenc.models.conversation import ConversationModel
 from msenc.pipelines.plan import num_processes
@@ -219,6 +221,10 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
             _print_metrics(found, title)
         files = f"{shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}"
         console.print(f"Written: {files}", soft_wrap=True)
+    if options.trace and not datamodule.streams:  # as of one run of a sweep
+        console.print(f"Nothing to trace, since it reads text alone: {shown(run_dir)}", soft_wrap=True)
+    elif options.trace:
+        _trace(model, datamodule, options, folder, weights, title, group)
     costs = []
     for control in controls:
         settings = {
@@ -295,6 +301,38 @@ def _speak(
     return found
 
 
+def _trace(
+    model: Callable[[], ConversationModel],
+    datamodule: DialogueDataModule,
+    options: EvaluateConfig,
+    folder: Path,
+    weights: Path | None,
+    title: str,
+    group: Group,
+) -> None:
+    """Write ``trace.json`` into an evaluation's folder, if none is newer than the evaluation and the checkpoint."""
+    path = folder / TRACE
+    older = [folder / "metrics.json", *([weights] if weights else [])]
+
+    def before() -> dict[str, Any] | None:
+        if options.overwrite or not path.is_file():
+            return None
+        if path.stat().st_mtime < max(other.stat().st_mtime for other in older):
+            return None
+        found = read_trace(path)
+        return found if found["draws"] == options.control_draws else None
+
+    found = group.told(before)
+    if found is None:
+        streams = trace_split(model(), datamodule, options.split, options.control_draws, options.limit, group)
+        found = {"draws": options.control_draws, "streams": streams}
+        if group.is_first:
+            write_json(path, known_to_json(found))
+    if group.is_first:
+        _print_trace(found["streams"], f"{title}: bits of a label that probes find, and that replies use")
+        console.print(f"Written: {shown(path)}", soft_wrap=True)
+
+
 def _open_data(record: Mapping[str, Any], config: Mapping[str, Any], is_other: bool) -> DialogueDataModule:
     command = record.get("prepare_command", "python prepare.py")
     if is_other:
@@ -354,6 +392,23 @@ def _print_controls(plain: Mapping[str, Any], costs: Sequence[Mapping[str, Any]]
             for found in (plain, *costs)
         ]
         _print_grid("planted bits recovered under controls, in %", ["control", *map(_planted, planted)], rows)
+
+
+def _print_trace(streams: Mapping[str, Any], title: str) -> None:
+    """A line per label, and a verdict on each."""
+    rows, verdicts = [], []
+    for stream, facts in streams.items():
+        for name, label in facts["labels"].items():
+            bits = {station["station"]: f"{station['mean']:z.2f}" for station in label["stations"]}
+            ends = [list(bits)[i] for i in (0, 1, 2)] if bits else []
+            last = [next(s for s in reversed(bits) if s.startswith(kind)) for kind in ("slots", "reply") if bits]
+            cells = [bits[station] for station in (*ends, *last)] or [""] * 5
+            rows.append([f"{stream} {name}", f"{label['entropy']:.2f}", *cells, f"{label['used']['mean']:z.2f}"])
+            verdicts.append(label["verdict"])
+    columns = ["label", "bits", "encoder", "connector", "LLM in", "LLM out", "1st token", "used"]
+    _print_grid(title, columns, rows)
+    for line in verdicts:
+        console.print(f"  {line}", soft_wrap=True)
 
 
 def _planted(kind: str) -> str:

@@ -21,6 +21,7 @@ from msenc.report.table import (
     heading,
     verdict_grid,
 )
+from msenc.report.traces import trace_panel
 from msenc.runs.sweep import sweep_command
 from msenc.work.command import as_typed
 
@@ -54,6 +55,10 @@ def render_page(table: Table, title: str, folders: Sequence[Path]) -> str:
         attributes=_attributes(table.configurations),
         judged=JUDGED,
         verdicts=verdict_grid(table) if table.verdicts else None,
+        traces=[
+            {**panel, "plots": [(stream, _image(svg)) for stream, svg in panel["plots"]]}
+            for panel in trace_panel(table.configurations)
+        ],
         examples=examples,
         media_notes=media_notes,
         commands=_commands(table, folders),

@@ -1,0 +1,451 @@
+"""Where is it lost? A model and a split -> bits of each label at every station on its way, and those that replies use.
+
+The stations: the encoder's output, the connector's, each layer of the LLM at the media slots, and at the token that
+predicts a reply's first one. An example is the turn before a target; of later stations the vectors may also know the
+history's words. What replies use of a label is measured, not probed: see `_used`.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from msenc.data.batches import share
+from msenc.data.collate import Layout, dialogue_rows
+from msenc.data.controls import Swap
+from msenc.data.datamodule import DialogueDataModule
+from msenc.data.loader import UnitSample, collate_units
+from msenc.evaluation.losses import mean_probability_loss, score_all
+from msenc.evaluation.metrics.description import voice_of
+from msenc.evaluation.probes import FOLDS, Probed, entropy, fold_groups, probe
+from msenc.evaluation.statistics import Effect, paired_effect
+from msenc.files import read_json
+from msenc.files.kinds import Count
+from msenc.models.conversation import ConversationModel
+from msenc.store.labels import LABELS, VOICE_TURNS, read_labels
+from msenc.types import UNKNOWN, UNKNOWN_SPEAKER, Batch, MsencError
+from msenc.work.group import ALONE, Group
+
+FILE = "trace.json"
+FEWEST = 10
+"""Examples of a label's value; rarer values are left out."""
+MOST_VALUES = 12
+"""Values of a label; what has more (a name, a transcript) is no label."""
+WIDEST = 4096
+"""Width of a probed vector: the query vectors of a slot are joined up to here, and averaged beyond."""
+NEGLIGIBLE = 0.1
+"""Share of a label's entropy below which it counts as lost."""
+
+
+class _Effect(TypedDict):
+    mean: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+
+
+class _Station(_Effect):
+    station: str
+    permuted: float
+
+
+class _Label(TypedDict):
+    entropy: float
+    examples: Count
+    unseen: str
+    stations: list[_Station]
+    used: _Effect
+    lost_at: str
+    verdict: str
+
+
+class _Stream(TypedDict):
+    rise: _Effect
+    labels: dict[str, _Label]
+
+
+class _Trace(TypedDict):
+    """What ``trace.json`` holds; null is a number that is not known, as of the spread of a single dialogue."""
+
+    draws: Count
+    streams: dict[str, _Stream]
+
+
+Turn = tuple[str, int]
+"""Dialogue id and turn."""
+
+
+@dataclass(frozen=True)
+class Stations:
+    """What is probed of one stream.
+
+    Args:
+        turns: of the N examples.
+        vectors: station -> (N, width).
+    """
+
+    turns: list[Turn]
+    vectors: dict[str, np.ndarray]
+
+
+def trace_split(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    draws: int,
+    limit: int | None = None,
+    group: Group = ALONE,
+) -> dict[str, Any]:
+    """Trace every label through every stream of a run.
+
+    Args:
+        model: in eval mode, on its device.
+        datamodule: of the run.
+        split: whose turns are probed; probes train on some of them, and are scored on others.
+        draws: how often streams are swapped to measure what replies use.
+        limit: number of dialogues, from the start of the split.
+        group: processes that share the work out.
+
+    Returns:
+        In the first process (empty in others): stream -> ``rise`` (bits per reply that the stream as a whole gives) and
+        ``labels``: label -> its entropy in bits, ``stations`` with the bits found there, ``used`` (bits per reply),
+        ``lost_at`` (``encoder``, ``connector``, ``llm``; ``nowhere``; ``unknown``) and ``verdict``, a sentence.
+
+    Raises:
+        MsencError: the run has no stream but the text, or the split no label to trace.
+    """
+    if not datamodule.streams:
+        raise MsencError("trace=true: this run reads text alone; expected a run with audio or video.")
+    labels = known_labels(datamodule, split, limit)
+    stations = record(model, datamodule, split, limit, group)
+    speakers = _speakers(datamodule, split, limit)
+    found: dict[str, Any] = {}
+    for stream, recorded in stations.items():
+        own = usable_labels(labels[stream], recorded.turns)
+        used = _used(
+            model, datamodule, split, limit, stream, {name: labels[stream][name] for name in own}, draws, group
+        )
+        if group.is_first:
+            found[stream] = {
+                "rise": asdict(used.pop(None)),
+                "labels": {
+                    name: _trace_label(stream, name, values, recorded, speakers, used[name])
+                    for name, values in own.items()
+                },
+            }
+    if group.is_first and not any(facts["labels"] for facts in found.values()):
+        raise MsencError(
+            f"{datamodule.folder}: no label to trace in the split {split}. Expected measured voices (prepare.py "
+            f"describe=measure), a column of labels in the data's table, or planted bits, of which two values occur "
+            f"{FEWEST} times or more."
+        )
+    return found
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """What `trace_split` has found, as ``streams``, and the number of ``draws``.
+
+    Raises:
+        MsencError: the file is no trace.
+    """
+    return read_json(path, _Trace, "Trace again (evaluate.py run_dir=... trace=true overwrite=true), or move it away.")
+
+
+def known_labels(
+    datamodule: DialogueDataModule, split: str, limit: int | None = None
+) -> dict[str, dict[str, dict[Turn, str]]]:
+    """Stream -> label -> turn -> value: the voice's attributes, columns of the table, bits planted in the stream."""
+    dataset, folder = datamodule.dataset(split), datamodule.folder
+    files = [
+        read_labels(folder, name, "") if isinstance(folder, Path) and (folder / name).is_file() else {}
+        for name in (VOICE_TURNS, LABELS)
+    ]
+    found = {stream: defaultdict(dict) for stream in datamodule.streams}
+    for index in range(min(len(dataset), limit or len(dataset))):
+        dialogue = dataset.dialogue(index)
+        for turn, utterance in enumerate(dialogue.utterances):
+            measured, columns = (file.get(f"{dialogue.id}/utt{utterance.id}", {}) for file in files)
+            values = {**asdict(voice_of(utterance)), **measured.get("measured", {}), **columns}
+            following = dialogue.utterances[turn + 1 : turn + 2]
+            for stream, of_stream in found.items():
+                planted = {
+                    f"planted in {mark.field}": getattr(target, mark.field)[mark.start : mark.end]
+                    for target in following
+                    for mark in target.marks
+                    if mark.kind == stream and getattr(target, mark.field)
+                }
+                for name, value in (values | planted).items():
+                    word = str(value).strip().lower()
+                    if word and word != UNKNOWN:
+                        of_stream[name][dialogue.id, turn] = word
+    return {stream: dict(of_stream) for stream, of_stream in found.items()}
+
+
+def usable_labels(labels: Mapping[str, Mapping[Turn, str]], turns: Sequence[Turn]) -> dict[str, np.ndarray]:
+    """Label -> (N,) class of each turn, -1 where it has none or a rare one; only labels of two or more classes."""
+    usable = {}
+    for name, values in labels.items():
+        words = [values.get(turn) for turn in turns]
+        counts = Counter(word for word in words if word is not None)
+        common = sorted(word for word, count in counts.items() if count >= FEWEST)
+        if len(common) >= 2 and len(counts) <= MOST_VALUES:
+            usable[name] = np.array([common.index(word) if word in common else -1 for word in words])
+    return usable
+
+
+def record(
+    model: ConversationModel, datamodule: DialogueDataModule, split: str, limit: int | None, group: Group = ALONE
+) -> dict[str, Stations]:
+    """Stream -> what is probed of the turns before the split's targets; in every process."""
+    tokens = datamodule.eval_tokens(split, limit)
+    own = share(range(len(tokens)), tokens, group.rank, group.size)
+    make = partial(
+        _collate, budget=datamodule.max_history_tokens, num_queries=datamodule.num_queries, layout=datamodule.layout
+    )
+    loader = datamodule.eval_dataloader(split, limit, chosen=own, collate_fn=make)
+    parts = group.gather(_record(model, loader), len(tokens), Progress(), f"tracing {split}")
+    stations = {}
+    for stream in datamodule.streams:
+        of_stream = [part[stream] for part in parts if stream in part]
+        if of_stream:
+            names = of_stream[0].vectors
+            stations[stream] = Stations(
+                [turn for part in of_stream for turn in part.turns],
+                {name: np.concatenate([part.vectors[name] for part in of_stream]) for name in names},
+            )
+    return stations
+
+
+_Asking = dict[str, list[tuple[int, int, np.ndarray]]]
+"""Stream -> (number of the target, number of the slot before it, its frames pooled) in a batch."""
+
+
+def _collate(
+    samples: Sequence[UnitSample], budget: int, num_queries: Mapping[str, int], layout: Layout
+) -> tuple[Batch, _Asking]:
+    asking: _Asking = defaultdict(list)
+    slots: Counter[str] = Counter()
+    targets = 0
+    for dialogue, features, turns in samples:
+        for row in dialogue_rows(dialogue, budget, num_queries, layout, turns):
+            numbers = {turn: targets + number for number, turn in enumerate(row.target_turns)}
+            for stream, turn, *_ in row.slots:
+                if turn + 1 in numbers:
+                    frames = features[stream][turn].astype(np.float32)
+                    pooled = np.concatenate([frames.mean(axis=0), frames.std(axis=0)])
+                    asking[stream].append((numbers[turn + 1], slots[stream], pooled))
+                slots[stream] += 1
+            targets += len(row.target_turns)
+    return collate_units(samples, budget, num_queries, layout), dict(asking)
+
+
+@torch.inference_mode()
+def _record(model: ConversationModel, batches: Any) -> Iterator[dict[str, Stations]]:
+    device = next(model.parameters()).device
+    for batch, asking in batches:
+        batch = move_data_to_device(batch, device)
+        with model.computing(), _hidden_states(model.llm) as states:
+            model(batch)
+            queries = model.connect(batch)
+        layers = [state.flatten(0, 1) for state in states]  # (B*L, H) each
+        firsts = torch.searchsorted(batch.targets, torch.arange(len(batch.target_ids), device=device))
+        found = {}
+        for stream, examples in asking.items():
+            targets, slots, pooled = zip(*examples, strict=True)
+            num_queries = queries[stream].shape[1]
+            places, sources = (
+                of.reshape(-1, num_queries)[list(slots)]  # (N, Q)
+                for of in (batch.streams[stream].places, batch.streams[stream].sources)
+            )
+            replies = batch.predictors[firsts[list(targets)]]
+            vectors = {"encoder": np.stack(pooled), "connector": _flat(queries[stream].flatten(0, 1)[sources])}
+            vectors |= {f"slots {layer}": _flat(state[places]) for layer, state in enumerate(layers)}
+            vectors |= {f"reply {layer}": _flat(state[replies, None]) for layer, state in enumerate(layers) if layer}
+            ids = [batch.target_ids[target] for target in targets]
+            found[stream] = Stations([(dialogue, turn - 1) for dialogue, turn in ids], vectors)
+        yield found
+
+
+def _flat(vectors: Tensor) -> np.ndarray:
+    """(N, Q, H) -> (N, width) float32."""
+    n, q, h = vectors.shape
+    vectors = vectors.reshape(n, q * h) if q * h <= WIDEST else vectors.float().mean(1)
+    return vectors.float().cpu().numpy()
+
+
+@contextmanager
+def _hidden_states(llm: nn.Module) -> Iterator[list[Tensor]]:
+    """What the LLM's next call gives out: its input (B, L, H), and the output of each layer."""
+    states: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        states[:] = output.hidden_states
+
+    hooks = (
+        llm.register_forward_pre_hook(lambda _, a, k: (a, {**k, "output_hidden_states": True}), with_kwargs=True),
+        llm.register_forward_hook(keep),
+    )
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _used(
+    model: ConversationModel,
+    datamodule: DialogueDataModule,
+    split: str,
+    limit: int | None,
+    stream: str,
+    labels: Mapping[str, Mapping[Turn, str]],
+    draws: int,
+    group: Group,
+) -> dict[str | None, Effect]:
+    """Label -> bits per reply that the model takes from it; None -> those from all of the stream.
+
+    The stream of every labelled turn is swapped with any other's, or with one of the same label: what the loss rises
+    more by the first is what the label was worth. Losses are those of the mean probability over draws, as for controls.
+    """
+    dataset = datamodule.dataset(split)
+    size = min(len(dataset), limit or len(dataset))
+    numbers = {dataset.ids[index]: index for index in range(size)}
+    having = {
+        (dataset.ids[i], t) for i in range(size) for t, frames in enumerate(dataset.frames(i)) if stream in frames
+    }
+
+    def swap(groups: Mapping[Turn, str]) -> Swap:
+        members = defaultdict(list)
+        for (dialogue, turn), value in groups.items():
+            if (dialogue, turn) in having:
+                members[value].append((numbers[dialogue], turn))
+        return Swap(stream, tuple(map(tuple, members.values())))
+
+    swaps = [swap(dict.fromkeys(having, ""))]
+    for values in labels.values():
+        swaps += [swap(dict.fromkeys(values, "")), swap(values)]
+    drawn = [(one, draw) for one in dict.fromkeys(swaps) for draw in range(draws)]
+    plain, *scored = score_all(model, datamodule, split, limit, [None, *drawn], f"swapping {stream}", group)
+    if not group.is_first:
+        return {}
+    losses = {}
+    for number, one in enumerate(dict.fromkeys(swaps)):
+        of_draws = scored[number * draws : (number + 1) * draws]
+        losses[one] = {id: sum(mean_probability_loss([scores[id].nll for scores in of_draws])) for id in plain}
+
+    def bits(worse: Mapping[Turn, float], better: Mapping[Turn, float], of: set[Turn]) -> Effect:
+        ids = [(dialogue, turn) for dialogue, turn in plain if (dialogue, turn - 1) in of]
+        return paired_effect([(worse[id] - better[id]) / np.log(2) for id in ids], [dialogue for dialogue, _ in ids])
+
+    found: dict[str | None, Effect] = {
+        None: bits(losses[swaps[0]], {id: sum(scores.nll) for id, scores in plain.items()}, having)
+    }
+    for number, (name, values) in enumerate(labels.items()):
+        anyone, alike = swaps[1 + 2 * number : 3 + 2 * number]
+        found[name] = bits(losses[anyone], losses[alike], having & set(values))
+    return found
+
+
+def _speakers(datamodule: DialogueDataModule, split: str, limit: int | None) -> dict[Turn, str]:
+    """Turn -> speaker."""
+    dataset = datamodule.dataset(split)
+    dialogues = map(dataset.dialogue, range(min(len(dataset), limit or len(dataset))))
+    return {(d.id, turn): u.speaker for d in dialogues for turn, u in enumerate(d.utterances)}
+
+
+def _groups(turns: Sequence[Turn], speakers: Mapping[Turn, str]) -> tuple[str, list[str]]:
+    """Kind and group of each turn, of which probes are tested on unseen ones: speakers, or dialogues if too few."""
+    own = [speakers[turn] for turn in turns]
+    counts = Counter(own)
+    if len(counts) >= FOLDS and UNKNOWN_SPEAKER not in counts and max(counts.values()) <= len(turns) / 3:
+        return "speakers", own
+    return "dialogues", [dialogue for dialogue, _ in turns]
+
+
+def _trace_label(
+    stream: str, name: str, classes: np.ndarray, recorded: Stations, speakers: Mapping[Turn, str], used: Effect
+) -> dict[str, Any]:
+    known = classes >= 0
+    labels = classes[known]
+    turns = [turn for turn, is_known in zip(recorded.turns, known, strict=True) if is_known]
+    unseen, groups = _groups(turns, speakers)
+    facts: dict[str, Any] = {"entropy": entropy(labels), "examples": len(labels), "unseen": unseen}
+    if len(set(groups)) < FOLDS:
+        return {**facts, "stations": [], "used": asdict(used), "lost_at": "unknown", "verdict": _few(groups, unseen)}
+    folds = fold_groups(groups)
+    probed = {station: probe(vectors[known], labels, folds) for station, vectors in recorded.vectors.items()}
+    stations = {station: paired_effect(found.bits, groups) for station, found in probed.items()}
+    lost_at, verdict = judge(facts["entropy"], probed, stations, groups, used)
+    return {
+        **facts,
+        "stations": [
+            {"station": station, **asdict(effect), "permuted": max(probed[station].permuted)}
+            for station, effect in stations.items()
+        ],
+        "used": asdict(used),
+        "lost_at": lost_at,
+        "verdict": f"{stream}, {name}: {verdict}",
+    }
+
+
+def _few(groups: Sequence[str], unseen: str) -> str:
+    return f"cannot tell: found {len(set(groups))} {unseen}, expected {FOLDS} or more, to probe on unseen ones"
+
+
+def judge(
+    bits: float,
+    probed: Mapping[str, Probed],
+    stations: Mapping[str, Effect],
+    groups: Sequence[str],
+    used: Effect,
+) -> tuple[str, str]:
+    """Where a label is lost (see `trace_split`), and why, in words.
+
+    Args:
+        bits: the label's entropy.
+        probed: station -> what was found there.
+        stations: station -> its mean with its interval.
+        groups: of the examples, which are clusters.
+        used: bits per reply that the model takes from the label.
+    """
+
+    def has(station: str) -> bool:
+        return stations[station].low > 0 and stations[station].mean > max(probed[station].permuted)
+
+    def told(station: str) -> str:
+        return f"{max(stations[station].mean, 0):.2f}"
+
+    negligible = NEGLIGIBLE * bits
+    if used.low > 0:
+        beside = "" if has("encoder") else ", though no linear probe finds it in the encoder's output"
+        found = f"the encoder has {told('encoder')} of {bits:.2f}{beside}"
+        return "nowhere", f"replies use it ({used.mean:.2f} bits per reply; {found})"
+    if not has("encoder") and not has("connector"):
+        if stations["encoder"].high < negligible:
+            return "encoder", f"the encoder never had it ({told('encoder')} of {bits:.2f} bits)"
+        found = f"{told('encoder')} of {bits:.2f} bits"
+        return "unknown", f"cannot tell whether the encoder has it ({found}); trace more dialogues"
+    drop = paired_effect(probed["encoder"].bits - probed["connector"].bits, groups)
+    passed = f"{told('encoder')} of {bits:.2f} bits before it, {told('connector')} after"
+    if not has("connector") or (drop.low > 0 and stations["connector"].mean < stations["encoder"].mean / 2):
+        return "connector", f"the connector lost it ({passed})"
+    if not used.high < negligible:
+        found = f"{used.mean:.2f} bits [{used.low:.2f}, {used.high:.2f}]"
+        return "unknown", f"cannot tell whether replies use it ({found}); trace more dialogues"
+    last = max(int(station.split()[1]) for station in stations if station.startswith("slots"))
+    if not has("slots 0"):
+        where = "but none of it is in the LLM's input"
+    elif has(f"reply {last}"):
+        where = f"and {told(f'reply {last}')} at the reply's first token, which do not matter to the reply"
+    else:
+        where = f"{told(f'slots {last}')} in its last layer there, and none at the reply's first token"
+    return "llm", f"the LLM ignores it (the connector gives {told('connector')} of {bits:.2f} bits, {where})"
