@@ -5,7 +5,7 @@ do the turns that make up each history, and which of them have the stream.
 """
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -200,46 +200,37 @@ class ControlledDialogues(Dataset):
 
 @dataclass(frozen=True)
 class Swap:
-    """Turns that swap a stream among each other.
+    """Which turns get the stream of which others.
 
     Args:
         stream: a stream of the run.
-        groups: of turns, each as (index of its dialogue, turn), that all have the stream.
+        donors: (index of a dialogue, turn) -> those of the turn whose frames it gets; both have the stream.
     """
 
     stream: str
-    groups: tuple[tuple[tuple[int, int], ...], ...]
+    donors: Mapping[tuple[int, int], tuple[int, int]]
 
 
 class SwappedTurns(Dataset):
-    """A `DialogueDataset` in which each turn has the stream of another one of its group; a group of one stays.
+    """A `DialogueDataset` after a swap; turns without a donor stay as they are.
 
     Args:
         dialogues: of the split.
-        swap: the groups.
-        seed: of the order in which a group swaps.
-        draw: which of several draws; they differ as far as a group is large enough.
+        swap: the donors.
     """
 
-    def __init__(
-        self, dialogues: "DialogueDataset | ControlledDialogues", swap: Swap, seed: int, draw: int = 0
-    ) -> None:
-        self.dialogues, self.stream = dialogues, swap.stream
-        self._donors: dict[tuple[int, int], tuple[int, int]] = {}
-        for group in swap.groups:
-            order = [group[i] for i in np.random.default_rng(seed).permutation(len(group))]
-            step = 1 + draw % max(len(order) - 1, 1)
-            self._donors |= {turn: order[(i + step) % len(order)] for i, turn in enumerate(order)}
+    def __init__(self, dialogues: "DialogueDataset | ControlledDialogues", swap: Swap) -> None:
+        self.dialogues, self.swap = dialogues, swap
 
     def __getitem__(self, index: int) -> tuple[TokenizedDialogue, Features]:
         """As `DialogueDataset`, with swapped frames."""
         tokens, features = self.dialogues[index]
-        replaced = []
-        for turn, frames in enumerate(features[self.stream]):
-            donor, its_turn = self._donors.get((index, turn), (index, turn))
-            if donor != index or its_turn != turn:
-                swapped = self.dialogues.features(donor)[self.stream][its_turn]
+        stream, replaced = self.swap.stream, []
+        for turn, frames in enumerate(features[self.swap.stream]):
+            if (index, turn) in self.swap.donors:
+                donor, its_turn = self.swap.donors[index, turn]
+                swapped = self.dialogues.features(donor)[stream][its_turn]
                 # The prompt's windows count frames, and should keep the same turns.
                 frames = np.resize(swapped, (len(frames), swapped.shape[1])) if tokens.windows else swapped
             replaced.append(frames)
-        return tokens, {**features, self.stream: replaced}
+        return tokens, {**features, stream: replaced}

@@ -132,7 +132,7 @@ class DialogueDataModule(L.LightningDataModule):
     ) -> ControlledDialogues | SwappedTurns:
         """The same dialogues under a control; see `ControlledDialogues` and `SwappedTurns`."""
         if isinstance(control, Swap):
-            return SwappedTurns(dialogues, control, self.seed, draw)
+            return SwappedTurns(dialogues, control)
         stream = control.stream
         if control.kind == "noise" and stream not in self._moments:
             own = dialogues

@@ -24,7 +24,7 @@ from msenc.data.collate import Layout, dialogue_rows
 from msenc.data.controls import Swap
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.loader import UnitSample, collate_units
-from msenc.evaluation.losses import mean_probability_loss, score_all
+from msenc.evaluation.losses import score_all
 from msenc.evaluation.metrics.description import voice_of
 from msenc.evaluation.probes import FOLDS, Probed, entropy, fold_groups, probe
 from msenc.evaluation.statistics import Effect, paired_effect
@@ -42,6 +42,8 @@ MOST_VALUES = 12
 """Values of a label; what has more (a name, a transcript) is no label."""
 WIDEST = 4096
 """Width of a probed vector: the query vectors of a slot are joined up to here, and averaged beyond."""
+PASSES = 8
+"""Over the split, by which is measured what replies use of a label; at least two for each of its values."""
 NEGLIGIBLE = 0.1
 """Share of a label's entropy below which it counts as lost."""
 
@@ -69,14 +71,12 @@ class _Label(TypedDict):
 
 
 class _Stream(TypedDict):
-    rise: _Effect
     labels: dict[str, _Label]
 
 
 class _Trace(TypedDict):
     """What ``trace.json`` holds; null is a number that is not known, as of the spread of a single dialogue."""
 
-    draws: Count
     streams: dict[str, _Stream]
 
 
@@ -101,7 +101,6 @@ def trace_split(
     model: ConversationModel,
     datamodule: DialogueDataModule,
     split: str,
-    draws: int,
     limit: int | None = None,
     group: Group = ALONE,
 ) -> dict[str, Any]:
@@ -111,14 +110,13 @@ def trace_split(
         model: in eval mode, on its device.
         datamodule: of the run.
         split: whose turns are probed; probes train on some of them, and are scored on others.
-        draws: how often streams are swapped to measure what replies use.
         limit: number of dialogues, from the start of the split.
         group: processes that share the work out.
 
     Returns:
-        In the first process (empty in others): stream -> ``rise`` (bits per reply that the stream as a whole gives) and
-        ``labels``: label -> its entropy in bits, ``stations`` with the bits found there, ``used`` (bits per reply),
-        ``lost_at`` (``encoder``, ``connector``, ``llm``; ``nowhere``; ``unknown``) and ``verdict``, a sentence.
+        In the first process (empty in others): stream -> ``labels``: label -> its entropy in bits, ``stations`` with
+        the bits found there, ``used`` (bits per reply), ``lost_at`` (``encoder``, ``connector``, ``llm``; ``nowhere``;
+        ``unknown``) and ``verdict``, a sentence.
 
     Raises:
         MsencError: the run has no stream but the text, or the split no label to trace.
@@ -131,12 +129,9 @@ def trace_split(
     found: dict[str, Any] = {}
     for stream, recorded in stations.items():
         own = usable_labels(labels[stream], recorded.turns)
-        used = _used(
-            model, datamodule, split, limit, stream, {name: labels[stream][name] for name in own}, draws, group
-        )
+        used = _used(model, datamodule, split, limit, stream, recorded.turns, own, group)
         if group.is_first:
             found[stream] = {
-                "rise": asdict(used.pop(None)),
                 "labels": {
                     name: _trace_label(stream, name, values, recorded, speakers, used[name])
                     for name, values in own.items()
@@ -152,7 +147,7 @@ def trace_split(
 
 
 def read_trace(path: Path) -> dict[str, Any]:
-    """What `trace_split` has found, as ``streams``, and the number of ``draws``.
+    """What `trace_split` has found, as ``streams``.
 
     Raises:
         MsencError: the file is no trace.
@@ -307,52 +302,80 @@ def _used(
     split: str,
     limit: int | None,
     stream: str,
-    labels: Mapping[str, Mapping[Turn, str]],
-    draws: int,
+    turns: Sequence[Turn],
+    labels: Mapping[str, np.ndarray],
     group: Group,
-) -> dict[str | None, Effect]:
-    """Label -> bits per reply that the model takes from it; None -> those from all of the stream.
+) -> dict[str, Effect]:
+    """Label -> bits per reply that the model takes from it: how much likelier it finds the reply after the right value.
 
-    The stream of every labelled turn is swapped with any other's, or with one of the same label: what the loss rises
-    more by the first is what the label was worth. Losses are those of the mean probability over draws, as for controls.
+    Every turn gets the stream of another turn of the same value, then of one of the next value, and so on; p(reply) is
+    the mean over draws. The bits are log2 of p after the own value over the mean of p over all values by their shares:
+    at most the surprise of the value, -log2 of its share. They are cut off there below 0 too: else the few draws in
+    which something else of the stream fits by chance would decide.
+
+    Args:
+        model: as in `trace_split`.
+        datamodule: as in `trace_split`.
+        split: as in `trace_split`.
+        limit: as in `trace_split`.
+        stream: that is swapped.
+        turns: of the N examples.
+        labels: label -> (N,) class of each, or -1.
+        group: as in `trace_split`.
     """
-    dataset = datamodule.dataset(split)
-    size = min(len(dataset), limit or len(dataset))
-    numbers = {dataset.ids[index]: index for index in range(size)}
-    having = {
-        (dataset.ids[i], t) for i in range(size) for t, frames in enumerate(dataset.frames(i)) if stream in frames
-    }
-
-    def swap(groups: Mapping[Turn, str]) -> Swap:
-        members = defaultdict(list)
-        for (dialogue, turn), value in groups.items():
-            if (dialogue, turn) in having:
-                members[value].append((numbers[dialogue], turn))
-        return Swap(stream, tuple(map(tuple, members.values())))
-
-    swaps = [swap(dict.fromkeys(having, ""))]
-    for values in labels.values():
-        swaps += [swap(dict.fromkeys(values, "")), swap(values)]
-    drawn = [(one, draw) for one in dict.fromkeys(swaps) for draw in range(draws)]
-    plain, *scored = score_all(model, datamodule, split, limit, [None, *drawn], f"swapping {stream}", group)
+    ids = datamodule.dataset(split).ids
+    numbers = {id: index for index, id in enumerate(ids)}
+    places = [(numbers[dialogue], turn) for dialogue, turn in turns]
+    swaps = {}
+    for name, classes in labels.items():
+        num = int(classes.max()) + 1
+        for draw in range(_num_draws(num)):
+            for shift in range(num):
+                random = np.random.default_rng([datamodule.seed, draw, shift])
+                swaps[name, draw, shift] = Swap(stream, _donors(places, classes, num, shift, random))
+    title = f"swapping {stream}"
+    scored = score_all(model, datamodule, split, limit, [(swap, 0) for swap in swaps.values()], title, group)
     if not group.is_first:
         return {}
-    losses = {}
-    for number, one in enumerate(dict.fromkeys(swaps)):
-        of_draws = scored[number * draws : (number + 1) * draws]
-        losses[one] = {id: sum(mean_probability_loss([scores[id].nll for scores in of_draws])) for id in plain}
-
-    def bits(worse: Mapping[Turn, float], better: Mapping[Turn, float], of: set[Turn]) -> Effect:
-        ids = [(dialogue, turn) for dialogue, turn in plain if (dialogue, turn - 1) in of]
-        return paired_effect([(worse[id] - better[id]) / np.log(2) for id in ids], [dialogue for dialogue, _ in ids])
-
-    found: dict[str | None, Effect] = {
-        None: bits(losses[swaps[0]], {id: sum(scores.nll) for id, scores in plain.items()}, having)
+    by_swap = {
+        key: {target: -sum(scores.nll) for target, scores in found.items()}
+        for key, found in zip(swaps, scored, strict=True)
     }
-    for number, (name, values) in enumerate(labels.items()):
-        anyone, alike = swaps[1 + 2 * number : 3 + 2 * number]
-        found[name] = bits(losses[anyone], losses[alike], having & set(values))
-    return found
+    effects = {}
+    for name, classes in labels.items():
+        known = np.flatnonzero(classes >= 0)
+        shares = np.bincount(classes[known]) / len(known)
+        num = len(shares)
+        targets = [(turns[i][0], turns[i][1] + 1) for i in known]
+        log_p = np.array(
+            [
+                [[by_swap[name, draw, shift][target] for target in targets] for draw in range(_num_draws(num))]
+                for shift in range(num)
+            ]
+        )  # (values from the own one on, draws, targets)
+        of_shift = np.logaddexp.reduce(log_p, axis=1)
+        weights = np.log(shares[(classes[known] + np.arange(num)[:, None]) % num])
+        limits = -weights[0] / np.log(2)
+        bits = (of_shift[0] - np.logaddexp.reduce(of_shift + weights, axis=0)) / np.log(2)
+        effects[name] = paired_effect(np.clip(bits, -limits, limits), [dialogue for dialogue, _ in targets])
+    return effects
+
+
+def _num_draws(values: int) -> int:
+    return max(PASSES // values, 2)
+
+
+def _donors(
+    places: Sequence[tuple[int, int]], classes: np.ndarray, num: int, shift: int, random: np.random.Generator
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """Place -> a random other one, whose class is `shift` further."""
+    donors = {}
+    for one in range(num):
+        own, theirs = (random.permutation(np.flatnonzero(classes == (one + s) % num)) for s in (0, shift))
+        if not shift:
+            own, theirs = theirs, np.roll(theirs, 1)
+        donors |= {places[i]: places[theirs[n % len(theirs)]] for n, i in enumerate(own)}
+    return donors
 
 
 def _speakers(datamodule: DialogueDataModule, split: str, limit: int | None) -> dict[Turn, str]:

@@ -133,7 +133,7 @@ def write_trace(folder, lost_at):
     label = {"entropy": 1.0, "examples": 100, "unseen": "speakers", "stations": stations, "used": effect(0.0)}
     label |= {"lost_at": lost_at, "verdict": f"audio, {HOSTILE}: the {lost_at} lost it"}
     unknown = {**label, "stations": [], "lost_at": "unknown", "verdict": "audio, few: cannot tell"}
-    trace = {"draws": 8, "streams": {"audio": {"rise": effect(0.1), "labels": {HOSTILE: label, "few": unknown}}}}
+    trace = {"streams": {"audio": {"labels": {HOSTILE: label, "few": unknown}}}}
     (folder / "trace.json").write_text(json.dumps(trace))
 
 
