@@ -42,7 +42,7 @@ MOST_VALUES = 12
 """Values of a label; what has more (a name, a transcript) is no label."""
 WIDEST = 4096
 """Width of a probed vector: the query vectors of a slot are joined up to here, and averaged beyond."""
-PASSES = 8
+PASSES = 16
 """Over the split, by which is measured what replies use of a label; at least two for each of its values."""
 NEGLIGIBLE = 0.1
 """Share of a label's entropy below which it counts as lost."""
@@ -403,7 +403,9 @@ def _trace_label(
     unseen, groups = _groups(turns, speakers)
     facts: dict[str, Any] = {"entropy": entropy(labels), "examples": len(labels), "unseen": unseen}
     if len(set(groups)) < FOLDS:
-        return {**facts, "stations": [], "used": asdict(used), "lost_at": "unknown", "verdict": _few(groups, unseen)}
+        few = f"found {len(set(groups))} {unseen}, expected {FOLDS} or more, to probe on unseen ones"
+        verdict = f"{stream}, {name}: cannot tell: {few}"
+        return {**facts, "stations": [], "used": asdict(used), "lost_at": "unknown", "verdict": verdict}
     folds = fold_groups(groups)
     probed = {station: probe(vectors[known], labels, folds) for station, vectors in recorded.vectors.items()}
     stations = {station: paired_effect(found.bits, groups) for station, found in probed.items()}
@@ -418,10 +420,6 @@ def _trace_label(
         "lost_at": lost_at,
         "verdict": f"{stream}, {name}: {verdict}",
     }
-
-
-def _few(groups: Sequence[str], unseen: str) -> str:
-    return f"cannot tell: found {len(set(groups))} {unseen}, expected {FOLDS} or more, to probe on unseen ones"
 
 
 def judge(

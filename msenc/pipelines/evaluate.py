@@ -327,7 +327,7 @@ def _trace(
         if group.is_first:
             write_json(path, known_to_json(found))
     if group.is_first:
-        _print_trace(found["streams"], f"{title}: bits of a label that probes find, and that replies use")
+        _print_trace(found["streams"], title)
         console.print(f"Written: {shown(path)}", soft_wrap=True)
 
 
@@ -393,20 +393,21 @@ def _print_controls(plain: Mapping[str, Any], costs: Sequence[Mapping[str, Any]]
 
 
 def _print_trace(streams: Mapping[str, Any], title: str) -> None:
-    """A line per label, and a verdict on each."""
-    rows, verdicts = [], []
+    """A table for each stream, with a line per label; then a verdict on each."""
     for stream, facts in streams.items():
+        rows = []
         for name, label in facts["labels"].items():
             bits = {station["station"]: f"{station['mean']:z.2f}" for station in label["stations"]}
-            ends = [list(bits)[i] for i in (0, 1, 2)] if bits else []
-            last = [next(s for s in reversed(bits) if s.startswith(kind)) for kind in ("slots", "reply") if bits]
-            cells = [bits[station] for station in (*ends, *last)] or [""] * 5
-            rows.append([f"{stream} {name}", f"{label['entropy']:.2f}", *cells, f"{label['used']['mean']:z.2f}"])
-            verdicts.append(label["verdict"])
-    columns = ["label", "bits", "encoder", "connector", "LLM in", "LLM out", "1st token", "used"]
-    _print_grid(title, columns, rows)
-    for line in verdicts:
-        console.print(f"  {line}", soft_wrap=True)
+            ends = [next((s for s in reversed(bits) if s.startswith(kind)), "") for kind in ("slots", "reply")]
+            cells = [bits.get(station, "") for station in ("encoder", "connector", "slots 0", *ends)]
+            rows.append([name, f"{label['entropy']:.2f}", *cells, f"{label['used']['mean']:z.2f}"])
+        columns = ["label", "bits", "encoder", "connector", "LLM in", "LLM out", "reply", "used"]
+        _print_grid(f"{title}, {stream}: bits that probes find", columns, rows)
+        for unseen in dict.fromkeys(label["unseen"] for label in facts["labels"].values()):
+            names = [name for name, label in facts["labels"].items() if label["unseen"] == unseen]
+            console.print(f"  probes are scored on unseen {unseen}: {', '.join(names)}", soft_wrap=True)
+        for label in facts["labels"].values():
+            console.print(f"  {label['verdict']}", soft_wrap=True)
 
 
 def _planted(kind: str) -> str:

@@ -22,7 +22,7 @@ from msenc.types import Dialogue, Mark, MsencError, Utterance
 PROMPT = Prompt(instruction="A talk.\n", turn="{speaker}:{audio} {text}\n", response="{speaker}:")
 NAMES = ("Anna", "Ben", "Clara", "Carl", "Elena", "David", "Grace", "Felix")
 WORDS = ("calm", "excited")
-SIZES = {"train": 192, "test": 200}
+SIZES = {"train": 192, "test": 320}
 STEPS = 200
 
 
