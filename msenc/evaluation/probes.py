@@ -25,7 +25,7 @@ COMPONENTS = 256
 """Principal components that a probe reads at most: more than the examples of most splits can tell apart."""
 PRECISION = 1e-3
 """Dimensions that vary by less than this share of the vectors' size vary below the precision that LLMs compute in."""
-MAX_STEPS = 2000
+MAX_STEPS = 1000
 TOLERANCE = 1e-6
 
 

@@ -42,8 +42,8 @@ MOST_VALUES = 12
 """Values of a label; what has more (a name, a transcript) is no label."""
 WIDEST = 4096
 """Width of a probed vector: the query vectors of a slot are joined up to here, and averaged beyond."""
-PASSES = 16
-"""Over the split, by which is measured what replies use of a label; at least two for each of its values."""
+DRAWS = 24
+"""Of each turn's stream, by which is measured what replies use of the labels."""
 NEGLIGIBLE = 0.1
 """Share of a label's entropy below which it counts as lost."""
 
@@ -79,6 +79,9 @@ class _Trace(TypedDict):
 
     streams: dict[str, _Stream]
 
+
+NOTHING = 0.001
+"""Share of a label's entropy below which replies do not use it, however narrow the interval."""
 
 Turn = tuple[str, int]
 """Dialogue id and turn."""
@@ -308,10 +311,10 @@ def _used(
 ) -> dict[str, Effect]:
     """Label -> bits per reply that the model takes from it: how much likelier it finds the reply after the right value.
 
-    Every turn gets the stream of another turn of the same value, then of one of the next value, and so on; p(reply) is
-    the mean over draws. The bits are log2 of p after the own value over the mean of p over all values by their shares:
-    at most the surprise of the value, -log2 of its share. They are cut off there below 0 too: else the few draws in
-    which something else of the stream fits by chance would decide.
+    In each draw, every turn gets the stream of another one. p(reply) after a value is the mean over the draws in which
+    the turn before has got a turn of that value; the bits are log2 of p after its own value over the mean of p over all
+    values by their shares: at most the surprise of the value, -log2 of its share. They are cut off there below 0 too:
+    else the few replies would decide for which nothing else of the stream has fitted by chance.
 
     Args:
         model: as in `trace_split`.
@@ -323,59 +326,46 @@ def _used(
         labels: label -> (N,) class of each, or -1.
         group: as in `trace_split`.
     """
-    ids = datamodule.dataset(split).ids
-    numbers = {id: index for index, id in enumerate(ids)}
+    numbers = {id: index for index, id in enumerate(datamodule.dataset(split).ids)}
     places = [(numbers[dialogue], turn) for dialogue, turn in turns]
-    swaps = {}
-    for name, classes in labels.items():
-        num = int(classes.max()) + 1
-        for draw in range(_num_draws(num)):
-            for shift in range(num):
-                random = np.random.default_rng([datamodule.seed, draw, shift])
-                swaps[name, draw, shift] = Swap(stream, _donors(places, classes, num, shift, random))
+    order = np.random.default_rng(datamodule.seed).permutation(len(turns))
+    donors = np.empty((DRAWS, len(turns)), dtype=int)
+    for draw in range(DRAWS):
+        donors[draw, order] = np.roll(order, 1 + draw)
+    swaps = [Swap(stream, {place: places[d] for place, d in zip(places, of, strict=True)}) for of in donors.tolist()]
     title = f"swapping {stream}"
-    scored = score_all(model, datamodule, split, limit, [(swap, 0) for swap in swaps.values()], title, group)
+    scored = score_all(model, datamodule, split, limit, [(swap, 0) for swap in swaps], title, group)
     if not group.is_first:
         return {}
-    by_swap = {
-        key: {target: -sum(scores.nll) for target, scores in found.items()}
-        for key, found in zip(swaps, scored, strict=True)
-    }
+    log_p = np.array([[-sum(found[dialogue, turn + 1].nll) for dialogue, turn in turns] for found in scored])
     effects = {}
     for name, classes in labels.items():
-        known = np.flatnonzero(classes >= 0)
-        shares = np.bincount(classes[known]) / len(known)
-        num = len(shares)
-        targets = [(turns[i][0], turns[i][1] + 1) for i in known]
-        log_p = np.array(
-            [
-                [[by_swap[name, draw, shift][target] for target in targets] for draw in range(_num_draws(num))]
-                for shift in range(num)
-            ]
-        )  # (values from the own one on, draws, targets)
-        of_shift = np.logaddexp.reduce(log_p, axis=1)
-        weights = np.log(shares[(classes[known] + np.arange(num)[:, None]) % num])
-        limits = -weights[0] / np.log(2)
-        bits = (of_shift[0] - np.logaddexp.reduce(of_shift + weights, axis=0)) / np.log(2)
-        effects[name] = paired_effect(np.clip(bits, -limits, limits), [dialogue for dialogue, _ in targets])
+        bits = _bits_of(log_p, classes[donors], classes)
+        known = np.isfinite(bits)
+        dialogues = [dialogue for (dialogue, _), is_known in zip(turns, known, strict=True) if is_known]
+        effects[name] = paired_effect(bits[known], dialogues)
     return effects
 
 
-def _num_draws(values: int) -> int:
-    return max(PASSES // values, 2)
+def _bits_of(log_p: np.ndarray, drawn: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Bits per reply, NaN where a turn has no label or no draw of its own value.
 
-
-def _donors(
-    places: Sequence[tuple[int, int]], classes: np.ndarray, num: int, shift: int, random: np.random.Generator
-) -> dict[tuple[int, int], tuple[int, int]]:
-    """Place -> a random other one, whose class is `shift` further."""
-    donors = {}
-    for one in range(num):
-        own, theirs = (random.permutation(np.flatnonzero(classes == (one + s) % num)) for s in (0, shift))
-        if not shift:
-            own, theirs = theirs, np.roll(theirs, 1)
-        donors |= {places[i]: places[theirs[n % len(theirs)]] for n, i in enumerate(own)}
-    return donors
+    Args:
+        log_p: (K, N) of each reply in each draw, in nats.
+        drawn: (K, N) class of what stood in the turn before it, or -1.
+        own: (N,) class of that turn, or -1.
+    """
+    shares = np.bincount(own[own >= 0]) / (own >= 0).sum()
+    values = np.arange(len(shares))[:, None, None]
+    counts = (drawn == values).sum(axis=1)  # (C, N)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        after = np.logaddexp.reduce(np.where(drawn == values, log_p, -np.inf), axis=1) - np.log(counts)  # (C, N)
+        weights = np.where(counts > 0, shares[:, None], 0)
+        mean = np.logaddexp.reduce(np.where(counts > 0, after + np.log(weights / weights.sum(axis=0)), -np.inf), axis=0)
+        bits = (np.take_along_axis(after, own[None], axis=0)[0] - mean) / np.log(2)
+    limits = -np.log2(shares)[own]
+    bits = np.where((own >= 0) & np.isfinite(bits), np.clip(bits, -limits, limits), np.nan)
+    return bits.round(6) + 0.0  # losses are of float32
 
 
 def _speakers(datamodule: DialogueDataModule, split: str, limit: int | None) -> dict[Turn, str]:
@@ -407,7 +397,10 @@ def _trace_label(
         verdict = f"{stream}, {name}: cannot tell: {few}"
         return {**facts, "stations": [], "used": asdict(used), "lost_at": "unknown", "verdict": verdict}
     folds = fold_groups(groups)
-    probed = {station: probe(vectors[known], labels, folds) for station, vectors in recorded.vectors.items()}
+    probed: dict[str, Probed] = {}
+    for station, vectors in recorded.vectors.items():
+        is_passed_on = station == "slots 0" and np.array_equal(vectors, recorded.vectors["connector"])
+        probed[station] = probed["connector"] if is_passed_on else probe(vectors[known], labels, folds)
     stations = {station: paired_effect(found.bits, groups) for station, found in probed.items()}
     lost_at, verdict = judge(facts["entropy"], probed, stations, groups, used)
     return {
@@ -446,7 +439,7 @@ def judge(
         return f"{max(stations[station].mean, 0):.2f}"
 
     negligible = NEGLIGIBLE * bits
-    if used.low > 0:
+    if used.low > NOTHING * bits:
         beside = "" if has("encoder") else ", though no linear probe finds it in the encoder's output"
         found = f"the encoder has {told('encoder')} of {bits:.2f}{beside}"
         return "nowhere", f"replies use it ({used.mean:.2f} bits per reply; {found})"

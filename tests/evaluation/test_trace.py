@@ -10,7 +10,7 @@ from torch import nn
 
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.dataset import StreamSpec
-from msenc.evaluation.trace import trace_split
+from msenc.evaluation.trace import _bits_of, trace_split
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer, Prompt
@@ -118,6 +118,22 @@ def load(trained, tiny_models):
         return model.eval()
 
     return call
+
+
+def test_bits_of_a_reply_are_what_it_says_of_the_value_before_it():
+    own = np.array([0, 0, 0, 1, -1])
+    drawn = np.array([[0, 0, 0, 1, 0], [1, 1, 1, 0, 0], [1, 1, -1, 0, 0]])
+    log_p = np.array([[0, -3, -30, 0, 0], [-30, -3, 0, -1, 0], [-30, -3, -9, -1, 0]], dtype=float)
+    share = 3 / 4  # of the value 0
+    wanted = [
+        -np.log2(share),  # never so after the other value
+        0,  # as likely after both
+        np.log2(share),  # cut off; and the third draw has no label
+        -np.log2(share * np.exp(-1) + 1 - share),
+    ]
+    bits = _bits_of(log_p, drawn, own)
+    np.testing.assert_allclose(bits[:4], wanted, atol=1e-6)
+    assert np.isnan(bits[4])
 
 
 def trace(model, datamodule):
