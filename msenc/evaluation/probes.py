@@ -126,24 +126,23 @@ def fit_logistic(x: Tensor, y: Tensor, penalties: Tensor, classes: int) -> Tenso
     Y. Nesterov's acceleration, restarted by B. O'Donoghue and E. Candes (arXiv 1204.3982).
     """
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)  # (N, R+1)
-    targets = one_hot(y, classes).to(x)  # (B, N, C)
-    penalty = penalties[:, None, None] * torch.cat([torch.ones(x.shape[1] - 1), torch.zeros(1)])[:, None]  # (B, R+1, 1)
-    bound = x.square().mean(0)[:, None] / 2 + penalty  # (B, R+1, 1)
-    weights = torch.zeros(len(y), x.shape[1], classes)
-    ahead, momentum = weights, torch.ones(len(y), 1, 1)
+    targets = one_hot(y.T, classes).to(x)  # (N, B, C)
+    penalty = torch.cat([torch.ones(x.shape[1] - 1), torch.zeros(1)])[:, None, None] * penalties[:, None]  # (R+1, B, 1)
+    bound = x.square().mean(0)[:, None, None] / 2 + penalty
+    weights = torch.zeros(x.shape[1], len(y), classes)
+    ahead, momentum = weights, torch.ones(1, len(y), 1)
     for _ in range(MAX_STEPS):
-        errors = (x @ ahead).softmax(-1) - targets  # (B, N, C)
-        gradient = x.T @ errors / len(x) + penalty * ahead
+        errors = (x @ ahead.flatten(1)).view(targets.shape).softmax(-1) - targets  # (N, B, C)
+        gradient = (x.T @ errors.flatten(1)).view(weights.shape) / len(x) + penalty * ahead
         new = ahead - gradient / bound
         step = new - weights
-        following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
-        restarts = (gradient * step).sum((1, 2), keepdim=True) > 0
-        following = torch.where(restarts, 1.0, following)
+        restarts = (gradient * step).sum((0, 2), keepdim=True) > 0
+        following = torch.where(restarts, 1.0, (1 + (1 + 4 * momentum**2).sqrt()) / 2)
         ahead = new + torch.where(restarts, 0.0, (momentum - 1) / following) * step
         weights, momentum = new, following
-        if (gradient.square() / bound).sum((1, 2)).max() < TOLERANCE:
+        if (gradient.square() / bound).sum((0, 2)).max() < TOLERANCE:
             break
-    return weights
+    return weights.transpose(0, 1)
 
 
 def log_p(x: Tensor, weights: Tensor, y: Tensor) -> Tensor:

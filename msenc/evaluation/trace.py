@@ -46,6 +46,8 @@ DRAWS = 24
 """Of each turn's stream, by which is measured what replies use of the labels."""
 NEGLIGIBLE = 0.1
 """Share of a label's entropy below which it counts as lost."""
+NOTHING = 0.001
+"""Share of a label's entropy below which replies do not use it, however narrow the interval."""
 
 
 class _Effect(TypedDict):
@@ -79,9 +81,6 @@ class _Trace(TypedDict):
 
     streams: dict[str, _Stream]
 
-
-NOTHING = 0.001
-"""Share of a label's entropy below which replies do not use it, however narrow the interval."""
 
 Turn = tuple[str, int]
 """Dialogue id and turn."""
