@@ -86,7 +86,7 @@ def trace_plot(labels: Mapping[str, Any]) -> str:
             if point["low"] is not None:
                 axes.plot([place, place], [point["low"], point["high"]], color=colour, alpha=0.5, linewidth=1.2)
     names = [station.replace("slots 0", "LLM in").removeprefix("slots ") for station in stations]
-    names = [name.replace("reply ", "reply\n") if name == "reply 1" else name.removeprefix("reply ") for name in names]
+    names = [name if name == "reply 1" else name.removeprefix("reply ") for name in names]
     step = max(1, len(names) // 16)
     shown = [i for i, name in enumerate(names) if not name.isdigit() or int(name) % step == 0]
     axes.set_xticks([*shown, len(stations) + 1], [*(names[i] for i in shown), "used"], fontsize=8)
