@@ -353,3 +353,30 @@ def test_streams_and_labels_that_are_not_there_are_refused_before_anything_is_me
     with pytest.raises(MsencError, match=r"conflict: .*found no label Mood that varies\. Known: planted, Emotion"):
         measure(compose, runs / "10", "conflict=[Mood]")
     assert evaluated(runs) == []
+
+
+def test_a_trace_is_written_beside_the_metrics_once_and_a_text_run_has_none(runs, compose, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["trace=true", "split=train"]
+    measure(compose, runs, *options)
+    shown = capsys.readouterr().out
+    assert "reads text alone" in " ".join(shown.split())
+    (path,) = runs.rglob("trace.json")
+    assert (path.parent / "metrics.json").is_file()
+    assert path.parents[2] == runs / "10"
+    labels = read(path)["streams"]["audio"]["labels"]
+    assert "gender" in labels
+    for name, label in labels.items():
+        assert re.search(rf"^ ?{re.escape(name)} +\d\.\d\d ", shown, re.MULTILINE)
+        assert label["verdict"] in shown
+    assert re.search(r"scored on unseen (speakers|dialogues): .*gender", shown)
+    table = shown.partition("bits that probes find")[2].partition("  probes are")[0]
+    assert 40 < max(map(len, table.splitlines())) <= 80
+    before = path.stat().st_mtime_ns
+    measure(compose, runs / "10", *options)
+    assert path.stat().st_mtime_ns == before
+    measure(compose, runs / "10", *options, "overwrite=true")
+    assert path.stat().st_mtime_ns > before
+    path.write_text("{}")
+    with pytest.raises(MsencError, match=r"trace\.json"):
+        measure(compose, runs / "10", *options)

@@ -333,6 +333,7 @@ class EvaluateConfig:
         conflict: measure whether the run follows the words, the voice or the face where they contradict each other
             (docs/conflict.md): true, or the names of labels.
         missing: streams; losses are measured with 0 to 100 % of their turns (docs/controls.md).
+        trace: probe where on its way through the model each label of a stream is lost (docs/trace.md).
         limit: first dialogues of the split; None for all.
         device: torch's name of the device, for the run's model and for those of metrics; ``auto`` takes a GPU if there
             is one.
@@ -361,6 +362,7 @@ class EvaluateConfig:
     control_draws: int = 8
     conflict: Any = None
     missing: Any = None
+    trace: bool = False
     limit: int | None = None
     device: str = "auto"
     trainer: Any = None

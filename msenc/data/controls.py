@@ -5,7 +5,7 @@ do the turns that make up each history, and which of them have the stream.
 """
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -196,3 +196,41 @@ class ControlledDialogues(Dataset):
         said = tuple(replace(u, text=donor[k % len(donor)].text) for k, u in enumerate(dialogue.utterances))
         # `turn_tokens` and `windows` stay those of the dialogue's own words, so the history has the same turns.
         return replace(tokens, turns=self.tokenizer.turns(replace(dialogue, utterances=said), self.frames(index)))
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Which turns get the stream of which others.
+
+    Args:
+        stream: a stream of the run.
+        donors: (index of a dialogue, turn) -> those of the turn whose frames it gets; both have the stream.
+    """
+
+    stream: str
+    donors: Mapping[tuple[int, int], tuple[int, int]]
+
+
+class SwappedTurns(Dataset):
+    """A `DialogueDataset` after a swap; turns without a donor stay as they are.
+
+    Args:
+        dialogues: of the split.
+        swap: the donors.
+    """
+
+    def __init__(self, dialogues: "DialogueDataset | ControlledDialogues", swap: Swap) -> None:
+        self.dialogues, self.swap = dialogues, swap
+
+    def __getitem__(self, index: int) -> tuple[TokenizedDialogue, Features]:
+        """As `DialogueDataset`, with swapped frames."""
+        tokens, features = self.dialogues[index]
+        stream, replaced = self.swap.stream, []
+        for turn, frames in enumerate(features[self.swap.stream]):
+            if (index, turn) in self.swap.donors:
+                donor, its_turn = self.swap.donors[index, turn]
+                swapped = self.dialogues.features(donor)[stream][its_turn]
+                # The prompt's windows count frames, and should keep the same turns.
+                frames = np.resize(swapped, (len(frames), swapped.shape[1])) if tokens.windows else swapped
+            replaced.append(frames)
+        return tokens, {**features, stream: replaced}

@@ -6,6 +6,7 @@ turns/, audio-<name>/, video-<name>/ -> DialogueDataset -> collate -> Batch
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ from msenc.data.batches import (
     whole_dialogues,
 )
 from msenc.data.collate import Layout, histories
-from msenc.data.controls import Control, ControlledDialogues, Moments, moments, read_controls
+from msenc.data.controls import Control, ControlledDialogues, Moments, Swap, SwappedTurns, moments, read_controls
 from msenc.data.dataset import DialogueDataset, StreamSpec
 from msenc.data.lengths import DialogueLengths, split_lengths
 from msenc.data.loader import EpochLoader, UnitDataset, UnitSample, collate_units, make_loader
@@ -132,9 +133,11 @@ class DialogueDataModule(L.LightningDataModule):
         return self._datasets[split]
 
     def controlled(
-        self, dialogues: DialogueDataset | ControlledDialogues, control: Control, draw: int = 0
-    ) -> ControlledDialogues:
-        """The same dialogues under a control; see `ControlledDialogues`."""
+        self, dialogues: DialogueDataset | ControlledDialogues, control: Control | Swap, draw: int = 0
+    ) -> ControlledDialogues | SwappedTurns:
+        """The same dialogues under a control; see `ControlledDialogues` and `SwappedTurns`."""
+        if isinstance(control, Swap):
+            return SwappedTurns(dialogues, control)
         stream = control.stream
         if control.kind == "noise" and stream not in self._moments:
             own = dialogues
@@ -260,12 +263,16 @@ class DialogueDataModule(L.LightningDataModule):
         self,
         split: str,
         limit: int | None = None,
-        control: Control | None = None,
+        control: Control | Swap | None = None,
         draw: int = 0,
         chosen: Sequence[int] | None = None,
         drop: Mapping[str, float] | None = None,
+        collate_fn: Callable[[Sequence[UnitSample]], Any] | None = None,
     ) -> DataLoader:
-        """A split in order; of it, the first dialogues (`limit`), the batches of these numbers (`chosen`)."""
+        """A split in order; of it, the first dialogues (`limit`), the batches of these numbers (`chosen`).
+
+        `collate_fn` makes something else than a Batch of each.
+        """
         dialogues = self.dataset(split)
         if control is not None:
             dialogues = self.controlled(dialogues, control, draw)
@@ -274,7 +281,8 @@ class DialogueDataModule(L.LightningDataModule):
         batches = self._eval_batches(split, limit=limit)
         if chosen is not None:
             batches = [batches[i] for i in chosen]
-        return make_loader(UnitDataset(dialogues, self.units(split)), batches, self.collate_fn(), self.num_workers)
+        collate_fn = collate_fn or self.collate_fn()
+        return make_loader(UnitDataset(dialogues, self.units(split)), batches, collate_fn, self.num_workers)
 
     def eval_tokens(self, split: str, limit: int | None = None) -> list[int]:
         """Tokens of each batch of `eval_dataloader`."""

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from msenc.evaluation.metrics.sound import SOUND_METRICS
 from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics, settings_of
 from msenc.evaluation.missing import CURVES, evaluate_missing, missing_cells, read_missing, write_missing
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
+from msenc.evaluation.trace import FILE as TRACE
+from msenc.evaluation.trace import read_trace, trace_split
 from msenc.evaluation.tracked import track_evaluation
-from msenc.files import digest, inside, read_json
+from msenc.files import digest, inside, known_to_json, read_json, write_json
 from msenc.files.kinds import check_name
 from msenc.models.conversation import ConversationModel
 from msenc.pipelines.plan import num_processes
@@ -244,6 +246,10 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
             _print_metrics(found, title)
         files = f"{shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}"
         console.print(f"Written: {files}", soft_wrap=True)
+    if options.trace and not datamodule.streams:  # as of one run of a sweep
+        console.print(f"Nothing to trace, since it reads text alone: {shown(run_dir)}", soft_wrap=True)
+    elif options.trace:
+        _trace(model, datamodule, options, folder, weights, title, group)
     costs = []
     for control in controls:
         settings = {
@@ -371,6 +377,36 @@ def _speak(
     return found
 
 
+def _trace(
+    model: Callable[[], ConversationModel],
+    datamodule: DialogueDataModule,
+    options: EvaluateConfig,
+    folder: Path,
+    weights: Path | None,
+    title: str,
+    group: Group,
+) -> None:
+    """Write ``trace.json`` into an evaluation's folder, if none is newer than the evaluation and the checkpoint."""
+    path = folder / TRACE
+    older = [folder / "metrics.json", *([weights] if weights else [])]
+
+    def before() -> dict[str, Any] | None:
+        if options.overwrite or not path.is_file():
+            return None
+        if path.stat().st_mtime < max(other.stat().st_mtime for other in older):
+            return None
+        return read_trace(path)
+
+    found = group.told(before)
+    if found is None:
+        found = {"streams": trace_split(model(), datamodule, options.split, options.limit, group)}
+        if group.is_first:
+            write_json(path, known_to_json(found))
+    if group.is_first:
+        _print_trace(found["streams"], title)
+        console.print(f"Written: {shown(path)}", soft_wrap=True)
+
+
 def _open_data(record: Mapping[str, Any], config: Mapping[str, Any], is_other: bool) -> DialogueDataModule:
     command = record.get("prepare_command", "python prepare.py")
     if is_other:
@@ -430,6 +466,24 @@ def _print_controls(plain: Mapping[str, Any], costs: Sequence[Mapping[str, Any]]
             for found in (plain, *costs)
         ]
         _print_grid("planted bits recovered under controls, in %", ["control", *map(_planted, planted)], rows)
+
+
+def _print_trace(streams: Mapping[str, Any], title: str) -> None:
+    """A table for each stream, with a line per label; then a verdict on each."""
+    for stream, facts in streams.items():
+        rows = []
+        for name, label in facts["labels"].items():
+            bits = {station["station"]: f"{station['mean']:z.2f}" for station in label["stations"]}
+            ends = [next((s for s in reversed(bits) if s.startswith(kind)), "") for kind in ("slots", "reply")]
+            cells = [bits.get(station, "") for station in ("encoder", "connector", "slots 0", *ends)]
+            rows.append([name, f"{label['entropy']:.2f}", *cells, f"{label['used']['mean']:z.2f}"])
+        columns = ["label", "bits", "encoder", "connector", "LLM in", "LLM out", "reply", "used"]
+        _print_grid(f"{title}, {stream}: bits that probes find", columns, rows)
+        for unseen in dict.fromkeys(label["unseen"] for label in facts["labels"].values()):
+            names = [name for name, label in facts["labels"].items() if label["unseen"] == unseen]
+            console.print(f"  probes are scored on unseen {unseen}: {', '.join(names)}", soft_wrap=True)
+        for label in facts["labels"].values():
+            console.print(f"  {label['verdict']}", soft_wrap=True)
 
 
 def _planted(kind: str) -> str:

@@ -25,6 +25,7 @@ from msenc.report.layouts import (
 )
 from msenc.report.plots import effects, learning_curves, svg
 from msenc.report.table import Table
+from msenc.report.traces import trace_panel
 from msenc.report.trials import Trials, best_line, trial_grid
 from msenc.runs.sweep import sweep_command
 from msenc.work.command import as_typed
@@ -83,6 +84,10 @@ def render_page(
         judged=JUDGED,
         verdicts=verdict_grid(table) if table.verdicts else None,
         followed=followed_grid(table.followed) if table.followed else None,
+        traces=[
+            {**panel, "plots": [(stream, _image(plot)) for stream, plot in panel["plots"]]}
+            for panel in trace_panel(table.configurations)
+        ],
         noise_heading=NOISE,
         noise=noise_grid(table) if table.floor else None,
         examples=examples,

@@ -117,6 +117,40 @@ def learning_curves(configurations: Sequence[Configuration], style: Style) -> An
     return figure
 
 
+def trace_plot(labels: Mapping[str, Any]) -> str:
+    """Bits of each label that probes find at each station, with intervals; on the right, those that replies use."""
+    stations = [station["station"] for station in next(iter(labels.values()))["stations"]]
+    figure, axes = _figure(6.5, 3.4)
+    for number, (name, label) in enumerate(labels.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        points = [*label["stations"], label["used"]]
+        places = [*range(len(stations)), len(stations) + 1]
+        for kind in ("encoder connector slots", "reply"):  # no line leads from the one token to the other
+            own = [i for i, station in enumerate(stations) if station.split()[0] in kind]
+            axes.plot(own, [points[i]["mean"] for i in own], color=colour, marker=marker, markersize=4, linewidth=1.4)
+        axes.plot(
+            places[-1:],
+            [points[-1]["mean"]],
+            marker,
+            color=colour,
+            markersize=7,
+            label=_short(name, 24).replace("$", r"\$"),
+        )
+        for place, point in zip(places, points, strict=True):
+            if point["low"] is not None:
+                axes.plot([place, place], [point["low"], point["high"]], color=colour, alpha=0.5, linewidth=1.2)
+    names = [station.replace("slots 0", "LLM in").removeprefix("slots ") for station in stations]
+    names = [name if name == "reply 1" else name.removeprefix("reply ") for name in names]
+    step = max(1, len(names) // 16)
+    shown = [i for i, name in enumerate(names) if not name.isdigit() or int(name) % step == 0]
+    axes.set_xticks([*shown, len(stations) + 1], [*(names[i] for i in shown), "used"], fontsize=8)
+    axes.tick_params(axis="x", labelrotation=90)
+    axes.axhline(0, color="#444444", linewidth=0.8, linestyle=":")
+    axes.set_ylabel("bits")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return svg(figure)
+
+
 def read_curve(run_dir: Path) -> dict[int, float]:
     """Epochs trained -> validation loss, of the run's CSV log; of an epoch logged twice the last counts."""
     curve: dict[int, float] = defaultdict(float)

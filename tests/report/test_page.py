@@ -198,3 +198,31 @@ def change_rows(sweep, change):
     for path in sweep.glob("*/evaluation/demo-test-ab12/predictions.jsonl"):
         rows = [change(path.parents[2].name, json.loads(line)) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_trace(folder, lost_at):
+    def effect(mean):
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "p_value": 0.01}
+
+    names = ("encoder", "connector", "slots 0", "slots 1", "slots 2", "reply 1", "reply 2")
+    stations = [{"station": name, **effect(0.5), "permuted": 0.01} for name in names]
+    label = {"entropy": 1.0, "examples": 100, "unseen": "speakers", "stations": stations, "used": effect(0.0)}
+    label |= {"lost_at": lost_at, "verdict": f"audio, {HOSTILE}: the {lost_at} lost it"}
+    unknown = {**label, "stations": [], "lost_at": "unknown", "verdict": "audio, few: cannot tell"}
+    trace = {"streams": {"audio": {"labels": {HOSTILE: label, "few": unknown}}}}
+    (folder / "trace.json").write_text(json.dumps(trace))
+
+
+def test_the_page_says_where_each_label_is_lost(sweep):
+    assert "Where is it lost" not in rendered(sweep)
+    for seed, lost_at in ((1, "connector"), (2, "connector"), (3, "llm")):
+        write_trace(sweep / f"1{seed}" / "evaluation" / "demo-test-ab12", lost_at)
+    page = rendered(sweep)
+    assert HOSTILE not in page
+    assert "Where is it lost" in page
+    for seed, lost_at in ((1, "connector"), (2, "connector"), (3, "llm")):
+        assert re.search(rf"seed {seed}: audio, [^:]+: the {lost_at} lost it", page)
+    assert "audio, few: cannot tell (seed 1; 2 more at the same place)" in page
+    (sweep / "11" / "evaluation" / "demo-test-ab12" / "trace.json").write_text("{}")
+    with pytest.raises(MsencError, match=r"trace\.json"):
+        rendered(sweep)
