@@ -4,8 +4,9 @@ import re
 from test_report import printed, write_run
 
 from msenc.report.collect import collect_runs
+from msenc.report.layouts import write_table
 from msenc.report.page import render_page
-from msenc.report.table import summarise, write_table
+from msenc.report.table import summarise
 
 ROW = {"stream": "audio", "label": "planted", "compared": "planted word", "turn": 1, "same_speaker": True}
 
