@@ -102,11 +102,17 @@ class Mixed(ConversationModel):
     """The connector's outputs get into other utterances' slots."""
 
     def embed(self, batch):
+        return super().embed(self._mixed(batch))
+
+    def forward(self, batch):
+        return super().forward(self._mixed(batch))
+
+    def _mixed(self, batch):
         stream = batch.streams["audio"]
         sources = stream.sources.view(-1, 2)
         order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(len(sources)))
         mixed = dataclasses.replace(stream, sources=sources[order].flatten())
-        return super().embed(dataclasses.replace(batch, streams={"audio": mixed}))
+        return dataclasses.replace(batch, streams={"audio": mixed})
 
 
 @pytest.fixture
