@@ -310,7 +310,8 @@ def check_values(config: Mapping[str, Any]) -> None:
         MsencError: the first value that does not fit, its key, and what would; a URL with a password, which would be
             written to run.json and logs, and so is not shown.
     """
-    for key, text in strings_of(config):
+    # Folders first: others are below them.
+    for key, text in sorted(strings_of(config), key=lambda found: not found[0].startswith("paths.")):
         if has_secret(text):
             raise MsencError(
                 f"{key}: found a URL with a password or key in it, which run.json and logs would keep. Give the URL "

@@ -57,6 +57,7 @@ def begin_sweep(config: DictConfig) -> None:
         )
     if config.detach and not config.hydra.launcher._target_.endswith(".SlurmLauncher"):
         raise MsencError("detach=true: jobs go on by themselves on Slurm alone. Use hydra/launcher=slurm.")
+    local_folder(config.paths.runs_dir, "paths.runs_dir")  # in which the sweep's folder is, unless it is chosen
     local_folder(config.hydra.sweep.dir, "hydra.sweep.dir")
     if not config.dry_run:
         _check_jobs(config, space.examples() if jobs is None else jobs, is_search=jobs is None)
