@@ -21,14 +21,14 @@ from msenc.config.build import build
 from msenc.config.checks import checked
 from msenc.config.messages import CONFIGS, refusal
 from msenc.config.schema import register_schemas
-from msenc.files import read_json
 from msenc.pages.render import data_uri
 from msenc.pipelines.respond import load_agent
 from msenc.pipelines.train import train as train_pipeline
+from msenc.report.collect import collect_runs
 from msenc.runs.overrides import read_arguments, resumed_arguments, spelt_out
 from msenc.speech.synthesis import Synthesizer
 from msenc.speech.wav import to_wav, write_wav
-from msenc.talk.agent import Agent, Heard, Turn, choose_speakers, read_talk, speak_answer
+from msenc.talk.agent import Agent, Heard, Turn, choose_speakers, read_talk, speak_answer, turns_of
 from msenc.training.assembly import GIVEN
 from msenc.types import MsencError, VoiceAttributes
 from msenc.work.console import quieten
@@ -41,7 +41,7 @@ class Run:
     Args:
         folder: of the run.
         loss: the best on the validation split, in nats per token; None without one.
-        metrics: of the split that was evaluated after training; empty if none was.
+        metrics: of the newest evaluation of the split that is evaluated after training; empty if none is.
     """
 
     folder: Path
@@ -232,10 +232,10 @@ def train(overrides: Sequence[str] = ()) -> Run:
         loss = done.return_value
     except Exception as error:
         raise _refused(error) from error
-    folder = Path(done.cfg.paths.output_dir)
-    found = sorted((folder / "evaluation").glob("*/metrics.json"))
-    plain = [m for m in (read_json(path) for path in found) if not m.get("control")]
-    return Run(folder, loss, plain[0] if plain else {})
+    folder, split = Path(done.cfg.paths.output_dir), done.cfg.evaluate
+    (run,) = collect_runs(folder)
+    found = [e for e in run.evaluations if e.control is None and e.split == split]
+    return Run(folder, loss, max(found, key=lambda e: e.written).metrics if found else {})
 
 
 def _respond_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -260,16 +260,12 @@ def _refused(error: Exception) -> Exception:
 def _turns(history: str | Path | Sequence[Turn | Mapping[str, Any]]) -> list[Turn]:
     if isinstance(history, str | Path):
         return read_talk(Path(history))
-    turns = []
-    for number, turn in enumerate(history):
-        if isinstance(turn, Turn):
-            turns.append(turn)
-            continue
-        try:
-            paths = {k: Path(turn[k]) if turn.get(k) else None for k in ("audio", "video")}
-            turns.append(Turn(**{**turn, **paths}))
-        except (TypeError, AttributeError) as error:
-            raise MsencError(
-                f"history, turn {number}: found {turn!r:.80}, expected speaker, text, audio, video."
-            ) from error
-    return turns
+    rows = [vars(turn) if isinstance(turn, Turn) else turn for turn in history]
+    return turns_of({"turns": [_with_names(row) for row in rows]}, "history", Path())
+
+
+def _with_names(turn: Any) -> Any:
+    """Its files as a history file has them."""
+    if not isinstance(turn, Mapping):
+        return turn
+    return {key: str(value) if isinstance(value, Path) else value for key, value in turn.items()}

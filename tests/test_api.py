@@ -11,6 +11,7 @@ from conftest import SMALL_DEMO
 
 import msenc
 from msenc.api import Run
+from msenc.talk.agent import Turn
 from msenc.types import MsencError
 
 SHORT = ["decoding.max_new_tokens=8"]
@@ -103,8 +104,11 @@ def test_without_a_synthesizer_there_is_no_sound(short_run, tmp_path):
         (lambda agent: msenc.train(["-m", "seed=1,2"]), "trains one run"),
         (lambda agent: msenc.train(["seed"]), "'seed': no value"),
         (lambda agent: agent.reply(), "There is no turn to answer"),
-        (lambda agent: agent.reply("Hi", history=[3]), "history, turn 0: found 3, expected speaker"),
-        (lambda agent: agent.reply("Hi", history=[{"who": "A"}]), "history, turn 0: found {'who'"),
+        (lambda agent: agent.reply("Hi", history=[3]), "history, turns[0]: "),
+        (lambda agent: agent.reply("Hi", history=[{"who": "A"}]), "history, turns[0]"),
+        (lambda agent: agent.reply("Hi", history=[{"speaker": "A", "text": 5}]), "history, turns[0].text: "),
+        (lambda agent: agent.reply("Hi", history=[{"speaker": "A", "text": "a" * 3000}]), "at most 2,000 characters"),
+        (lambda agent: agent.reply("Hi", history=[Turn("A", "a")] * 101), "at most 100 turns"),
         (lambda agent: agent.reply("Hi", history="absent.json"), "absent.json"),
     ],
 )

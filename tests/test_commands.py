@@ -139,3 +139,19 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_lost(arguments, refusal, 
     assert refusal in str(stopped.value)
     assert (tmp_path / "configs" / "trainer" / "cpu.yaml").read_text() == "mine: 1"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["configs", "taken"]
+
+
+def test_a_further_process_of_a_run_does_the_same_command(monkeypatch):
+    """Lightning starts it with the arguments as they were after the command's name was taken from them."""
+    from msenc import commands
+
+    done = []
+    monkeypatch.setattr(commands, "run", lambda command: done.append((command, sys.argv[1:])))
+    monkeypatch.setenv("MSENC_COMMAND", "")
+    monkeypatch.delenv("MSENC_COMMAND")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["msenc", "evaluate", "trainer=ddp", "run_dir=A"])
+    commands.main()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    commands.main()
+    assert done == [("evaluate", ["trainer=ddp", "run_dir=A"])] * 2

@@ -14,7 +14,9 @@ _NAMED = re.compile(
 )
 """Names of keys that hold one; not those of numbers of tokens."""
 _IN_URL = re.compile(
-    r"(?<=://)[^\s/@]+@|(?<=[?&])(?:[\w-]*(?:key|secret|sig|signature|token|credential))=[^\s&#]+", re.I
+    r"(?<=://)(?:[^\s/@]*:(?!\d+(?:/|$))\S*@|[^\s/@]+@)"
+    r"|(?<=[?&])(?:[\w-]*(?:key|secret|sig|signature|token|credential))=[^\s&#]+",
+    re.I,
 )
 """User and password of a URL, and what signs one."""
 _SHORTEST = 8
@@ -37,6 +39,8 @@ def redacted(value: Any, name: str = "") -> Any:
     Example:
         >>> redacted({"api_key": "abc", "uri": "https://me:pw@host/x", "seed": 1, "none": {"token": None}})
         {'api_key': '***', 'uri': 'https://***@host/x', 'seed': 1, 'none': {'token': None}}
+        >>> redacted("s3://key:a/b+c@bucket/x and http://host:9000/a@b")
+        's3://***@bucket/x and http://host:9000/a@b'
     """
     held = [text for key, text in os.environ.items() if len(text) >= _SHORTEST and is_secret(key)]
     return _without(value, name, held)

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -246,10 +246,28 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
             _print_metrics(found, title)
         files = f"{shown(folder) / 'metrics.json'}, {shown(folder) / 'predictions.jsonl'}"
         console.print(f"Written: {files}", soft_wrap=True)
+
+    def kept(file: str, read: Callable[[Path], Any]) -> Any:
+        """What an earlier command measured beside the evaluation, unless the evaluation is newer."""
+
+        def from_file() -> Any:
+            path, evaluation = folder / file, folder / "metrics.json"
+            is_newer = path.is_file() and path.stat().st_mtime >= evaluation.stat().st_mtime
+            return read(path) if is_newer else None
+
+        return None if options.overwrite else group.told(from_file)
+
     if options.trace and not datamodule.streams:  # as of one run of a sweep
         console.print(f"Nothing to trace, since it reads text alone: {shown(run_dir)}", soft_wrap=True)
     elif options.trace:
-        _trace(model, datamodule, options, folder, weights, title, group)
+        traced = kept(TRACE, read_trace)
+        if traced is None:
+            traced = {"streams": trace_split(model(), datamodule, options.split, options.limit, group)}
+            if group.is_first:
+                write_json(folder / TRACE, known_to_json(traced))
+        if group.is_first:
+            _print_trace(traced["streams"], title)
+            console.print(f"Written: {shown(folder / TRACE)}", soft_wrap=True)
     costs = []
     for control in controls:
         settings = {
@@ -286,12 +304,9 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
         _print_controls(found, costs, f"{title}: rise of the loss under controls")
         console.print(f"Written: {len(costs)} evaluations under controls in {shown(run_dir / 'evaluation')}")
 
-    def kept(file: str, settings: str) -> dict[str, Any] | None:
-        return None if options.overwrite else group.told(lambda: _kept_beside(folder, file, settings))
-
     if conflicts:
         asked = "true" if labels is True else ",".join(labels)
-        shares = (kept(CONFLICT, asked) or {}).get("shares")
+        shares = (kept(CONFLICT, partial(_with_settings, asked)) or {}).get("shares")
         if shares is None:
             shares, rows = evaluate_conflict(model(), datamodule, options.split, conflicts, group)
             if group.is_first:
@@ -303,7 +318,7 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
             console.print(f"Written: {shown(folder / CONFLICT)}", soft_wrap=True)
     if missing:
         asked = ",".join(missing)
-        curves = (kept(CURVES, asked) or {}).get("curves")
+        curves = (kept(CURVES, partial(_with_settings, asked)) or {}).get("curves")
         if curves is None:
             plain = read_predictions(folder) if group.is_first else []
             curves = {
@@ -323,11 +338,8 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
     return found
 
 
-def _kept_beside(folder: Path, file: str, settings: str) -> dict[str, Any] | None:
-    """What an earlier command measured with the same settings beside the evaluation, unless that is newer."""
-    path = folder / file
-    if not path.is_file() or path.stat().st_mtime < (folder / "metrics.json").stat().st_mtime:
-        return None
+def _with_settings(settings: str, path: Path) -> dict[str, Any] | None:
+    """What was measured, if with these settings."""
     value = read_json(path, dict[str, Any], AGAIN)
     return value if value.get("settings") == settings else None
 
@@ -375,36 +387,6 @@ def _speak(
     if bins is None:
         console.print(f"The voices were not measured: no {BINS} in {data}. Create it with prepare.py describe=true.")
     return found
-
-
-def _trace(
-    model: Callable[[], ConversationModel],
-    datamodule: DialogueDataModule,
-    options: EvaluateConfig,
-    folder: Path,
-    weights: Path | None,
-    title: str,
-    group: Group,
-) -> None:
-    """Write ``trace.json`` into an evaluation's folder, if none is newer than the evaluation and the checkpoint."""
-    path = folder / TRACE
-    older = [folder / "metrics.json", *([weights] if weights else [])]
-
-    def before() -> dict[str, Any] | None:
-        if options.overwrite or not path.is_file():
-            return None
-        if path.stat().st_mtime < max(other.stat().st_mtime for other in older):
-            return None
-        return read_trace(path)
-
-    found = group.told(before)
-    if found is None:
-        found = {"streams": trace_split(model(), datamodule, options.split, options.limit, group)}
-        if group.is_first:
-            write_json(path, known_to_json(found))
-    if group.is_first:
-        _print_trace(found["streams"], title)
-        console.print(f"Written: {shown(path)}", soft_wrap=True)
 
 
 def _open_data(record: Mapping[str, Any], config: Mapping[str, Any], is_other: bool) -> DialogueDataModule:

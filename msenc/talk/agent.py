@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msenc.data.collate import Layout, histories
 from msenc.evaluation.replies import decoding_for, write_replies
-from msenc.files import read_json
+from msenc.files import hold, read_json
 from msenc.files.kinds import Must
 from msenc.models.conversation import ConversationModel
 from msenc.models.encoders import Encoder
@@ -370,6 +370,9 @@ class _Talk(TypedDict):
     turns: Annotated[list[_Turn], Must(lambda turns: len(turns) <= MAX_TURNS, f"at most {MAX_TURNS} turns")]
 
 
+EXPECTED_TALK = 'Expected {"turns": [...]}, turns with speaker and text.'
+
+
 def read_talk(path: Path) -> list[Turn]:
     """The turns of a history file: ``{"turns": [{"speaker": ..., "text": ..., "audio": ..., "video": ...}, ...]}``.
 
@@ -378,15 +381,28 @@ def read_talk(path: Path) -> list[Turn]:
     Raises:
         MsencError: it is missing, no JSON, too long, or a turn is not as described; it names the turn.
     """
-    turns = read_json(path, _Talk, 'Expected {"turns": [...]}, turns with speaker and text.')["turns"]
+    return turns_of(read_json(path, Any, EXPECTED_TALK), path, path.parent)
+
+
+def turns_of(talk: Any, where: object, folder: Path) -> list[Turn]:
+    """The turns of a history file's value.
+
+    Args:
+        talk: the value.
+        where: it stands, for messages.
+        folder: that its files are relative to.
+
+    Raises:
+        MsencError: it is too long, or a turn is not as described; it names the turn.
+    """
     return [
         Turn(
             turn["speaker"],
             turn.get("text") or "",
-            **{k: path.parent / turn[k] if turn.get(k) else None for k in ("audio", "video")},
+            **{k: folder / turn[k] if turn.get(k) else None for k in ("audio", "video")},
             description=turn.get("description"),
         )
-        for turn in turns
+        for turn in hold(talk, _Talk, where, EXPECTED_TALK)["turns"]
     ]
 
 

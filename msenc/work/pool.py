@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import TextIOBase
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -21,6 +22,24 @@ from msenc.types import MsencError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class _Process(SpawnProcess):
+    """Hears no Ctrl-C, from its first moment on: its parent ends it."""
+
+    def start(self) -> None:
+        # A signal that is blocked here stays so in the child, while it still imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Spawn(SpawnContext):
+    """spawn: a forked child would inherit the threads' locks of whatever runs in this process."""
+
+    Process = _Process  # type: ignore[assignment]
 
 
 @contextmanager
@@ -34,9 +53,7 @@ def pool_of(
         start: called in each with the arguments, after `watch_parent`.
         *arguments: picklable.
     """
-    # spawn: a forked child would inherit the threads' locks of whatever runs in this process
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(start, arguments))
+    pool = ProcessPoolExecutor(num_workers, _Spawn(), initializer=_start, initargs=(start, arguments))
     try:
         yield pool
     finally:
@@ -91,8 +108,7 @@ def _work_in_worker(value: Any) -> Any:
 
 
 def watch_parent() -> None:
-    """Called in a worker process: leave interrupts to the parent, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    """Called in a worker process: end with the parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -134,8 +150,7 @@ class Beside:
         self.what = what
         self._error: BaseException | None = None
         self._is_done = False
-        # spawn: a forked child would inherit the threads' locks of whatever runs in this process
-        context = multiprocessing.get_context("spawn")
+        context = _Spawn()
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_work_beside, args=(work, sender), name=what)
         self._process.start()

@@ -116,6 +116,12 @@ def test_a_run_with_loader_processes_that_ctrl_c_ends_has_saved_and_says_how_to_
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_a_preparation_that_ctrl_c_ends_goes_on_with_the_same_command(home, tmp_path):
+    command = ["prepare.py", f"paths.data_dir={tmp_path / 'data'}", "prepare_workers=2", "model/llm=tiny"]
+    said = interrupted(*command, there=tmp_path / "data" / "*")  # while worker processes start
+    assert "Interrupted. To continue, repeat the command." in said
+
+
 def stop(termination, number):
     with pytest.raises(SystemExit), termination:
         os.kill(os.getpid(), number)

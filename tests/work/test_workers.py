@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from msenc.types import MsencError
-from msenc.work.pool import beside, lone_bar
+from msenc.work.pool import beside, lone_bar, pool_of
 
 
 def learn(file):
@@ -108,3 +108,14 @@ def test_the_job_ends_with_a_parent_that_was_killed(tmp_path):
     while is_alive(pid):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def blocked():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_worker_hears_no_ctrl_c_while_it_still_imports():
+    """A blocked signal is one that the process was started with: no code of the worker has to run first."""
+    with pool_of(1) as pool:
+        assert signal.SIGINT in pool.submit(blocked).result()
+    assert signal.SIGINT not in blocked()
