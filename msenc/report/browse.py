@@ -13,6 +13,7 @@ from msenc.report.compare import Configuration
 from msenc.report.examples import open_dialogues, raw_folder
 from msenc.report.style import Style
 from msenc.types import Utterance
+from msenc.work.command import as_typed
 
 MAX_CHARACTERS = 8_000_000
 """Of the data in a page; the rest is left out, with a note."""
@@ -62,7 +63,7 @@ def browse(
         folders = ",".join(str(c.runs[0].folder) for c in silent)
         run_dir = f"run_dir={folders}" if len(silent) == 1 else f"run_dir=[{folders}]"
         command = shlex.join(["python", "evaluate.py", run_dir, f"split={split}", "speech=espeak"])
-        notes.append(f"Replies without sound are spoken by: {command}")
+        notes.append(as_typed(f"Replies without sound are spoken by: {command}"))
     kinds = sorted({kind for row in rows for kind in row["kinds"]})
     return {"columns": [style.row(c) for c, _ in shown], "kinds": kinds, "rows": rows}, notes
 
