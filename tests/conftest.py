@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from omegaconf import DictConfig
 from tiny_models import save_causal_lm, save_clip, save_speech_encoder, save_whisper
 
 from msenc.config.schema import register_schemas
+from msenc.work.signals import HEARD
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -175,7 +177,12 @@ def call_script(demo_home, monkeypatch) -> Callable[..., None]:
         quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [name, *args, *quiet])
-        runpy.run_path(str(ROOT / name), run_name="__main__")
+        before = {number: signal.getsignal(number) for number in (*HEARD, signal.SIGINT)}
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        finally:  # a script's process ends with its handlers
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return call
 

@@ -13,6 +13,7 @@ from msenc.pipelines import cluster, search, sweep, train
 from msenc.pipelines.search import known_jobs, queue, space_of
 from msenc.report.trials import best_line, read_trials, trial_grid
 from msenc.runs.sweep import note_run, read_sweep, write_sweep
+from msenc.work.signals import INTERRUPTED
 
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="extra search is absent")
 
@@ -30,8 +31,9 @@ def test_a_search_that_is_stopped_goes_on(call_script, tmp_path, monkeypatch, ca
         return real(job, record, *rest)
 
     monkeypatch.setattr(train, "_learn", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         call_script("train.py", *command)
+    assert end.value.code == INTERRUPTED
     sweep._let_go()  # as the end of its process does
     (folder,) = (tmp_path / "sweeps").iterdir()
     before = [job.overrides for job in read_sweep(folder)]
