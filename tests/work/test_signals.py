@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = {number: signal.getsignal(number) for number in HEARD}
+    before = {number: signal.getsignal(number) for number in (*HEARD, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
