@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import TextIOBase
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ class _Process(SpawnProcess):
     """Hears no Ctrl-C, from its first moment on: its parent ends it."""
 
     def start(self) -> None:
+        resource_tracker.ensure_running()  # spawning starts it if need be, and unblocks the signal thereby
         # A signal that is blocked here stays so in the child, while it still imports.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
