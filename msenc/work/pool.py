@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import TextIOBase
@@ -25,23 +25,37 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C is heard afterwards, and never by processes started in the body: a child keeps a signal blocked."""
+    resource_tracker.ensure_running()  # spawning would start it, and unblock the signal thereby
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Process(SpawnProcess):
     """Hears no Ctrl-C, from its first moment on: its parent ends it."""
 
     def start(self) -> None:
-        resource_tracker.ensure_running()  # spawning starts it if need be, and unblocks the signal thereby
-        # A signal that is blocked here stays so in the child, while it still imports.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _ctrl_c_waits():
             super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Spawn(SpawnContext):
     """spawn: a forked child would inherit the threads' locks of whatever runs in this process."""
 
     Process = _Process  # type: ignore[assignment]
+
+
+class _Pool(ProcessPoolExecutor):
+    """Knows each process that it started: interrupted in between, it would wait for one that it cannot end."""
+
+    def submit(self, *arguments: Any, **more: Any) -> Future:
+        with _ctrl_c_waits():
+            return super().submit(*arguments, **more)
 
 
 @contextmanager
@@ -55,7 +69,7 @@ def pool_of(
         start: called in each with the arguments, after `watch_parent`.
         *arguments: picklable.
     """
-    pool = ProcessPoolExecutor(num_workers, _Spawn(), initializer=_start, initargs=(start, arguments))
+    pool = _Pool(num_workers, _Spawn(), initializer=_start, initargs=(start, arguments))
     try:
         yield pool
     finally:
@@ -215,12 +229,15 @@ def beside(work: Callable[[], object], what: str) -> Iterator[Beside]:
     Raises:
         MsencError: the job's process died; or whatever it raised. An error in the body ends the job.
     """
-    job = Beside(work, what)
+    job = None
     try:
+        with _ctrl_c_waits():  # until there is a job to end
+            job = Beside(work, what)
         yield job
         job.finish()
     finally:
-        job.end()
+        if job is not None:
+            job.end()
 
 
 class _Beside(Progress):
