@@ -77,6 +77,14 @@ def test_measured_voices_are_labels_and_the_turns_stay_as_they_are(fresh, demo_h
     assert (demo_home / "data" / "demo" / VOICE_TURNS).is_file()
 
 
+def test_without_labels_an_utterance_is_told_by_its_own_words(fresh):
+    record = read_json(fresh(["align=contrastive", "align.steps=2", *FAST, "stage=align"]).folder / "run.json")
+    assert {stream: facts["source"] for stream, facts in record["labels"].items()} == {
+        "audio": "transcript",
+        "video": "transcript",
+    }
+
+
 def test_the_frozen_llm_comes_to_write_the_words_from_the_clip_alone(fresh, monkeypatch):
     fit, losses = alignment.fit, []
 

@@ -171,7 +171,7 @@ class Labels:
         dataset = self.datamodule.dataset("train")
         pairs = [(f"{dataset.ids[i]}/{turn}", w) for i, row in enumerate(words) for turn, w in enumerate(row)]
         known = [w for _, w in pairs if w is not None]
-        where = source.column or source.source
+        where = source.column if source.source == "column" else source.source
         if not known:
             file = self.datamodule.folder / (LABELS if source.source == "column" else VOICE_TURNS)
             some = next(iter(self._file(file.name)), "nothing")
