@@ -133,8 +133,10 @@ def items_of(
     """The planted words of predictions, beside what an ideal listener would pay for them."""
     items = []
     for prediction in predictions:
-        number = prediction["dialogue"].rpartition("/dia")[2]
-        audio, video = truth[number, prediction["turn"] - 1]
+        turn = prediction["dialogue"].rpartition("/dia")[2], prediction["turn"] - 1
+        if turn not in truth:
+            raise MsencError(f"{prediction['dialogue']}, turn {turn[1]}: not in the hidden truth. Is it of other data?")
+        audio, video = truth[turn]
         for name, bits in prediction["bits"].items():
             kind = name.removeprefix("planted_")
             tokens = zip(prediction["nll"], prediction["kinds"], strict=True)
@@ -180,8 +182,14 @@ def _share(items: Sequence[Item], loss: str) -> float:
     return 1 - sum(getattr(i, loss) for i in items) / (math.log(2) * sum(i.bits for i in items))
 
 
-def score_run(run: Run, split: str, data_dir: Path | None) -> Scored:
+def score_run(run: Run, split: str, data_dir: Path | None, on_data: Path | None = None) -> Scored:
     """A run's planted words, from its newest plain evaluation of a split on the data that it was trained on.
+
+    Args:
+        run: finished.
+        split: that was evaluated.
+        data_dir: where the data lies now, if it has moved.
+        on_data: other prepared data of the same world that was evaluated on; its raw material lies beside it.
 
     Raises:
         MsencError: the run has no such evaluation, is of no generated world, or its raw material is not there.
@@ -190,19 +198,26 @@ def score_run(run: Run, split: str, data_dir: Path | None) -> Scored:
     if data_dir is not None:
         config.paths.data_dir = str(data_dir)
     evaluations = [
-        e for e in run.evaluations if e.split == split and e.control is None and e.data == run.facts.get("data")
+        e
+        for e in run.evaluations
+        if e.split == split
+        and e.control is None
+        and e.data == run.facts.get("data")
+        and ("on_data=" in e.settings) == (on_data is not None)
     ]
     if not evaluations:
+        where = f" on_data={on_data}" if on_data else ""
         raise MsencError(
-            f"{run.folder}: no evaluation of {split} on its own data. First: python evaluate.py run_dir={run.folder} "
-            f"split={split}"
+            f"{run.folder}: no evaluation of {split} on {on_data or 'its own data'}. First: python evaluate.py "
+            f"run_dir={run.folder} split={split}{where}"
         )
     newest = max(evaluations, key=lambda e: e.written)
     generate = config.data.generate
     if generate is None:
         raise MsencError(f"{run.folder}: trained on {config.data.name}, which is no generated world.")
     world = find_world(generate.get("world", "demo"))
-    truth = read_truth(world, Path(config.data.root), split)
+    root = Path(config.data.root) if on_data is None else on_data.with_name(f"{on_data.name}-raw")
+    truth = read_truth(world, root, split)
     return Scored(
         world.name,
         config.modality,
@@ -235,12 +250,15 @@ def main() -> None:
     arguments.add_argument("folders", nargs="+", type=Path, metavar="SWEEP", help="sweeps, runs, or folders above them")
     arguments.add_argument("--split", default="test", help="default: %(default)s")
     arguments.add_argument("--data", type=Path, metavar="FOLDER", help="where data lies now, if it has moved")
+    arguments.add_argument(
+        "--on-data", type=Path, metavar="FOLDER", help="judge evaluations with on_data=FOLDER, of the same world"
+    )
     options = arguments.parse_args()
     runs = [run for folder in options.folders for run in collect_runs(folder)]
     finished = [run for run in runs if run.status == "finished"]
     if not finished:
         raise MsencError(f"No finished run among {len(runs)} in {', '.join(map(str, options.folders))}.")
-    cells = judge([score_run(run, options.split, options.data) for run in finished])
+    cells = judge([score_run(run, options.split, options.data, options.on_data) for run in finished])
     columns = ["runs", "recovered %", "ideal %", "ideal % of all", "difference", ""]
     print_table("Planted bits", ("world", "modality", "kind", *columns), rows_of(cells, with_level=False))
     if by_level := rows_of(cells, with_level=True):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import known_answer
 import numpy as np
@@ -129,6 +130,29 @@ def test_the_script_prints_and_writes_the_cells(tmp_path, monkeypatch, capsys):
     assert "FAIL" not in out
     cells = json.loads((tmp_path / "out.json").read_text())["cells"]
     assert len(cells) == 9
+
+
+def test_evaluations_on_other_data_are_judged_by_its_truth_alone(tmp_path):
+    write_run(tmp_path / "a", "graded", "text_audio")
+    (own,) = (tmp_path / "a" / "evaluation").glob("*-ab")
+    shutil.copytree(own, tmp_path / "a" / "evaluation" / "graded-test-ef")
+    metrics = tmp_path / "a" / "evaluation" / "graded-test-ef" / "metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"settings": "on_data=graded-12"}))
+    (run,) = collect_runs(tmp_path / "a")
+    assert len(known_answer.score_run(run, "test", tmp_path / "data").items) > DIALOGUES
+    metrics.with_name("predictions.jsonl").unlink()
+    known_answer.score_run(run, "test", tmp_path / "data")  # never the other's
+    shutil.copy(own / "predictions.jsonl", metrics.parent)
+    other = tmp_path / "other-raw"
+    other.mkdir()
+    with pytest.raises(MsencError, match=r"other-raw/test_sent_emo\.csv: missing"):
+        known_answer.score_run(run, "test", None, tmp_path / "other")
+    table = (tmp_path / "data" / "graded-raw" / "test_sent_emo.csv").read_text().splitlines(keepends=True)
+    (other / "test_sent_emo.csv").write_text("".join(table[:3]))
+    with pytest.raises(MsencError, match=r"dia\d+, turn \d+: not in the hidden truth"):
+        known_answer.score_run(run, "test", None, tmp_path / "other")
+    (other / "test_sent_emo.csv").write_text("".join(table))
+    assert known_answer.judge([known_answer.score_run(run, "test", None, tmp_path / "other")])
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path):
