@@ -137,7 +137,12 @@ def warnings(metrics: Mapping[str, Any], aligned: Collection[str] = ()) -> list[
     """
     said = []
     for stream, found in findings(metrics).items():
-        align = "" if stream in aligned else "alignment first (align=words), "
+        # Labels that say nothing of what replies need can teach a connector to drop it.
+        align = (
+            f"other labels (align.labels.{stream}.source=...) or none ('~align.labels.{stream}'), "
+            if stream in aligned
+            else "alignment first (align=words), "
+        )
         if found.get("spread", 1.0) < CONSTANT:
             said.append(
                 f"{stream}: the connector's output is nearly the same for every utterance "

@@ -63,7 +63,8 @@ def test_a_stream_that_is_not_used_is_said_and_its_names_are_read_back():
     assert findings(metrics) == {"audio": {"spread": 0.3, "used_nats": 0.0001}}
     assert "does not use the stream" in (said := warnings(metrics)[0])
     assert "align=" in said
-    assert "align=" not in warnings(metrics, aligned=["audio"])[0]
+    assert "align=" not in (said := warnings(metrics, aligned=["audio"])[0])
+    assert "other labels (align.labels.audio.source=...) or none ('~align.labels.audio')" in said
     assert warnings({**metrics, "stream/audio/used_nats": 0.1}) == []
 
 
