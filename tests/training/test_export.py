@@ -87,10 +87,10 @@ def test_other_base_weights_and_versions_are_refused(train, demo_home, tmp_path)
     save_file(
         {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, llm / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(MsencError, match=r"trained on the base weights .*llm with fingerprint \w+, .*llm has \w+"):
+    with pytest.raises(MsencError, match=r"base weights of a local folder with fingerprint \w+, .*llm has \w+"):
         load_export(export)
     load_export(export, base=str(demo_home / "data" / "tiny-llm"))
     path = export / "export.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 0}))
-    with pytest.raises(MsencError, match="format_version 0, this msenc reads 1"):
+    with pytest.raises(MsencError, match="format_version 0, this msenc reads 1 and 2"):
         load_export(export)
