@@ -102,8 +102,8 @@ def pinned(name_or_path: str) -> str | None:
         return None
     try:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError as error:  # no id of the hub
-        raise load_error("model", name_or_path, error) from error
+    except ValueError:  # no id of the hub: a folder that is gone
+        return None
     commit = Path(file).parent.name if isinstance(file, str) else revision
     return f"{name}@{commit}" if commit else name
 
