@@ -17,6 +17,7 @@ from msenc.types import MsencError
 OPEN = {
     "train_schema": ("optimizer.groups", "loss.weights", "data.drop", "margins"),
     "report_schema": ("names", "decimals", "margins"),
+    "respond_schema": ("encoders",),
 }
 """Places whose keys are names that no schema lists: an override adds one without a ``+``."""
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from torch import nn
 
 from msenc.config.build import build, with_current_targets
-from msenc.files import hold, read_json, reason_of, whole_folder, write_json
+from msenc.files import digest, hold, read_json, reason_of, whole_folder, write_json
 from msenc.files.kinds import Count, Name, short
 from msenc.models.connector import tie
 from msenc.models.conversation import ConversationModel
@@ -77,6 +77,7 @@ def _write_parts(
         "base_llm": {
             "name": base,
             "fingerprint": model.base_fingerprint,
+            "vocabulary": _vocabulary(load_tokenizer(model.base_name)),
             "licence": _licence(model.base_name),
         },
         "llm": {
@@ -162,6 +163,11 @@ def _fingerprint_of(encoder: Encoder) -> str | None:
     return fingerprint(nn.ModuleDict(modules)) if modules else None
 
 
+def _vocabulary(tokenizer: Any) -> str:
+    """A hash of a tokenizer's tokens and their ids: other ones would read other embeddings."""
+    return digest(tokenizer.get_vocab(), length=16)
+
+
 def _licence(name_or_path: str) -> str | None:
     """What a model's own files say of its licence: the card's ``license``, or the first line of a licence file."""
     from huggingface_hub import metadata_load, try_to_load_from_cache
@@ -191,6 +197,7 @@ class _Stream(TypedDict):
 class _Base(TypedDict):
     name: str | None
     fingerprint: str
+    vocabulary: NotRequired[str]
     licence: NotRequired[str | None]
 
 
@@ -333,6 +340,12 @@ def load_export(
             f"{folder}: trained on the base weights {content['base_llm']['name'] or 'of a local folder'} with "
             f"fingerprint {expected}, {name} has {llm.base_fingerprint}. Give the matching LLM: base=FOLDER."
         )
+    tokenizer = load_tokenizer(name)
+    if trained != "llm" and content["base_llm"].get("vocabulary") not in (None, _vocabulary(tokenizer)):
+        raise MsencError(
+            f"{folder}: {name} has the weights that it was trained on, but another vocabulary. Give the matching LLM "
+            "with its own tokenizer: base=FOLDER."
+        )
     if trained == "llm":
         check_tensors(llm.state_dict(), str(folder / "llm"))
     if trained == "adapter":
@@ -357,4 +370,4 @@ def load_export(
         check_tensors(model.connectors.state_dict(), str(folder / "connectors.safetensors"))
     model.requires_grad_(False)
     with _readable(path):
-        return model.eval(), DialogueTokenizer(build(content["prompt"], "prompt"), load_tokenizer(name))
+        return model.eval(), DialogueTokenizer(build(content["prompt"], "prompt"), tokenizer)

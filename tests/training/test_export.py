@@ -11,7 +11,7 @@ from msenc.config.build import build
 from msenc.config.schema import plain
 from msenc.files import read_json
 from msenc.models.conversation import ConversationModel
-from msenc.models.llm import load_llm
+from msenc.models.llm import load_llm, load_tokenizer
 from msenc.models.pretrained import pinned
 from msenc.runs.record import read_run
 from msenc.training.assembly import build_datamodule, build_model
@@ -139,6 +139,12 @@ def test_models_that_were_local_are_given_and_no_others_taken(heard_by_a_model, 
     with pytest.raises(MsencError, match=r"its base LLM was a local folder, .*base=FOLDER"):
         load_export(heard_by_a_model)
     load_export(heard_by_a_model, base=str(tiny_models["llama"]))
+    renamed = shutil.copytree(tiny_models["llama"], tmp_path / "renamed")
+    tokenizer = load_tokenizer(str(renamed))
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(renamed)
+    with pytest.raises(MsencError, match="has the weights that it was trained on, but another vocabulary"):
+        load_export(heard_by_a_model, base=str(renamed))
     with pytest.raises(MsencError, match=r"the audio encoder wavlm was a local path.*encoders.audio=FOLDER"):
         load_encoders(heard_by_a_model, {})
     (encoder,) = load_encoders(heard_by_a_model, {"audio": str(tiny_models["wavlm"])}).values()
