@@ -15,6 +15,7 @@ help:
 	@echo "make talk    serve a page to talk to a run   ARGS=\"speech=kokoro port=8000\" adds overrides"
 	@echo "make test    run all tests and doctests      ARGS=\"tests/report -x\" selects, ARGS=-n0 takes one core"
 	@echo "make bench   run all benchmarks              ARGS=--quick shows that they run"
+	@echo "make docs    build the pages of docs/ in site/"
 	@echo "make lint    ruff check, ruff format --check, lint-imports"
 	@echo ""
 	@echo "Each sets up .venv when it is missing or older than pyproject.toml or constraints.txt."
@@ -40,6 +41,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 # The stamp is written last, so an interrupted installation is taken up again by the next call. pip writes INSTALLER
 # when a package is complete: what has none was cut off in the middle, and would count as installed.
 $(STAMP): pyproject.toml constraints.txt
@@ -62,9 +66,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv, which may take a few minutes (once)"
 	@echo "  1/2 $$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
-	@echo "  2/2 msenc with the extras demo, talk, raw, parallel, cluster, dev, as pinned in constraints.txt"
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,talk,raw,parallel,cluster,dev]'
+	@echo "  2/2 msenc with the extras demo, talk, raw, parallel, cluster, dev, docs, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,talk,raw,parallel,cluster,dev,docs]'
 	@touch $(STAMP)
 	@echo "Installed."
 
-.PHONY: help train talk test bench lint
+.PHONY: help train talk test bench lint docs

@@ -189,25 +189,34 @@ class Talk:
 
 
 def load(
-    place: "str | Path | Run", overrides: Sequence[str] = (), *, plugins: Sequence[str] = (), base: str | None = None
+    place: "str | Path | Run",
+    overrides: Sequence[str] = (),
+    *,
+    plugins: Sequence[str] = (),
+    base: str | Path | None = None,
+    encoders: Mapping[str, str | Path] | None = None,
 ) -> Conversant:
     """Load a run, to let it reply.
 
     Args:
-        place: a run's folder, what `train` returned, or a run's ``export/``, wherever it has been copied to.
+        place: a run's folder, what `train` returned, a run's ``export/``, wherever it has been copied to, or one on the
+            Hugging Face hub: ``hub:OWNER/NAME``, or ``hub:OWNER/NAME@REVISION``.
         overrides: as of respond.py, such as ``speech=kokoro``, ``decoding=sample``, ``device=cuda``.
         plugins: modules with classes of your own that the run is made of.
-        base: of an export, hub id or folder of its base LLM, if that has moved.
+        base: of an export, hub id or folder of its base LLM, where that was a local folder, or has moved.
+        encoders: of an export, stream -> hub id or folder of its encoder's model, likewise.
 
     Raises:
         MsencError: no run, or one that does not fit what it was trained on.
     """
-    folder = place.folder if isinstance(place, Run) else Path(place)
+    folder = place.folder if isinstance(place, Run) else place
     named = [f"plugins=[{','.join(plugins)}]"] if plugins else []
     config = _respond_config([f"run_dir={folder}", *named, *overrides])
+    config["base"] = str(base) if base is not None else config["base"]
+    config["encoders"] |= {stream: str(model) for stream, model in (encoders or {}).items()}
     quieten()
     synthesizer = build(config["speech"], "speech") if config["speech"] else None
-    return Conversant(load_agent(folder, config, base), synthesizer, config["decoding"])
+    return Conversant(load_agent(folder, config), synthesizer, config["decoding"])
 
 
 def train(overrides: Sequence[str] = ()) -> Run:

@@ -5,6 +5,7 @@ prepare         raw clips and annotations -> shards
 evaluate        score finished runs
 report          compare the runs of sweeps
 respond         let a trained run reply, or talk to it on a page
+push            RUN OWNER/NAME: share a run's export on the Hugging Face hub; msenc.load("hub:OWNER/NAME") loads it
 import-upstream turn a checkpoint of the Interspeech 2025 system into a run
 configs         where the configs lie; configs --copy [FILE ...] copies them to configs/, to be changed
 new             new NAME: a project with a config group, an encoder and a test of its own
@@ -31,13 +32,13 @@ from msenc.work.command import as_typed
 LITERAL = {
     "respond": (
         *("text", "audio", "video", "history", "speaker", "reply_as"),
-        *("out", "runs_dir", "run_dir", "page_password"),
+        *("out", "runs_dir", "run_dir", "page_password", "base"),
     )
 }
 """Keys whose values are typed without Hydra's quotes."""
 COMMANDS = ("train", "prepare", "evaluate", "report", "respond")
 """Those that compose a config of the same name, and have a module of that name in `msenc.pipelines`."""
-OTHERS = ("import-upstream", "configs", "new")
+OTHERS = ("push", "import-upstream", "configs", "new")
 OWN_CONFIGS = "configs"
 CHILD = "MSENC_COMMAND"
 """Environment variable by which further processes of a run know the command."""
@@ -106,6 +107,10 @@ def _do_other(command: str, arguments: Sequence[str]) -> None:
         for file in write_project(Path(arguments[0])):
             print(f"Written: {file}")
         print(f"Try it: cd {arguments[0]} && msenc train experiment={Path(arguments[0]).name}")
+    elif command == "push":
+        from msenc.pipelines.push import push
+
+        print(f"Sent. To load it: {push(arguments)}")
     elif command == "import-upstream":
         from msenc.config.schema import register_schemas
         from msenc.upstream import main as import_upstream

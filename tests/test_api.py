@@ -66,6 +66,17 @@ def test_an_export_replies_as_its_run_does_when_the_run_is_gone(agent, short_run
         assert (ours.text, ours.description, ours.speaker) == (its.text, its.description, its.speaker)
 
 
+def test_an_export_is_told_where_its_models_lie(agent, short_run, demo_home):
+    named = {"base": demo_home / "data" / "tiny-llm", "encoders": {"audio": demo_home, "video": demo_home}}
+    with pytest.raises(MsencError, match=r"^encoders\.audio: sets one path of an encoder, and this one has no model"):
+        msenc.load(short_run / "export", SHORT, **named)
+    with pytest.raises(MsencError, match=r"encoders\.text: .* has no such stream, only audio, video"):
+        msenc.load(short_run / "export", [*SHORT, "encoders.text=FOLDER", f"base={demo_home}"])
+    for key in ("base=FOLDER", "encoders.audio=FOLDER"):
+        with pytest.raises(MsencError, match=r"is of an export, and .* is a run"):
+            msenc.load(short_run, [*SHORT, key])
+
+
 def test_a_talk_remembers_its_turns(agent, clip):
     talk = agent.talk()
     first = talk.say("Hello.", video=clip)

@@ -1,4 +1,4 @@
-"""The README's commands run as they are written, but shorter and on the small demo."""
+"""The commands of the README and of docs/commands.md run as they are written, but shorter and on the small demo."""
 
 import re
 import shlex
@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from conftest import ROOT, SMALL_DEMO
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "commands.md")
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 SHORT = {
     "prepare.py": ["prepare_workers=0"],
@@ -41,10 +42,11 @@ SKIPPED: dict[str, str] = {}
 
 
 def commands() -> list[str]:
-    """The lines of the README's bash blocks, without their comments."""
+    """The lines of the pages' bash blocks, each once, without their comments."""
     blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [command for line in lines if (command := shlex.join(shlex.split(line, comments=True)))]
+    found = (shlex.join(shlex.split(line, comments=True)) for line in lines)
+    return [*dict.fromkeys(command for command in found if command)]
 
 
 PYTHON = [c for c in commands() if c.startswith("python ")]

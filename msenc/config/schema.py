@@ -17,6 +17,7 @@ from msenc.types import MsencError
 OPEN = {
     "train_schema": ("optimizer.groups", "loss.weights", "data.drop", "margins"),
     "report_schema": ("names", "decimals", "margins"),
+    "respond_schema": ("encoders",),
 }
 """Places whose keys are names that no schema lists: an override adds one without a ``+``."""
 
@@ -412,7 +413,10 @@ class RespondConfig:
     """Schema of ``respond.yaml``.
 
     Args:
-        run_dir: the run that replies; the page may do without, and then begins with the newest.
+        run_dir: the run that replies, its export, or ``hub:REPO[@REVISION]``; the page, which takes runs alone, may do
+            without, and then begins with the newest.
+        base: of an export, hub id or folder of its base LLM, where that was a local folder, or has moved.
+        encoders: of an export, stream -> hub id or folder of its encoder's model, likewise.
         text: what the user says; None where it is to be recognised from the sound, or the history is answered.
         audio: sound of the user's turn; that of `video` if None.
         video: picture of the user's turn.
@@ -440,6 +444,8 @@ class RespondConfig:
     checkpoint: str = MISSING
     device: str = "auto"
     data_dir: str | None = None
+    base: str | None = None
+    encoders: dict[str, str] = field(default_factory=dict)
     text: str | None = None
     audio: str | None = None
     video: str | None = None

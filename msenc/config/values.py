@@ -101,6 +101,8 @@ VALUES: dict[str, Any] = {
     "data_dir": Place | None,
     "runs_dir": Folder,
     "out": NewFolder | None,
+    "base": Text | None,
+    "encoders": dict[str, Text],
     "audio": Text | None,
     "video": Text | None,
     "history": Text | None,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from msenc.files import read_json
 from msenc.files.kinds import Name
-from msenc.models.pretrained import load_error, load_torch_file, name_some
+from msenc.models.pretrained import load_error, load_torch_file, name_some, split_revision
 from msenc.types import MsencError
 
 # Of checkpoints whose Q-Former also reads text: the layers' second feed-forward, which queries never pass.
@@ -587,9 +587,10 @@ def _read_json(name_or_path: str, file: str, kind: Any) -> dict[str, Any]:
 
 
 def _fetch(name_or_path: str, file: str) -> Path:
-    folder = Path(name_or_path).expanduser()
+    name, revision = split_revision(name_or_path)
+    folder = Path(name)
     if not folder.is_dir():
-        return Path(hf_hub_download(name_or_path, file))
+        return Path(hf_hub_download(name, file, revision=revision))
     if not (folder / file).is_file():
         raise FileNotFoundError(f"no {file} in the folder")
     return folder / file

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from msenc.files import read_json, reason_of
 from msenc.models.attention import KERNELS, NAME, register
 from msenc.models.layout import choose_attention
-from msenc.models.pretrained import load_pretrained, name_some, to_dtype
+from msenc.models.pretrained import load_pretrained, name_some, split_revision, to_dtype
 from msenc.models.quantize import check_quantization, quantize
 from msenc.models.slices import StoredWeights
 from msenc.types import MsencError
@@ -72,7 +72,7 @@ def load_llm(
     """Load the LLM and set which parameters train.
 
     Args:
-        name_or_path: hub id, or folder written by ``save_pretrained``.
+        name_or_path: hub id (``ID@REVISION`` pins it), or folder written by ``save_pretrained``.
         freeze: no parameter of the LLM trains, LoRA included (no adapter is added).
         lora: arguments of PEFT's ``LoraConfig`` (r, lora_alpha, ...); None with ``freeze=False`` trains the LLM in
             full.
@@ -132,7 +132,8 @@ def load_llm(
         llm = load_pretrained(AutoModelForCausalLM, name_or_path, **options)
     if by_shares:
         with suppress(OSError):  # there may be none
-            llm.generation_config = GenerationConfig.from_pretrained(name_or_path)
+            name, revision = split_revision(name_or_path)
+            llm.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     # What a checkpoint recommends (temperature, repetition penalty) would silently complete `decoding`.
     # Which tokens end a reply is no such setting.
     llm.generation_config = GenerationConfig(eos_token_id=llm.generation_config.eos_token_id)

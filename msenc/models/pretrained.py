@@ -45,7 +45,7 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
 
     Args:
         cls: a transformers class with `from_pretrained`: config, tokenizer, processor or model, Auto or not.
-        name_or_path: a folder, or a hub id.
+        name_or_path: a folder, or a hub id, of which ``ID@REVISION`` names one commit, tag or branch.
         may_miss: endings of tensor names that the model does not need (say, those used in its pretraining alone).
         **kwargs: passed on.
 
@@ -58,7 +58,9 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
     if "://" in str(name_or_path):
         raise MsencError(f"{cls.__name__}: {name_or_path!r} is a URL. Expected a folder or a hub id.")
     folder = Path(name_or_path).expanduser()
-    name = str(folder) if folder.is_dir() else str(name_or_path)
+    name, revision = split_revision(name_or_path)
+    if revision is not None:
+        kwargs["revision"] = revision
     is_model = _is_model(cls)
     if is_model:
         kwargs |= {"output_loading_info": True, "weights_only": True}
@@ -75,6 +77,35 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
     if missing:
         raise load_error(cls.__name__, name_or_path, f"its weights lack {len(missing)} tensors ({name_some(missing)})")
     return model
+
+
+def split_revision(name_or_path: str | Path) -> tuple[str, str | None]:
+    """A model's folder, and None; or its hub id, and the revision after ``@``, if it names one.
+
+    Example:
+        >>> split_revision("openai/whisper-base@e37978b")
+        ('openai/whisper-base', 'e37978b')
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return str(folder), None
+    name, _, revision = str(name_or_path).partition("@")
+    return name, revision or None
+
+
+def pinned(name_or_path: str) -> str | None:
+    """A hub id with the commit that was loaded of it, where the hub's local cache knows that; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision = split_revision(name_or_path)
+    if Path(name).is_absolute() or Path(name).is_dir():
+        return None
+    try:
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no id of the hub: a folder that is gone
+        return None
+    commit = Path(file).parent.name if isinstance(file, str) else revision
+    return f"{name}@{commit}" if commit else name
 
 
 def _reason(error: Exception) -> Exception | str:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from msenc.models.pretrained import name_some, quiet, to_dtype
+from msenc.models.pretrained import name_some, quiet, split_revision, to_dtype
 from msenc.types import MsencError
 
 
@@ -87,15 +87,15 @@ def _names_in(file: str) -> list[str]:
 def _find_files(name_or_path: str) -> list[str]:
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    folder = Path(name_or_path).expanduser()
-    name = str(folder) if folder.is_dir() else name_or_path
-    with quiet(hide_bars=folder.is_dir()):
-        single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    name, revision = split_revision(name_or_path)
+    of = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    with quiet(hide_bars=Path(name).is_dir()):
+        single = cached_file(name, "model.safetensors", **of)
         if single is not None:
             return [single]
-        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        index = cached_file(name, "model.safetensors.index.json", **of)
         if index is not None:
-            return get_checkpoint_shard_files(name, index)[0]
+            return get_checkpoint_shard_files(name, index, revision=revision)[0]
     raise MsencError(
         f"{name_or_path}: found no model.safetensors, expected one: only of safetensors can each process read its own "
         "share. Write them with save_pretrained of transformers."

@@ -42,6 +42,7 @@ from msenc.models.conversation import ConversationModel
 from msenc.pipelines.plan import num_processes
 from msenc.prepare.describe import BINS, read_bins
 from msenc.prompt import TOKEN_KINDS
+from msenc.report.card import write_card
 from msenc.runs.find import runs_of
 from msenc.runs.identity import check_same_data, stream_hashes, task_hash
 from msenc.runs.record import is_finished, read_facts, read_run
@@ -164,7 +165,10 @@ def evaluate_run(
         MsencError: in every process, if one of them has failed.
     """
     with group.all_or_none():
-        return _evaluate(run_dir, options, threads, group)
+        found = _evaluate(run_dir, options, threads, group)
+        if group.is_first:
+            write_card(run_dir)
+        return found
 
 
 def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group: Group) -> dict[str, Any]:

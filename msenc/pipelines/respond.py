@@ -18,13 +18,14 @@ import lightning as L
 from omegaconf import DictConfig
 from rich.table import Table
 
-from msenc.config.build import build, with_current_targets
+from msenc.config.build import build
 from msenc.config.checks import checked
-from msenc.files import inside, read_json, write_json
+from msenc.files import inside, write_json
 from msenc.models.llm import load_tokenizer
 from msenc.models.recognition import Recogniser
 from msenc.prompt import DialogueTokenizer
 from msenc.raw.media import read_audio
+from msenc.runs.hub import HUB, fetched
 from msenc.speech.wav import write_wav
 from msenc.talk.address import is_loopback
 from msenc.talk.agent import (
@@ -39,7 +40,7 @@ from msenc.talk.agent import (
     talk_json,
 )
 from msenc.training.assembly import GIVEN, num_parameters
-from msenc.training.export import load_export
+from msenc.training.export import load_encoders, load_export, read_export
 from msenc.training.restore import find_device, load_trained, open_run
 from msenc.types import UNKNOWN, MsencError, needing
 from msenc.work.console import console, quieten, shown
@@ -63,12 +64,13 @@ def respond(cfg: DictConfig) -> Path | None:
     if not given and not before:
         raise MsencError("There is no turn to answer: give text=..., audio=..., video=... or history=...")
     moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    folder = Path(config["out"]) if config["out"] else inside(Path(config["run_dir"]), "replies", moment)
+    own = Path(config["runs_dir"] if config["run_dir"].startswith(HUB) else config["run_dir"])
+    folder = Path(config["out"]) if config["out"] else inside(own, "replies", moment)
     if (folder / "reply.json").exists():
         raise MsencError(f"out={folder}: holds a reply already. Give another folder, or move it away.")
     began = time.perf_counter()
     synthesizer = build(config["speech"], "speech") if config["speech"] else None
-    agent = load_agent(Path(config["run_dir"]), config)
+    agent = load_agent(config["run_dir"], config)
     seconds = {"loading": time.perf_counter() - began}
     user, reply_as = choose_speakers(before, given, config["speaker"], config["reply_as"], agent.speakers)
     files = {key: Path(config[key]) if config[key] is not None else None for key in ("audio", "video")}
@@ -170,16 +172,18 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
         page.close(verbose=False)
 
 
-def load_agent(run_dir: Path, config: Mapping[str, Any], base: str | None = None) -> Agent:
+def load_agent(run_dir: str | Path, config: Mapping[str, Any]) -> Agent:
     """A run's model with the encoders that made its features, ready to hear and answer.
 
     Args:
-        run_dir: the run, or its export.
+        run_dir: the run, its export, or ``hub:REPO[@REVISION]``.
         config: keys of `RespondConfig`.
-        base: of an export, its base LLM, if that has moved.
     """
+    run_dir = fetched(run_dir)
     if (run_dir / "export.json").is_file():
-        return _agent_of_export(run_dir, config, base)
+        return _agent_of_export(run_dir, config)
+    if given := [key for key in ("base", "encoders") if config[key]]:
+        raise MsencError(f"{given[0]}: is of an export, and {run_dir} is a run, which knows its own. Leave it out.")
     record, own = open_run(run_dir, config["data_dir"], config["urls"])
     L.seed_everything(own["seed"], workers=True, verbose=False)
     model = load_trained(run_dir, config["checkpoint"], record, own)
@@ -198,16 +202,16 @@ def load_agent(run_dir: Path, config: Mapping[str, Any], base: str | None = None
     )
 
 
-def _agent_of_export(folder: Path, config: Mapping[str, Any], base: str | None) -> Agent:
-    model, tokenizer = load_export(folder, base)
+def _agent_of_export(folder: Path, config: Mapping[str, Any]) -> Agent:
+    encoders = load_encoders(folder, config["encoders"])
+    model, tokenizer = load_export(folder, config["base"])
     settle_threads(num_parameters(model))
-    content = read_json(folder / "export.json")
-    streams = with_current_targets(content["streams"])
+    content = read_export(folder)
     return Agent(
         model.to(find_device(config["device"])),
         tokenizer,
-        encoders={name: build(stream["encoder"], f"model.streams.{name}.encoder") for name, stream in streams.items()},
-        num_queries={name: stream["num_queries"] for name, stream in streams.items()},
+        encoders=encoders,
+        num_queries={name: stream["num_queries"] for name, stream in content["streams"].items()},
         budget=content["max_history_tokens"],
         layout="dialogue",
         recognise=_Recognise(config["recogniser"], config["max_clip_s"]),

@@ -33,6 +33,7 @@ from msenc.models.quantize import described
 from msenc.pipelines.evaluate import evaluate_run
 from msenc.pipelines.plan import add_batches, num_processes, plan_run
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared, prepare_command
+from msenc.report.card import write_card
 from msenc.runs.folder import settle_folder, write_config
 from msenc.runs.identity import check_same_data, check_same_settings, data_hashes, run_identity
 from msenc.runs.overrides import key_of, task_overrides
@@ -532,6 +533,7 @@ def _export(config: Mapping[str, Any], model: ConversationModel, record: RunReco
         fill_model(model, gathered)
     facts = {key: record.facts[key] for key in ("task_hash", "turns_hash", "seed", "commit", "speakers")}
     write_export(folder, model, config, {"data": record.facts["data"], "checkpoint": trained, **facts})
+    write_card(record.folder)
     console.print(f"Written: {shown(folder)}", soft_wrap=True)
 
 

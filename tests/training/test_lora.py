@@ -107,7 +107,7 @@ def test_what_lora_trains_is_exported_and_resumed(tiny_models, tmp_path, variant
 
     state = copy.deepcopy(dict(ConversationModule(model).state_dict()))
     torch.manual_seed(2)
-    exported, _ = load_export(tmp_path / "export")
+    exported, _ = load_export(tmp_path / "export", base=str(tiny_models["llama"]))
     assert (exported(batch()).nll - expected).abs().max() == 0
     resumed = ConversationModule(ConversationModel(load_llm(**options), {}))
     saved = {n: state[n] for n in resumed.trainable_names()}
