@@ -109,6 +109,20 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
     assert "model/llm=smollm2" in record["warnings"][0]
 
 
+@pytest.mark.parametrize("llm", ["model/llm=smollm2", "model/llm=tiny"])
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_missing_data_are_said_before_an_llm_is_loaded_or_made(command, llm, train, tmp_path, monkeypatch):
+    from msenc.pipelines import prepare
+    from msenc.training import assembly
+
+    for module, name in ((assembly, "load_tokenizer"), (prepare, "_pretrain")):
+        monkeypatch.setattr(module, name, lambda *a: pytest.fail("the LLM came first"))
+    given = ["data=folder", llm, "align=none", *places(tmp_path)[:2], "data.root=nowhere"]
+    with pytest.raises(MsencError, match=r"mine/dataset\.json.*python prepare\.py data=folder") as refused:
+        train([*given, "plan=true"] if command == "plan" else given)
+    assert "data.root=nowhere" in str(refused.value)
+
+
 def test_a_table_elsewhere_is_taken_by_its_name(prepare, tmp_path):
     root = write_table(tmp_path / "raw", is_cut=False)
     (root / "utterances.csv").rename(tmp_path / "mine.csv")
