@@ -33,7 +33,7 @@ MELD_FILES = {
 }
 MELD_COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID", "StartTime", "EndTime")
 TABLE_COLUMNS = ("clip", "dialogue", "text")
-TABLE_OPTIONS = ("speaker", "start", "end", "split", "description")
+TABLE_OPTIONS = ("audio", "speaker", "start", "end", "split", "description")
 
 NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 """Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
@@ -71,10 +71,12 @@ class Annotations:
         """The same, with clips that name a track of their files' audio, from 1 on; None leaves them."""
         if track is None:
             return self
-        dialogues = [
-            replace(d, utterances=tuple(replace(u, clip=u.clip and with_track(u.clip, track)) for u in d.utterances))
-            for d in self.dialogues
-        ]
+
+        def tracked(u: Utterance) -> Utterance:
+            heard = u.clip_of("audio") and with_track(u.clip_of("audio"), track)
+            return replace(u, audio=heard) if u.audio else replace(u, clip=heard)
+
+        dialogues = [replace(d, utterances=tuple(map(tracked, d.utterances))) for d in self.dialogues]
         return replace(self, dialogues=dialogues)
 
     def stored_in(self, root: Path) -> "Annotations":
@@ -82,18 +84,23 @@ class Annotations:
         stored = StoredNames(root)
         rejections = list(self.rejections)
 
-        def spelled(dialogue: Dialogue, utterance: Utterance) -> Utterance:
-            if utterance.clip is None or utterance.clip.isascii():
-                return utterance
-            file, _ = split_part(utterance.clip)
+        def spelled(clip: str | None, id: str) -> str | None:
+            if clip is None or clip.isascii():
+                return clip
+            file, _ = split_part(clip)
             if len(names := stored.find(file)) > 1:
                 found = ", ".join(map(ascii, names))
-                id = f"{dialogue.id}/utt{utterance.id}"
                 rejections.append(Rejection(id, "clip", "several files of this name", file, found=found))
-                return replace(utterance, clip=None)
-            return replace(utterance, clip=names[0] + utterance.clip.removeprefix(file))
+                return None
+            return names[0] + clip.removeprefix(file)
 
-        dialogues = [replace(d, utterances=tuple(spelled(d, u) for u in d.utterances)) for d in self.dialogues]
+        def respelled(id: str, u: Utterance) -> Utterance:
+            return replace(u, clip=spelled(u.clip, id), audio=spelled(u.audio, id))
+
+        dialogues = [
+            replace(d, utterances=tuple(respelled(f"{d.id}/utt{u.id}", u) for u in d.utterances))
+            for d in self.dialogues
+        ]
         return replace(self, dialogues=dialogues, rejections=rejections)
 
 
@@ -261,19 +268,23 @@ def _splits_of(
 
 
 def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rejections: list[Rejection]) -> Utterance:
-    clip = values["clip"] or None
-    if clip is not None and not is_below(clip):
-        raise MsencError(
-            f"{path}, row {row}: clip is {clip!r}; expected a path below the folder of the recordings (data.root)."
-        )
+    clips = {column: values.get(column) or None for column in ("clip", "audio")}
+    for column, clip in clips.items():
+        if clip is not None and not is_below(clip):
+            raise MsencError(
+                f"{path}, row {row}: {column} is {clip!r}; expected a path below the folder of the recordings "
+                "(data.root)."
+            )
+    clip = clips["clip"]
     times = [values.get("start", ""), values.get("end", "")]
     span = [_table_seconds(t) for t in times] if clip is None or split_part(clip)[1] is None else split_part(clip)[1]
     start_s, end_s = span
     if any(times) and (start_s is None or end_s is None or not start_s < end_s):
         rejections.append(Rejection(id, "clip", "no span of time", path.name, row, f"{times[0]!r} to {times[1]!r}"))
-        clip = start_s = end_s = None
-    elif any(times) and clip is not None:
-        clip = part_of(clip, start_s, end_s)
+        clips = dict.fromkeys(clips)
+        start_s = end_s = None
+    elif any(times):
+        clips = {column: clip and part_of(clip, start_s, end_s) for column, clip in clips.items()}
     return Utterance(
         id=id.rpartition("/utt")[2],
         speaker=values.get("speaker") or UNKNOWN_SPEAKER,
@@ -281,7 +292,7 @@ def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rej
         description=values.get("description") or None,
         start_s=start_s,
         end_s=end_s,
-        clip=clip,
+        **clips,
     )
 
 
