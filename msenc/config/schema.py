@@ -108,7 +108,8 @@ class DataConfig:
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
         table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
         encoding: of the tables (``gb18030``, ``cp1251``, ...); None: UTF-8 or UTF-16, with rows of cp1252 repaired.
-        recordings: how recordings become utterances; None: `root` is in MELD's layout.
+        recordings: how recordings become utterances; None: `root` is in MELD's layout, or in `layout`.
+        layout: ``_target_`` node of a published data set's layout (docs/data-sets.md); None for the others.
         audio_track: number of the track of audio that is read, from 1 on; None: the one marked as default.
         labels: columns of the table that `prepare.py` keeps for connectors to be aligned to; None keeps all that are
             read as nothing else.
@@ -131,6 +132,7 @@ class DataConfig:
     table: str | None = None
     encoding: str | None = None
     recordings: RecordingsConfig | None = None
+    layout: Any = None
     audio_track: int | None = None
     labels: list[str] | None = None
     voice: VoiceConfig = field(default_factory=VoiceConfig)

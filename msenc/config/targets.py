@@ -30,6 +30,12 @@ BUILDABLE = {
         "msenc.demo.table.write_world",
         "msenc.demo.raw_demo.write_raw_demo",
     ),
+    "data.layout": (
+        "msenc.raw.layouts.avamerg.AvaMerg",
+        "msenc.raw.layouts.dailytalk.DailyTalk",
+        "msenc.raw.layouts.iemocap.Iemocap",
+        "msenc.raw.layouts.seamless.Seamless",
+    ),
     "data.recordings.segment": ("msenc.raw.segment.SegmentSettings",),
     "data.recordings.recogniser": ("msenc.models.recognition.Recogniser",),
     "data.recordings.speaker_encoder": _of("msenc.raw.speakers", "Resemblyzer", "XVector"),

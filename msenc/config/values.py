@@ -138,6 +138,7 @@ VALUES: dict[str, Any] = {
     "model.connector": Node | None,
     "model.streams.*.encoder": Node,
     "data.generate": Node | None,
+    "data.layout": Node | None,
     "data.recordings.segment": Node,
     "data.recordings.recogniser": Node,
     "data.recordings.speaker_encoder": Node,
@@ -168,6 +169,11 @@ VALUES: dict[str, Any] = {
     "data.generate.dialogues_per_video": Positive,
     "data.generate.variant": Count,
     "data.generate.seed": Seed,
+    "data.layout.fractions": dict[Split, Share],
+    "data.layout.seed": Seed,
+    "data.layout.val": ShareBelow1,
+    "data.layout.val_sessions": list[Positive],  # type: ignore[valid-type]
+    "data.layout.test_sessions": list[Positive],  # type: ignore[valid-type]
     "data.recordings.segment.scene_threshold": Amount,
     "data.recordings.segment.speech_threshold": Share,
     "data.recordings.segment.min_pause_s": Amount,
