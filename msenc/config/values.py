@@ -171,6 +171,9 @@ VALUES: dict[str, Any] = {
     "data.generate.seed": Seed,
     "data.layout.fractions": dict[Split, Share],
     "data.layout.seed": Seed,
+    "data.layout.columns": dict[str, Text],
+    "data.layout.labels": dict[str, Text],
+    "data.layout.splits": dict[str, Split | None],
     "data.layout.val": ShareBelow1,
     "data.layout.val_sessions": list[Positive],  # type: ignore[valid-type]
     "data.layout.test_sessions": list[Positive],  # type: ignore[valid-type]

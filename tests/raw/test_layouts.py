@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from msenc.demo.clip_writer import write_clip
-from msenc.files import read_json
 from msenc.raw.annotations import Annotations
 from msenc.raw.layouts.avamerg import AvaMerg
 from msenc.raw.layouts.dailytalk import DailyTalk
+from msenc.raw.layouts.hub import HubDataset
 from msenc.raw.layouts.iemocap import Iemocap
 from msenc.raw.layouts.layout import Layout, read_layout
 from msenc.raw.layouts.seamless import Seamless
 from msenc.speech.wav import write_wav
+from msenc.store.labels import LABELS, read_labels
 from msenc.types import MsencError
 
 RATE = 16_000
@@ -273,8 +274,119 @@ def test_a_layout_is_prepared_as_its_config_says(name, compose, tmp_path):
         assert prepared["video-pixels"] == prepared["turns"]
     audit = run("stage=audit")
     assert sum(audit.flagged_by_split()["clip_without_row"].values()) == 1
-    labels = read_json(tmp_path / "prepared" / "labels.json") if name != "seamless" else {}
-    assert labels or name == "seamless"
+    labels = read_labels(tmp_path / "prepared", LABELS, "")
+    assert {column for found in labels.values() for column in found} >= {"Setting" if name == "seamless" else "Emotion"}
+
+
+MULTIDIALOG = HubDataset(
+    {"dialogue": "conv_id", "turn": "utterance_id", "speaker": "from", "text": "value", "audio": "audio"},
+    {"Emotion": "emotion"},
+    {"train": "train", "valid_freq": "val", "test_rare": "test"},
+    {"train": 0.5, "val": 0.25, "test": 0.25},
+)
+
+
+def hub_rows(tmp_path: Path, dialogues: int = 1) -> list[dict]:
+    write_media(tmp_path / "one.wav")
+    sound = (tmp_path / "one.wav").read_bytes()
+    return [
+        {
+            "conv_id": f"t/{dialogue}",
+            "utterance_id": turn,
+            "from": ("human", "gpt")[turn % 2],
+            "value": f"Turn {turn}.",
+            "emotion": "Happy",
+            "audio": {"bytes": sound if turn else None, "path": f"t_{turn}k.wav" if turn else None},
+        }
+        for dialogue in range(dialogues)
+        for turn in (1, 0, 10, 2)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_data_set_of_the_hub(kind, tmp_path):
+    rows, root = hub_rows(tmp_path), tmp_path / "raw"
+    if kind == "parquet":
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        for split in ("train", "valid_freq", "test_rare"):
+            path = root / "data" / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        datasets = pytest.importorskip("datasets")
+        made = datasets.Dataset.from_list(rows)
+        datasets.DatasetDict(dict.fromkeys(("train", "valid_freq", "test_rare"), made)).save_to_disk(root)
+    for _ in range(2):  # the second time, clips lie there
+        found = read_layout(MULTIDIALOG, root, "multidialog", None, None)
+        assert [d.id for d in found.dialogues] == [
+            f"multidialog/{split}-t_0" for split in ("train/train", "val/valid_freq", "test/test_rare")
+        ]
+        turns = turns_of(found, "val")
+        assert [(who, text) for who, text, _, _ in turns] == [
+            ("human", "Turn 0."),
+            ("gpt", "Turn 1."),
+            ("human", "Turn 2."),
+            ("human", "Turn 10."),
+        ]
+        assert [clip for _, _, clip, _ in turns][:2] == [None, "clips/valid_freq-0000001-audio.wav"]
+    assert (root / "clips" / "train-0000001-audio.wav").read_bytes() == rows[0]["audio"]["bytes"]
+    assert found.labels["multidialog/val/valid_freq-t_0/utt0"] == {"Emotion": "Happy"}
+
+
+def test_a_data_set_of_one_split_is_split(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (root := tmp_path / "raw").mkdir()
+    parquet.write_table(pa.Table.from_pylist(hub_rows(tmp_path, 8)), root / "all.parquet")
+    found = read_layout(MULTIDIALOG, root, "mine", None, None)
+    assert [d.split for d in found.dialogues] == ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change_rows", "name", "refusal"),
+    [
+        (
+            lambda rows: [r.pop("value") for r in rows],
+            "train",
+            r"no column 'value', which data\.layout\.columns\.text names",
+        ),
+        (
+            lambda rows: [r.update(utterance_id="b") for r in rows],
+            "train",
+            r"row 1: the turn is 'b'; expected a number",
+        ),
+        (lambda rows: [r.update(audio=3) for r in rows], "train", r"train-0000001-audio is no clip; expected bytes"),
+        (lambda rows: [r.update(audio={"path": "/etc/x.wav"}) for r in rows], "train", r"is /etc/x\.wav, outside of"),
+        (
+            lambda rows: [r.update(audio={"path": "../x.wav"}) for r in rows],
+            "train",
+            r"clip is '\.\./x\.wav'; expected a path",
+        ),
+        (lambda rows: None, "extra", r"splits says nothing of 'extra'\. Give it: data\.layout\.splits\.extra=train"),
+    ],
+)
+def test_another_data_set_of_the_hub_is_refused(change_rows, name, refusal, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = hub_rows(tmp_path)
+    (root := tmp_path / "raw").mkdir()
+    parquet.write_table(pa.Table.from_pylist(hub_rows(tmp_path)), root / "valid_freq-0.parquet")
+    change_rows(rows)
+    parquet.write_table(pa.Table.from_pylist(rows), root / f"{name}-0.parquet")
+    with pytest.raises(MsencError, match=refusal):
+        read_layout(MULTIDIALOG, root, "mine", None, None)
+
+
+def test_what_is_no_data_set_of_the_hub_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(MsencError, match=r"found no dataset_dict\.json, state\.json or \*\.parquet"):
+        read_layout(MULTIDIALOG, tmp_path, "mine", None, None)
+    write(tmp_path / "train-0.parquet", b"PAR1 and nothing")
+    with pytest.raises(MsencError, match=r"train-0\.parquet: cannot be read \(.*Expected a folder of datasets"):
+        read_layout(MULTIDIALOG, tmp_path, "mine", None, None)
+    write(tmp_path / "dataset_dict.json", '{"splits": ["../elsewhere"]}')
+    with pytest.raises(MsencError, match=r"found the split '\.\./elsewhere', expected the name of a folder"):
+        read_layout(MULTIDIALOG, tmp_path, "mine", None, None)
+    with pytest.raises(MsencError, match=r"expected dialogue and text, and any of .*not right: dialogue, wrods"):
+        HubDataset({"text": "a", "wrods": "b"}, {}, {}, {"train": 1.0})
 
 
 ODD = {
