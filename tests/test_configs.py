@@ -29,7 +29,7 @@ SCRIPTS = {
 }
 """Script -> what its config cannot do without."""
 
-LAYOUTS = ("avamerg", "dailytalk", "iemocap", "seamless")
+LAYOUTS = ("avamerg", "dailytalk", "hub", "iemocap", "multidialog", "seamless")
 """Data sets that have a layout of their own."""
 
 GROUPS = {
@@ -330,7 +330,7 @@ def test_binds_only(name, reason, home, tmp_path):
 def test_the_head_of_a_file_tells_its_use(name, home):
     """One sentence, and a command that composes."""
     lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    head = next(line for line in lines if not line.startswith("# @package"))
+    head = next(line for line in lines if not line.startswith(("# @package", "# yaml-language-server:")))
     found = re.fullmatch(r"# (?P<sentence>.+): (?:\w+=\w+ )?python (?P<script>\w+)\.py(?P<rest>.*)", head)
     assert found, f"{name}.yaml begins with {head!r}; expected '# A sentence: python SCRIPT.py ...'"
     assert len(head) <= 120
