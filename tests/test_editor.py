@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import yaml
 from conftest import CONFIGS, ROOT
 from omegaconf import OmegaConf
 
@@ -60,7 +59,7 @@ BROKEN = [
     ("model/audio/wavlm.yaml", "{name: wavlm, dimension: 768}"),
     ("model/llm/tiny_lora.yaml", "llm: {lora: {rank: 8}}"),
     ("trainer/cpu.yaml", "max_step: 5"),
-    ("trainer/cpu.yaml", "{_target_: os.system}"),
+    ("trainer/cpu.yaml", "{_target_: lightning.Trainr}"),
     ("optimizer/adamw.yaml", "lr: fast"),
     ("experiment/paper_text.yaml", "experiment: paper"),
     ("speech/kokoro.yaml", "num_threads: 1.5"),
@@ -183,10 +182,3 @@ def complete(line: str, folder: Path) -> list[str]:
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
-
-
-def test_the_yaml_of_a_schema_is_that_of_yaml():
-    """What OmegaConf reads is what an editor sees, numbers such as 3.0e-3 among it."""
-    for file in FILES:
-        text = file.read_text(encoding="utf-8")
-        assert OmegaConf.to_container(OmegaConf.create(text), resolve=False) == (yaml.safe_load(text) or {}), file

@@ -208,13 +208,13 @@ _JUST_TEXT: dict[str, Any] = {"type": "string"}
 
 def _node(path: str) -> dict[str, Any]:
     """An object with the arguments of whatever may be built at a place; which of them depends on its ``_target_``."""
-    targets = BUILDABLE[_pattern(path, BUILDABLE)]
+    targets = {target: place for place in _patterns(path, BUILDABLE) for target in BUILDABLE[place]}
     properties: dict[str, Any] = {}
     rules = []
     open_keys = [*OPEN.get(path, ())]
-    for target in targets:
+    for target, place in targets.items():
         try:
-            located = locate_target(target, path)
+            located = locate_target(target, place)
         except MsencError:  # of a package that is not there: its keys are not known
             continue
         arguments = _arguments(located, path)
@@ -247,7 +247,7 @@ def _arguments(located: Callable[..., Any], path: str) -> dict[str, Any]:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or name == "self":
             continue
         kind = kind_of(parameter.annotation)
-        kind = kind | None if parameter.default is None and kind is not object else kind
+        kind = kind | None if parameter.default is None and kind not in (object, None) else kind
         found[name] = _described(_key(f"{path}.{name}", kind), said.get(name, ""))
     return found
 
@@ -288,14 +288,17 @@ def _kind(kind: Any) -> dict[str, Any]:
 
 
 def _pattern(path: str, patterns: Mapping[str, Any]) -> str | None:
+    return next(_patterns(path, patterns), None)
+
+
+def _patterns(path: str, patterns: Mapping[str, Any]) -> Iterator[str]:
+    """Those that a path fits; ``*`` is any name, in either."""
     names = path.split(".")
     for pattern in patterns:
         parts = pattern.split(".")
-        if len(parts) == len(names) and all(
-            part in ("*", name) or name == "*" for part, name in zip(parts, names, strict=True)
-        ):
-            return pattern
-    return None
+        fits = [part == name or "*" in (part, name) for part, name in zip(parts, names, strict=False)]
+        if len(parts) == len(names) and all(fits):
+            yield pattern
 
 
 def _decoding_keys() -> list[str]:
