@@ -1,9 +1,9 @@
 """A run's replies to HumDial's dialogues, as its judge reads them: python benchmarks/humdial.py RUN TASK.jsonl OUT.
 
-``TASK.jsonl`` and its recordings are those of HumDial (track 1; HumDial-EIBench's empathetic replies): a line is
-``{"dialogue_id": ..., "turns": [{"turn_id": 1, "text": ..., "split_audio_file": ..., "emotion": ...}, ...]}``, and files
-lie beside it. The run answers each turn, with its own replies before it. ``OUT/replies.jsonl`` is what ``eval_task3.py
---input_file`` of the benchmark takes (a 30B judge does the rest); each reply's sound lies beside it.
+``TASK.jsonl`` and its recordings are those of HumDial (track 1; HumDial-EIBench's empathetic replies). A line is
+``{"dialogue_id": ..., "turns": [{"turn_id": 1, "text": ..., "split_audio_file": ..., "emotion": ...}, ...]}``; files
+lie beside it. The run answers each turn, with its own replies before it. ``OUT/replies.jsonl`` is what the benchmark's
+``eval_task3.py --input_file`` takes (a 30B judge does the rest), and the replies' sound lies beside it.
 """
 
 import argparse

@@ -127,7 +127,7 @@ def test_help_prints_them():
     ).stdout
     keys = done.partition("== Keys ==")[2].partition("== Config ==")[0]
     assert "\nspread                               ci: means with half of their interval" in keys
-    assert "python report.py" in done  # the examples below
+    assert "\nnoise_floor: null\n" in done  # the composed config below
 
 
 @pytest.mark.parametrize(

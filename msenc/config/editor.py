@@ -110,7 +110,8 @@ def write_schemas(configs: Path) -> list[Path]:
     folder = configs / FOLDER
     folder.mkdir(exist_ok=True)
     written = {
-        name: json.dumps(schema, indent=1, sort_keys=True) + "\n" for name, schema in schemas_of(configs).items()
+        name: json.dumps(schema, sort_keys=True, separators=(",", ":")) + "\n"
+        for name, schema in schemas_of(configs).items()
     }
     for name, text in written.items():
         (folder / name).write_text(text, encoding="utf-8")

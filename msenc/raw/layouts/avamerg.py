@@ -80,6 +80,7 @@ class AvaMerg:
 
 def _turns(conversation: _Conversation, part: str, media: MediaFiles) -> Iterator[dict[str, str]]:
     emotions = {}
+    has_audio = media.has(".wav")  # or only the videos were fetched
     for turn in conversation["turns"]:
         heard = [said["index"] for said in turn["dialogue_history"] if said["role"] == "speaker"]
         if heard and (emotion := (turn.get("chain_of_empathy") or {}).get("speaker_emotion")):
@@ -92,10 +93,10 @@ def _turns(conversation: _Conversation, part: str, media: MediaFiles) -> Iterato
     for said in sorted(spoken, key=lambda said: said["index"]):
         voice = conversation["speaker_profile" if said["role"] == "speaker" else "listener_profile"]["ID"]
         name = f"dia{conversation['conversation_id'].zfill(5)}utt{said['index']}_{voice}"
-        seen, heard_in = (media.find(f"{name}{suffix}", beside=part) for suffix in (".mp4", ".wav"))
+        seen, heard_in = media.find(f"{name}.mp4", part), media.find(f"{name}.wav", part) or f"{name}.wav"
         yield {
-            "clip": seen or heard_in or f"{name}.wav",
-            "audio": (heard_in or "") if seen else "",
+            "clip": seen or heard_in,
+            "audio": heard_in if seen and has_audio else "",
             "speaker": said["role"],
             "text": said["utterance"],
             "Emotion": emotions.get(said["index"], ""),

@@ -51,7 +51,7 @@ class HubDataset:
         fractions: Mapping[str, float],
         seed: int = 1,
     ) -> None:
-        if wrong := {*columns} - {*READ} or {*NEEDED} - {*columns}:
+        if wrong := ({*columns} - {*READ}) | ({*NEEDED} - {*columns}):
             raise MsencError(
                 f"data.layout.columns: found {', '.join(columns) or 'nothing'}; expected {' and '.join(NEEDED)}, and "
                 f"any of {', '.join(k for k in READ if k not in NEEDED)} (not right: {', '.join(sorted(wrong))})."

@@ -147,6 +147,10 @@ class MediaFiles:
             if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
                 self._found.setdefault(path.name, []).append(path.relative_to(root).as_posix())
 
+    def has(self, suffix: str) -> bool:
+        """Whether there is any file of that kind: if so, every turn has one."""
+        return any(name.endswith(suffix) for name in self._found)
+
     def find(self, name: str, beside: str = "") -> str | None:
         """The file of that name: the only one, or else the only one whose path begins like `beside`."""
         found = self._found.get(name, [])

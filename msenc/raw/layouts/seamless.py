@@ -48,6 +48,7 @@ class Seamless:
 
     def _interactions(self, root: Path, folder: Path, encoding: str | None) -> Iterator[Row | Rejection]:
         media = MediaFiles(root, folder)
+        has_audio = media.has(".wav")  # or only the videos were fetched
         interactions: dict[str, dict[str, Path]] = {}
         for path in [*files_of(folder, "**/*.json"), *files_of(folder, "**/transcript/*.jsonl")]:
             if (match := _FILE.fullmatch(path.stem)) and path.parent.name not in ("vad", *_ANNOTATIONS):
@@ -63,11 +64,14 @@ class Seamless:
             for participant, path in sorted(participants.items()):
                 name = f"{interaction}_{participant}"
                 beside = f"{path.parent.relative_to(root).as_posix()}/"
-                seen, heard = (media.find(name + suffix, beside) for suffix in (".mp4", ".wav"))
+                seen, heard = (
+                    media.find(f"{name}.mp4", beside),
+                    media.find(f"{name}.wav", beside) or f"{beside}{name}.wav",
+                )
                 for number, span in _spans(path, name, encoding):
                     values = {
-                        "clip": seen or heard or f"{beside}{name}.wav",
-                        "audio": (heard or "") if seen else "",
+                        "clip": seen or heard,
+                        "audio": heard if seen and has_audio else "",
                         "dialogue": interaction,
                         "speaker": participant,
                         "text": span["transcript"],
