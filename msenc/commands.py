@@ -7,7 +7,8 @@ report          compare the runs of sweeps
 respond         let a trained run reply, or talk to it on a page
 push            RUN OWNER/NAME: share a run's export on the Hugging Face hub; msenc.load("hub:OWNER/NAME") loads it
 import-upstream turn a checkpoint of the Interspeech 2025 system into a run
-configs         where the configs lie; configs --copy [FILE ...] copies them to configs/, to be changed
+configs         where the configs lie; configs --copy [FILE ...] copies them to configs/, to be changed; --schema
+                writes there what editors complete and check them by
 new             new NAME: a project with a config group, an encoder and a test of its own
 
 Configs in the folder configs/ of the current folder are found beside msenc's, and before them. In a checkout,
@@ -17,6 +18,7 @@ python train.py is the same as msenc train.
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -68,7 +70,7 @@ def run(command: str) -> None:
         # Hydra looks into the folder of its option last, so that is msenc's own; the last of equal options counts.
         sys.argv[1:] = [*given, *(["--config-dir", str(CONFIGS)] if len(folders) > 1 else [])]
         call = hydra.main(version_base="1.3", config_path=str(folders[0]), config_name=command)(main)
-        with _help_as_typed():
+        with _full_help(command):
             call()
 
 
@@ -77,7 +79,11 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if "LOCAL_RANK" in os.environ and CHILD in os.environ:  # Lightning repeats the arguments, as `run` left them
         command, arguments = os.environ[CHILD], sys.argv[1:]
-    if command in ("-h", "--help"):
+    if command == "-sc":  # the shell asks Hydra's completion, which knows of no command in front
+        command, arguments = _completed(), sys.argv[1:]
+    if command is None:
+        print(" ".join((*COMMANDS, *OTHERS)))
+    elif command in ("-h", "--help"):
         print(__doc__.strip())
     elif command == "--version":
         from importlib.metadata import version
@@ -97,9 +103,21 @@ def main() -> None:
             _do_other(command, arguments)
 
 
+def _completed() -> str | None:
+    """The command in the line that a shell completes, which is taken out of it; None while it is being typed."""
+    line = os.environ.get("COMP_LINE", "")
+    typed = re.match(r"(\s*\S+)\s+(\S+)(\s.*)", line)
+    if typed is None or typed[2] not in COMMANDS:
+        return None
+    before, command, after = typed.groups()
+    os.environ["COMP_LINE"] = before + after
+    os.environ["COMP_POINT"] = str(len(before + after))
+    return command
+
+
 def _do_other(command: str, arguments: Sequence[str]) -> None:
     if command == "configs":
-        for file in copy_configs(arguments):
+        for file in write_schemas() if list(arguments) == ["--schema"] else copy_configs(arguments):
             print(f"Written: {file}")
     elif command == "new":
         if len(arguments) != 1:
@@ -154,6 +172,24 @@ def copy_configs(arguments: Sequence[str]) -> list[Path]:
         (Path(OWN_CONFIGS) / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(CONFIGS / file, Path(OWN_CONFIGS) / file)
     return [Path(OWN_CONFIGS) / file for file in chosen]
+
+
+def write_schemas() -> list[Path]:
+    """Write the JSON schemas of the configs in ``configs/`` of the current folder, by which editors complete them.
+
+    In a checkout these are msenc's own. A file that names no schema gets a line that does, among
+    its first: ``# yaml-language-server: $schema=../schema/data.json`` in ``configs/data/mine.yaml``.
+
+    Raises:
+        MsencError: there is no such folder.
+    """
+    from msenc.config.editor import write_schemas as write
+
+    if not Path(OWN_CONFIGS).is_dir():
+        raise MsencError(
+            "configs: no such folder here. msenc configs --copy FILE makes one, and so does msenc new NAME."
+        )
+    return write(Path(OWN_CONFIGS))
 
 
 EXPERIMENT = """# @package _global_
@@ -273,8 +309,8 @@ def _as_module(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _help_as_typed() -> Any:
-    """Hydra prints a command's help itself."""
+def _full_help(command: str) -> Any:
+    """Hydra prints a command's help itself; what each key means is put before the composed config."""
     if not {"-h", "--help"} & set(sys.argv):
         yield
         return
@@ -283,4 +319,8 @@ def _help_as_typed() -> Any:
         try:
             yield
         finally:
-            print(as_typed(said.getvalue()), end="", file=sys.__stdout__)
+            from msenc.config.editor import help_of
+
+            keys = "".join(f"{key:<36} {text}\n" for key, text in help_of(command))
+            before, config, after = said.getvalue().partition("== Config ==")
+            print(as_typed(f"{before}== Keys ==\n{keys}\n{config}{after}"), end="", file=sys.__stdout__)

@@ -97,6 +97,7 @@ class Utterance:
             1.5 to 3); None if there is none.
         marks: spans of known information, for when this utterance is a target (only generated data have them).
         attributes: the description's attributes, or None if there is no description.
+        audio: the media file of the turn's audio, named as `clip`, where that is another one; None: `clip`.
     """
 
     id: str
@@ -108,6 +109,16 @@ class Utterance:
     clip: str | None = None
     marks: tuple[Mark, ...] = ()
     attributes: VoiceAttributes | None = None
+    audio: str | None = None
+
+    def clip_of(self, stream: str) -> str | None:
+        """The media file that a stream is read from, or None if there is none."""
+        return self.audio or self.clip if stream == "audio" else self.clip
+
+    @property
+    def clips(self) -> tuple[str, ...]:
+        """The turn's media files: none, one, or one for each stream."""
+        return tuple(dict.fromkeys(name for name in (self.clip, self.audio) if name))
 
 
 @dataclass(frozen=True)
@@ -133,8 +144,9 @@ class Dialogue:
         """The dialogue as plain values; `from_json` reads it back to an equal object."""
         value = asdict(self)
         for utterance in value["utterances"]:
-            if utterance["attributes"] is None:  # data without descriptions keeps its bytes and its hash
-                del utterance["attributes"]
+            for key in ("attributes", "audio"):  # data without them keeps its bytes and its hash
+                if utterance[key] is None:
+                    del utterance[key]
         return value
 
     @staticmethod

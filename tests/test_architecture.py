@@ -13,7 +13,8 @@ from msenc.evaluation.metrics.scores import mean_scores
 from msenc.evaluation.metrics.text import TEXT_METRICS, build_text_metrics
 from msenc.models.connector import Connector, EmbeddingScale
 from msenc.models.llm import load_llm
-from msenc.raw.annotations import read_table
+from msenc.raw.annotations import row_of
+from msenc.raw.layouts.layout import files_of, lines_of, read_layout
 from msenc.speech.synthesis import SentenceSynthesizer
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -21,7 +22,8 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 KNOWN = {
     **{"np": np, "torch": torch, "nn": nn, "Connector": Connector, "EmbeddingScale": EmbeddingScale},
     **{"load_llm": load_llm, "mean_scores": mean_scores, "build_text_metrics": build_text_metrics},
-    **{"buildable": buildable, "SentenceSynthesizer": SentenceSynthesizer, "read_table": read_table},
+    **{"buildable": buildable, "SentenceSynthesizer": SentenceSynthesizer, "row_of": row_of},
+    **{"files_of": files_of, "lines_of": lines_of, "read_layout": read_layout},
 }
 
 
@@ -41,7 +43,7 @@ def test_an_example_runs(example, tiny_models, tmp_path, monkeypatch):
 
 
 def test_every_example_of_a_class_enters_the_table():
-    assert PAGE.count("\n@buildable(") == sum(example.count("class ") for example in EXAMPLES) == 3
+    assert PAGE.count("\n@buildable(") == sum(example.count("class ") for example in EXAMPLES) == 4
 
 
 def test_what_the_way_of_an_utterance_names_is_there():

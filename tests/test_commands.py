@@ -57,7 +57,8 @@ def test_the_wheel_has_every_module_and_every_config(installed):
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     files = [*(ROOT / "msenc").rglob("*.py"), *(f for f in (ROOT / "msenc" / "pages").iterdir() if f.is_file())]
     assert {str(f.relative_to(ROOT)) for f in files} <= names
-    assert {f"msenc/configs/{f.relative_to(CONFIGS)}" for f in CONFIGS.rglob("*.yaml")} <= names
+    configs = [*CONFIGS.rglob("*.yaml"), *CONFIGS.rglob("*.json")]  # with the schemas that they name
+    assert {f"msenc/configs/{f.relative_to(CONFIGS)}" for f in configs} <= names
 
 
 def test_a_sweep_its_report_and_a_reply_in_an_empty_folder(installed, tmp_path):

@@ -29,6 +29,9 @@ SCRIPTS = {
 }
 """Script -> what its config cannot do without."""
 
+LAYOUTS = ("avamerg", "dailytalk", "hub", "iemocap", "multidialog", "seamless")
+"""Data sets that have a layout of their own."""
+
 GROUPS = {
     "align": ["train"],
     "callbacks": ["train"],
@@ -160,6 +163,7 @@ def files_of(group: str) -> list[Path]:
 BINDS_ONLY = {
     "data/meld": "needs MELD's files (tests that have them train on them)",
     "data/folder": "needs recordings (tests/test_own_data.py)",
+    **{f"data/{name}": "needs the release (tests/raw/test_layouts.py)" for name in LAYOUTS},
     "data/msenc": "needs MSenC's videos",
     "data/raw_demo": "needs a recogniser (tests/test_own_data.py)",
     "experiment/zero_shot": "trains nothing (tests/test_evaluate.py has it as a baseline)",
@@ -326,7 +330,7 @@ def test_binds_only(name, reason, home, tmp_path):
 def test_the_head_of_a_file_tells_its_use(name, home):
     """One sentence, and a command that composes."""
     lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    head = next(line for line in lines if not line.startswith("# @package"))
+    head = next(line for line in lines if not line.startswith(("# @package", "# yaml-language-server:")))
     found = re.fullmatch(r"# (?P<sentence>.+): (?:\w+=\w+ )?python (?P<script>\w+)\.py(?P<rest>.*)", head)
     assert found, f"{name}.yaml begins with {head!r}; expected '# A sentence: python SCRIPT.py ...'"
     assert len(head) <= 120

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import raw
 
+from msenc.demo.clip_writer import write_clip
 from msenc.demo.raw_demo import read_truth, write_raw_demo
 from msenc.files import read_json
 from msenc.speech.wav import write_wav
@@ -71,6 +72,59 @@ def test_parts_of_a_recording_are_worth_their_own_files(prepare, tmp_path):
     assert streams[False][1].tolist() == [n * streams[False][1][1] for n in range(TURNS + 1)]
 
 
+def write_two_files(root, columns):
+    """Turns whose pictures and audio lie in two files each; of these, the table names those of some columns."""
+    noise = np.random.default_rng(1)
+    rows = [["dialogue", "text", "split", *columns]]
+    for number, split in enumerate(SPLITS * 2):
+        (root / "seen").mkdir(parents=True, exist_ok=True)
+        frames = noise.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+        write_clip(root / "seen" / f"{number}.mp4", frames, np.sin(np.arange(RATE) / 20, dtype=np.float32), 6, RATE)
+        write_wav(root / f"{number}.wav", noise.normal(0, 0.1, RATE).astype(np.float32), RATE)
+        names = {"clip": f"seen/{number}.mp4", "audio": f"{number}.wav", "heard": f"{number}.wav"}
+        rows.append([f"talk-{split}", "Well.", split, *(names[column] for column in columns.values())])
+    with (root / "utterances.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return root
+
+
+def test_a_turns_audio_may_be_a_file_of_its_own(prepare, tmp_path):
+    found = {}
+    for name, columns in {
+        "both": {"clip": "clip", "audio": "audio"},
+        "wav": {"clip": "heard"},
+        "mp4": {"clip": "clip"},
+    }.items():
+        root = write_two_files(tmp_path / name, columns)
+        kind = {"wav": "text_audio", "mp4": "text_video"}.get(name, "text_audio_video")
+        prepare(root, f"modality={kind}", *(["align=none"] if name != "both" else []))  # which has no voices
+        for stream in ("audio-logmel", "video-pixels"):
+            if (tmp_path / "mine" / stream).exists():
+                found[name, stream] = ShardReader(tmp_path / "mine" / stream, "train")[0]["features.npy"]
+        if name == "both":
+            reader = ShardReader(tmp_path / "mine" / "turns", "train")
+            turn = reader[0]["turns.json"]["utterances"][0]
+            assert (turn["clip"], turn["audio"]) == ("seen/0.mp4", "0.wav")
+            known = read_json(tmp_path / "mine" / "clip-hashes.json")
+            assert len(known) == 12
+            cached = (tmp_path / "mine" / "voice-cache.jsonl").read_text().splitlines()
+            assert {json.loads(line)["sha256"] for line in cached} == {v[2] for k, v in known.items() if "wav" in k}
+            audit = prepare(root, "stage=audit")
+            assert audit.rejected_by_split() == {}
+            assert "clip_without_row" not in audit.flagged_by_split()
+        shutil.rmtree(tmp_path / "mine")
+    np.testing.assert_array_equal(found["both", "audio-logmel"], found["wav", "audio-logmel"])
+    np.testing.assert_array_equal(found["both", "video-pixels"], found["mp4", "video-pixels"])
+
+    (root := tmp_path / "both" / "0.wav").unlink()
+    manifest = prepare(root.parent, "modality=text_audio_video", "align=none")
+    assert manifest.rejected == {"audio: clip missing": 1}  # the video's own audio stands in for nothing
+    table = tmp_path / "both" / "utterances.csv"
+    table.write_text(table.read_text().replace("1.wav", "../1.wav"))
+    with pytest.raises(MsencError, match=r"row 3: audio is '\.\./1\.wav'; expected a path below"):
+        prepare(table.parent)
+
+
 def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, tmp_path, capsys):
     root = write_table(tmp_path / "raw", is_cut=False)
     path = root / "utterances.csv"
@@ -107,6 +161,20 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
     assert record["status"] == "finished"
     assert "spells the words of mine" in record["warnings"][0]
     assert "model/llm=smollm2" in record["warnings"][0]
+
+
+@pytest.mark.parametrize("llm", ["model/llm=smollm2", "model/llm=tiny"])
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_missing_data_are_said_before_an_llm_is_loaded_or_made(command, llm, train, tmp_path, monkeypatch):
+    from msenc.pipelines import prepare
+    from msenc.training import assembly
+
+    for module, name in ((assembly, "load_tokenizer"), (prepare, "_pretrain")):
+        monkeypatch.setattr(module, name, lambda *a: pytest.fail("the LLM came first"))
+    given = ["data=folder", llm, "align=none", *places(tmp_path)[:2], "data.root=nowhere"]
+    with pytest.raises(MsencError, match=r"mine/dataset\.json.*python prepare\.py data=folder") as refused:
+        train([*given, "plan=true"] if command == "plan" else given)
+    assert "data.root=nowhere" in str(refused.value)
 
 
 def test_a_table_elsewhere_is_taken_by_its_name(prepare, tmp_path):

@@ -5,12 +5,9 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from msenc.config.targets import is_built, is_others, locate_target
+from msenc.config.targets import PACKAGES, is_built, is_others, locate_target
 from msenc.files import reason_of
 from msenc.types import MsencError, needing
-
-EXTRAS = {"lightning.pytorch.loggers.WandbLogger": "wandb"}
-"""Targets that need an extra of msenc."""
 
 MOVED = {
     "msenc.checkpoints.": "msenc.training.checkpoints.",
@@ -56,7 +53,7 @@ def build(node: Any, place: str, **given: Any) -> Any:
         raise MsencError(f"{place}.{taken[0]}: is set by msenc itself. Leave it out.")
     called = partial(_refusing, f"{place}: {target}", located) if is_others(target) else located
     call = partial(called, **keys, **given)
-    with needing(target, EXTRAS[target]) if target in EXTRAS else nullcontext():
+    with needing(target, PACKAGES[target][0]) if target in PACKAGES else nullcontext():
         return call if node.get("_partial_") else call()
 
 

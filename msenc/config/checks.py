@@ -12,7 +12,7 @@ from msenc.config.hints import nearest
 from msenc.config.schema import plain
 from msenc.config.secrets import check_no_secrets
 from msenc.config.stored import strings_of
-from msenc.config.targets import is_built, load_plugins, locate_target
+from msenc.config.targets import check_packages, is_built, load_plugins, locate_target
 from msenc.config.trial import try_parts
 from msenc.config.values import check_value, check_values, kind_of, typed
 from msenc.files.kinds import check_name
@@ -48,6 +48,8 @@ def checked(cfg: DictConfig, given: Mapping[str, set[str]], here: bool = True) -
         if text == "???":
             raise MsencError(f"{key}: no value. Give it: {key}=...")
     load_plugins(config.get("plugins", []))
+    if here:  # the jobs of a sweep may run elsewhere
+        check_packages(config)
     # Where it is installed, PEFT imports it, and at each start it says which kernels for CPUs could be installed, too.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     check_values(config)

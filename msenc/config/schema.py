@@ -60,7 +60,16 @@ class ModelConfig:
 
 @dataclass
 class VoiceConfig:
-    """How `prepare.py describe=true` describes voices; the keys of `msenc.speech.attributes.VoiceSettings`."""
+    """How `prepare.py describe=true` describes voices; the keys of `msenc.speech.attributes.VoiceSettings`.
+
+    Args:
+        levels: words per attribute, 2 or 3.
+        genders: speaker -> woman or man, where you know it.
+        edges: attribute -> thresholds between its words; others are fitted on the train split.
+        overwrite: replace descriptions that the data set has.
+        seed: of the wording.
+        loudness: ``relative`` to the recording's clips, or ``absolute``.
+    """
 
     levels: int = 3
     genders: dict[str, str] = field(default_factory=dict)
@@ -72,7 +81,13 @@ class VoiceConfig:
 
 @dataclass
 class SplitConfig:
-    """How dialogues that say no split get one; `msenc.raw.splits.split_dialogues`."""
+    """How dialogues that say no split get one; `msenc.raw.splits.split_dialogues`.
+
+    Args:
+        rule: ``random``, ``by_video`` (all dialogues of a recording in one split), or ``official`` (MSenC's own).
+        fractions: split -> its share of the dialogues.
+        seed: of the drawing.
+    """
 
     rule: str = "random"
     fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
@@ -109,7 +124,8 @@ class DataConfig:
         generate: ``_target_`` node that makes the raw material when it is missing (the demo), else None.
         table: CSV file of utterances; None: ``utterances.csv`` in `root` if there is one, else what the recordings say.
         encoding: of the tables (``gb18030``, ``cp1251``, ...); None: UTF-8 or UTF-16, with rows of cp1252 repaired.
-        recordings: how recordings become utterances; None: `root` is in MELD's layout.
+        recordings: how recordings become utterances; None: `root` is in MELD's layout, or in `layout`.
+        layout: ``_target_`` node of a published data set's layout (docs/data-sets.md); None for the others.
         audio_track: number of the track of audio that is read, from 1 on; None: the one marked as default.
         labels: columns of the table that `prepare.py` keeps for connectors to be aligned to; None keeps all that are
             read as nothing else.
@@ -132,6 +148,7 @@ class DataConfig:
     table: str | None = None
     encoding: str | None = None
     recordings: RecordingsConfig | None = None
+    layout: Any = None
     audio_track: int | None = None
     labels: list[str] | None = None
     voice: VoiceConfig = field(default_factory=VoiceConfig)
@@ -148,7 +165,13 @@ class DataConfig:
 
 @dataclass
 class LabelsConfig:
-    """What a stream's utterances are known by; the keys of `msenc.training.align.Source`."""
+    """What a stream's utterances are known by; the keys of `msenc.training.align.Source`.
+
+    Args:
+        source: ``description`` (the measured voice), ``column`` (of the data's table) or ``transcript``.
+        column: which column, such as Emotion.
+        attributes: of the voice.
+    """
 
     source: str = MISSING
     column: str | None = None
@@ -163,6 +186,13 @@ class AlignConfig:
         labels: stream -> what its utterances are known by; a stream that is not named here is not aligned.
         template: how a label is written, around ``{words}``; transcripts stand as they are.
         objective: ``embeddings``, ``contrastive`` or ``llm``; the rest are `msenc.models.alignment.AlignmentSettings`.
+        steps: of alignment.
+        batch_size: utterances per step.
+        lr: the highest rate.
+        warmup_steps: until it is reached.
+        weight_decay: of the connectors.
+        temperature: of the contrastive objective.
+        seed: of the order of utterances.
     """
 
     labels: dict[str, LabelsConfig] = field(default_factory=dict)
@@ -233,6 +263,19 @@ class TrainConfig:
         plan: what the run would take is printed, and nothing trains.
         dry_run: the jobs of the sweep are listed with what they would take, and none starts.
         detach: the sweep's process ends when its jobs are submitted to Slurm.
+        seed: of initial weights, order and dropout.
+        modality: streams that the model takes, in words; chosen by its group.
+        model: LLM, streams and connectors.
+        data: what is trained on.
+        prompt: ``_target_`` node: how a dialogue is written for the LLM.
+        scheduler: ``_target_`` node of the learning rate's course; None keeps it.
+        loss: what is minimised.
+        trainer: ``_target_`` node of Lightning's Trainer: devices, steps, precision.
+        callbacks: name -> ``_target_`` node.
+        logger: name -> ``_target_`` node.
+        decoding: how replies are generated (docs/evaluation.md).
+        prepare_workers: processes that prepare missing data.
+        paths: where things lie.
         threads: of torch, whose number decides how sums are rounded; None: OMP_NUM_THREADS, or what suits the model.
         align: how connectors are aligned first; None does not.
         init_from: what another run has trained, to start from.
@@ -288,6 +331,11 @@ class PrepareConfig:
             they are; None: as the folder was prepared before, or as `align` needs it.
         align: what connectors are to be aligned to; voices that it asks for are measured.
         prepare_workers: processes that decode clips; 0 works in this one.
+        modality: streams whose features are made; chosen by its group.
+        model: the streams' encoders, and the LLM that is made where it is missing.
+        data: what is prepared.
+        prompt: as in `TrainConfig`.
+        paths: where things lie.
         part: ``3/16`` does the third of 16 parts; the last one to end makes the shards.
         status: say what is done and missing, of all and of each of `part`'s parts, and prepare nothing.
         recogniser: a Whisper by id or folder that writes recordings down, as `respond.py` names one; None: as
@@ -417,6 +465,10 @@ class RespondConfig:
             without, and then begins with the newest.
         base: of an export, hub id or folder of its base LLM, where that was a local folder, or has moved.
         encoders: of an export, stream -> hub id or folder of its encoder's model, likewise.
+        checkpoint: ``best``, ``last``, or a file.
+        device: torch's name of the device; ``auto`` takes a GPU if there is one.
+        data_dir: where the data and the tiny LLM lie now, if they have moved since the run.
+        decoding: how replies are generated.
         text: what the user says; None where it is to be recognised from the sound, or the history is answered.
         audio: sound of the user's turn; that of `video` if None.
         video: picture of the user's turn.

@@ -5,7 +5,9 @@ A config comes from elsewhere (a colleague's run, an export): a name in it must 
 
 import importlib
 import re
-from collections.abc import Callable, Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from msenc.config.hints import nearest
@@ -29,6 +31,13 @@ BUILDABLE = {
         "msenc.demo.world.write_demo",
         "msenc.demo.table.write_world",
         "msenc.demo.raw_demo.write_raw_demo",
+    ),
+    "data.layout": (
+        "msenc.raw.layouts.avamerg.AvaMerg",
+        "msenc.raw.layouts.dailytalk.DailyTalk",
+        "msenc.raw.layouts.hub.HubDataset",
+        "msenc.raw.layouts.iemocap.Iemocap",
+        "msenc.raw.layouts.seamless.Seamless",
     ),
     "data.recordings.segment": ("msenc.raw.segment.SegmentSettings",),
     "data.recordings.recogniser": ("msenc.models.recognition.Recogniser",),
@@ -64,6 +73,16 @@ BUILDABLE = {
     ),
 }
 """Place of a node in a config (``*``: any name) -> what its ``_target_`` may be."""
+
+PACKAGES = {
+    "lightning.pytorch.loggers.MLFlowLogger": ("mlflow", "mlflow"),
+    "lightning.pytorch.loggers.WandbLogger": ("wandb", "wandb"),
+    "msenc.speech.espeak.ESpeak": ("demo", "espeakng_loader"),
+    "msenc.speech.kokoro.Kokoro": ("kokoro", "onnxruntime", "espeakng_loader"),
+    "msenc.tracking.mlflow.MlflowLogger": ("mlflow", "mlflow"),
+    "page=true": ("talk", "gradio"),
+}
+"""Target, or setting -> the extra of msenc that brings what it needs, and the packages that this is."""
 
 _registered: dict[str, dict[str, Any]] = {}
 
@@ -107,6 +126,37 @@ def load_plugins(modules: Sequence[str]) -> None:
                 f"plugins: {module!r} cannot be imported: {e}. Expected a module beside the scripts, or one that is "
                 "installed."
             ) from e
+
+
+def check_packages(config: Mapping[str, Any], path: str = "") -> None:
+    """Refuse what needs a package that is not installed, before anything is loaded.
+
+    Args:
+        config: plain containers.
+        path: the dotted path of `config` itself.
+
+    Raises:
+        MsencError: names the key, the package, and the extra that brings it.
+    """
+    for key, value in config.items():
+        place = f"{path}.{key}".lstrip(".")
+        if isinstance(value, Mapping):
+            check_packages(value, place)
+        what = value if key == "_target_" else f"{place}={str(value).lower()}"
+        extra, *packages = PACKAGES.get(what, ("",)) if isinstance(what, str) else ("",)
+        for package in packages:
+            if not _is_installed(package):
+                raise MsencError(
+                    f"{place.removesuffix('._target_')}: {what} needs the package {package}, which is not installed. "
+                    f"Install it with an extra of msenc: pip install -e '.[{extra}]'"
+                )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # a module without a spec, or None in its place
+        return sys.modules.get(package) is not None
 
 
 def is_built(path: str) -> bool:

@@ -140,6 +140,7 @@ VALUES: dict[str, Any] = {
     "model.connector": Node | None,
     "model.streams.*.encoder": Node,
     "data.generate": Node | None,
+    "data.layout": Node | None,
     "data.recordings.segment": Node,
     "data.recordings.recogniser": Node,
     "data.recordings.speaker_encoder": Node,
@@ -170,6 +171,14 @@ VALUES: dict[str, Any] = {
     "data.generate.dialogues_per_video": Positive,
     "data.generate.variant": Count,
     "data.generate.seed": Seed,
+    "data.layout.fractions": dict[Split, Share],
+    "data.layout.seed": Seed,
+    "data.layout.columns": dict[str, Text],
+    "data.layout.labels": dict[str, Text],
+    "data.layout.splits": dict[str, Split | None],
+    "data.layout.val": ShareBelow1,
+    "data.layout.val_sessions": list[Positive],  # type: ignore[valid-type]
+    "data.layout.test_sessions": list[Positive],  # type: ignore[valid-type]
     "data.recordings.segment.scene_threshold": Amount,
     "data.recordings.segment.speech_threshold": Share,
     "data.recordings.segment.min_pause_s": Amount,

@@ -129,7 +129,7 @@ def _present(datamodule: DialogueDataModule, split: str, dialogues: Sequence[Dia
             lengths = {sample["id"]: sample["lengths"] for sample in samples if sample["split"] == split}
             found[stream] = {(i, k) for i, d in enumerate(dialogues) for k, n in enumerate(lengths.get(d.id, ())) if n}
     if not found:  # prepared for text only: the clips say which turns have something to exchange
-        clips = {(i, k) for i, d in enumerate(dialogues) for k, u in enumerate(d.utterances) if u.clip}
+        clips = {(i, k) for i, d in enumerate(dialogues) for k, u in enumerate(d.utterances) if u.clips}
         found = dict.fromkeys(SLOTS[::-1], clips) if clips else {}
     return {stream: places for stream, places in found.items() if places}
 

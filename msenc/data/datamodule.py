@@ -94,9 +94,7 @@ class DialogueDataModule(L.LightningDataModule):
         self.controls = read_controls(control, streams)
         self.drop = dict(drop or {})
         check_drop(self.drop, list(streams))
-        self.hint = f"Run: {prepare_command}"
-        if isinstance(folder, RemotePath):
-            self.hint += f", and copy the folder to {folder}"
+        self.hint = preparing_hint(folder, prepare_command)
         self._datasets: dict[str, DialogueDataset | ControlledDialogues] = {}
         self._moments: dict[str, Moments] = {}
         self._lengths: dict[str, list[DialogueLengths]] = {}
@@ -351,6 +349,16 @@ def _check_size(batch_size: int | None, max_tokens_per_batch: int | None) -> Non
     for name, value in (("batch_size", batch_size), ("max_tokens_per_batch", max_tokens_per_batch)):
         if value is not None and value < 1:
             raise MsencError(f"data.{name}={value}: expected 1 or more.")
+
+
+def preparing_hint(folder: Place, command: str) -> str:
+    """What to do where prepared data are missing.
+
+    Args:
+        folder: where they should be.
+        command: that prepares them.
+    """
+    return f"Run: {command}" + (f", and copy the folder to {folder}" if isinstance(folder, RemotePath) else "")
 
 
 def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) -> DatasetManifest:

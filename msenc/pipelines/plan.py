@@ -10,7 +10,7 @@ from rich.table import Table
 from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
 from msenc.pipelines.prepare import ensure_llm, ensure_prepared
-from msenc.training.assembly import GIVEN, HALVED, MIXED, build_datamodule, build_model, build_optimizer
+from msenc.training.assembly import GIVEN, HALVED, MIXED, build_datamodule, build_model, build_optimizer, find_data
 from msenc.training.plan import count_batches, largest_batch, predict_memory
 from msenc.training.sharding import is_sharded
 from msenc.work.console import console, quieten
@@ -21,6 +21,7 @@ def plan_run(cfg: DictConfig, prepare_command: str) -> None:
     config = checked(cfg, GIVEN)
     quieten()
     trainer = config["trainer"]
+    find_data(config, prepare_command)
     ensure_llm(config)
     datamodule = build_datamodule(config, prepare_command)
     ensure_prepared(config, datamodule)

@@ -21,6 +21,7 @@ from msenc.prepare.describe import read_bins
 from msenc.prepare.features import StreamRecipe
 from msenc.raw.annotations import Annotations, read_meld, read_table
 from msenc.raw.audit import audit_dataset
+from msenc.raw.layouts.layout import read_layout
 from msenc.raw.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
 from msenc.speech.attributes import UNITS, NoVoiceError, VoiceSettings
 from msenc.store.flags import Audit
@@ -184,6 +185,10 @@ def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part
     """The annotations; recordings without a table are transcribed first. None if that is incomplete, or was all."""
     data, stage = config["data"], config.get("stage")
     labels, track = data["labels"], data["audio_track"]
+    if data["layout"] is not None:
+        layout = build(data["layout"], "data.layout")
+        read = read_layout(layout, root, data["name"], labels, data["encoding"])
+        return read.stored_in(root).with_track(track)
     if data["recordings"] is None:
         return read_meld(root, data["name"], labels, data["encoding"]).stored_in(root).with_track(track)
     recordings = data["recordings"]

@@ -52,6 +52,7 @@ from msenc.training.assembly import (
     calibrate_connectors,
     check_precision,
     check_weights,
+    find_data,
     num_parameters,
 )
 from msenc.training.checkpoints import (
@@ -191,6 +192,7 @@ def _open(cfg: DictConfig, command: str) -> _Job:
         check_same_settings(Path(cfg.resume), cfg)
     quieten()
     L.seed_everything(config["seed"], workers=True, verbose=False)
+    find_data(config, command)
     ensure_llm(config)
     datamodule = build_datamodule(config, command)
     ensure_prepared(config, datamodule)

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from msenc.files import content_hash, inside
-from msenc.prepare.describe import describe_dialogues, describe_settings, measure_items, run_measures
+from msenc.prepare.describe import audio_hashes, describe_dialogues, describe_settings, measure_items, run_measures
 from msenc.prepare.features import VERSION, StreamRecipe, feature_items, make_extract, read_features
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.hashes import hash_clips
@@ -128,7 +128,7 @@ def prepare_part(
     hashes = _hashes(root, dialogues, folder, num_workers)
     stages: dict[str, tuple[list[Item], list[Item]]] = {}  # all items, and those that are missing
     if voice is not None:
-        items = measure_items(hashes, root, folder)
+        items = measure_items(audio_hashes(dialogues, hashes), root, folder)
         stages["voice"] = items, run_measures(items, folder, num_workers, part)
     for recipe in streams:
         index = _index(folder / recipe.stream, dialogues)
@@ -236,12 +236,13 @@ def _stream_settings(
     recipe: StreamRecipe, dialogues: Iterable[Dialogue], hashes: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """What a stream is made of, but for the turns."""
-    clips = content_hash((u.clip, hashes.get(u.clip)) for d in dialogues for u in d.utterances)
+    names = (u.clip_of(recipe.kind) for d in dialogues for u in d.utterances)
+    clips = content_hash((clip, hashes.get(clip)) for clip in names)
     return {**recipe.settings, "dim": recipe.dim, "clips": clips, "version": VERSION}
 
 
 def _hashes(root: Path, dialogues: Iterable[Dialogue], folder: Path, num_workers: int) -> dict[str, str | None]:
-    return hash_clips(root, (u.clip for d in dialogues for u in d.utterances), folder, num_workers)
+    return hash_clips(root, (clip for d in dialogues for u in d.utterances for clip in u.clips), folder, num_workers)
 
 
 def _reuse(stream: Path, settings: Mapping[str, Any], dialogues: list[Dialogue]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ gender; never by speaker id, which in many data sets is local to its dialogue.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -89,7 +89,7 @@ def describe_dialogues(
             lines.append(
                 {
                     "id": f"{dialogue.id}/utt{utterance.id}",
-                    **asdict(measures.get(utterance.clip) or VoiceMeasures()),
+                    **asdict(measures.get(utterance.clip_of("audio")) or VoiceMeasures()),
                     "rate": turn.values["rate"],
                     "gender_source": turn.gender_source,
                     "measured": asdict(measured),
@@ -147,7 +147,7 @@ def _related(
     """What each clip's measures are in its recording: the file that it is a part of, else the dialogue's clips."""
     recordings: dict[tuple[str, ...], dict[str, VoiceMeasures]] = {}
     for dialogue in dialogues:
-        for clip in (u.clip for u in dialogue.utterances if u.clip in measures):
+        for clip in (c for u in dialogue.utterances if (c := u.clip_of("audio")) in measures):
             file, span = split_part(clip)
             recording = (dialogue.id,) if span is None else (file, str(tracks_of(clip)))
             recordings.setdefault(recording, {})[clip] = measures[clip]
@@ -161,7 +161,7 @@ def _turns(
     syllables = iter(syllables_of(texts))
     turns = {}
     for dialogue in dialogues:
-        own = [(u, measures.get(u.clip) or VoiceMeasures()) for u in dialogue.utterances]
+        own = [(u, measures.get(u.clip_of("audio")) or VoiceMeasures()) for u in dialogue.utterances]
         for utterance, measured in own:
             gender, source = settings.genders.get(utterance.speaker, UNKNOWN), "given"
             if gender == UNKNOWN:
@@ -198,6 +198,12 @@ def _source(before: Utterance, after: Utterance) -> str | None:
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
+def audio_hashes(dialogues: Iterable[Dialogue], hashes: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Of hashes of clips, those of the clips that audio is read from."""
+    clips = (u.clip_of("audio") for d in dialogues for u in d.utterances)
+    return {clip: hashes[clip] for clip in clips if clip in hashes}
+
+
 def measure_items(hashes: Mapping[str, str | None], root: Path, folder: Path) -> list[Item]:
     """Cut the measuring of clips that `folder` has no measures of into items."""
     known = _read_cache(folder / CACHE)
@@ -227,8 +233,9 @@ def _measure_all(
     dialogues: Sequence[Dialogue], root: Path, folder: Path, num_workers: int, rejections: list[Rejection]
 ) -> dict[str, VoiceMeasures]:
     """Clip -> its measures; only clips that the cache does not know are decoded."""
-    turns = [(f"{d.id}/utt{u.id}", u.clip) for d in dialogues for u in d.utterances]
-    hashes = hash_clips(root, (clip for _, clip in turns), folder, num_workers)
+    turns = [(f"{d.id}/utt{u.id}", u.clip_of("audio")) for d in dialogues for u in d.utterances]
+    clips = (clip for d in dialogues for u in d.utterances for clip in u.clips)  # all: what is known of others is kept
+    hashes = audio_hashes(dialogues, hash_clips(root, clips, folder, num_workers))
     items = measure_items(hashes, root, folder)
     run_measures(items, folder, num_workers)
     outcomes = _read_cache(folder / CACHE)

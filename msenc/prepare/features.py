@@ -83,7 +83,7 @@ def feature_items(dialogues: Sequence[Dialogue], recipe: StreamRecipe, hashes: M
                 [
                     VERSION,
                     [recipe.kind, recipe.dim, dict(recipe.settings)],
-                    [[d.id, [[u.id, u.clip, hashes.get(u.clip)] for u in d.utterances]] for d in group],
+                    [[d.id, [[u.id, *_content(u, recipe.kind, hashes)] for u in d.utterances]] for d in group],
                 ],
                 length=64,
             ),
@@ -92,6 +92,11 @@ def feature_items(dialogues: Sequence[Dialogue], recipe: StreamRecipe, hashes: M
         )
         for group in groups
     ]
+
+
+def _content(utterance: Utterance, kind: str, hashes: Mapping[str, str | None]) -> tuple[str | None, str | None]:
+    clip = utterance.clip_of(kind)
+    return clip, hashes.get(clip)
 
 
 def read_features(
@@ -167,7 +172,7 @@ def extract(
                 if len(encoded) == 0:
                     reasons[place] = "clip too short"
     rejections = [
-        Rejection(turns[place][0], kind, reason, turns[place][1].clip or "")
+        Rejection(turns[place][0], kind, reason, turns[place][1].clip_of(kind) or "")
         for place, reason in sorted(reasons.items())
     ]
     return {
@@ -197,7 +202,7 @@ def _decode(
     batch: dict[int, np.ndarray] = {}
     for place, utterance in enumerate(utterances):
         try:
-            batch[place] = _read(utterance.clip, root, encoder, kind, max_s)
+            batch[place] = _read(utterance.clip_of(kind), root, encoder, kind, max_s)
         except MediaError as error:
             reasons[place] = error.reason
         if len(batch) == MAX_BATCH_CLIPS or sum(clip.nbytes for clip in batch.values()) > MAX_BATCH_BYTES:

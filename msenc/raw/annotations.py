@@ -1,6 +1,7 @@
 """First step of the flow: a dataset's tables -> `Dialogue` objects, with what was dropped and why.
 
-MELD's three CSV files, every folder of that shape (the demo), and a table of utterances are read here.
+MELD's three CSV files, every folder of that shape (the demo), and a table of utterances are read here; `read_rows`
+makes what any other layout states (`msenc.raw.layouts`) into the same.
 """
 
 import difflib
@@ -33,7 +34,7 @@ MELD_FILES = {
 }
 MELD_COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Utterance_ID", "StartTime", "EndTime")
 TABLE_COLUMNS = ("clip", "dialogue", "text")
-TABLE_OPTIONS = ("speaker", "start", "end", "split", "description")
+TABLE_OPTIONS = ("audio", "speaker", "start", "end", "split", "description")
 
 NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 """Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
@@ -71,10 +72,12 @@ class Annotations:
         """The same, with clips that name a track of their files' audio, from 1 on; None leaves them."""
         if track is None:
             return self
-        dialogues = [
-            replace(d, utterances=tuple(replace(u, clip=u.clip and with_track(u.clip, track)) for u in d.utterances))
-            for d in self.dialogues
-        ]
+
+        def tracked(u: Utterance) -> Utterance:
+            heard = u.clip_of("audio") and with_track(u.clip_of("audio"), track)
+            return replace(u, audio=heard) if u.audio else replace(u, clip=heard)
+
+        dialogues = [replace(d, utterances=tuple(map(tracked, d.utterances))) for d in self.dialogues]
         return replace(self, dialogues=dialogues)
 
     def stored_in(self, root: Path) -> "Annotations":
@@ -82,19 +85,62 @@ class Annotations:
         stored = StoredNames(root)
         rejections = list(self.rejections)
 
-        def spelled(dialogue: Dialogue, utterance: Utterance) -> Utterance:
-            if utterance.clip is None or utterance.clip.isascii():
-                return utterance
-            file, _ = split_part(utterance.clip)
+        def spelled(clip: str | None, id: str) -> str | None:
+            if clip is None or clip.isascii():
+                return clip
+            file, _ = split_part(clip)
             if len(names := stored.find(file)) > 1:
                 found = ", ".join(map(ascii, names))
-                id = f"{dialogue.id}/utt{utterance.id}"
                 rejections.append(Rejection(id, "clip", "several files of this name", file, found=found))
-                return replace(utterance, clip=None)
-            return replace(utterance, clip=names[0] + utterance.clip.removeprefix(file))
+                return None
+            return names[0] + clip.removeprefix(file)
 
-        dialogues = [replace(d, utterances=tuple(spelled(d, u) for u in d.utterances)) for d in self.dialogues]
+        def respelled(id: str, u: Utterance) -> Utterance:
+            return replace(u, clip=spelled(u.clip, id), audio=spelled(u.audio, id))
+
+        dialogues = [
+            replace(d, utterances=tuple(respelled(f"{d.id}/utt{u.id}", u) for u in d.utterances))
+            for d in self.dialogues
+        ]
         return replace(self, dialogues=dialogues, rejections=rejections)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An utterance as a file of a data set states it.
+
+    Args:
+        file: that states it.
+        number: of its line, or of its entry.
+        values: column -> text, as `read_table` describes them; other columns are labels. `row_of` makes them.
+        is_repaired: whether the encoding of text or speaker needed a repair.
+    """
+
+    file: Path
+    number: int
+    values: Mapping[str, str]
+    is_repaired: bool = False
+
+
+def row_of(
+    file: Path,
+    number: int,
+    raw: Mapping[Any, str],
+    texts: Sequence[str] = ("text", "speaker"),
+    is_repaired: bool = False,
+) -> Row:
+    """A row with its texts cleaned: encodings repaired, ends stripped, names composed.
+
+    Args:
+        file: see `Row`, and so on.
+        number: of its line, or of its entry.
+        raw: column -> text as read.
+        texts: columns whose repair is counted.
+        is_repaired: whether the file's own encoding needed a repair there.
+    """
+    values = {str(c): repair_encoding(v).strip() for c, v in raw.items()}
+    values |= {c: unicodedata.normalize("NFC", values[c]) for c in COMPOSED if c in values}
+    return Row(file, number, values, is_repaired or any(repair_encoding(raw[c]) != raw[c] for c in texts if c in raw))
 
 
 def read_meld(
@@ -125,10 +171,11 @@ def read_meld(
     for split, (name, clip_folder) in MELD_FILES.items():
         path = Path(root) / name
         turns: dict[int, dict[int, Utterance]] = {}
-        for row, values, is_repaired in _read_rows(path, MELD_COLUMNS, ("Utterance", "Speaker"), encoding=encoding):
+        for stated in _read_table(path, MELD_COLUMNS, ("Utterance", "Speaker"), encoding=encoding):
+            row, values = stated.number, stated.values
             dia, utt = (_whole_number(values[c], c, path, row) for c in ("Dialogue_ID", "Utterance_ID"))
             utterance_id = f"{dataset}/{split}/dia{dia}/utt{utt}"
-            if is_repaired:
+            if stated.is_repaired:
                 repaired.append(utterance_id)
             if values.get("Season") and values.get("Episode"):
                 recordings.setdefault(
@@ -183,40 +230,67 @@ def read_table(
             dialogue into two.
     """
     path = Path(path)
+    return read_rows(
+        _read_table(path, TABLE_COLUMNS, ("text", "speaker"), TABLE_OPTIONS, encoding), path, dataset, split, labels
+    )
+
+
+def read_rows(
+    rows: Iterable[Row],
+    source: Path,
+    dataset: str,
+    split: Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+) -> Annotations:
+    """Rows of a table, or of what states the same, as `read_table` reads them.
+
+    Args:
+        rows: with the values of `TABLE_COLUMNS`, and any of `TABLE_OPTIONS`.
+        source: what was read, for messages.
+        dataset: see `read_table`.
+        split: likewise.
+        labels: likewise.
+
+    Raises:
+        MsencError: see `read_table`.
+    """
     rejections: list[Rejection] = []
     repaired: list[str] = []
-    turns: dict[str, list[tuple[int, dict[str, str], bool]]] = {}
-    for row, values, is_repaired in _read_rows(path, TABLE_COLUMNS, ("text", "speaker"), TABLE_OPTIONS, encoding):
-        if not _NAME.fullmatch("".join(c for c in values["dialogue"] if unicodedata.category(c)[0] != "M")):
+    turns: dict[str, list[Row]] = {}
+    for row in rows:
+        name, description = row.values["dialogue"], row.values.get("description", "")
+        if not _NAME.fullmatch("".join(c for c in name if unicodedata.category(c)[0] != "M")):
             raise MsencError(
-                f"{path}, row {row}: dialogue is {values['dialogue']!r}; expected a name that all its turns share, of "
+                f"{row.file}, row {row.number}: dialogue is {name!r}; expected a name that all its turns share, of "
                 "letters, digits, - and _."
             )
-        if ("(" in (description := values.get("description", ""))) or ")" in description:
-            raise MsencError(_bracketed(path, row, description))
-        turns.setdefault(values["dialogue"], []).append((row, values, is_repaired))
-    splits = _splits_of(path, turns, split)
+        if "(" in description or ")" in description:
+            raise MsencError(_bracketed(row.file, row.number, description))
+        turns.setdefault(name, []).append(row)
+    splits = _splits_of(turns, split)
     dialogues: list[Dialogue] = []
     recordings: dict[str, str] = {}
     kept: dict[str, dict[str, str]] = {}
-    for name, rows in turns.items():
+    for name, own in turns.items():
         id = f"{dataset}/{splits[name]}/{name}"
         utterances: list[Utterance] = []
-        for number, (row, values, is_repaired) in enumerate(rows):
+        for number, row in enumerate(own):
             utterance_id = f"{id}/utt{number}"
-            repaired += [utterance_id] * is_repaired
-            if values["text"]:
-                utterances.append(_row_utterance(values, utterance_id, path, row, rejections))
-                kept[utterance_id] = _labels(values, (*TABLE_COLUMNS, *TABLE_OPTIONS), labels, path)
+            repaired += [utterance_id] * row.is_repaired
+            if row.values["text"]:
+                utterances.append(_row_utterance(row, utterance_id, rejections))
+                kept[utterance_id] = _labels(row.values, (*TABLE_COLUMNS, *TABLE_OPTIONS), labels, row.file)
             else:
-                rejections.append(Rejection(utterance_id, "row", "empty text", path.name, row))
+                rejections.append(Rejection(utterance_id, "row", "empty text", row.file.name, row.number))
         files = {split_part(u.clip)[0] for u in utterances if u.clip and u.start_s is not None}
         if len(files) == 1:
             recordings[id] = files.pop()
         if utterances:
             dialogues.append(Dialogue(id, splits[name], tuple(utterances)))
     if not dialogues:
-        raise MsencError(f"{path}: found no row with text; expected an utterance per row. Put the complete file there.")
+        raise MsencError(
+            f"{source}: found no row with text; expected an utterance per row. Put the complete file there."
+        )
     dialogues.sort(key=lambda d: SPLITS.index(d.split))
     return Annotations(dialogues, rejections, repaired, recordings, kept)
 
@@ -236,44 +310,50 @@ def _labels(
     return {column: values[column] for column in names if values[column]}
 
 
-def _splits_of(
-    path: Path, turns: Mapping[str, Sequence[tuple[int, dict[str, str], bool]]], split: Mapping[str, Any]
-) -> dict[str, str]:
+def _splits_of(turns: Mapping[str, Sequence[Row]], split: Mapping[str, Any]) -> dict[str, str]:
     """Dialogue -> split."""
-    first_rows = [rows[0][1] for rows in turns.values()]
-    if "split" not in first_rows[0]:
+    first_rows = [rows[0].values for rows in turns.values()]
+    if first_rows and "split" not in first_rows[0]:
         files = [split_part(values["clip"])[0] for values in first_rows]
-        has_target = [sum(bool(values["text"]) for _, values, _ in rows) > 1 for rows in turns.values()]
+        has_target = [sum(bool(row.values["text"]) for row in rows) > 1 for rows in turns.values()]
         return dict(zip(turns, split_dialogues(videos=files, has_target=has_target, **split), strict=True))
     for name, rows in turns.items():
-        for row, values, _ in rows:
-            if values["split"] not in SPLITS:
+        first = rows[0].values["split"]
+        for row in rows:
+            found = row.values["split"]
+            if found not in SPLITS:
                 raise MsencError(
-                    f"{path}, row {row}: split is {values['split']!r}; expected {', '.join(SPLITS)}. Correct the row, "
+                    f"{row.file}, row {row.number}: split is {found!r}; expected {', '.join(SPLITS)}. Correct the row, "
                     "or leave the column out to have the dialogues split."
                 )
-            if values["split"] != rows[0][1]["split"]:
+            if found != first:
                 raise MsencError(
-                    f"{path}: dialogue {name} is in {rows[0][1]['split']} (row {rows[0][0]}) and in {values['split']} "
-                    f"(row {row}). Expected all its rows in one split."
+                    f"{row.file}: dialogue {name} is in {first} (row {rows[0].number}) and in {found} "
+                    f"(row {row.number}). Expected all its rows in one split."
                 )
-    return {name: rows[0][1]["split"] for name, rows in turns.items()}
+    return {name: rows[0].values["split"] for name, rows in turns.items()}
 
 
-def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rejections: list[Rejection]) -> Utterance:
-    clip = values["clip"] or None
-    if clip is not None and not is_below(clip):
-        raise MsencError(
-            f"{path}, row {row}: clip is {clip!r}; expected a path below the folder of the recordings (data.root)."
-        )
+def _row_utterance(row: Row, id: str, rejections: list[Rejection]) -> Utterance:
+    values = row.values
+    clips = {column: values.get(column) or None for column in ("clip", "audio")}
+    for column, clip in clips.items():
+        if clip is not None and not is_below(clip):
+            raise MsencError(
+                f"{row.file}, row {row.number}: {column} is {clip!r}; expected a path below the folder of the "
+                "recordings (data.root)."
+            )
+    clip = clips["clip"]
     times = [values.get("start", ""), values.get("end", "")]
     span = [_table_seconds(t) for t in times] if clip is None or split_part(clip)[1] is None else split_part(clip)[1]
     start_s, end_s = span
     if any(times) and (start_s is None or end_s is None or not start_s < end_s):
-        rejections.append(Rejection(id, "clip", "no span of time", path.name, row, f"{times[0]!r} to {times[1]!r}"))
-        clip = start_s = end_s = None
-    elif any(times) and clip is not None:
-        clip = part_of(clip, start_s, end_s)
+        found = f"{times[0]!r} to {times[1]!r}"
+        rejections.append(Rejection(id, "clip", "no span of time", row.file.name, row.number, found))
+        clips = dict.fromkeys(clips)
+        start_s = end_s = None
+    elif any(times):
+        clips = {column: clip and part_of(clip, start_s, end_s) for column, clip in clips.items()}
     return Utterance(
         id=id.rpartition("/utt")[2],
         speaker=values.get("speaker") or UNKNOWN_SPEAKER,
@@ -281,7 +361,7 @@ def _row_utterance(values: Mapping[str, str], id: str, path: Path, row: int, rej
         description=values.get("description") or None,
         start_s=start_s,
         end_s=end_s,
-        clip=clip,
+        **clips,
     )
 
 
@@ -296,14 +376,14 @@ def _table_seconds(time: str) -> float | None:
     return round(seconds, 6) if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def _read_rows(
+def _read_table(
     path: Path,
     columns: Sequence[str],
     texts: Sequence[str],
     options: Sequence[str] = (),
     encoding: str | None = None,
-) -> list[tuple[int, dict[str, str], bool]]:
-    """Line number, repaired values by column, and whether a repair was needed, for every row that is not blank."""
+) -> list[Row]:
+    """The rows that are not blank."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -338,14 +418,10 @@ def _read_rows(
 
     rows, line = [], 2 + len(re.findall(r"\r\n|\r|\n", begin[0]))  # the header is line 1
     for raw in table.to_dict("records"):
-        values = {str(c): repair_encoding(v).strip() for c, v in raw.items()}
-        values |= {c: unicodedata.normalize("NFC", values[c]) for c in COMPOSED if c in values}
         next_line = line + 1 + sum(len(re.findall(r"\r\n|\r|\n", v)) for v in raw.values())  # of a quoted field
-        is_repaired = any(repair_encoding(raw[c]) != raw[c] for c in texts if c in values) or any(
-            number in recoded for number in range(line, next_line)
-        )
-        if any(values.values()):
-            rows.append((line, values, is_repaired))
+        row = row_of(path, line, raw, texts, any(number in recoded for number in range(line, next_line)))
+        if any(row.values.values()):
+            rows.append(row)
         line = next_line
     if not rows:
         raise MsencError(

@@ -70,7 +70,7 @@ def audit_dataset(name: str, annotations: Annotations, root: Path, folder: Path,
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MsencError(f"{out}: cannot be made ({error.strerror}). Free space or permissions there.") from error
-    clips = list(dict.fromkeys(u.clip for d in annotations.dialogues for u in d.utterances if u.clip))
+    clips = list(dict.fromkeys(clip for _, _, u in _utterances(annotations.dialogues) for clip in u.clips))
     facts = probe_clips(root, clips, num_workers, out / "clips.jsonl")
     rejections = annotations.rejections + reject_clips(annotations.dialogues, facts)
     flags = [
@@ -113,7 +113,7 @@ def _record(folder: Path, content: str, hash: str) -> None:
 def reject_clips(dialogues: Iterable[Dialogue], facts: Mapping[str, ClipFacts]) -> list[Rejection]:
     """What preparation will say of the streams that utterances lack."""
     return [
-        Rejection(id, what, reason, u.clip or "")
+        Rejection(id, what, reason, u.clip_of(what) or "")
         for id, _, u in _utterances(dialogues)
         for what, reason in _reasons(u, facts)
         if reason is not None
@@ -121,10 +121,8 @@ def reject_clips(dialogues: Iterable[Dialogue], facts: Mapping[str, ClipFacts]) 
 
 
 def _reasons(utterance: Utterance, facts: Mapping[str, ClipFacts]) -> list[tuple[str, str | None]]:
-    if utterance.clip is None:
-        return [("audio", "clip missing"), ("video", "clip missing")]
-    found = facts[utterance.clip]
-    return [("audio", found.audio), ("video", found.video)]
+    clips = {stream: utterance.clip_of(stream) for stream in ("audio", "video")}
+    return [(s, "clip missing" if clip is None else getattr(facts[clip], s)) for s, clip in clips.items()]
 
 
 def flag_clips(dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], root: Path) -> list[Flag]:
@@ -132,20 +130,19 @@ def flag_clips(dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], ro
     flags = []
     first_of: dict[str, str] = {}
     for id, split, u in _utterances(dialogues):
-        for reason in dict.fromkeys(reason for _, reason in _reasons(u, facts) if reason):
-            flags.append(Flag(id, split, REASON_FLAGS[reason], u.clip or ""))
-        if u.clip is None:
-            continue
-        found = facts[u.clip]
-        flags += [Flag(id, split, flag, u.clip, what) for flag, what in found.notes]
-        row_s = _length(u)
-        if deviates(found.duration_s, row_s):
-            flags.append(
-                Flag(id, split, "length_deviation", u.clip, f"clip {found.duration_s:.2f} s, row {row_s:.2f} s")
-            )
-        if found.sha256 and (first := first_of.setdefault(found.sha256, u.clip)) != u.clip:
-            flags.append(Flag(id, split, "duplicate_clip", u.clip, first))
-    files = {split_part(u.clip)[0]: split for _, split, u in _utterances(dialogues) if u.clip}
+        lacking = [(reason, u.clip_of(stream) or "") for stream, reason in _reasons(u, facts) if reason]
+        flags += [Flag(id, split, REASON_FLAGS[reason], clip) for reason, clip in dict.fromkeys(lacking)]
+        for clip in u.clips:
+            found = facts[clip]
+            flags += [Flag(id, split, flag, clip, what) for flag, what in found.notes]
+            row_s = _length(u)
+            if deviates(found.duration_s, row_s):
+                flags.append(
+                    Flag(id, split, "length_deviation", clip, f"clip {found.duration_s:.2f} s, row {row_s:.2f} s")
+                )
+            if found.sha256 and (first := first_of.setdefault(found.sha256, clip)) != clip:
+                flags.append(Flag(id, split, "duplicate_clip", clip, first))
+    files = {split_part(clip)[0]: split for _, split, u in _utterances(dialogues) for clip in u.clips}
     for name, split in {str(Path(file).parent): split for file, split in files.items()}.items():
         for path in sorted((root / name).iterdir()) if (root / name).is_dir() else ():
             clip = str(path.relative_to(root))

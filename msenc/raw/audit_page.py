@@ -43,9 +43,9 @@ def render_page(
     lengths = [seconds for _, seconds in timed]
     rates = [len(u.text) / seconds for u, seconds in timed if seconds > 0]
     deviations = [
-        facts[u.clip].duration_s - seconds
+        facts[clip].duration_s - seconds
         for u, seconds in timed
-        if u.clip in facts and facts[u.clip].duration_s is not None
+        if (clip := u.clip_of("audio")) in facts and facts[clip].duration_s is not None
     ]
     examples: dict[str, list[Any]] = {}
     for flag in audit.flags:

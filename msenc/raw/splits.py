@@ -18,6 +18,7 @@ def split_dialogues(
     fractions: Mapping[str, float],
     seed: int,
     has_target: Sequence[bool] | None = None,
+    key: str = "data.recordings.split",
 ) -> list[str]:
     """The split of every dialogue, of which only the video that it comes from is known.
 
@@ -29,6 +30,7 @@ def split_dialogues(
         seed: of the drawing; `official` has its own.
         has_target: whether each dialogue has one, two turns or more; None: all have. ``random`` gives every
             wanted split its share of those, and its share of the others.
+        key: of the config that says all this, for messages.
 
     Returns:
         ``train``, ``val`` or ``test``, for each dialogue.
@@ -39,7 +41,7 @@ def split_dialogues(
     if rule == "official":
         return _official_splits(len(videos))
     if rule == "by_video":
-        return _split_groups(videos, fractions, seed, "videos")
+        return _split_groups(videos, fractions, seed, "videos", key)
     if rule == "random":
         kinds = has_target or [True] * len(videos)
         if sum(kinds) < sum(fraction > 0 for fraction in fractions.values()):
@@ -48,10 +50,10 @@ def split_dialogues(
         for kind in (True, False):
             numbers = [number for number, has in enumerate(kinds) if has == kind]
             if kind or numbers:
-                splits = _split_groups(numbers, fractions, seed, "dialogues", may_lack=not kind)
+                splits = _split_groups(numbers, fractions, seed, "dialogues", key, may_lack=not kind)
                 found |= zip(numbers, splits, strict=True)
         return [found[number] for number in range(len(videos))]
-    raise MsencError(f"data.recordings.split.rule={rule}: no such rule. Expected one of {', '.join(RULES)}.")
+    raise MsencError(f"{key}.rule={rule}: no such rule. Expected one of {', '.join(RULES)}.")
 
 
 def _official_splits(num: int) -> list[str]:
@@ -61,21 +63,20 @@ def _official_splits(num: int) -> list[str]:
 
 
 def _split_groups(
-    groups: Sequence[Hashable], fractions: Mapping[str, float], seed: int, what: str, may_lack: bool = False
+    groups: Sequence[Hashable], fractions: Mapping[str, float], seed: int, what: str, key: str, may_lack: bool = False
 ) -> list[str]:
     """Groups in random order, each to the split that is filled least so far; so every wanted split gets one."""
     wanted = {split: fractions.get(split, 0) for split in SPLITS}
     if set(fractions) - set(SPLITS) or min(wanted.values()) < 0 or abs(sum(wanted.values()) - 1) > 1e-6:
         raise MsencError(
-            f"data.recordings.split.fractions: found {dict(fractions)}; expected shares of {', '.join(SPLITS)} that "
-            "sum to 1."
+            f"{key}.fractions: found {dict(fractions)}; expected shares of {', '.join(SPLITS)} that sum to 1."
         )
     wanted = {split: fraction for split, fraction in wanted.items() if fraction > 0}
     sizes = Counter(groups)
     if not may_lack and len(sizes) < len(wanted):
         raise MsencError(
-            f"data.recordings.split: found {len(sizes)} {what}; expected at least one for each of {', '.join(wanted)}. "
-            "Add material, set a share to 0, or take data.recordings.split.rule=random, which splits single dialogues."
+            f"{key}: found {len(sizes)} {what}; expected at least one for each of {', '.join(wanted)}. Add material, "
+            f"set a share to 0, or take {key}.rule=random, which splits single dialogues."
         )
     order = list(sizes)
     random.Random(seed).shuffle(order)

@@ -69,7 +69,7 @@ def browse(
 
 
 def _before(turn: Utterance, root: Path | None, page_folder: Path) -> list[str]:
-    clip = root / turn.clip if root is not None and turn.clip is not None else None
+    clip = root / turn.clip_of("audio") if root is not None and turn.clips else None
     return [turn.speaker, turn.text, turn.description or "", _link(clip, page_folder)]
 
 

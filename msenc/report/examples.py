@@ -173,13 +173,14 @@ class _Media:
         if utterance is None:
             return None
         turn = Turn(utterance.speaker, utterance.text, utterance.description or "")
-        if self.root is None or utterance.clip is None:
-            turn.lacking = "no clip" if utterance.clip is None else ""
+        if self.root is None or not utterance.clips:
+            turn.lacking = "" if utterance.clips else "no clip"
             return turn
-        clip = self.root / utterance.clip  # inside it, as readers of shards ensure
+        heard, seen = utterance.clip_of("audio"), utterance.clip_of("video")  # inside it, as readers of shards ensure
         try:
-            turn.sound = self._hold(to_wav(read_audio(clip, SAMPLE_RATE)[: MAX_SECONDS * SAMPLE_RATE], SAMPLE_RATE))
-            turn.picture = thumbnail(clip)
+            samples = read_audio(self.root / heard, SAMPLE_RATE)
+            turn.sound = self._hold(to_wav(samples[: MAX_SECONDS * SAMPLE_RATE], SAMPLE_RATE))
+            turn.picture = thumbnail(self.root / seen) if seen else ""
         except MediaError as error:
             turn.lacking = error.reason
         except MsencError as error:  # PyAV is not installed

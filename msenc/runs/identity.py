@@ -26,7 +26,18 @@ ANOTHER_PLACE = {
         "urls",
         "margins",
     ),
-    "data": ("dir", "root", "table", "encoding", "recordings", "audio_track", "labels", "num_workers", "verify"),
+    "data": (
+        "dir",
+        "root",
+        "table",
+        "encoding",
+        "recordings",
+        "layout",
+        "audio_track",
+        "labels",
+        "num_workers",
+        "verify",
+    ),
     "data.voice": ("loudness",),
 }
 """Keys that are not part of a run's identity: paths, loggers, numbers of processes.

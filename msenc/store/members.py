@@ -62,14 +62,15 @@ def check_turns(turns: Any, id: str, split: str, number: int) -> None:
     if found != (id, split, number):
         raise MsencError(f"turns.json: found {short(found)}, the index says {short((id, split, number))}.")
     for place, utterance in enumerate(turns["utterances"]):
-        text, description, clip = utterance["text"], utterance.get("description"), utterance.get("clip")
+        text, description = utterance["text"], utterance.get("description")
+        away = [k for k in ("clip", "audio") if utterance.get(k) is not None and not is_below(utterance[k])]
         marks = utterance.get("marks")
         if not is_name(utterance["id"]):
             fault = "id", utterance["id"], "a name"
         elif not text or text.isspace():
             fault = "text", text, "words"
-        elif clip is not None and not is_below(clip):
-            fault = "clip", clip, "a path below the folder of the clips"
+        elif away:
+            fault = away[0], utterance[away[0]], "a path below the folder of the clips"
         elif marks and not all(_is_mark(mark, text, description) for mark in marks):
             fault = "marks", str(marks), "spans within the text or the description"
         else:

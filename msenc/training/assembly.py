@@ -10,13 +10,14 @@ import torch
 from torch.optim import Optimizer
 
 from msenc.config.build import build
-from msenc.data.datamodule import DialogueDataModule
+from msenc.data.datamodule import DialogueDataModule, preparing_hint
 from msenc.data.dataset import StreamSpec
 from msenc.models.connector import Standardize, calibrate, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer, token_embeddings
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Prompt
-from msenc.store.location import locate
+from msenc.store.location import Place, locate
+from msenc.store.manifest import DatasetManifest
 from msenc.types import MsencError
 
 GIVEN = {
@@ -37,11 +38,26 @@ def _prompt(config: Mapping[str, Any]) -> Prompt:
     return build(config["prompt"], "prompt")
 
 
+def find_data(config: Mapping[str, Any], prepare_command: str) -> Place:
+    """Where the data of a run's config lie.
+
+    Asked before anything is made or downloaded for a run: an LLM's hub takes long to fail.
+
+    Raises:
+        MsencError: they are not there, and msenc does not generate them.
+    """
+    data = config["data"]
+    folder = locate(data["dir"], config["paths"]["cache_dir"], config["paths"].get("cache_max_bytes"))
+    if data["generate"] is None:
+        DatasetManifest.read(folder, preparing_hint(folder, prepare_command))
+    return folder
+
+
 def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> DialogueDataModule:
-    """The data module of a run's config; the data are not checked yet."""
+    """The data module of a run's config; of the data, only that they are there is checked yet."""
     data, model = config["data"], config["model"]
     return DialogueDataModule(
-        folder=locate(data["dir"], config["paths"]["cache_dir"], config["paths"].get("cache_max_bytes")),
+        folder=find_data(config, prepare_command),
         streams={
             name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])
             for name, stream in model["streams"].items()
