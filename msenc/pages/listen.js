@@ -6,6 +6,7 @@ const at = id => document.getElementById(id);
 const COLUMNS = ["page", "listener", "place", "item", "question", "first", "second", "answer", "seconds", "check"];
 const KEPT = `msenc-listen-${study.page}`;
 const isPair = study.kind === "ab";
+const questions = new Map(study.questions); // name -> text
 let state = null; // {listener, done: [{answers: {question: answer}, seconds}]}, one entry per trial that is over
 let order = [];
 let begun = 0;
@@ -36,19 +37,15 @@ function shuffled(list, random) {
   return mixed;
 }
 
-// A listener's trials, each with its sounds from left to right: of every group, half of them one way round.
+// A listener's trials, each with its sounds from left to right. The trials of a block are turned together.
 function orderOf(listener) {
   const random = generator(hash(`${study.page}/${study.seed}/${listener}`));
   const trials = shuffled(study.trials, random);
-  const sides = new Map();
-  for (const group of [...new Set(study.trials.map(trial => trial.group))]) {
-    const start = Math.floor(random() * 2);
-    const count = study.trials.filter(trial => trial.group === group).length;
-    sides.set(group, shuffled(Array.from({ length: count }, (_, i) => (i + start) % 2), random));
-  }
+  const turned = new Map(study.trials.map(trial => [trial.block, false]));
+  for (const block of turned.keys()) turned.set(block, random() < 0.5);
   return trials.map(trial => ({
     ...trial,
-    sounds: sides.get(trial.group).pop() ? [...trial.sounds].reverse() : trial.sounds,
+    sounds: turned.get(trial.block) ? [...trial.sounds].reverse() : trial.sounds,
   }));
 }
 
@@ -73,7 +70,7 @@ function kept(key) {
 
 function isComplete(entry) {
   return entry !== null && typeof entry === "object" && Number.isFinite(entry.seconds)
-    && Object.keys(study.questions).every(question => study.answers.includes(entry.answers?.[question]));
+    && [...questions.keys()].every(question => study.answers.includes(entry.answers?.[question]));
 }
 
 function keptOf(listener) {
@@ -142,7 +139,7 @@ function showReplies(trial) {
 function showQuestions() {
   const place = at("questions");
   place.replaceChildren();
-  for (const [name, text] of Object.entries(study.questions)) {
+  for (const [name, text] of questions) {
     const box = add(place, "fieldset");
     add(box, "legend", text);
     const choices = add(box, "div", "", "choices");
@@ -188,7 +185,7 @@ function csv() {
   const rows = [COLUMNS];
   state.done.forEach((entry, n) => {
     const trial = order[n];
-    for (const question of Object.keys(study.questions)) {
+    for (const question of questions.keys()) {
       const row = [study.page, state.listener, n + 1, trial.id, question, trial.sounds[0], trial.sounds[1] ?? "",
         entry.answers[question], entry.seconds.toFixed(1)];
       rows.push([...row, hash(row.join(",")).toString(16).padStart(8, "0")]);
@@ -224,7 +221,7 @@ at("trial").onsubmit = event => {
   event.preventDefault();
   const unheard = at("replies").querySelectorAll("audio:not([data-heard])").length;
   const given = Object.fromEntries(new FormData(at("trial")));
-  const open = Object.keys(study.questions).filter(question => !given[question]).length;
+  const open = [...questions.keys()].filter(question => !given[question]).length;
   const lacking = [];
   if (unheard) lacking.push(isPair ? "Listen to both replies to their end." : "Listen to the reply to its end.");
   if (open) lacking.push("Answer every question.");

@@ -214,7 +214,7 @@ def footer(table: Table) -> list[str]:
     """Notes, and runs that are excluded or not done, a line each."""
     return [
         *(f"Note: {note}" for note in table.notes),
-        *(f"Listeners: {note}" for note in (table.heard.notes if table.heard else ())),
+        *(f"Study: {note}" for note in (table.heard.notes if table.heard else ())),
         *(f"Excluded: {line}" for line in table.left_out),
         *(f"Not done: {line}" for line in table.running),
     ]

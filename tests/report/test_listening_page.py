@@ -89,10 +89,7 @@ def press(browser, key):
     codes = {" ": ("Space", 32), "Tab": ("Tab", 9), "Enter": ("Enter", 13), "ArrowRight": ("ArrowRight", 39)}
     code, number = codes[key]
     options = {"key": key, "code": code, "windowsVirtualKeyCode": number}
-    if key in " Enter":
-        options["text"] = " " if key == " " else "\r"
-    elif key == "Enter":
-        options["text"] = "\r"
+    options |= {"text": {" ": " ", "Enter": "\r"}[key]} if key in (" ", "Enter") else {}
     for kind in ("keyDown", "keyUp"):
         browser.send("Input.dispatchKeyEvent", type=kind, **options)
 
@@ -122,12 +119,13 @@ def test_thirty_listeners_with_a_planted_preference(browser, spoken, tmp_path):
         assert j.adjusted < 0.05
     call(sweep, answers=str(tmp_path))
     assert "30 listeners, 8 trials each" in (sweep / "report" / "report.html").read_text()
-    # every listener has an order and sides of their own; over all, half are one way round
+    # every listener has an order and sides of their own, half of them one way round
     assert len({tuple(row[0] for row in rows) for rows in sides}) == 30
     of = {sound["id"]: sound["of"] for trial in study["trials"] if not trial["is_check"] for sound in trial["sounds"]}
     is_check = {trial["id"]: trial["is_check"] for trial in study["trials"]}
     for rows in sides:
         assert sum(of[first] == "text" for item, _, first, _ in rows if not is_check[item]) == TRIALS / 2
+    assert len({tuple(sorted((item, first) for item, _, first, _ in rows)) for rows in sides}) > 20
     places = [n for rows in sides for n, (item, *_) in enumerate(rows) if is_check[item]]
     assert min(places) < 2
     assert max(places) > TRIALS + CHECKS - 3
@@ -163,6 +161,7 @@ def test_the_page_is_used_by_the_keyboard_alone(browser):
     press(browser, "Enter")
     browser.wait("!document.getElementById('trial').hidden")
     assert browser.evaluate("document.activeElement.textContent") == f"1 of {TRIALS + CHECKS}"
+    browser.wait("[...document.querySelectorAll('audio, video')].every(media => media.readyState === 4)")
     for number in (0, 1):
         for _ in range(40):
             press(browser, "Tab")

@@ -86,7 +86,7 @@ def write_page(
     data: dict[str, Any] = {
         "kind": kind,
         "seed": seed,
-        "questions": {name: asked[kind] for name, asked in QUESTIONS.items()},
+        "questions": [[name, asked[kind]] for name, asked in QUESTIONS.items()],
         "answers": list(ANSWERS[kind]),
         "consent": consent or CONSENT,
     }
@@ -121,7 +121,7 @@ def _shown(trial: Trial, row: Mapping[str, Any], turns: Sequence[Utterance], sho
     heard = len(turns) - 1 if clip else len(turns)
     return {
         "id": trial["id"],
-        "group": trial["group"],
+        "block": trial["block"],
         "sounds": [sound["id"] for sound in trial["sounds"]],
         "speaker": row.get("speaker", ""),
         # how the clip sounds is for listeners to hear

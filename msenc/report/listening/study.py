@@ -6,6 +6,7 @@ Listeners get sounds under names that tell nothing; which configuration spoke ea
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +49,15 @@ class Sound(TypedDict):
 class Trial(TypedDict):
     """What is judged at once: two sounds side by side, or a single one.
 
-    ``group`` numbers the comparisons, then the checks. A check with a single sound names the trial of the same reply
-    (``beside``).
+    ``group`` numbers the comparisons, then the checks; ``block`` is what is turned at once (`name_trials`). A check with
+    a single sound names the trial of the same reply (``beside``).
     """
 
     id: Name
     dialogue: str
     turn: Count
     group: Count
+    block: Count
     is_check: bool
     sounds: Annotated[list[Sound], Must(lambda sounds: 1 <= len(sounds) <= 2, "one or two")]
     beside: NotRequired[str | None]
@@ -223,21 +225,32 @@ def _both_ways(file: Path) -> tuple[Clip, Clip]:
 
 
 def name_trials(drafts: Sequence[Draft], sound_id: Callable[[Clip], str], seed: int) -> list[tuple[Draft, Trial]]:
-    """Give the trials names, in an order that tells nothing: neither which are checks, nor whose sound comes first."""
+    """Give the trials names, in an order that tells nothing: neither which are checks, nor whose sound comes first.
+
+    Two trials of a group are a block, in which the same side comes first once. Whoever turns both or neither has half
+    of the group one way round, and need not know whose sounds they are.
+    """
+    random = Random(seed)
     order = list(range(len(drafts)))
-    Random(seed).shuffle(order)
+    random.shuffle(order)
     names = {number: f"t{place:03d}" for place, number in enumerate(order, start=1)}
+    blocks: dict[tuple[int, int], tuple[int, bool]] = {}
+    seen: Counter[int] = Counter()
     found = []
     for number in order:
         draft = drafts[number]
+        rank = seen[draft.group]
+        seen[draft.group] += 1
+        block, is_turned = blocks.setdefault((draft.group, rank // 2), (len(blocks), random.random() < 0.5))
         sounds: list[Sound] = [{"id": sound_id(clip), "of": clip.of} for clip in draft.clips]
         trial: Trial = {
             "id": names[number],
             "dialogue": draft.row["dialogue"],
             "turn": draft.row["turn"],
             "group": draft.group,
+            "block": block,
             "is_check": draft.is_check,
-            "sounds": sorted(sounds, key=lambda sound: sound["id"]),
+            "sounds": sounds[::-1] if is_turned ^ (rank % 2) else sounds,
             "beside": None if draft.beside is None else names[draft.beside],
         }
         found.append((draft, trial))
