@@ -24,6 +24,7 @@ from msenc.report.listening.study import (
     Study,
     Trial,
     draft_trials,
+    hash_of,
     name_trials,
 )
 from msenc.report.table import Table
@@ -40,6 +41,7 @@ CONSENT = (
 
 # What every browser plays; of other clips the sound is written as WAV, beside a picture.
 _SUFFIXES = (".mp4", ".m4v", ".webm")
+_FORMATS = {"mp4", "webm"}
 _VIDEO = ("h264", "vp8", "vp9", "av1")
 _AUDIO = ("aac", "mp3", "opus", "vorbis")
 _PIXELS = ("yuv420p", "yuvj420p")
@@ -98,7 +100,9 @@ def write_page(
         "seeds": {c.name: c.runs[0].seed for c in shown},
         "pairs": pairs,
         "trials": [trial for _, trial in trials],
+        "hash": "",
     }
+    study["hash"] = hash_of(study)
     with whole_folder(inside(target, study["page"])) as folder:
         page = folder / "page"
         for sound in sounds.values():
@@ -162,7 +166,8 @@ def _is_playable(path: Path) -> bool:
         videos, audios = moving(container), container.streams.audio
         names = [stream.codec_context.codec.canonical_name for stream in (*videos, *audios)]
         return (
-            (len(videos), len(audios)) == (1, 1)
+            not _FORMATS.isdisjoint(container.format.name.split(","))
+            and (len(videos), len(audios)) == (1, 1)
             and (names[0] in _VIDEO and names[1] in _AUDIO)
             and videos[0].codec_context.pix_fmt in _PIXELS
         )

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
-from msenc.files import read_json
+from msenc.files import digest, read_json
 from msenc.files.kinds import Count, Must, Name, Split
 from msenc.report.compare import Configuration, pairs_to_compare
 from msenc.report.items import Items
@@ -49,8 +49,8 @@ class Sound(TypedDict):
 class Trial(TypedDict):
     """What is judged at once: two sounds side by side, or a single one.
 
-    ``group`` numbers the comparisons, then the checks; ``block`` is what is turned at once (`name_trials`). A check with
-    a single sound names the trial of the same reply (``beside``).
+    ``group`` numbers the comparisons, then the checks; ``block`` is what is turned at once (`name_trials`). A check
+    with a single sound names the trial of the same reply (``beside``).
     """
 
     id: Name
@@ -64,7 +64,7 @@ class Trial(TypedDict):
 
 
 class Study(TypedDict):
-    """What ``key.json`` has: the page's name, what is asked, whose replies are heard, and in which trials."""
+    """What ``key.json`` has: the page's name, what is asked, whose replies are heard, in which trials; its own hash."""
 
     schema_version: int
     page: Name
@@ -73,6 +73,7 @@ class Study(TypedDict):
     seeds: dict[str, int]
     pairs: list[tuple[str, str]]
     trials: list[Trial]
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,17 @@ def read_studies(folder: Path) -> dict[str, Study]:
     """The keys of all pages that were made in a folder, by the pages' names.
 
     Raises:
-        MsencError: a key cannot be understood.
+        MsencError: a key cannot be understood, or is not as it was written.
     """
-    found = [read_json(path, Study, ADVICE, version=VERSION) for path in sorted(folder.glob(f"*/{KEY}"))]
-    return {study["page"]: study for study in found}
+    found = {}
+    for path in sorted(folder.glob(f"*/{KEY}")):
+        study = read_json(path, Study, ADVICE, version=VERSION)
+        if study["hash"] != hash_of(study):
+            raise MsencError(f"{path}: was edited since the page was made, so answers cannot be told apart. {ADVICE}")
+        found[study["page"]] = study
+    return found
+
+
+def hash_of(study: Mapping[str, Any]) -> str:
+    """Of all that a key holds beside it."""
+    return digest({name: value for name, value in study.items() if name != "hash"})
