@@ -440,6 +440,11 @@ class ReportConfig:
         layout: ``booktabs``, ``markdown`` or ``csv``: the paper's table is printed so, and nothing else.
         margins: metric -> the largest difference that counts as none; by default the noise floor's.
         noise_floor: folder of a sweep=noise_floor with the settings of one of the rows.
+        listen: write a page for listeners: true or ``ab`` plays two replies side by side, ``rating`` one.
+        listen_trials: that each listener hears, beside attention checks.
+        listen_seed: of the choice of replies, and of each listener's order.
+        listen_consent: what listeners agree to; None: a usual text.
+        answers: folder with the CSV files that listeners of such a page sent.
     """
 
     sweep_dir: Any = MISSING
@@ -454,6 +459,11 @@ class ReportConfig:
     layout: str | None = None
     margins: dict[str, float] = field(default_factory=dict)
     noise_floor: str | None = None
+    listen: Any = None
+    listen_trials: int = 24
+    listen_seed: int = 1
+    listen_consent: str | None = None
+    answers: str | None = None
 
 
 @dataclass

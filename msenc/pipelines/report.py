@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -13,6 +13,9 @@ from msenc.runs.overrides import quoted_value
 from msenc.types import MsencError
 from msenc.work.console import console
 
+if TYPE_CHECKING:
+    from msenc.report.table import Table
+
 
 def report(cfg: DictConfig) -> None:
     """Print the tables of all runs in one or more folders, and write them with the page.
@@ -21,6 +24,9 @@ def report(cfg: DictConfig) -> None:
     """
     from msenc.report.collect import collect_runs
     from msenc.report.layouts import csv_of, print_grid, print_table, write_table
+    from msenc.report.listening.answers import read_answers
+    from msenc.report.listening.heard import heard_rows, judge
+    from msenc.report.listening.study import read_studies
     from msenc.report.page import render_page
     from msenc.report.plots import write_figures
     from msenc.report.style import Style
@@ -55,14 +61,48 @@ def report(cfg: DictConfig) -> None:
         margins=config["margins"],
         noise=(noise, collect_runs(Path(noise))) if noise else None,
     )
-    print_table(table, layout=config["layout"])
     target = inside(folders[0], "report")
+    listening = inside(folders[0], "report", "listening")
+    if config["answers"] is not None:
+        study, listeners, problems = read_answers(Path(config["answers"]), read_studies(listening))
+        table = replace(table, heard=judge(study, listeners, problems))
+    print_table(table, layout=config["layout"])
     figures = write_figures(table.comparisons, table.configurations, table.style, target / "figures")
     paths = [*write_table(table, target), *figures]
+    if table.heard is not None:
+        write_text(path := target / "listening.csv", csv_of(heard_rows(table.heard)))
+        paths.append(path)
     page = target / "report.html"
     write_text(page, render_page(table, config["title"], folders, _options(config), list(searches.values())))
     if config["layout"] is None:
         console.print(f"Written: {', '.join(map(str, [*paths, page]))}", soft_wrap=True)
+    if config["listen"]:
+        _listening_page(table, config, folders, listening)
+
+
+def _listening_page(table: "Table", config: dict[str, Any], folders: list[Path], target: Path) -> None:
+    """Write a page for listeners, and say what to do with it."""
+    from msenc.report.listening.page import write_page
+    from msenc.report.listening.study import KEY
+
+    page, notes = write_page(
+        table,
+        folders,
+        target,
+        kind="ab" if config["listen"] is True else config["listen"],
+        num_trials=config["listen_trials"],
+        seed=config["listen_seed"],
+        consent=config["listen_consent"],
+    )
+    if config["layout"] is not None:
+        return
+    for note in notes:
+        console.print(f"Listening page: {note}", soft_wrap=True)
+    console.print(
+        f"Listening page: {page}\nGive its folder to listeners, and keep {page.parents[1] / KEY}. "
+        "Their files go into the report with answers=FOLDER.",
+        soft_wrap=True,
+    )
 
 
 def _options(config: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from rich.text import Text
 from msenc.files import write_text
 from msenc.report.compare import Comparison, Configuration
 from msenc.report.followed import FOLLOWED, followed_grid
+from msenc.report.listening.heard import METHOD, TITLES, heard_grid
 from msenc.report.style import COSTS
 from msenc.report.table import Table, costs
 
@@ -93,6 +94,9 @@ def _sections(table: Table) -> list[tuple[str, list[list[str]]]]:
         sections.append((JUDGED, verdict_grid(table)))
     if table.followed:
         sections.append((FOLLOWED, followed_grid(table.followed)))
+    if table.heard is not None:
+        names = table.style.rows(table.configurations)
+        sections.append((f"{TITLES[table.heard.kind]}; {METHOD}", heard_grid(table.heard, names)))
     if table.floor is not None:
         sections.append((NOISE, noise_grid(table)))
     return sections
@@ -210,6 +214,7 @@ def footer(table: Table) -> list[str]:
     """Notes, and runs that are excluded or not done, a line each."""
     return [
         *(f"Note: {note}" for note in table.notes),
+        *(f"Study: {note}" for note in (table.heard.notes if table.heard else ())),
         *(f"Excluded: {line}" for line in table.left_out),
         *(f"Not done: {line}" for line in table.running),
     ]

@@ -23,6 +23,7 @@ from msenc.report.layouts import (
     possible,
     verdict_grid,
 )
+from msenc.report.listening.heard import METHOD, TITLES, heard_grid
 from msenc.report.plots import effects, learning_curves, svg
 from msenc.report.table import Table
 from msenc.report.traces import trace_panel
@@ -88,6 +89,8 @@ def render_page(
             {**panel, "plots": [(stream, _image(plot)) for stream, plot in panel["plots"]]}
             for panel in trace_panel(table.configurations)
         ],
+        heard=heard_grid(table.heard, table.style.rows(table.configurations)) if table.heard else None,
+        heard_heading=f"{TITLES[table.heard.kind]}; {METHOD}" if table.heard else "",
         noise_heading=NOISE,
         noise=noise_grid(table) if table.floor else None,
         examples=examples,

@@ -23,6 +23,7 @@ from msenc.report.compare import (
     table_metrics,
 )
 from msenc.report.followed import find_followed
+from msenc.report.listening.heard import Heard
 from msenc.report.noise import REPEATED, Floor, measure_floor, refuse_other_settings
 from msenc.report.plots import read_curve
 from msenc.report.style import Style, refuse_unknown
@@ -50,6 +51,7 @@ class Table:
         floor: how far runs are apart that are alike but for the seed: the reported ones, or those named for it.
         style: how names and numbers are written.
         followed: what the configurations follow where words and streams conflict, if that was measured.
+        heard: what listeners say of them, if their answers were given.
     """
 
     split: str
@@ -65,6 +67,7 @@ class Table:
     floor: Floor | None = None
     style: Style = field(default_factory=Style)
     followed: list[dict[str, Any]] = field(default_factory=list)
+    heard: Heard | None = None
 
     @property
     def is_of_noise(self) -> bool:
