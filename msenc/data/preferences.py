@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ from msenc.prompt import TokenizedDialogue
 from msenc.types import Dialogue, MsencError, Utterance
 
 CONFLICT, WRONG = "conflict", "wrong"
-"""Sources of preferences: contradictions, in which the voice or the face is right; the turns as they are, whose replies
-are rejected with the word, description or words that another turn's label wants."""
+"""Sources of preferences: the items of the conflict test, in which the voice or the face is right; the turns as they
+are, whose replies are rejected with the word, description or words that another turn's label wants."""
 COLUMNS, OPTIONAL = ("dialogue", "utterance", "rejected"), ("rejected_description",)
 """Of a table of preferences."""
 
@@ -53,29 +53,35 @@ class Preference(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """A dialogue, as it is or with a contradiction in it, and its preferences.
+    """A dialogue, as it is or with parts of another in a turn, and its preferences.
 
     Args:
         dialogue: index into the split's dialogues.
         preferences: target turn -> what is preferred there.
-        conflict: whose turn gets another turn's stream, or words; None leaves the dialogue as it is.
-        is_reworded: the words are exchanged, not the stream.
+        item: whose turn gets something of its donor; None leaves the dialogue as it is.
+        stream: the turn gets the donor's voice or face.
+        words: it gets the donor's words.
     """
 
     dialogue: int
     preferences: Mapping[int, Preference]
-    conflict: ConflictItem | None = None
-    is_reworded: bool = False
+    item: ConflictItem | None = None
+    stream: bool = False
+    words: bool = False
 
 
-def contradictions(items: Sequence[ConflictItem]) -> list[Context]:
-    """Two contexts of each item, in which the reply that fits the voice (or the face) is to be preferred."""
+def follow_stream(items: Sequence[ConflictItem]) -> list[Context]:
+    """Four contexts of each item: either turn's words with either's voice (or face), whose reply is to be preferred.
+
+    Two contradict, two agree: in contradictions alone, a run would learn to say the opposite of the words.
+    """
     found = []
     for item in items:
-        own, other = item.replies
         index, turn = item.place
-        found.append(Context(index, {turn + 1: Preference(other, (own,))}, item))
-        found.append(Context(index, {turn + 1: Preference(own, (other,))}, item, is_reworded=True))
+        own, other = item.replies
+        for stream, words in product((False, True), repeat=2):
+            preference = Preference(other, (own,)) if stream else Preference(own, (other,))
+            found.append(Context(index, {turn + 1: preference}, item, stream, words))
     return found
 
 
@@ -114,8 +120,8 @@ class PreferenceDataset(Dataset):
         """The context's turns as the model reads them, its targets with the replies rejected in their places."""
         context, dialogues = self.contexts[number], self.dialogues
         tokens = dialogues.tokens(context.dialogue)
-        if context.conflict is not None and context.is_reworded:
-            tokens = exchange_words(dialogues, context.conflict)
+        if context.item is not None and context.words:
+            tokens = exchange_words(dialogues, context.item)
         targets, rejected = list(tokens.targets), [()] * len(tokens.targets)
         for turn, preference in context.preferences.items():
             targets[turn - 1] = dialogues.tokenizer.target(preference.chosen)
@@ -126,9 +132,9 @@ class PreferenceDataset(Dataset):
         """Per stream each turn's frames, as `DialogueDataset.features`."""
         context = self.contexts[number]
         features = self.dialogues.features(context.dialogue)
-        if context.conflict is None or context.is_reworded:
+        if context.item is None or not context.stream:
             return features
-        return exchange_stream(self.dialogues, context.conflict, features)
+        return exchange_stream(self.dialogues, context.item, features)
 
     def __getitem__(self, number: int) -> tuple[TokenizedDialogue, Features]:
         """Tokens and features."""
@@ -194,7 +200,7 @@ class PreferenceDataModule(DialogueDataModule):
                 f"contradict what it hears or sees. Expected a modality with audio or video, or objective.pairs={WRONG}"
                 " or a table."
             )
-        return contradictions(items)
+        return follow_stream(items)
 
     def num_pairs(self, split: str) -> int:
         """Pairs of a reply and a rejected one."""

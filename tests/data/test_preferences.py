@@ -1,5 +1,7 @@
 """Preferences between replies, from conflicts and from tables, in the generated world of the conflict test."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from conflict_world import MOODS, PROMPT, SPECS, write_world
@@ -37,15 +39,17 @@ def contexts_of(datamodule, tokenizer):
         yield words, level, said_in(tokenizer, tokens.targets[0]), [said_in(tokenizer, t) for t in tokens.rejected[0]]
 
 
-def test_in_a_contradiction_the_reply_to_the_voice_is_preferred(tmp_path, tokenizer):
+def test_the_reply_to_the_voice_is_preferred_whatever_the_words_say(tmp_path, tokenizer):
     datamodule = module_of(write_world(tmp_path / "world", words_tell=True), tokenizer)
     items = find_conflicts(datamodule, "test")
     found = list(contexts_of(datamodule, tokenizer))
-    assert len(found) == datamodule.num_pairs("test") == 2 * len(items) > 20
+    assert len(found) == datamodule.num_pairs("test") == 4 * len(items) > 40
+    count = Counter()
     for words, level, chosen, (rejected,) in found:
-        heard, read = MOODS[level > 0], MOODS["happy" in words]
-        assert heard != read
-        assert (chosen, rejected) == (f"You are {heard}.", f"You are {read}.")
+        is_happy, reads_happy = level > 0, "happy" in words
+        assert (chosen, rejected) == (f"You are {MOODS[is_happy]}.", f"You are {MOODS[not is_happy]}.")
+        count[is_happy, reads_happy] += 1
+    assert set(count.values()) == {len(items)}  # the words tell nothing of what is preferred
 
 
 def test_wrong_replies_are_rejected_where_nothing_contradicts(tmp_path, tokenizer):
