@@ -17,9 +17,8 @@ from msenc.types import MsencError
 
 MODEL = ["modality=text_audio", "model/llm=tiny_lora", "model.connector.num_blocks=1"]
 DPO = [
-    *(*MODEL, "objective=dpo", "data.batch_size=5", "evaluate=null"),
-    *("trainer.max_steps=8", "trainer.log_every_n_steps=1", "callbacks.checkpoints.every_n_steps=2"),
-    *("+trainer.val_check_interval=4", "trainer.check_val_every_n_epoch=null", "optimizer.lr=0.01"),
+    *(*MODEL, "objective=dpo", "data.batch_size=40", "evaluate=null", "optimizer.lr=0.01"),
+    *("trainer.max_epochs=2", "trainer.log_every_n_steps=1", "callbacks.checkpoints.every_n_steps=2"),
 ]
 TWO = {"ddp": ["trainer=ddp", "trainer.accelerator=cpu"], "fsdp2": ["trainer=fsdp2", "trainer.accelerator=cpu"]}
 
@@ -32,7 +31,7 @@ def runs(demo_home, tmp_path_factory):
     specs = {
         "start": {"first": [*MODEL, "trainer.max_steps=4", "optimizer.lr=0.01", "evaluate=null"]},
         "whole": {},
-        "killed": {"moments": ["kill batch 0 1", "kill batch 0 3", "kill validation 0", "kill best", "kill batch 0 6"]},
+        "killed": {"moments": ["kill batch 0 1", "kill batch 0 3", "kill validation 0", "kill best", "kill batch 1 1"]},
         **{name: {"processes": [2], "more": [*more, "trainer.precision=32-true"]} for name, more in TWO.items()},
     }
     spec = []
