@@ -156,6 +156,7 @@ class PreferenceDataModule(DialogueDataModule):
         self.pairs = pairs
         self.labels = labels
         self._preferences: dict[str, PreferenceDataset] = {}
+        self._known_rows: dict[tuple[str, int, tuple[int, ...]], list[int]] = {}
 
     def pairs_hash(self) -> str | None:
         """Of the table's content; None without one.
@@ -212,31 +213,33 @@ class PreferenceDataModule(DialogueDataModule):
         if split not in self._units:
             preferences = self.preferences(split)
             turns = [tuple(context.preferences) for context in preferences.contexts]
-            rows: dict[int, TokenizedDialogue] = {}
-
-            def tokens(number: int, chosen: Sequence[int]) -> int:
-                if number not in rows:
-                    rows.clear()  # they are asked for one after the other
-                    rows[number] = preferences.tokens(number)
-                return sum(self._row_lengths(rows[number], chosen))
-
             if self.max_tokens_per_batch is None:
-                self._units[split] = [Unit(i, own, tokens(i, own)) for i, own in enumerate(turns)]
+                units = [Unit(number, own, 0) for number, own in enumerate(turns)]
             else:
                 ids = [preferences.dialogues.ids[context.dialogue] for context in preferences.contexts]
                 units = parts_within(
-                    turns, tokens, self.layout, self.max_tokens_per_batch, ids, self.max_history_tokens
+                    turns,
+                    lambda number, some: sum(self._row_lengths(split, number, tuple(some))),
+                    self.layout,
+                    self.max_tokens_per_batch,
+                    ids,
+                    self.max_history_tokens,
                 )
-                self._units[split] = [unit._replace(turns=unit.turns or turns[unit.dialogue]) for unit in units]
+                units = [unit._replace(turns=unit.turns or turns[unit.dialogue]) for unit in units]
+            self._units[split] = [unit._replace(tokens=sum(self.row_lengths(split, unit))) for unit in units]
         return self._units[split]
 
     def row_lengths(self, split: str, unit: Unit) -> list[int]:
         """As in `DialogueDataModule`."""
-        return self._row_lengths(self.preferences(split).tokens(unit.dialogue), unit.turns)
+        return self._row_lengths(split, unit.dialogue, unit.turns)
 
-    def _row_lengths(self, tokens: TokenizedDialogue, turns: Sequence[int] | None) -> list[int]:
-        rows = dialogue_rows(tokens, self.max_history_tokens, self.num_queries, self.layout, turns)
-        return [len(row.ids) for row in rows]
+    def _row_lengths(self, split: str, number: int, turns: tuple[int, ...]) -> list[int]:
+        key = (split, number, turns)
+        if key not in self._known_rows:
+            tokens = self.preferences(split).tokens(number)
+            rows = dialogue_rows(tokens, self.max_history_tokens, self.num_queries, self.layout, turns)
+            self._known_rows[key] = [len(row.ids) for row in rows]
+        return self._known_rows[key]
 
     def _unit_dataset(self, split: str) -> UnitDataset:
         return UnitDataset(self.preferences(split), self.units(split))

@@ -72,7 +72,7 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
     copies = {
         "average_of_weights": 4 * trained if config["callbacks"].get("average") else 0,
         # the start, and in its pass the weights that it stands in for
-        **({"reference": 2 * found["trainable_weights"]} if config["objective"] else {}),
+        **({"reference": 2 * found["trainable_weights"]} if config.get("objective") else {}),
     }
     if is_shared:
         copies["average_of_weights"] //= processes

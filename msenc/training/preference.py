@@ -2,8 +2,7 @@
 
 Batch with pairs -> log probability of each reply, now and at the start -> loss per pair -> gradients per pair
 
-Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; with `label_smoothing`, Chowdhury et al. 2024 (arXiv
-2403.00409), eq. 6.
+Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; `label_smoothing`: Chowdhury et al. 2024 (arXiv 2403.00409).
 """
 
 from collections.abc import Iterator
