@@ -17,7 +17,7 @@ from msenc.types import MsencError
 
 MODEL = ["modality=text_audio", "model/llm=tiny_lora", "model.connector.num_blocks=1"]
 DPO = [
-    *(*MODEL, "objective=dpo", "data.batch_size=40", "evaluate=null", "optimizer.lr=0.01"),
+    *(*MODEL, "objective=dpo", "data.batch_size=10", "evaluate=null", "optimizer.lr=0.01"),
     *("trainer.max_epochs=2", "trainer.log_every_n_steps=1", "callbacks.checkpoints.every_n_steps=2"),
 ]
 TWO = {"ddp": ["trainer=ddp", "trainer.accelerator=cpu"], "fsdp2": ["trainer=fsdp2", "trainer.accelerator=cpu"]}
