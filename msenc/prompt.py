@@ -81,6 +81,7 @@ class TokenizedDialogue:
         targets: per target the tokens to generate.
         turn_tokens: text tokens of each turn's block, without slots, as counted for history truncation.
         windows: per target the history within the prompt's windows; empty without windows.
+        rejected: per target the replies that its own is to be preferred to; empty without preferences.
     """
 
     id: str
@@ -90,6 +91,7 @@ class TokenizedDialogue:
     targets: tuple[Target, ...]
     turn_tokens: tuple[int, ...]
     windows: tuple[History, ...] = ()
+    rejected: tuple[tuple[Target, ...], ...] = ()
 
 
 @dataclass(frozen=True)

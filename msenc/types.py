@@ -254,7 +254,9 @@ class Batch:
         kinds: (K,) index into `prompt.TOKEN_KINDS`.
         targets: (K,) index into `target_ids`.
         streams: stream name -> its features and positions; streams without any utterance are omitted.
-        target_ids: (dialogue id, turn) of each target.
+        target_ids: (dialogue id, turn) of each target; of a turn with preferences, each of its replies is one.
+        pairs: (P, 2) index into `target_ids` of a reply, and of one that it is to be preferred to; None without
+            preferences.
     """
 
     input_ids: Tensor
@@ -267,6 +269,7 @@ class Batch:
     targets: Tensor
     streams: dict[str, StreamBatch]
     target_ids: list[tuple[str, int]]
+    pairs: Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies while it computes; torch's loaders call it."""

@@ -67,8 +67,27 @@ def _check_bounds(config: Mapping[str, Any]) -> None:
     trainer = config.get("trainer") or {}
     if trainer and "llm" in model:  # evaluate.py has no model of its own
         _check_quantization(model["llm"], trainer.get("strategy", "auto"))
+    if config.get("objective") is not None:
+        _check_objective(config)
     if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1:
         raise MsencError("trainer.max_epochs=-1: the run would never end. Give trainer.max_steps=..., too.")
+
+
+def _check_objective(config: Mapping[str, Any]) -> None:
+    """Refuse what preference tuning would leave without effect, or cannot keep to."""
+    data = config["data"]
+    for key, value, why in (
+        ("data.drop", data["drop"], "the reference would read other turns"),
+        ("loss.weights", config["loss"]["weights"], "a reply is preferred as a whole"),
+        ("stage", config["stage"], "connectors are aligned before a run learns to reply"),
+    ):
+        if value:
+            raise MsencError(f"{key}: found {typed(value)}, but objective=dpo takes none: {why}. Leave it out.")
+    if config["model"]["layout"] == "sample" and data["max_tokens_per_batch"] is not None:
+        raise MsencError(
+            "model.layout=sample: found data.max_tokens_per_batch, which objective=dpo only keeps to in the layout "
+            "dialogue. Set data.batch_size=4 data.max_tokens_per_batch=null."
+        )
 
 
 def _check_quantization(llm: Mapping[str, Any], strategy: Any) -> None:

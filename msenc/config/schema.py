@@ -237,6 +237,23 @@ class LossConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """Preference tuning by DPO (docs/preference.md).
+
+    Args:
+        beta: how much a deviation from the start counts; as `beta` of TRL's DPOConfig.
+        label_smoothing: share of pairs that are taken to be the wrong way round; as that of TRL's ``robust`` loss.
+        pairs: ``conflict``, ``wrong`` (`msenc.data.preferences`), or a CSV file.
+        labels: of the turns, that make pairs without a table; None: as of `EvaluateConfig`'s ``conflict=true``.
+    """
+
+    beta: float = MISSING
+    label_smoothing: float = MISSING
+    pairs: str = MISSING
+    labels: list[str] | None = None
+
+
+@dataclass
 class PathsConfig:
     """Where things lie; relative paths are relative to the folder of the command.
 
@@ -279,6 +296,7 @@ class TrainConfig:
         threads: of torch, whose number decides how sums are rounded; None: OMP_NUM_THREADS, or what suits the model.
         align: how connectors are aligned first; None does not.
         init_from: what another run has trained, to start from.
+        objective: preferences between replies; None: the likelihood of the data's.
         stage: ``align`` ends when the connectors are aligned; None goes on with dialogues.
         evaluate: the split that is evaluated when training ends; None for none.
         control: of that evaluation, as in `EvaluateConfig`.
@@ -302,6 +320,7 @@ class TrainConfig:
     prompt: Any = MISSING
     align: AlignConfig | None = None
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    objective: ObjectiveConfig | None = None
     stage: str | None = None
     optimizer: Any = field(default_factory=lambda: DictConfig({"groups": {}}))
     scheduler: Any = None

@@ -4,7 +4,7 @@ DialogueLengths -> units -> batches of all processes together -> the share of ea
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,26 +67,50 @@ def budget_units(
     Raises:
         MsencError: a target that does not fit the budget by itself.
     """
+
+    def tokens(i: int, turns: Sequence[int]) -> int:
+        return sum(row_tokens(lengths[i], max_history_tokens, num_queries, layout, turns))
+
+    turns = [range(1, len(known.turns)) for known in lengths]
+    return parts_within(turns, tokens, layout, max_tokens, ids, max_history_tokens)
+
+
+def parts_within(
+    turns_of: Sequence[Sequence[int]],
+    tokens: Callable[[int, Sequence[int]], int],
+    layout: Layout,
+    max_tokens: int,
+    ids: Sequence[str],
+    max_history_tokens: int,
+) -> list[Unit]:
+    """`budget_units` of any rows.
+
+    Args:
+        turns_of: the targets of each dialogue; a unit of all of them has None.
+        tokens: (dialogue, some of its targets) -> length of their rows, all together.
+        layout: see `collate.dialogue_rows`.
+        max_tokens: the budget of a batch.
+        ids: the dialogues' ids, for messages.
+        max_history_tokens: for messages.
+
+    Raises:
+        MsencError: a target that does not fit the budget by itself.
+    """
     units: list[Unit] = []
     too_long: list[tuple[int, str, int]] = []
-    for i, known in enumerate(lengths):
-
-        def tokens(turns: Sequence[int], known: DialogueLengths = known) -> int:
-            return sum(row_tokens(known, max_history_tokens, num_queries, layout, turns))
-
-        turns = range(1, len(known.turns))
-        if layout == "dialogue" and (total := tokens(turns)) <= max_tokens:
+    for i, turns in enumerate(turns_of):
+        if layout == "dialogue" and (total := tokens(i, turns)) <= max_tokens:
             units.append(Unit(i, None, total))
             continue
         part: list[int] = []
         for turn in turns:
-            if part and (layout == "sample" or tokens([*part, turn]) > max_tokens):
-                units.append(Unit(i, tuple(part), tokens(part)))
+            if part and (layout == "sample" or tokens(i, [*part, turn]) > max_tokens):
+                units.append(Unit(i, tuple(part), tokens(i, part)))
                 part = []
             part.append(turn)
-            if (alone := tokens([turn])) > max_tokens:
+            if (alone := tokens(i, [turn])) > max_tokens:
                 too_long.append((alone, ids[i], turn))
-        units.append(Unit(i, tuple(part), tokens(part)))
+        units.append(Unit(i, tuple(part), tokens(i, part)))
     if too_long:
         most, id, turn = max(too_long)
         raise MsencError(

@@ -2,7 +2,8 @@
 
 A dialogue becomes one or more rows. A row is a *trunk* (instruction and a run of turns) and one *branch* per target
 (response prompt, reply, description, end). A branch sees the trunk up to the turn before its target, with the
-positions that the single sample would have, so one row trains many targets exactly as single samples would.
+positions that the single sample would have, so one row trains many targets exactly as single samples would. A target
+that is to be preferred to other replies has a branch for each of these, too.
 
 A packed batch puts all rows on one line; otherwise each row is a plain causal sequence of its own, padded.
 """
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from msenc.prompt import History, Slot, TokenizedDialogue
+from msenc.prompt import History, Slot, Target, TokenizedDialogue
 from msenc.types import Batch, Segment, StreamBatch
 
 Layout = Literal["dialogue", "sample"]
@@ -105,6 +106,7 @@ class Row:
         owners: the branch of each.
         slots: (stream, turn, frames to skip, first token) of each media slot.
         target_turns: the target turn of each branch.
+        rejects: of each branch, whether the one before it that is none of these is to be preferred to it.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -117,6 +119,7 @@ class Row:
     owners: list[int] = field(default_factory=list)
     slots: list[tuple[str, int, int, int]] = field(default_factory=list)
     target_turns: list[int] = field(default_factory=list)
+    rejects: list[bool] = field(default_factory=list)
 
     @property
     def is_causal(self) -> bool:
@@ -147,15 +150,30 @@ def dialogue_rows(
         with_targets: False omits the reply, for generation.
     """
     starts = histories(dialogue.turn_tokens, budget, dialogue.windows)
-    return [
-        _row(dialogue, start, group, num_queries, with_targets) for start, group in group_targets(starts, layout, turns)
-    ]
+    rows = []
+    for start, group in group_targets(starts, layout, turns):
+        branches = [branch for turn in group for branch in _branches(dialogue, turn, with_targets)]
+        for together in [branches] if layout == "dialogue" else [[branch] for branch in branches]:
+            rows.append(_row(dialogue, start, together, num_queries))
+    return rows
+
+
+_Branch = tuple[int, Target | None, bool]
+"""A turn, a reply to generate there (None: it is left to be generated), and whether it is a rejected one."""
+
+
+def _branches(dialogue: TokenizedDialogue, turn: int, with_targets: bool) -> list[_Branch]:
+    if not with_targets:
+        return [(turn, None, False)]
+    rejected = dialogue.rejected[turn - 1] if dialogue.rejected else ()
+    return [(turn, dialogue.targets[turn - 1], False), *((turn, target, True) for target in rejected)]
 
 
 def _row(
-    dialogue: TokenizedDialogue, history: History, turns: list[int], num_queries: Mapping[str, int], with_targets: bool
+    dialogue: TokenizedDialogue, history: History, branches: Sequence[_Branch], num_queries: Mapping[str, int]
 ) -> Row:
     ids, slots, cuts, skips = list(dialogue.instruction), [], {}, dict(history.skips)
+    turns = [turn for turn, _, _ in branches]
     for turn in range(history.start, max(turns)):
         for piece in dialogue.turns[turn]:
             if isinstance(piece, Slot):
@@ -164,11 +182,12 @@ def _row(
                 piece = (0,) * num_queries[piece.stream]
             ids += piece
         cuts[turn + 1] = len(ids)
-    row = Row(ids, list(range(len(ids))), trunk=len(ids), slots=slots, target_turns=list(turns))
-    for number, turn in enumerate(turns):
-        response, target, cut = dialogue.responses[turn - 1], dialogue.targets[turn - 1], cuts[turn]
-        branch = [*response, *target.ids] if with_targets else response
-        if with_targets:
+    row = Row(ids, list(range(len(ids))), trunk=len(ids), slots=slots, target_turns=turns)
+    for number, (turn, target, is_rejected) in enumerate(branches):
+        response, cut = dialogue.responses[turn - 1], cuts[turn]
+        branch = [*response, *target.ids] if target is not None else response
+        row.rejects.append(is_rejected)
+        if target is not None:
             first = len(row.ids) + len(response) - 1
             row.predictors += range(first, first + len(target.ids))
             row.labels += target.ids
@@ -212,6 +231,8 @@ def collate(
         offsets = np.arange(len(flat)) * length + (length - sizes if padding_side == "left" else 0)
     ids, positions, real = (np.zeros(length if pack else len(flat) * length, dtype=t) for t in (int, int, bool))
     target_ids: list[tuple[str, int]] = []
+    pairs: list[tuple[int, int]] = []
+    preferred = 0
     wanted: dict[str, list[np.ndarray]] = {"predictors": [], "labels": [], "kinds": [], "targets": []}
     slots: dict[str, list[tuple[tuple[int, int, int], int]]] = {}
     for at, (d, row) in zip(offsets, flat, strict=True):
@@ -221,7 +242,12 @@ def collate(
         wanted["labels"].append(np.array(row.labels, dtype=int))
         wanted["kinds"].append(np.array(row.kinds, dtype=int))
         wanted["targets"].append(np.array(row.owners, dtype=int) + len(target_ids))
-        target_ids += [(dialogues[d].id, turn) for turn in row.target_turns]
+        for turn, is_rejected in zip(row.target_turns, row.rejects, strict=True):
+            if is_rejected:
+                pairs.append((preferred, len(target_ids)))
+            else:
+                preferred = len(target_ids)
+            target_ids.append((dialogues[d].id, turn))
         for stream, turn, skip, start in row.slots:
             slots.setdefault(stream, []).append(((d, turn, skip), int(at) + start))
     per_token = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in wanted.items()}
@@ -235,6 +261,7 @@ def collate(
             stream: _stream_batch(stream, found, features, num_queries[stream]) for stream, found in slots.items()
         },
         target_ids=target_ids,
+        pairs=torch.tensor(pairs) if pairs else None,
     )
 
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from msenc.data.collate import Features
 from msenc.data.controls import ControlledDialogues
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.dataset import DialogueDataset
 from msenc.data.loader import UnitSample
-from msenc.prompt import SLOTS
+from msenc.prompt import SLOTS, TokenizedDialogue
 from msenc.speech.description import VOCABULARY, parse
 from msenc.store.labels import LABELS, VOICE_TURNS, columns_of, read_labels
 from msenc.store.shards import read_index
@@ -287,24 +288,38 @@ class ConflictSamples(Dataset):
     def __getitem__(self, number: int) -> list[UnitSample]:
         """The item's samples; a run that does not read the stream sees no exchange of it."""
         item, dialogues = self.items[number], self.dialogues
-        (index, turn), (donor, their_turn) = item.place, item.donor
-        tokens, features = dialogues.tokens(index), dict(dialogues.features(index))
-        exchanged = features
-        if item.stream in features:
-            frames = dialogues.features(donor)[item.stream][their_turn]
-            own = list(features[item.stream])
-            if tokens.windows:  # they count frames, and should keep the same turns
-                frames = np.resize(frames, (len(own[turn]), frames.shape[1]))
-            exchanged = {**features, item.stream: [*own[:turn], frames, *own[turn + 1 :]]}
-        dialogue = dialogues.dialogue(index)
-        said = list(dialogue.utterances)
-        said[turn] = replace(said[turn], text=dialogues.dialogue(donor).utterances[their_turn].text)
-        blocks = dialogues.tokenizer.turns(replace(dialogue, utterances=tuple(said)), dialogues.frames(index))
-        reworded = replace(tokens, turns=(*tokens.turns[:turn], blocks[turn], *tokens.turns[turn + 1 :]))
+        index, turn = item.place
+        tokens, features = dialogues.tokens(index), dialogues.features(index)
         samples = []
-        for words, streams in ((tokens, exchanged), (reworded, features)):
+        for words, streams in (
+            (tokens, exchange_stream(dialogues, item, features)),
+            (exchange_words(dialogues, item), features),
+        ):
             for reply in item.replies:
                 target = dialogues.tokenizer.target(reply)
                 targets = (*tokens.targets[:turn], target, *tokens.targets[turn + 1 :])
                 samples.append((replace(words, targets=targets), streams, (turn + 1,)))
         return samples
+
+
+def exchange_stream(
+    dialogues: DialogueDataset | ControlledDialogues, item: ConflictItem, features: Features
+) -> Features:
+    """The features of an item's dialogue with those of the donor in its turn; unchanged if the stream is not read."""
+    (index, turn), (donor, their_turn) = item.place, item.donor
+    if item.stream not in features:
+        return features
+    frames, own = dialogues.features(donor)[item.stream][their_turn], features[item.stream]
+    if dialogues.tokens(index).windows:  # they count frames, and should keep the same turns
+        frames = np.resize(frames, (len(own[turn]), frames.shape[1]))
+    return {**features, item.stream: [*own[:turn], frames, *own[turn + 1 :]]}
+
+
+def exchange_words(dialogues: DialogueDataset | ControlledDialogues, item: ConflictItem) -> TokenizedDialogue:
+    """The tokens of an item's dialogue with the donor's words in its turn."""
+    (index, turn), (donor, their_turn) = item.place, item.donor
+    tokens, dialogue = dialogues.tokens(index), dialogues.dialogue(index)
+    said = list(dialogue.utterances)
+    said[turn] = replace(said[turn], text=dialogues.dialogue(donor).utterances[their_turn].text)
+    blocks = dialogues.tokenizer.turns(replace(dialogue, utterances=tuple(said)), dialogues.frames(index))
+    return replace(tokens, turns=(*tokens.turns[:turn], blocks[turn], *tokens.turns[turn + 1 :]))

@@ -25,7 +25,7 @@ from msenc.data.batches import (
 from msenc.data.collate import Layout, histories
 from msenc.data.controls import Control, ControlledDialogues, Moments, Swap, SwappedTurns, moments, read_controls
 from msenc.data.dataset import DialogueDataset, StreamSpec
-from msenc.data.lengths import DialogueLengths, split_lengths
+from msenc.data.lengths import DialogueLengths, row_tokens, split_lengths
 from msenc.data.loader import EpochLoader, UnitDataset, UnitSample, collate_units, make_loader
 from msenc.data.missing import DroppedDialogues, DroppedUnits, check_drop
 from msenc.prompt import DialogueTokenizer
@@ -220,6 +220,11 @@ class DialogueDataModule(L.LightningDataModule):
                 units = budget_units(known, history, self.num_queries, self.layout, self.max_tokens_per_batch, ids)
             self._units[split] = units
         return self._units[split]
+
+    def row_lengths(self, split: str, unit: Unit) -> list[int]:
+        """Tokens of each row of a unit."""
+        known = self.lengths(split)[unit.dialogue]
+        return row_tokens(known, self.max_history_tokens, self.num_queries, self.layout, unit.turns)
 
     def collate_fn(self) -> Callable[[Sequence[UnitSample]], Batch]:
         """Units -> Batch, with this module's history budget and layout."""

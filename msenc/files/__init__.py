@@ -142,6 +142,37 @@ def parse_csv(text: str, where: object, columns: Sequence[str], advice: str = ""
     return rows[1:]
 
 
+def parse_table(
+    text: str, where: object, columns: Sequence[str], optional: Sequence[str], advice: str = ""
+) -> list[tuple[str, dict[str, str]]]:
+    r"""The rows of a user's CSV file, each with the file and row where it stands; its columns may be in any order.
+
+    Raises:
+        MsencError: a column is missing, unknown or there twice, or a row has another length; names the row.
+
+    Example:
+        >>> parse_table("b,a\n1,2\n", "t.csv", ["a", "b"], ["c"])
+        [('t.csv, row 2', {'b': '1', 'a': '2'})]
+    """
+    expected = f"expected the columns {','.join(columns)}" + (f" and perhaps {','.join(optional)}" if optional else "")
+    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
+    rows: list[tuple[str, dict[str, str]]] = []
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if not set(columns) <= set(header) <= {*columns, *optional} or len(set(header)) < len(header):
+            found = short(",".join(header)) if header else "nothing"
+            raise MsencError(f"{where}, row 1: found {found}, {expected}. {advice}".rstrip())
+        for row in reader:
+            place = f"{where}, row {reader.line_num}"
+            if row and len(row) != len(header):
+                raise MsencError(f"{place}: found {len(row)} values, expected {len(header)}, as in the header.")
+            if any(value.strip() for value in row):
+                rows.append((place, dict(zip(header, row, strict=True))))
+    except csv.Error as e:
+        raise MsencError(f"{where}, row {reader.line_num}: cannot be read as CSV ({e}). {advice}".rstrip()) from e
+    return rows
+
+
 def reason_of(error: Exception) -> str:
     """An error's text in one line; what Python says of nesting names the interpreter's limits."""
     if isinstance(error, RecursionError):

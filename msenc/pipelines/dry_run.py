@@ -115,7 +115,7 @@ def finished_run(config: DictConfig) -> Callable[[Sequence[str]], Path | None]:
     def find(overrides: Sequence[str]) -> Path | None:
         try:
             cfg, own, command = compose_job(config, overrides, here=False)
-            datamodule = build_datamodule(own, command)
+            datamodule = build_datamodule(own, command, for_training=True)
             datamodule.setup()
             run = find_run(places_of_runs(config, config.hydra), run_identity(cfg, data_hashes(own, datamodule)))
         except MsencError:
@@ -160,7 +160,7 @@ class _Known:
                 raise MsencError(f"{llm}: this LLM does not exist yet; prepare.py or the first job will create it.")
             if llm in self._absent:
                 raise MsencError(self._absent[llm])
-            datamodule = build_datamodule(config, command)
+            datamodule = build_datamodule(config, command, for_training=True)
             datamodule.setup()
             data = data_hashes(config, datamodule)
             spent = 0.0

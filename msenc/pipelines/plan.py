@@ -23,7 +23,7 @@ def plan_run(cfg: DictConfig, prepare_command: str) -> None:
     trainer = config["trainer"]
     find_data(config, prepare_command)
     ensure_llm(config)
-    datamodule = build_datamodule(config, prepare_command)
+    datamodule = build_datamodule(config, prepare_command, for_training=True)
     ensure_prepared(config, datamodule)
     table = Table(title=f"Plan: {config['modality']} on {config['data']['name']}", show_header=False)
     batches, processes = count_batches(datamodule, trainer), num_processes(trainer)
@@ -70,8 +70,14 @@ def memory_of(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict
     is_shared = is_sharded(trainer)
     found = predict_memory(model, build_optimizer(config), batch, str(trainer["precision"]), processes, is_shared)
     peak = found.pop("peak")
-    average = 4 * trained // (processes if is_shared else 1) if config["callbacks"].get("average") else 0
-    return {**found, "average_of_weights": average, "peak": peak + average}
+    copies = {
+        "average_of_weights": 4 * trained if config["callbacks"].get("average") else 0,
+        # the start, and in its pass the weights that it stands in for
+        **({"reference": 2 * found["trainable_weights"]} if config.get("objective") else {}),
+    }
+    if is_shared:
+        copies["average_of_weights"] //= processes
+    return {**found, **copies, "peak": peak + sum(copies.values())}
 
 
 def num_processes(trainer: Mapping[str, Any]) -> int:

@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from msenc.config.checks import checked
 from msenc.config.schema import EvaluateConfig, plain
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
+from msenc.data.preferences import PreferenceDataModule
 from msenc.files import write_json
 from msenc.models.conversation import ConversationModel
 from msenc.models.groups import describe_groups, flatten_groups, partition
@@ -67,6 +69,7 @@ from msenc.training.init_from import Start, read_starts, start_from
 from msenc.training.module import ConversationModule
 from msenc.training.monitor import findings, warnings
 from msenc.training.plan import count_batches
+from msenc.training.preference import PreferenceModule
 from msenc.training.restore import fill_model, load_checkpoint
 from msenc.training.sharding import LAST, PREVIOUS, gather, is_sharded
 from msenc.types import MsencError
@@ -194,17 +197,29 @@ def _open(cfg: DictConfig, command: str) -> _Job:
     L.seed_everything(config["seed"], workers=True, verbose=False)
     find_data(config, command)
     ensure_llm(config)
-    datamodule = build_datamodule(config, command)
+    datamodule = build_datamodule(config, command, for_training=True)
     ensure_prepared(config, datamodule)
     labels = Labels(config, datamodule, command)
     goes_on = cfg.resume not in (None, "auto") and _has_checkpoint(Path(cfg.resume))
     starts = {} if goes_on else read_starts(config)
+    if config["objective"] and not goes_on:
+        _check_start(config, starts)
     data = data_hashes(config, datamodule)
     if labels.hashes:
         data["labels"] = labels.hashes
     if starts:
         data["init_from"] = {part: start.facts["hash"] for part, start in starts.items()}
     return _Job(config, datamodule, labels, starts, data, run_identity(cfg, data))
+
+
+def _check_start(config: Mapping[str, Any], starts: Mapping[str, Start]) -> None:
+    """Refuse preferences to a start that has learned nothing of what the run hears and sees."""
+    streams = config["model"]["streams"]
+    if streams and "connectors" not in starts:
+        raise MsencError(
+            f"objective=dpo: found new connectors for {' and '.join(streams)}, expected a trained run to start from, "
+            "which is also the reference: init_from=RUN (or init_from.connectors=RUN)."
+        )
 
 
 def _settle(cfg: DictConfig, job: _Job, overrides: list[str], command: str) -> RunRecord:
@@ -320,6 +335,7 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         parameter_groups=groups,
         loss_weights=loss_weights or None,
         drop=datamodule.drop or None,
+        preferences=_count_preferences(datamodule, validates),
         audit_hash=datamodule.manifest.audit_hash,
         left_out=count_left_out(datamodule.left_out),
         history=datamodule.dropped_turns("train"),
@@ -357,6 +373,13 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
         _export(config, model, record)
     _print_streams(record, said)
     return None
+
+
+def _count_preferences(datamodule: DialogueDataModule, validates: bool) -> dict[str, int] | None:
+    """Split -> pairs of replies; None if the run learns the data's replies."""
+    if not isinstance(datamodule, PreferenceDataModule):
+        return None
+    return {split: datamodule.num_pairs(split) for split in ("train", *(["val"] if validates else []))}
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -462,7 +485,11 @@ def _fit(
     record: RunRecord,
     termination: Termination,
 ) -> None:
-    module = ConversationModule(
+    objective = config["objective"]
+    kind = ConversationModule
+    if objective:
+        kind = partial(PreferenceModule, beta=objective["beta"], label_smoothing=objective["label_smoothing"])
+    module = kind(
         model,
         optimizer=build_optimizer(config),
         scheduler=_scheduler(config),
@@ -556,6 +583,9 @@ def _print_summary(config: Mapping[str, Any], record: RunRecord) -> None:
         table.add_row("loss weights", f"{weights}; 1 for other tokens")
     if facts["drop"]:
         table.add_row("dropped in training", ", ".join(f"{share:.0%} of {s}" for s, share in facts["drop"].items()))
+    if facts["preferences"]:
+        pairs = ", ".join(f"{count:,} of {split}" for split, count in facts["preferences"].items())
+        table.add_row("preferences", f"{pairs} ({config['objective']['pairs']}); reference: the run as it starts")
     table.add_row("threads", str(facts["threads"]))
     add_batches(table, facts["batches"], facts["history"], facts["described_targets"])
     console.print(table)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from msenc.config.build import with_first_targets
 from msenc.data.datamodule import DialogueDataModule
+from msenc.data.preferences import PreferenceDataModule, is_table
 from msenc.files import digest
 from msenc.runs.record import read_run
 from msenc.types import MsencError
@@ -75,11 +76,14 @@ def stream_hashes(datamodule: DialogueDataModule) -> dict[str, str]:
 
 def data_hashes(config: Mapping[str, Any], datamodule: DialogueDataModule) -> dict[str, Any]:
     """What a run reads, by its hashes."""
-    return {
+    hashes = {
         "turns_hash": datamodule.manifest.turns_hash,
         "streams": stream_hashes(datamodule),
         "task_hash": task_hash(config, datamodule),
     }
+    if isinstance(datamodule, PreferenceDataModule) and (pairs := datamodule.pairs_hash()) is not None:
+        hashes["pairs_hash"] = pairs
+    return hashes
 
 
 def run_identity(cfg: DictConfig, data: Mapping[str, Any]) -> str:
@@ -89,9 +93,8 @@ def run_identity(cfg: DictConfig, data: Mapping[str, Any]) -> str:
 
 def check_same_data(record: Mapping[str, Any], config: Mapping[str, Any], datamodule: DialogueDataModule) -> None:
     """Refuse data whose content has changed since the run; imported weights have no data."""
-    now = {"task_hash": task_hash(config, datamodule), "streams": stream_hashes(datamodule)}
-    for what, found in now.items():
-        if record[what] not in (found, None):
+    for what, found in data_hashes(config, datamodule).items():
+        if what != "turns_hash" and record.get(what) not in (found, None):
             raise MsencError(
                 f"{datamodule.folder}: not the data that the run was trained on ({what} was {record[what]}, is "
                 f"{found}). Prepare it as it was, or train again."
@@ -123,6 +126,10 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
         del settings["data"]["drop"]
     if settings.get("data", {}).get("val") == "val":
         del settings["data"]["val"]
+    if settings.get("objective", 0) is None:
+        del settings["objective"]
+    elif "objective" in settings and is_table(settings["objective"]["pairs"]):
+        settings["objective"]["pairs"] = "table"  # identified by its content
     if settings.get("threads", 0) is None:
         del settings["threads"]
     if "control" in settings:

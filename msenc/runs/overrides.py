@@ -78,7 +78,7 @@ def key_of(override: str) -> str:
 
 
 _A_PATH = re.compile(
-    r"(.+\.)?(dir|root|table|folder|init|name_or_path|save_dir|dirpath)|(paths\.)?\w+_dir|on_data|out|audio|video|history"
+    r"(.+\.)?(dir|root|table|pairs|folder|init|name_or_path|save_dir|dirpath)|(paths\.)?\w+_dir|on_data|out|audio|video|history"
     r"|resume|init_from(\.(run|connectors|adapter))?|recogniser|checkpoint"
 )
 """Keys whose values are paths, or may be: taken as they are typed, whatever signs Hydra would read in them."""

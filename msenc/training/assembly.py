@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from msenc.config.build import build
 from msenc.data.datamodule import DialogueDataModule, preparing_hint
 from msenc.data.dataset import StreamSpec
+from msenc.data.preferences import PreferenceDataModule
 from msenc.models.connector import Standardize, calibrate, tie
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import load_tokenizer, token_embeddings
@@ -53,10 +55,18 @@ def find_data(config: Mapping[str, Any], prepare_command: str) -> Place:
     return folder
 
 
-def build_datamodule(config: Mapping[str, Any], prepare_command: str) -> DialogueDataModule:
-    """The data module of a run's config; of the data, only that they are there is checked yet."""
+def build_datamodule(config: Mapping[str, Any], prepare_command: str, for_training: bool = False) -> DialogueDataModule:
+    """The data module of a run's config; of the data, only that they are there is checked yet.
+
+    Args:
+        config: of the run.
+        prepare_command: see `DialogueDataModule`.
+        for_training: its batches are those of the run's objective; otherwise, they have every target once.
+    """
     data, model = config["data"], config["model"]
-    return DialogueDataModule(
+    objective = config.get("objective") if for_training else None
+    kind = partial(PreferenceDataModule, pairs=objective["pairs"], labels=objective["labels"]) if objective else None
+    return (kind or DialogueDataModule)(
         folder=find_data(config, prepare_command),
         streams={
             name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])

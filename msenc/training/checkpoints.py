@@ -98,11 +98,12 @@ def read_checkpoint(path: Path, whole: bool = True) -> dict[str, Any]:
     has_tensors = whole or not is_folder
     if has_tensors:
         check_tensors(saved["state_dict"], f"{path}, state_dict")
-    average = saved.get("average", {})
-    if not isinstance(average, dict) or not average.keys() <= saved["state_dict"].keys():
-        raise MsencError(f"{path}, average: its names differ from those of state_dict. {ANOTHER}")
-    if has_tensors:
-        check_tensors(average, f"{path}, average")
+    for key in ("average", "reference"):
+        tensors = saved.get(key, {})
+        if not isinstance(tensors, dict) or not tensors.keys() <= saved["state_dict"].keys():
+            raise MsencError(f"{path}, {key}: its names differ from those of state_dict. {ANOTHER}")
+        if has_tensors:
+            check_tensors(tensors, f"{path}, {key}")
     base = saved.get("msenc", {})
     if not isinstance(base, dict) or not all(isinstance(base.get(key, ""), str) for key in BASE):
         raise MsencError(f"{path}, msenc: found {short(base)}, expected the strings {' and '.join(BASE)}. {ANOTHER}")

@@ -33,6 +33,9 @@ class ConversationModule(L.LightningModule):
     the sum of the weights of the step's target tokens over all accumulated batches and processes. So splitting a
     step into batches or processes does not change a token's weight.
 
+    Attributes:
+        measured: names of what is logged beside the loss, whose sums follow it in a step's sums.
+
     Args:
         model: the composed model.
         optimizer: torch parameter groups -> optimizer.
@@ -40,6 +43,8 @@ class ConversationModule(L.LightningModule):
         groups: name of a parameter group -> its settings, from `groups.flatten_groups`; if empty, one group.
         loss_weights: kind of token (`prompt.TOKEN_KINDS`) -> its weight in the training loss; 1 for other kinds.
     """
+
+    measured: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,7 +64,8 @@ class ConversationModule(L.LightningModule):
         weights = loss_weights or {}
         self._kind_weights = torch.tensor([weights.get(kind, 1.0) for kind in TOKEN_KINDS])
         self._divisor = 1.0
-        self._step_sums = torch.zeros(2)  # weighted loss and sum of weights since the last optimizer step
+        # weighted loss and sum of weights since the last optimizer step, and sums of what is measured beside
+        self._step_sums = torch.zeros(2 + len(self.measured))
         self._validation_sums = torch.zeros(3)  # loss, correct top-1 tokens, target tokens
 
     def configure_model(self) -> None:
@@ -84,10 +90,11 @@ class ConversationModule(L.LightningModule):
 
         Logged before clipping: the training loss, the gradient norm of each part, and the groups' learning rates.
         """
-        loss, weights = self.over_processes(self._step_sums)
+        loss, weights, *others = self.over_processes(self._step_sums)
         weights = torch.where(weights > 0, weights, 1.0)  # if all tokens of a step have weight 0, its gradients are 0
-        self._step_sums = torch.zeros(2)
+        self._step_sums = torch.zeros_like(self._step_sums)
         self.log("train/loss", loss / weights, prog_bar=True)
+        self.log_dict({f"train/{name}": value / weights for name, value in zip(self.measured, others, strict=True)})
         # Lightning has divided each loss by the number of accumulated batches, and DDP averaged over processes.
         scale = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size / weights
         for group in optimizer.param_groups:

@@ -75,7 +75,8 @@ class StreamMonitor(L.Callback):
                 self._outputs.setdefault(stream, []).append(queries.float().cpu())
             if len(queries) > 1:
                 exchanged = module.model(exchange(batch, stream, *queries.shape[:2])).nll
-                rise = torch.stack([(exchanged - outputs["nll"]).sum(), exchanged.new_tensor(exchanged.numel())])
+                rises = (exchanged - outputs["nll"])[_is_counted(batch)]
+                rise = torch.stack([rises.sum(), rises.new_tensor(rises.numel())])
                 self._rises[stream] = self._rises.get(stream, torch.zeros(2)) + rise.float().cpu()
             elif is_joint:
                 module.model(batch)
@@ -93,6 +94,13 @@ class StreamMonitor(L.Callback):
             said.append(f"{stream} differs {100 * differs:.1f} %, used {used:.4f} nats")
         if said and not trainer.sanity_checking:
             trainer.print(f"epoch {trainer.current_epoch + 1}: {'; '.join(said)}")
+
+
+def _is_counted(batch: Batch) -> Tensor:
+    """Which target tokens are of a reply that the run is to give: what a swap makes likelier of others is no loss."""
+    if batch.pairs is None:
+        return torch.ones_like(batch.targets, dtype=torch.bool)
+    return torch.isin(batch.targets, batch.pairs[:, 0])
 
 
 def exchange(batch: Batch, stream: str, num_utterances: int, num_queries: int) -> Batch:

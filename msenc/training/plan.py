@@ -7,6 +7,7 @@ import copy
 import math
 import statistics
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,7 +22,6 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from msenc.data.datamodule import DialogueDataModule
-from msenc.data.lengths import row_tokens
 from msenc.models.conversation import ConversationModel
 from msenc.models.llm import parts_used_alone
 from msenc.models.quantize import is_state, tensors_of
@@ -31,10 +31,7 @@ from msenc.types import Batch
 
 def batch_tokens(datamodule: DialogueDataModule, units: Sequence[int]) -> tuple[int, int]:
     """Tokens of a training batch: without and with padding."""
-    rows: list[int] = []
-    for unit in (datamodule.units("train")[i] for i in units):
-        known = datamodule.lengths("train")[unit.dialogue]
-        rows += row_tokens(known, datamodule.max_history_tokens, datamodule.num_queries, datamodule.layout, unit.turns)
+    rows = [n for i in units for n in datamodule.row_lengths("train", datamodule.units("train")[i])]
     return sum(rows), len(rows) * max(rows) if datamodule.layout == "sample" else sum(rows)
 
 
@@ -52,14 +49,14 @@ def count_batches(datamodule: DialogueDataModule, trainer: Mapping[str, Any]) ->
     batches = datamodule.train_batches().batches_of(0)
     real, laid_out = zip(*(batch_tokens(datamodule, batch) for batch in batches), strict=True)
     budget = datamodule.max_tokens_per_batch
-    by_dialogue = [unit.dialogue for unit in units if unit.turns is not None]
+    by_dialogue = Counter(unit.dialogue for unit in units)
     steps = math.ceil(len(batches) / trainer.get("accumulate_grad_batches", 1))
     bounds = [steps * epochs for epochs in (trainer.get("max_epochs"),) if epochs is not None and epochs >= 0]
     bounds += [most for most in (trainer.get("max_steps"),) if most is not None and most >= 0]
     return {
         "dialogues": len(datamodule.lengths("train")),
         "units": len(units),
-        "split_dialogues": len(set(by_dialogue)) if datamodule.layout == "dialogue" else 0,
+        "split_dialogues": sum(n > 1 for n in by_dialogue.values()) if datamodule.layout == "dialogue" else 0,
         "batch_size": datamodule.batch_size,
         "max_tokens_per_batch": budget,
         "batches_per_epoch": len(batches),

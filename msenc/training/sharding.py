@@ -168,7 +168,7 @@ class Sharded(ModelParallelStrategy):
 
         def read() -> None:
             saved.update(read_folder(path, self.device_mesh["data_parallel"]))
-            for key in ("state_dict", "average"):
+            for key in ("state_dict", "average", "reference"):
                 check_tensors({name: t.to_local() for name, t in saved.get(key, {}).items()}, f"{path}, {key}")
 
         self._agree(f"{path}: cannot be read as a checkpoint ({{}}).", read)

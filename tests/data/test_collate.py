@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from random_dialogues import NUM_QUERIES, draw_dialogue
 
 from msenc.data.collate import MIN_FILL, collate, dialogue_rows, history_starts
-from msenc.prompt import Slot
+from msenc.prompt import Slot, Target
 
 BUDGETS = (10**6, 20, 9)
 
@@ -230,3 +231,30 @@ def test_inputs_are_left_as_they_were():
         for stream in now:
             for a, b in zip(now[stream], then[stream], strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ preferences
+
+
+@pytest.mark.parametrize("layout", ["dialogue", "sample"])
+def test_rejected_replies_are_further_branches_of_their_target(layout):
+    dialogue, features = draw_dialogue(np.random.default_rng(1), 4)
+    others = [Target((40 + k, 2), (0, 2)) for k in range(3)]
+    preferred = dataclasses.replace(dialogue, rejected=((others[0],), (), (others[1], others[2])))
+    rows = dialogue_rows(preferred, 10**6, NUM_QUERIES, layout)
+    assert [turn for row in rows for turn in row.target_turns] == [1, 1, 2, 3, 3, 3]
+    assert len(rows) == (1 if layout == "dialogue" else 6)
+    batch = collate([preferred], [features], [rows], NUM_QUERIES, pack=layout == "dialogue")
+    assert batch.pairs.tolist() == [[0, 1], [3, 4], [3, 5]]
+    said = [tuple(batch.labels[batch.targets == number].tolist()) for number in range(6)]
+    own = [target.ids for target in dialogue.targets]
+    assert said == [own[0], (40, 2), own[1], own[2], (41, 2), (42, 2)]
+    # Each replies to the same: what comes before it is that of the target's own sample.
+    for number, row in enumerate(dialogue_rows(preferred, 10**6, NUM_QUERIES, "sample")):
+        (alone, *_) = dialogue_rows(dialogue, 10**6, NUM_QUERIES, "sample", row.target_turns)
+        assert row.ids[: -len(said[number])] == alone.ids[: -len(own[row.target_turns[0] - 1])]
+    plain = dialogue_rows(dialogue, 10**6, NUM_QUERIES, layout)
+    assert collate([dialogue], [features], [plain], NUM_QUERIES, pack=layout == "dialogue").pairs is None
+    assert dialogue_rows(preferred, 10**6, NUM_QUERIES, layout, with_targets=False) == dialogue_rows(
+        dialogue, 10**6, NUM_QUERIES, layout, with_targets=False
+    )
