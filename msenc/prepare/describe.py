@@ -31,7 +31,7 @@ from msenc.speech.attributes import (
     relate_to_recording,
     syllables_of,
 )
-from msenc.speech.description import describe, parse
+from msenc.speech.description import describe, parse, read
 from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, measure
 from msenc.store.labels import VOICE_TURNS
 from msenc.types import UNKNOWN, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
@@ -94,6 +94,7 @@ def describe_dialogues(
                     "gender_source": turn.gender_source,
                     "measured": asdict(measured),
                     "description_source": _source(utterance, utterances[-1]),
+                    "not_understood": list(read(utterances[-1].description or "").unread),
                 }
             )
         described.append(replace(dialogue, utterances=tuple(utterances)))
