@@ -9,10 +9,10 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from http.client import HTTPException, IncompleteRead
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ MAX_WAIT_S = 60.0
 """Longest time that a server may ask to be left alone; beyond it, the request is given up."""
 
 MAX_BYTES = 100_000_000
+T = TypeVar("T")
+
 _RETRIED = (408, 409, 429, 500, 502, 503, 504)
 _HINTS = {
     401: " Put a valid key into OPENAI_API_KEY.",
@@ -89,7 +91,9 @@ class OpenAISpeech(SentenceSynthesizer):
             "response_format": "wav",
             **self.extra,
         }
-        content = self._request(json.dumps(body).encode())
+        return self._decoded(self._request(json.dumps(body).encode()), phrase)
+
+    def _decoded(self, content: bytes, phrase: str) -> tuple[np.ndarray, int]:
         try:
             samples, sample_rate = from_wav(content)
         except MsencError as error:
@@ -98,12 +102,26 @@ class OpenAISpeech(SentenceSynthesizer):
             raise MsencError(f"{self.url}: found a WAV file without samples, expected speech for {phrase!r}.")
         return samples, sample_rate
 
-    def _request(self, body: bytes) -> bytes:
-        """The server's answer; asks again where that may help."""
+    def _request(
+        self,
+        body: bytes | None,
+        url: str | None = None,
+        content_type: str = "application/json",
+        take: Callable[[HTTPResponse], T] | None = None,
+    ) -> T | bytes:
+        """The server's answer; asks again where that may help.
+
+        Args:
+            body: of a POST; None sends a GET.
+            url: `url` by default.
+            content_type: of the body.
+            take: what to do with the answer, before the connection is closed; by default it is read.
+        """
+        url = url or self.url
         for attempt in range(self.max_retries + 1):
             wait_s = 0.5 * 2**attempt
             try:
-                return self._ask_once(body)
+                return self._ask_once(body, url, content_type, take or self._read)
             except urllib.error.HTTPError as error:
                 problem, is_final = _explain(error), error.code not in _RETRIED
                 is_final = is_final or "insufficient_quota" in problem
@@ -119,22 +137,27 @@ class OpenAISpeech(SentenceSynthesizer):
                 break
             time.sleep(wait_s)
         asked = f" It asks to wait {wait_s:.0f} s." if wait_s > MAX_WAIT_S else ""
-        raise MsencError(f"{self.url}: speech was not made, after {attempt + 1} request(s): {problem}{asked}")
+        raise MsencError(f"{url}: speech was not made, after {attempt + 1} request(s): {problem}{asked}")
 
-    def _ask_once(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "audio/wav"}
+    def _ask_once(
+        self, body: bytes | None, url: str, content_type: str, take: Callable[[HTTPResponse], T | bytes]
+    ) -> T | bytes:
+        headers = {"Content-Type": content_type, "Accept": "audio/wav, application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers, method="POST")
+        request = urllib.request.Request(url, body, headers)
         # redirects would carry the key to another server
         opener = urllib.request.build_opener(_NoRedirect)
         with opener.open(request, timeout=self.timeout_s) as answer:
-            content = answer.read(MAX_BYTES + 1)
-            missing = int(answer.headers.get("Content-Length") or 0) - len(content)
+            return take(answer)
+
+    def _read(self, answer: HTTPResponse) -> bytes:
+        content = answer.read(MAX_BYTES + 1)
+        missing = int(answer.headers.get("Content-Length") or 0) - len(content)
         if missing > 0 and len(content) <= MAX_BYTES:  # a read with a limit takes a cut answer for a whole one
             raise IncompleteRead(content, missing)
         if len(content) > MAX_BYTES:
-            raise MsencError(f"{self.url}: found more than {MAX_BYTES:,} bytes for one sentence, expected speech.")
+            raise MsencError(f"{answer.url}: found more than {MAX_BYTES:,} bytes for one sentence, expected speech.")
         return content
 
 
