@@ -30,7 +30,8 @@ class Words(NamedTuple):
 
 
 DEGREES = (
-    "very|quite|rather|really|extremely|so|too|particularly|especially|exceptionally|remarkably|incredibly|unusually|"
+    "very|quite|rather|really|real|dead|deadly|truly|absolutely|utterly|extremely|so|too|particularly|especially|"
+    "exceptionally|remarkably|incredibly|unusually|"
     "notably|noticeably|distinctly|clearly|pretty|super|highly|overly|exceedingly|awfully|terribly|painfully|at all|"
     "all|most|more|much|ever|always|constantly|consistently|generally|mostly|usually"
 )
@@ -51,7 +52,8 @@ PARTS = {
     "feeling": "(?:emotions?|feelings?|expression|passion|inflection|intonation|melody|modulation|variation)",
     "pauses": "(?:(?:short|brief|small|noticeable|audible|obvious|awkward|natural|real|clear|tiny) )*"
     "(?:pauses?|breaks?|hesitations?|gaps?|silences|interruptions?|pausing|hesitating|stopping)",
-    "noise": "(?:(?:\\w+ )?(?:noises?|hiss|static|interference|hum|crackle|crackling|hubbub|din|racket|clatter)|"
+    "noise": "(?:(?:\\w+ )?(?:noises?(?: level)?(?: in the background)?|"
+    "hiss|static|interference|hum|crackle|crackling|hubbub|din|racket|clatter)|"
     "(?:background|ambient) (?:\\w+ )?(?:sounds?|music|chatter|voices|traffic|talk)|"
     "(?:music|chatter|traffic|voices|sounds?) in the background)",
     "sound": "(?:recording|audio|sound|signal|sound quality|audio quality|recording quality|clip|track|line|take)",
@@ -92,7 +94,7 @@ STATED: dict[str, Words] = {
             "{pitch}{is} {degree}(?:low|deep)",
             "{pitch} {degree}(?:low|deep)(?=$|[^\\w\\s]| and| but| with)",
             "{degree}deep (?:voice|tone|timbre)s?",
-            "low frequency",
+            "low frequency|{degree}(?:low|deep) in pitch",
             "(?:bass|basso|baritone)(?: voice| tone| register)?",
             "(?:lower|bottom) end of {whose} (?:voice|range|register)",
         ),
@@ -104,7 +106,7 @@ STATED: dict[str, Words] = {
             "{degree}{mid} pitched(?: voice)?",
             "{pitch}{is} {degree}{mid}",
             "{pitch} {degree}{mid}(?=$|[^\\w\\s]| and| but| with)",
-            "mid range (?:voice|pitch)",
+            "mid range (?:voice|pitch)|{mid} in pitch",
             "(?:{pitch} (?:is |was |that is |that's )?)?neither (?:an? )?{degree}(?:high|low|deep)(?: pitched)?(?: "
             "pitch| voice)? (?:nor|or) "
             "(?:an? )?{degree}(?:low|high|deep)(?: pitched)?(?: in)?(?: pitch| voice)?(?!(?: in)? (?:volume|loudness|"
@@ -120,7 +122,7 @@ STATED: dict[str, Words] = {
             "{pitch} {degree}high(?=$|[^\\w\\s]| and| but| with)",
             "{degree}high voice",
             "voice is {degree}high",
-            "high frequency",
+            "high frequency|{degree}high in pitch",
             "falsetto|soprano|treble",
             "(?:upper|top) end of {whose} (?:voice|range|register)",
         ),
@@ -196,7 +198,7 @@ STATED: dict[str, Words] = {
     "rate=moderate": Words(
         phrases=(
             "{degree}{mid} {pace}",
-            "(?:steady|even|natural|comfortable) {pace}",
+            "(?:steady|even|natural|comfortable) {pace}|(?:steadily|evenly|normally) paced",
             "{pace}{is} {degree}{mid}",
             "{pace} {degree}{mid}(?=$|[^\\w\\s]| and| but| with)",
             "{pace}{is} neither {degree}(?:high|low|fast|slow|quick) (?:nor|or) {degree}(?:high|low|fast|slow|quick)",
@@ -208,7 +210,8 @@ STATED: dict[str, Words] = {
         "breakneck hurried rushed precipitate lightning-fast",
         verbs="rush hurry gabble jabber prattle babble chatter race gallop blurt",
         phrases=(
-            "{degree}(?:fast|quick|rapid|brisk|high|swift|breakneck|great|lively|full|top|hurried|furious|"
+            "{degree}(?:fast|quick|rapid|brisk|high|swift|breakneck|lightning|record|great|lively|full|top|hurried|"
+            "furious|"
             "breathless) {pace}",
             "{pace}{is} {degree}(?:fast|quick|rapid|brisk|high|swift|hurried)",
             "{pace} {degree}(?:fast|quick|rapid)(?=$|[^\\w\\s]| and| but| with)",
@@ -292,7 +295,8 @@ STATED: dict[str, Words] = {
         phrases=(
             "{degree}(?:many|frequent|lots of|a lot of|numerous|constant|plenty of|repeated|long|lengthy|countless|"
             "too many|so many|regular) {pauses}",
-            "paus(?:es?|ing|ed) (?:{degree})(?:often|frequently|a lot|repeatedly|constantly|regularly|many times|all "
+            "(?:paus(?:es?|ing|ed)|stop(?:s|ping|ped)) (?:{degree})(?:often|frequently|a lot|repeatedly|constantly|"
+            "regularly|many times|all "
             "the time|"
             "after (?:every|each)|between (?:the |every |each |his |her )?(?:words?|phrases?|sentences?)|for long|at "
             "length)(?: \\w+)?",
@@ -330,6 +334,7 @@ STATED: dict[str, Words] = {
             "noise free|noiseless|free of noise|studio quality|studio recording|recorded in a studio",
             "{degree}(?:quiet|silent|soundproof(?:ed)?) {place}|(?:quiet|silent) recording",
             "(?:good|high|excellent) (?:recording|audio|sound) quality",
+            "(?:recording|audio|background|room){is} {degree}(?:quiet|silent)(?: in the background)?",
         )
     ),
 }
@@ -416,7 +421,9 @@ NEUTRAL = _set(
     "delivering delivered describes characterised characterized then together slightly somewhat fairly bit little "
     "kind sort pretty my your our her his pitch pace speed rate tempo volume loudness level register intonation not "
     "no nor neither or if than never without utterance voice's speaker's person's conversation conversational turn "
-    "gender male/female clearly particularly especially all most more much always generally usually mostly"
+    "gender male/female clearly particularly especially all most more much always generally usually mostly there's "
+    "that's what's he'd it'd behind between keeps keep keeping kept sits stays stay takes take taking took got gets "
+    "get something anything thing things up out away off against across adult side"
 )
 """Words that say nothing of a voice by themselves."""
 
