@@ -27,7 +27,7 @@ ANOTHER_PLACE = {
         "margins",
     ),
     "data": ("dir", "root", "table", "encoding", "recordings", "audio_track", "labels", "num_workers", "verify"),
-    "data.voice": ("loudness",),
+    "data.voice": ("loudness", "writer", "writer_url"),
 }
 """Keys that are not part of a run's identity: paths, loggers, numbers of processes.
 

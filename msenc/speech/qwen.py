@@ -196,7 +196,7 @@ class QwenSpeech(OpenAISpeech):
                 "speaker_description": description,
             }
             body, kind = _form(fields, content)
-            answer = self._json(self._request(body, url, kind), url)
+            answer = self._json(self._request(body, url, content_type=kind), url)
             if answer.get("success") is not True:
                 raise MsencError(f"{url}: the voice of {speaker!r} was not taken: {str(answer)[:200]}")
         self._known.add(name)
