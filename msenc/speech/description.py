@@ -84,7 +84,7 @@ _DENIED = re.compile(
 )
 _DOUBTED = re.compile(
     r"\b(?:less|slightly|somewhat|fairly|almost|nearly|a (?:bit|little|touch)|kind of|sort of|perhaps|maybe|possibly|"
-    rf"might|sometimes|occasionally|than|if|or){_BETWEEN}{{0,2}} ?$"
+    rf"might|sometimes|occasionally|than|if|or){_BETWEEN}{{0,2}} ?$|\bto ?$"
 )
 _OR = re.compile(rf"; or{_BETWEEN}{{0,2}} ?$")
 _DOUBT_AFTER = re.compile(r" or\b| than (?!usual|normal|average|most|typical)")

@@ -179,7 +179,8 @@ STATED: dict[str, Words] = {
         ),
     ),
     "rate=slow": Words(
-        adjectives="slow unhurried leisurely sluggish plodding ponderous slow-paced slow-moving drawn-out lumbering "
+        adjectives="slow lazy languid languorous unhurried leisurely sluggish plodding ponderous slow-paced "
+        "slow-moving drawn-out lumbering "
         "slothful deliberate unrushed",
         verbs="drawl plod dawdle",
         phrases=(
@@ -214,7 +215,7 @@ STATED: dict[str, Words] = {
             "furious|"
             "breathless) {pace}",
             "{pace}{is} {degree}(?:fast|quick|rapid|brisk|high|swift|hurried)",
-            "{pace} {degree}(?:fast|quick|rapid)(?=$|[^\\w\\s]| and| but| with)",
+            "{pace} {degree}(?:fast|quick|rapid|high)(?=$|[^\\w\\s]| and| but| with)",
             "(?:fast|quick) (?:spoken|talking|speaking|tongued)",
             "(?:at|with|in) (?:speed|haste)|in (?:a|great) (?:hurry|rush|haste)|a mile a minute|like (?:a )?machine "
             "guns?|nineteen to the dozen",
@@ -235,7 +236,7 @@ STATED: dict[str, Words] = {
             "(?:lower|drop|hush)(?:s|ped|ping|ed|ing|es)? {whose} voice|(?:with )?{whose} voice (?:lowered|dropped|"
             "hushed)|lowered voice|keep(?:s|ing)? {whose} voice (?:down|low)",
             "(?:barely|hardly|scarcely|just) (?:an? )?(?:whisper|murmur|mutter|mumbl)\\w*",
-            "in a small voice|{degree}tiny voice|stage whisper",
+            "undertones?|in a small voice|{degree}tiny voice|stage whisper",
         ),
     ),
     "loudness=moderate": Words(
@@ -302,7 +303,8 @@ STATED: dict[str, Words] = {
             "length)(?: \\w+)?",
             "(?:often|frequently|repeatedly|constantly|regularly|always) paus(?:es?|ing|ed)|(?:keeps|kept|keep) "
             "(?:on )?(?:pausing|stopping|hesitating)",
-            "in fits and starts|with (?:\\w+ )?hesitations?|full of (?:pauses|hesitations?)",
+            "in fits and starts|with (?:(?!no|little|hardly|few|any|some|minimal|zero)\\w+ )?hesitations?|full of "
+            "(?:pauses|hesitations?)",
             "{pauses}{is} {degree}(?:many|frequent|long|numerous)",
         ),
     ),
@@ -342,11 +344,14 @@ STATED: dict[str, Words] = {
 
 MOODS: dict[str, Words] = {
     "loudness=loud rate=fast range=expressive": Words(
-        "angry furious irate enraged outraged livid raging irritated indignant wrathful heated hot-tempered aggressive "
+        "angry frustrated annoyed exasperated furious irate enraged outraged livid raging irritated indignant "
+        "wrathful heated hot-tempered aggressive "
         "hostile infuriated ecstatic energetic enthusiastic excited elated thrilled overjoyed euphoric agitated "
         "frantic hysterical exhilarated triumphant",
         "anger rant rage fume rave snap enthuse gush",
-        ("(?:anger|fury|rage|wrath|excitement|enthusiasm|energy|exhilaration|ecstasy|hysteria|aggression)",),
+        (
+            "(?:anger|frustration|exasperation|fury|rage|wrath|excitement|enthusiasm|energy|exhilaration|ecstasy|hysteria|aggression)",
+        ),
     ),
     "pitch=high range=expressive": Words(
         "happy cheerful joyful joyous merry jolly cheery upbeat delighted gleeful bubbly chirpy playful amused "
@@ -358,13 +363,14 @@ MOODS: dict[str, Words] = {
         "afraid fearful scared terrified frightened panicked panicky alarmed nervous anxious worried tense jittery "
         "stressed panic-stricken petrified",
         "panic",
-        ("(?:fear|terror|panic|fright|anxiety|nervousness|alarm|dread)",),
+        ("panick(?:ed|ing)|(?:fear|terror|panic|fright|anxiety|nervousness|alarm|dread)",),
     ),
     "loudness=quiet rate=slow range=flat": Words(
-        "sad sorrowful mournful gloomy melancholy melancholic depressed dejected downcast despondent unhappy miserable "
+        "sad tearful disappointed sorrowful mournful gloomy melancholy melancholic depressed dejected downcast "
+        "despondent unhappy miserable "
         "heartbroken forlorn tired weary exhausted sleepy drowsy fatigued listless lethargic grieving dispirited "
         "wistful somber sombre glum",
-        "mourn grieve sob weep",
+        "mourn grieve sob weep cry",
         ("(?:sadness|sorrow|grief|gloom|melancholy|misery|despair|fatigue|exhaustion|weariness|dejection)",),
     ),
     "rate=slow range=flat": Words(
