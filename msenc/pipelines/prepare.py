@@ -373,7 +373,8 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
     folder = Path(config["data"]["dir"])
     if "voice" in manifest.settings:
         _print_bins(folder)
-        _print_descriptions(folder)
+        if not manifest.settings["voice"].get("only_measure"):
+            _print_descriptions(folder)
     if manifest.num_repaired:
         console.print(f"Text with repaired encoding: {manifest.num_repaired:,} rows.")
     _warn_of_splits({split: n.samples for split, n in manifest.splits.items()})
