@@ -24,10 +24,12 @@ help:
 train: $(STAMP)
 	$(BIN)/python train.py $(ARGS)
 
-# The first command trains what `make train` does, or says that it is trained already.
+# The first command trains what `make train` does, or says that it is trained already. Hibari is as soon heard as eSpeak
+# NG, the scripts' default, which needs no model, and better understood (docs/speech.md).
 talk: $(STAMP)
 	$(BIN)/python train.py resume=auto
-	$(BIN)/python respond.py page=true $(ARGS)
+	set -- $(ARGS); case " $$*" in *" speech="*) ;; *) set -- speech=hibari "$$@" ;; esac; \
+	    $(BIN)/python respond.py page=true "$$@"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
@@ -66,8 +68,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv, which may take a few minutes (once)"
 	@echo "  1/2 $$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
-	@echo "  2/2 msenc with the extras demo, talk, raw, parallel, cluster, dev, docs, as pinned in constraints.txt"
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,talk,raw,parallel,cluster,dev,docs]'
+	@echo "  2/2 msenc with the extras demo, talk, hibari, raw, parallel, cluster, dev, docs, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,talk,hibari,raw,parallel,cluster,dev,docs]'
 	@touch $(STAMP)
 	@echo "Installed."
 

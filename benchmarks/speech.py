@@ -30,6 +30,7 @@ from msenc.types import VoiceAttributes
 
 NODES = {
     "espeak": {"_target_": "msenc.speech.espeak.ESpeak"},
+    "hibari": {"_target_": "msenc.speech.hibari.Hibari", "voices": {"woman": ["heart"], "man": ["heart"]}},
     "kokoro": {
         "_target_": "msenc.speech.kokoro.Kokoro",
         "folder": str(Path(os.environ.get("MSENC_MODELS", "models")) / "kokoro-82m"),

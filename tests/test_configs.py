@@ -177,6 +177,8 @@ BINDS_ONLY = {
     "logger/wandb": "needs the extra wandb (tests/tracking/)",
     "speech/espeak": "speaks replies, which evaluate.py writes",
     "speech/openai": "speaks replies, by a server",
+    "speech/qwen": "speaks replies, by one or two servers",
+    "speech/hibari": "speaks replies, by the package of the extra hibari",
     "speech/kokoro": "speaks replies, by a model that is not in the repository",
     "speech/none": "speaks nothing",
     **{f"sweep/{f.stem}": "its rows are trained one by one" for f in files_of("sweep")},

@@ -77,6 +77,8 @@ class VoiceConfig:
     overwrite: bool = False
     seed: int = 1
     loudness: str = "relative"
+    writer: str | None = None
+    writer_url: str = "${oc.env:OPENAI_BASE_URL,http://localhost:8000/v1}"
 
 
 @dataclass

@@ -42,7 +42,13 @@ BUILDABLE = {
     "data.recordings.segment": ("msenc.raw.segment.SegmentSettings",),
     "data.recordings.recogniser": ("msenc.models.recognition.Recogniser",),
     "data.recordings.speaker_encoder": _of("msenc.raw.speakers", "Resemblyzer", "XVector"),
-    "speech": ("msenc.speech.espeak.ESpeak", "msenc.speech.kokoro.Kokoro", "msenc.speech.openai.OpenAISpeech"),
+    "speech": (
+        "msenc.speech.espeak.ESpeak",
+        "msenc.speech.hibari.Hibari",
+        "msenc.speech.kokoro.Kokoro",
+        "msenc.speech.openai.OpenAISpeech",
+        "msenc.speech.qwen.QwenSpeech",
+    ),
     "optimizer": _of(
         "torch.optim",
         *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam"),

@@ -29,7 +29,7 @@ from msenc.files import known_to_json, read_json, read_json_lines, write_json, w
 from msenc.files.kinds import Count, Must, is_name
 from msenc.models.conversation import ConversationModel
 from msenc.prompt import TOKEN_KINDS
-from msenc.speech.description import parse
+from msenc.speech.description import read
 from msenc.types import UNKNOWN, MsencError, Reply, Utterance, VoiceAttributes
 from msenc.work.group import ALONE, Group
 
@@ -351,19 +351,21 @@ def _score_attributes(
     targets, places = [], []
     for prediction in predictions:
         dialogue, turn = prediction["dialogue"], prediction["turn"]
-        voice, written = voices[dialogue, turn], parse(prediction["reply"]["description"] or "")
+        voice, (written, _, unread) = voices[dialogue, turn], read(prediction["reply"]["description"] or "")
         if voice != VoiceAttributes():
             targets.append(DescribedTarget(voice, written, voices[dialogue, turn - 1], prediction["speaker"]))
             places.append(prediction)
             prediction["attributes"] = {k: v for k, v in asdict(voice).items() if v != UNKNOWN}
             prediction["reply_attributes"] = {k: v for k, v in asdict(written).items() if v != UNKNOWN}
+            prediction["reply_not_understood"] = list(unread)
     if not targets:
         return {}
     scores = score_descriptions(targets, (u for d in datamodule.dialogues("train") for u in d.utterances))
     for name, values in scores.items.items():
         for prediction, value in zip(places, values, strict=True):
             prediction["scores"][name] = value
-    return scores.corpus
+    not_understood = sum(bool(prediction["reply_not_understood"]) for prediction in places) / len(places)
+    return scores.corpus | {"description/not_understood": not_understood}
 
 
 def write_evaluation(folder: Path, metrics: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from msenc.raw.layouts.layout import read_layout
 from msenc.raw.recordings import REJECTED, STAGES, UTTERANCES, Recipe, Transcript, transcribe_recordings
 from msenc.speech.attributes import UNITS, NoVoiceError, VoiceSettings
 from msenc.store.flags import Audit
-from msenc.store.labels import VOICE_TURNS
+from msenc.store.labels import VOICE_TURNS, read_labels
 from msenc.store.location import Place, is_url, local_folder
 from msenc.store.manifest import MANIFEST, DatasetManifest
 from msenc.training.assembly import GIVEN
@@ -256,7 +256,8 @@ def _voice_settings(describe: bool | str | None, wanted: Mapping[str, Any], fold
     if describe is None:
         if before is None:
             return None
-        before = {"loudness": "absolute", **before}  # as it was before there was a choice
+        # as it was before there was a choice
+        before = {"loudness": "absolute", "writer": None, **before, "writer_url": wanted["writer_url"]}
         return VoiceSettings(**{k: before[k] for k in wanted}, only_measure=only_measure)
     return VoiceSettings(**wanted, only_measure=only_measure) if describe else None
 
@@ -377,6 +378,8 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
     folder = Path(config["data"]["dir"])
     if "voice" in manifest.settings:
         _print_bins(folder)
+        if not manifest.settings["voice"].get("only_measure"):
+            _print_descriptions(folder)
     if manifest.num_repaired:
         console.print(f"Text with repaired encoding: {manifest.num_repaired:,} rows.")
     _warn_of_splits({split: n.samples for split, n in manifest.splits.items()})
@@ -396,6 +399,17 @@ def _warn_of_splits(targets: Mapping[str, int]) -> None:
             style="yellow",
             soft_wrap=True,
         )
+
+
+def _print_descriptions(folder: Path) -> None:
+    """Where descriptions come from, and what was not understood of those that were given."""
+    turns = read_labels(folder, VOICE_TURNS, "").values()
+    sources = Counter(turn["description_source"] or "none" for turn in turns)
+    console.print(f"Descriptions: {', '.join(f'{count:,} {source}' for source, count in sources.items())}.")
+    if unread := Counter(words for turn in turns for words in turn["not_understood"]):
+        common = ", ".join(words for words, _ in unread.most_common(5))
+        num_turns = sum(bool(turn["not_understood"]) for turn in turns)
+        console.print(f"Not all was understood of {num_turns:,} descriptions: {common}{' ...' * (len(unread) > 5)}")
 
 
 def _print_bins(folder: Path) -> None:

@@ -260,6 +260,7 @@ def write_replies_to(
             "text": one.answer.text,
             "description": one.answer.description,
             "attributes": asdict(one.answer.attributes),
+            "not_understood": list(one.answer.not_understood),
         }
         if one.sound is not None:
             write_wav(folder / name, one.sound, one.sample_rate)
@@ -286,6 +287,8 @@ def _print(spoken: Sequence[Spoken], speaker: str, notices: Sequence[str], secon
         table.add_row("voice", one.answer.description or "not described")
         known = {k: v for k, v in asdict(one.answer.attributes).items() if v != UNKNOWN}
         table.add_row("attributes", ", ".join(f"{k} {v}" for k, v in known.items()) or "none recognised")
+        if one.answer.not_understood:
+            table.add_row("not understood", ", ".join(one.answer.not_understood))
         if one.sound is not None:
             table.add_row("sound", f"{len(one.sound) / one.sample_rate:.1f} s")
         table.add_section()

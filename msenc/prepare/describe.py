@@ -15,6 +15,7 @@ from typing import Any, NotRequired, TypedDict
 
 from msenc.files import digest, inside, parse_json, read_json, write_text
 from msenc.files.kinds import Sha256
+from msenc.prepare.writer import choose_sentence, write_sentences
 from msenc.raw import container
 from msenc.raw.container import MediaError, part_of, split_part, tracks_of
 from msenc.raw.hashes import hash_clips
@@ -31,7 +32,7 @@ from msenc.speech.attributes import (
     relate_to_recording,
     syllables_of,
 )
-from msenc.speech.description import describe, parse
+from msenc.speech.description import parse, read
 from msenc.speech.voice import SAMPLE_RATE, VERSION, VoiceMeasures, measure
 from msenc.store.labels import VOICE_TURNS
 from msenc.types import UNKNOWN, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance, VoiceAttributes
@@ -78,6 +79,15 @@ def describe_dialogues(
     measures = _related(dialogues, measures, settings.loudness == "relative")
     turns = _turns(dialogues, measures, settings)
     bins = fit_bins((turns[d.id, u.id] for d in dialogues if d.split == "train" for u in d.utterances), settings)
+    sentences = {}
+    if settings.writer is not None and not settings.only_measure:
+        voices = (
+            (u, attributes_of(turns[d.id, u.id].values, turns[d.id, u.id].gender, bins))
+            for d in dialogues
+            for u in d.utterances
+        )
+        wanted = (v for u, v in voices if v != VoiceAttributes() and (u.description is None or settings.overwrite))
+        sentences = write_sentences(wanted, settings, folder)
     described, lines = [], []
     for dialogue in dialogues:
         utterances = []
@@ -85,7 +95,8 @@ def describe_dialogues(
             turn = turns[dialogue.id, utterance.id]
             measured = attributes_of(turn.values, turn.gender, bins)
             rng = Random(f"{settings.seed}/{dialogue.id}/{utterance.id}")
-            utterances.append(_described(utterance, measured, settings, rng))
+            new, source = _described(utterance, measured, settings, sentences, rng)
+            utterances.append(new)
             lines.append(
                 {
                     "id": f"{dialogue.id}/utt{utterance.id}",
@@ -93,7 +104,8 @@ def describe_dialogues(
                     "rate": turn.values["rate"],
                     "gender_source": turn.gender_source,
                     "measured": asdict(measured),
-                    "description_source": _source(utterance, utterances[-1]),
+                    "description_source": source,
+                    "not_understood": list(read(new.description or "").unread),
                 }
             )
         described.append(replace(dialogue, utterances=tuple(utterances)))
@@ -106,6 +118,9 @@ def describe_dialogues(
 def describe_settings(settings: VoiceSettings) -> dict[str, Any]:
     """The settings as plain values, with the version of the measures and what counts the syllables."""
     plain = json.loads(json.dumps(asdict(settings)))
+    del plain["writer_url"]  # what is written there depends on the model alone
+    if settings.writer is None:
+        del plain["writer"]
     return {**plain, "measures": VERSION, "syllables": "espeak" if has_espeak() else "letters"}
 
 
@@ -176,23 +191,26 @@ def _turns(
     return turns
 
 
-def _described(utterance: Utterance, measured: VoiceAttributes, settings: VoiceSettings, rng: Random) -> Utterance:
+def _described(
+    utterance: Utterance,
+    measured: VoiceAttributes,
+    settings: VoiceSettings,
+    sentences: Mapping[VoiceAttributes, Sequence[str | None]],
+    rng: Random,
+) -> tuple[Utterance, str | None]:
+    """A turn with its description, and where that comes from."""
     if utterance.description is not None and not settings.overwrite:
-        return replace(utterance, attributes=parse(utterance.description))
+        return replace(utterance, attributes=parse(utterance.description)), "given"
+    marks = _marks_of_text(utterance)
     if measured == VoiceAttributes():
-        return replace(utterance, description=None, attributes=None, marks=_marks_of_text(utterance))
-    return replace(utterance, description=describe(measured, rng), attributes=measured, marks=_marks_of_text(utterance))
+        return replace(utterance, description=None, attributes=None, marks=marks), None
+    description, source = choose_sentence(sentences, measured, rng)
+    return replace(utterance, description=description, attributes=measured, marks=marks), source
 
 
 def _marks_of_text(utterance: Utterance) -> tuple[Any, ...]:
     """Marks in a description that is replaced would point into another sentence."""
     return tuple(mark for mark in utterance.marks if mark.field == "text")
-
-
-def _source(before: Utterance, after: Utterance) -> str | None:
-    if after.description is None:
-        return None
-    return "given" if after.description == before.description else "template"
 
 
 # ---------------------------------------------------------------------------------------------------- measuring

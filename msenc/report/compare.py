@@ -20,7 +20,7 @@ from msenc.types import MsencError
 MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 PLANTED_KINDS = ("text", "audio", "video", "both")
 STREAMS = {"text", "audio", "video"}
-LOWER_IS_BETTER = ("nll", "perplexity", "repetition_4", "parse_failure_rate", "wer", "cer", "others")
+LOWER_IS_BETTER = ("nll", "perplexity", "repetition_4", "parse_failure_rate", "not_understood", "wer", "cer", "others")
 NEITHER_IS_BETTER = ("length_ratio",)
 DEFAULT = "(default)"
 

@@ -39,7 +39,7 @@ ANOTHER_PLACE = {
         "num_workers",
         "verify",
     ),
-    "data.voice": ("loudness",),
+    "data.voice": ("loudness", "writer", "writer_url"),
 }
 """Keys that are not part of a run's identity: paths, loggers, numbers of processes.
 

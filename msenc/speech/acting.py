@@ -79,7 +79,11 @@ def set_loudness(samples: np.ndarray, sample_rate: int, lufs: float) -> np.ndarr
     now = loudness_lufs(np.pad(samples, (0, max(0, block - len(samples)))), sample_rate)
     if now is None:
         return samples
-    samples = samples * np.float32(10 ** ((lufs - now) / 20))
+    return bend(samples * np.float32(10 ** ((lufs - now) / 20)))
+
+
+def bend(samples: np.ndarray) -> np.ndarray:
+    """Bend peaks beyond 0.7 smoothly, so that none reaches 1."""
     size = np.abs(samples)
     bent = 0.7 + 0.29 * np.tanh((size - 0.7) / 0.29)
     return np.where(size > 0.7, np.sign(samples) * bent, samples).astype(np.float32)

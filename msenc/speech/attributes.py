@@ -73,6 +73,8 @@ class VoiceSettings:
         only_measure: measures and attributes are written, and the turns stay as they are.
         loudness: ``relative`` to the recording, whose clips' median counts as -23 LUFS, or ``absolute``, with the gain
             of the microphone in it.
+        writer: model that writes the sentences, checked to say the same attributes; None takes templates.
+        writer_url: of its server, up to and with ``/v1``.
     """
 
     levels: int = 3
@@ -82,6 +84,8 @@ class VoiceSettings:
     seed: int = 1
     only_measure: bool = False
     loudness: str = "relative"
+    writer: str | None = None
+    writer_url: str = "http://localhost:8000/v1"
 
     def __post_init__(self) -> None:
         """Refuse what no bins could be made of."""
@@ -89,6 +93,11 @@ class VoiceSettings:
             raise MsencError(f"data.voice.levels: found {self.levels!r}, expected 2 or 3 words per attribute.")
         if self.loudness not in ("relative", "absolute"):
             raise MsencError(f"data.voice.loudness: found {self.loudness!r}, expected relative or absolute.")
+        if self.writer is not None and not self.writer_url.startswith(("http://", "https://")):
+            raise MsencError(
+                f"data.voice.writer_url: found {self.writer_url!r}, expected an address such as "
+                "http://localhost:8000/v1."
+            )
         for speaker, gender in self.genders.items():
             if gender not in VOCABULARY["gender"]:
                 raise MsencError(

@@ -1,13 +1,18 @@
 """Words <-> attributes of a voice: preparation, synthesis and metrics share this one mapping.
 
 `describe` writes a sentence by templates, `parse` reads one. Its own sentences it reads back exactly; of other text it
-returns what is said without doubt, and ``unknown`` for the rest.
+returns what is said without doubt, by the words of `msenc.speech.lexicon`, and ``unknown`` for the rest; `read` also
+says which words it did not understand.
 """
 
 import re
-from dataclasses import replace
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from random import Random
+from typing import NamedTuple
 
+from msenc.speech.lexicon import HEADS, NEUTRAL, entries
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 VOCABULARY: dict[str, tuple[str, ...]] = {
@@ -70,79 +75,46 @@ TEMPLATES = (
     "{who} can be heard speaking {how}",
 )
 
-_LEVELS = {"low": "(?:low|deep)", "medium": "(?:medium|moderate|average|normal)", "high": "high"}
-_DEGREE = "(?:very |quite |rather |really |extremely )?"
-
-# What free text may say, beside the phrases above. Words that could mean two attributes ("a low voice": deep, or
-# quiet?) stand in none.
-_FREE: dict[str, dict[str, tuple[str, ...]]] = {
-    "gender": {
-        "woman": (r"wom[ae]n(?:'s)?", "female", "she", "her", "lady", "girl"),
-        "man": (r"m[ae]n(?:'s)?", "male", "he", "his", "gentleman", "guy", "boy"),
-    },
-    "pitch": {
-        level: (
-            f"{_DEGREE}{words}[ -]pitch(?:ed)?",
-            f"pitch (?:is |was |of (?:his |her |the )?voice is )?{_DEGREE}{words}",
-            *(("deep (?:voice|tone)",) if level == "low" else ()),
-        )
-        for level, words in _LEVELS.items()
-    },
-    "range": {
-        "flat": (
-            "flat (?:intonation|voice|tone|delivery)",
-            r"monoton(?:e|ous|ously|ic)",
-            "monotone (?:voice|delivery)",
-        ),
-        "moderate": (
-            "moderate(?:ly expressive)? (?:intonation|expression|expressivity)",
-            "moderately expressive(?:ly)?",
-        ),
-        "expressive": (
-            f"{_DEGREE}expressive(?:ly)?(?: intonation| voice| tone| delivery)?",
-            "(?:lively|animated) (?:intonation|voice|tone|delivery|melody)",
-        ),
-    },
-    "rate": {
-        "slow": (
-            f"{_DEGREE}slow(?:ly)?(?: (?:pace|speed|rate|speech|speaking rate))?",
-            f"(?:pace|speed|rate) is {_DEGREE}slow",
-        ),
-        "moderate": ("(?:moderate|normal|average|medium) (?:pace|speed|rate|speaking rate)",),
-        "fast": (
-            f"{_DEGREE}(?:fast|quick(?:ly)?|rapid(?:ly)?)(?: (?:pace|speed|rate|speech|speaking rate))?",
-            f"(?:pace|speed|rate) is {_DEGREE}fast",
-        ),
-    },
-    "loudness": {
-        "quiet": (f"{_DEGREE}(?:quiet(?:ly)?|soft(?:ly))(?: voice| volume)?", "soft voice", "low volume"),
-        "moderate": ("(?:moderate|normal|average|medium) (?:volume|loudness)", "moderately loud(?:ly)?"),
-        "loud": (f"{_DEGREE}loud(?:ly)?(?: voice| volume)?", "high volume"),
-    },
-    "pauses": {
-        "few": ("(?:few|hardly any|almost no|no) pauses", "without (?:any )?pauses"),
-        "some": ("(?:some|occasional) pauses",),
-        "many": ("(?:many|frequent|a lot of) pauses",),
-    },
-    "noise": {
-        "clean": (
-            "(?:clean|clear) (?:recording|audio)",
-            "(?:no|without) (?:any )?(?:background )?noise",
-        ),
-        "slight": ("(?:slight|some|a little) (?:background )?noise", "slightly noisy(?: recording)?"),
-        "noisy": (
-            f"{_DEGREE}noisy(?: recording| background| audio)?",
-            "(?:strong|much|a lot of|loud) (?:background )?noise",
-        ),
-    },
-}
-
-# A statement near one of these words may be another one, or none: "not fast", "less expressive", "fast or slow".
-_DOUBT_BEFORE = re.compile(
-    r"\b(?:not|never|no|neither|nor|without|hardly|barely|less|too|slightly|somewhat|fairly|almost|"
-    r"a (?:bit|little)|\w+n't|than|if|or)(?: \w+){0,2} ?$"
+# A statement after one of these is denied, or may be another one, or none: "not fast", "less fast", "fast or slow".
+_BETWEEN = r"(?: (?!(?:but|and|yet|who|which|that|while|although|though)\b)[\w'-]+)"
+_DENIED = re.compile(
+    r"\b(?:not|never|no|neither|nor|without|hardly|barely|scarcely|rarely|seldom|cannot|\w+n't|isnt|wasnt|doesnt|dont|"
+    r"didnt|lacks?|lacking|devoid|avoids?|avoiding|refuses?|rather than|instead of|anything but|far from|nothing|"
+    rf"unlike|stops?|stopped|fails?|by no means){_BETWEEN}{{0,3}} ?$"
 )
-_DOUBT_AFTER = re.compile(r" or\b")
+_DOUBTED = re.compile(
+    r"\b(?:less|slightly|somewhat|fairly|almost|nearly|a (?:bit|little|touch)|kind of|sort of|perhaps|maybe|possibly|"
+    rf"might|sometimes|occasionally|than|if|or){_BETWEEN}{{0,2}} ?$|\bto ?$"
+)
+_OR = re.compile(rf"; or{_BETWEEN}{{0,2}} ?$")
+_DOUBT_AFTER = re.compile(r" or\b| than (?!usual|normal|average|most|typical)")
+_NOT_GENDER = re.compile(r"\b(?:not|n't|never|rather than|instead of|than)(?: (?:an?|the|really))* ?$")
+
+# An adjective after one of these describes a noun, and only some nouns are about the voice.
+_ATTRIBUTIVE = re.compile(
+    r"\b(?:a|an|the|this|that|her|his|their|its|my|your|another|some|such|in|with|of|by|at)(?:[; ,]| and| but| yet)*$"
+)
+_MAX_BEFORE = 100  # characters that decide how a statement stands, on each side
+_MAX_TO_HEAD = 6  # words to the noun
+
+_SHARED = re.compile(
+    r"\b(low|slow|fast|high|medium|moderate|normal|average) (pitch|volume|pace|speed|rate|tempo|loudness) (?:and|&) "
+    r"(pitch|volume|pace|speed|rate|tempo|loudness|intonation)\b(?! (?:is|was|that))"
+)
+
+
+class Reading(NamedTuple):
+    """What `read` found in a sentence.
+
+    Args:
+        attributes: what it states, and what its moods and ages imply where it states nothing.
+        implied: the names of those that are only implied ("angrily": loud).
+        unread: its words that were not understood, or not relied on: unknown, in doubt, denied or contradicted.
+    """
+
+    attributes: VoiceAttributes
+    implied: tuple[str, ...]
+    unread: tuple[str, ...]
 
 
 def describe(attributes: VoiceAttributes, rng: Random) -> str:
@@ -178,7 +150,7 @@ def describe(attributes: VoiceAttributes, rng: Random) -> str:
 
 
 def parse(sentence: str) -> VoiceAttributes:
-    """The attributes that a sentence states; ``unknown`` where it states none, or two that differ, or with a doubt.
+    """The attributes that a sentence states or implies; ``unknown`` where it does neither, or not without doubt.
 
     Args:
         sentence: one of `describe`, or any text (a model's reply, a data set's own description).
@@ -188,23 +160,132 @@ def parse(sentence: str) -> VoiceAttributes:
         VoiceAttributes(gender='woman', pitch='unknown', range='unknown', rate='fast', loudness='unknown', \
 pauses='unknown', noise='unknown')
     """
-    text = re.sub(r"\s+", " ", sentence.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    return read(sentence).attributes
+
+
+@lru_cache(maxsize=4096)  # the same few sentences, thousands of times
+def read(sentence: str) -> Reading:
+    """Read a sentence, and say what of it was not understood.
+
+    What is denied is dropped, unless both ends of a scale are: "neither fast nor slow" is moderate. Of two statements
+    that differ none holds, and a statement outweighs what a mood implies: one may whisper angrily.
+
+    Example:
+        >>> reading = read("an elderly man mutters slowly, with a Welsh accent")
+        >>> {name: word for name, word in vars(reading.attributes).items() if word != UNKNOWN}
+        {'gender': 'man', 'rate': 'slow', 'loudness': 'quiet'}
+        >>> reading.unread
+        ('welsh accent',)
+    """
+    text = _plain(sentence)
     found = [
-        (match.start(), match.end(), name, word)
-        for name, word, pattern in _PATTERNS
+        _Found(match.start(), match.end(), *entry)
+        for *entry, pattern in _patterns()
         for match in pattern.finditer(text)
+        if match.end() > match.start()
     ]
-    # "slightly noisy recording" is not a "noisy recording": the longer statement holds
-    whole = [f for f in found if not any(o[0] <= f[0] and f[1] <= o[1] and o[1] - o[0] > f[1] - f[0] for o in found)]
+    # "slightly noisy recording" is not a "noisy recording": the longer statement holds; of two that overlap the first
+    whole = [f for f in found if not any(_is_within(f, other) for other in found)]
+    whole = [f for f in whole if not any(o.start < f.start < o.end < f.end and o.says.keys() & f.says for o in whole)]
     rest = list(text)  # without the statements: "without pauses and fast" leaves no doubt about "fast"
-    for start, end, *_ in whole:
-        rest[start:end] = ";" * (end - start)
-    stated: dict[str, set[str]] = {}
-    for start, end, name, word in whole:
-        before, after = "".join(rest[:start]), "".join(rest[end:])
-        in_doubt = name != "gender" and (_DOUBT_BEFORE.search(before) or _DOUBT_AFTER.match(after))
-        stated.setdefault(name, set()).add(UNKNOWN if in_doubt else word)
-    return replace(VoiceAttributes(), **{name: words.pop() for name, words in stated.items() if len(words) == 1})
+    for one in whole:
+        rest[one.start : one.end] = ";" * (one.end - one.start)
+    kinds = ("said", "doubted", "denied", "dropped", *_IMPLIED)
+    by_standing: dict[str, list[_Found]] = {kind: [] for kind in kinds}
+    last = ""
+    for one in sorted(whole, key=lambda one: one.start):
+        before = "".join(rest[max(0, one.start - _MAX_BEFORE) : one.start])
+        standing = _standing(before, text[one.end : one.end + _MAX_BEFORE], one)
+        if standing == "doubted" and last == "denied" and _OR.search(before):
+            standing = "denied"  # "not loud or fast"
+        last = standing
+        if one.level:
+            standing = _IMPLIED[one.level - 1] if standing == "said" else "dropped"
+        by_standing[standing].append(one)
+    attributes, implied, used = {}, [], []
+    for name, words in VOCABULARY.items():
+        own, doubted, denied = (_words(by_standing[kind], name) for kind in ("said", "doubted", "denied"))
+        against = doubted | denied
+        if not own and not doubted and len(words) == 3 and denied >= {words[0], words[2]}:
+            own, against = {words[1]}, set()
+            used += [one for one in by_standing["denied"] if name in one.says]
+        if not own and not against:
+            own = _words(by_standing["mood"], name) or _words(by_standing["age"], name)
+            implied += [name] * (len(own) == 1)
+        if len(own) == 1 and doubted <= own and not own & (against - doubted):
+            (attributes[name],) = own
+            used += [one for one in by_standing["said"] if name in one.says]
+    # a mood is understood, too, where a statement outweighs what it implies
+    used += [one for kind in _IMPLIED for one in by_standing[kind] if attributes.keys() & one.says.keys()]
+    return Reading(VoiceAttributes(**attributes), tuple(implied), _unread(text, whole, used))
+
+
+def _words(found: Sequence["_Found"], name: str) -> set[str]:
+    return {one.says[name] for one in found if name in one.says}
+
+
+_IMPLIED = ("mood", "age")
+
+
+class _Found(NamedTuple):
+    """A statement, and where it stands in the text."""
+
+    start: int
+    end: int
+    says: Mapping[str, str]
+    level: int
+    is_adjective: bool
+
+
+def _plain(sentence: str) -> str:
+    """Lower case, one space between words, straight quotes; dashes that are no hyphens part as commas do."""
+    text = unicodedata.normalize("NFKC", sentence).lower()
+    text = re.sub("[\u2018\u2019\u02bc`\u00b4]", "'", text)
+    text = re.sub(r"[\u2010\u2011]|(?<=\w)\u2013(?=\w)", "-", text)
+    text = re.sub(r"\s*(?:[\u2012-\u2015]|--+| - )\s*", ", ", text)
+    text = re.sub(r"\bnot (?:only|just|merely|simply)\b", "", text)  # no denial
+    text = re.sub(r"[\s_*]+", " ", text).strip()
+    return _SHARED.sub(r"\1 \2 and \1 \3", text)
+
+
+def _is_within(one: _Found, other: _Found) -> bool:
+    if ("gender" in one.says) != ("gender" in other.says):
+        return False  # "raises her voice"
+    return other.start <= one.start and one.end <= other.end and other.end - other.start > one.end - one.start
+
+
+def _standing(before: str, after: str, one: _Found) -> str:
+    """Whether a statement is ``said``, ``denied``, ``doubted``, or ``dropped`` as it is of something else."""
+    if "gender" in one.says:
+        return "denied" if _NOT_GENDER.search(before) else "said"
+    if match := _DENIED.search(before):
+        is_twice = _DENIED.search(before[: match.start()].rstrip())
+        return "doubted" if is_twice else "denied"
+    if _DOUBTED.search(before) or _DOUBT_AFTER.match(after):
+        return "doubted"
+    if one.is_adjective and not one.level and "noise" not in one.says and _ATTRIBUTIVE.search(before):
+        clause = re.split(r"[.:!?()]", after)[0]
+        if not HEADS & set(re.findall(r"[\w']+", clause)[:_MAX_TO_HEAD]):
+            return "dropped"
+    return "said"
+
+
+def _unread(text: str, whole: Sequence[_Found], used: Sequence[_Found]) -> tuple[str, ...]:
+    """The words of a text that belong to no statement that was used, and that say something; neighbours together."""
+    held = {(one.start, one.end) for one in used}
+    dropped = [one for one in whole if (one.start, one.end) not in held]
+    spans: list[list[int]] = []
+    for match in re.finditer(r"[^\W_][\w'-]*", text):
+        start, end = match.span()
+        is_held = any(a <= start < b for a, b in held)
+        is_dropped = any(one.start <= start < one.end for one in dropped)
+        if is_held or not (is_dropped or any(word not in NEUTRAL for word in re.split("-", match.group()))):
+            continue
+        if spans and not text[spans[-1][1] : start].strip(" -"):
+            spans[-1][1] = end
+        else:
+            spans.append([start, end])
+    return tuple(dict.fromkeys(text[start:end] for start, end in spans))
 
 
 def check_words(attributes: VoiceAttributes) -> None:
@@ -221,14 +302,12 @@ def check_words(attributes: VoiceAttributes) -> None:
             )
 
 
-def _compile() -> list[tuple[str, str, re.Pattern[str]]]:
-    patterns = []
-    for name, words in VOCABULARY.items():
-        for word in words:
-            own = [re.escape(phrase) for phrase in PHRASES.get(name, {}).get(word, ())]
-            for pattern in (*own, *_FREE[name][word]):
-                patterns.append((name, word, re.compile(rf"(?<![\w'-]){pattern}(?![\w-])")))
-    return patterns
-
-
-_PATTERNS = _compile()
+@cache
+def _patterns() -> list[tuple[dict[str, str], int, bool, re.Pattern[str]]]:
+    """As `entries`, with those of `PHRASES`; compiled when first read with."""
+    own = [
+        ({name: word}, 0, False, "|".join(map(re.escape, phrases)))
+        for name, by_word in PHRASES.items()
+        for word, phrases in by_word.items()
+    ]
+    return [(*entry, re.compile(rf"(?<![\w'-])(?:{pattern})(?![\w-])")) for *entry, pattern in (*own, *entries())]

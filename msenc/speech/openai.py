@@ -9,8 +9,8 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from http.client import HTTPException, IncompleteRead
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from random import Random
 from typing import Any
 
@@ -30,8 +30,85 @@ _RETRIED = (408, 409, 429, 500, 502, 503, 504)
 _HINTS = {
     401: " Put a valid key into OPENAI_API_KEY.",
     403: " The key in OPENAI_API_KEY may not do this.",
-    404: " Look at speech.base_url (it ends in /v1) and speech.model.",
+    404: " Look at {where}.",
 }
+
+
+class Server:
+    """Requests to a server with OpenAI's interface; its key, if it needs one, is in ``OPENAI_API_KEY``.
+
+    Args:
+        timeout_s: longest silence of the server.
+        max_retries: of one request, when the server is busy or does not answer.
+        what: is made there, for messages.
+        where: the config says where it is, for messages.
+    """
+
+    def __init__(self, timeout_s: float, max_retries: int, what: str, where: str) -> None:
+        self.timeout_s = timeout_s
+        self.max_retries = max_retries
+        self.what = what
+        self.where = where
+
+    def ask(
+        self,
+        url: str,
+        body: bytes | None,
+        content_type: str = "application/json",
+        take: Callable[[HTTPResponse], bytes] | None = None,
+    ) -> bytes:
+        """The server's answer; asks again where that may help.
+
+        Args:
+            url: of what is asked.
+            body: of a POST; None sends a GET.
+            content_type: of the body.
+            take: what to do with the answer, before the connection is closed; by default it is read.
+
+        Raises:
+            MsencError: it refuses, does not answer, or sends too much.
+        """
+        for attempt in range(self.max_retries + 1):
+            wait_s = 0.5 * 2**attempt
+            try:
+                return self._ask_once(body, url, content_type, take or self._read)
+            except urllib.error.HTTPError as error:
+                problem, is_final = _explain(error), error.code not in _RETRIED
+                is_final = is_final or "insufficient_quota" in problem
+                wait_s = _retry_after(error.headers.get("Retry-After")) or wait_s
+                problem += _HINTS.get(error.code, "").format(where=self.where)
+            except TimeoutError:
+                problem, is_final = f"no answer within {self.timeout_s:g} s", False
+            except (urllib.error.URLError, HTTPException, OSError) as error:
+                is_slow = isinstance(getattr(error, "reason", None), TimeoutError)
+                reason = f"no answer within {self.timeout_s:g} s" if is_slow else getattr(error, "reason", error)
+                problem, is_final = f"{reason}. Is the server running there?", False
+            if is_final or attempt == self.max_retries or wait_s > MAX_WAIT_S:
+                break
+            time.sleep(wait_s)
+        asked = f" It asks to wait {wait_s:.0f} s." if wait_s > MAX_WAIT_S else ""
+        raise MsencError(f"{url}: {self.what} was not made, after {attempt + 1} request(s): {problem}{asked}")
+
+    def _ask_once(
+        self, body: bytes | None, url: str, content_type: str, take: Callable[[HTTPResponse], bytes]
+    ) -> bytes:
+        headers = {"Content-Type": content_type, "Accept": "audio/wav, application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(url, body, headers)
+        # redirects would carry the key to another server
+        opener = urllib.request.build_opener(_NoRedirect)
+        with opener.open(request, timeout=self.timeout_s) as answer:
+            return take(answer)
+
+    def _read(self, answer: HTTPResponse) -> bytes:
+        content = answer.read(MAX_BYTES + 1)
+        missing = int(answer.headers.get("Content-Length") or 0) - len(content)
+        if missing > 0 and len(content) <= MAX_BYTES:  # a read with a limit takes a cut answer for a whole one
+            raise IncompleteRead(content, missing)
+        if len(content) > MAX_BYTES:
+            raise MsencError(f"{answer.url}: found more than {MAX_BYTES:,} bytes, expected {self.what}.")
+        return content
 
 
 class OpenAISpeech(SentenceSynthesizer):
@@ -70,8 +147,7 @@ class OpenAISpeech(SentenceSynthesizer):
         self.model = model
         self.voices = voices
         self.extra = dict(extra or {})
-        self.timeout_s = timeout_s
-        self.max_retries = max_retries
+        self.server = Server(timeout_s, max_retries, "speech", "speech.base_url (it ends in /v1) and speech.model")
 
     def speak_sentence(self, sentence: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
         """See `SentenceSynthesizer`; phrasing is the server's."""
@@ -89,7 +165,9 @@ class OpenAISpeech(SentenceSynthesizer):
             "response_format": "wav",
             **self.extra,
         }
-        content = self._request(json.dumps(body).encode())
+        return self._decoded(self._request(json.dumps(body).encode()), phrase)
+
+    def _decoded(self, content: bytes, phrase: str) -> tuple[np.ndarray, int]:
         try:
             samples, sample_rate = from_wav(content)
         except MsencError as error:
@@ -98,44 +176,8 @@ class OpenAISpeech(SentenceSynthesizer):
             raise MsencError(f"{self.url}: found a WAV file without samples, expected speech for {phrase!r}.")
         return samples, sample_rate
 
-    def _request(self, body: bytes) -> bytes:
-        """The server's answer; asks again where that may help."""
-        for attempt in range(self.max_retries + 1):
-            wait_s = 0.5 * 2**attempt
-            try:
-                return self._ask_once(body)
-            except urllib.error.HTTPError as error:
-                problem, is_final = _explain(error), error.code not in _RETRIED
-                is_final = is_final or "insufficient_quota" in problem
-                wait_s = _retry_after(error.headers.get("Retry-After")) or wait_s
-                problem += _HINTS.get(error.code, "")
-            except TimeoutError:
-                problem, is_final = f"no answer within {self.timeout_s:g} s", False
-            except (urllib.error.URLError, HTTPException, OSError) as error:
-                is_slow = isinstance(getattr(error, "reason", None), TimeoutError)
-                reason = f"no answer within {self.timeout_s:g} s" if is_slow else getattr(error, "reason", error)
-                problem, is_final = f"{reason}. Is the server running there?", False
-            if is_final or attempt == self.max_retries or wait_s > MAX_WAIT_S:
-                break
-            time.sleep(wait_s)
-        asked = f" It asks to wait {wait_s:.0f} s." if wait_s > MAX_WAIT_S else ""
-        raise MsencError(f"{self.url}: speech was not made, after {attempt + 1} request(s): {problem}{asked}")
-
-    def _ask_once(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "audio/wav"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers, method="POST")
-        # redirects would carry the key to another server
-        opener = urllib.request.build_opener(_NoRedirect)
-        with opener.open(request, timeout=self.timeout_s) as answer:
-            content = answer.read(MAX_BYTES + 1)
-            missing = int(answer.headers.get("Content-Length") or 0) - len(content)
-        if missing > 0 and len(content) <= MAX_BYTES:  # a read with a limit takes a cut answer for a whole one
-            raise IncompleteRead(content, missing)
-        if len(content) > MAX_BYTES:
-            raise MsencError(f"{self.url}: found more than {MAX_BYTES:,} bytes for one sentence, expected speech.")
-        return content
+    def _request(self, body: bytes | None, url: str | None = None, **how: Any) -> bytes:
+        return self.server.ask(url or self.url, body, **how)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -22,7 +22,7 @@ from msenc.prepare.features import encode_clip
 from msenc.prompt import DialogueTokenizer
 from msenc.raw.container import MediaError
 from msenc.raw.media import read_properties
-from msenc.speech.description import parse
+from msenc.speech.description import parse, read
 from msenc.speech.synthesis import Synthesizer
 from msenc.types import Dialogue, MsencError, Utterance, VoiceAttributes
 
@@ -112,6 +112,11 @@ class Answer:
     text: str
     description: str | None
     attributes: VoiceAttributes
+
+    @property
+    def not_understood(self) -> tuple[str, ...]:
+        """Words of the description that no synthesizer of msenc follows."""
+        return read(self.description or "").unread
 
 
 @dataclass(frozen=True)

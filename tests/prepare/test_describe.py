@@ -418,6 +418,7 @@ def test_a_call_without_a_word_about_voices_keeps_them(demo_home, raw, folder, c
     out = capsys.readouterr().out
     assert "thresholds between words" in out
     assert "pitch/woman" in out
+    assert f"Descriptions: {len(turns_of(folder)):,} given." in out
     assert prepare(compose(shared, "prepare")) == spoken
     assert DatasetManifest.read(folder).settings["voice"]["seed"] == 7
     plain = prepare(compose([*shared, "describe=false"], "prepare"))
