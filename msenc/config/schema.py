@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, BooleanNode, DictConfig, OmegaConf
 
 from msenc.config.hints import nearest
 from msenc.types import MsencError
@@ -464,6 +464,16 @@ class RespondConfig:
     urls: list[str] = field(default_factory=list)
 
 
+def _make_strict(node: DictConfig) -> None:
+    """Let each switch be ``true`` or ``false``; OmegaConf takes 5, ``yes`` and ``t`` for true as well."""
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, BooleanNode):
+            child._set_flag("convert", False)
+        elif isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            _make_strict(child)
+
+
 def register_schemas() -> None:
     """Put the schemas where the YAML files' defaults lists find them (``train_schema`` ...)."""
     store = ConfigStore.instance()
@@ -477,6 +487,7 @@ def register_schemas() -> None:
         node = OmegaConf.structured(schema)
         for path in OPEN.get(name, ()):
             OmegaConf.set_struct(OmegaConf.select(node, path), False)
+        _make_strict(node)
         store.store(name=name, node=node)
 
 

@@ -45,7 +45,7 @@ def _decode(text: str) -> Any:
     """What `_DECODER` makes of a text or refuses, in a third of its time where nothing is wrong."""
     try:
         value = _FAST_DECODER.decode(text)  # knows no NaN, no infinity and no half of a surrogate pair
-        # A key that stands there twice is there once when written again; a quote within a text stays one, except \u0022.
+        # A key that stands there twice is there once when written again; a quote in a text stays one, except \u0022.
         if "\\u" not in text and text.count('"') == _FAST_ENCODER.encode(value).count(b'"'):
             return value
     except (msgspec.MsgspecError, OverflowError, RecursionError, UnicodeEncodeError):

@@ -12,7 +12,8 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
+from operator import or_
 from pathlib import PurePosixPath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Union, get_args, get_origin, get_type_hints
@@ -188,9 +189,9 @@ def _compiled(kind: Any) -> Any:
         return Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
     if kind is float:  # neither NaN nor infinity lies between these
         most = sys.float_info.max
-        return Union[_compiled(int), Annotated[float, msgspec.Meta(ge=-most, le=most)]]
+        return _compiled(int) | Annotated[float, msgspec.Meta(ge=-most, le=most)]
     if origin in (Union, UnionType):
-        return Union[tuple(map(_compiled, parts))]
+        return reduce(or_, map(_compiled, parts))
     if origin is tuple and parts[1:] == (...,):
         return list[_compiled(parts[0])]
     if is_dataclass(kind):
