@@ -115,7 +115,8 @@ class DataConfig:
         voice: how `prepare.py` describes voices.
         batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
         max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
-        val: the split that is validated on while training; None: none is, and the last checkpoint is the best.
+        val: ``val``, the split that is validated on while training. A share (0.1): `prepare.py` draws it from train,
+            where the annotations have none. None: nothing is validated on, and the last checkpoint is the best.
         num_workers: processes that prepare data, or load it while training.
         max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
         verify: hash every shard of a split before its first use.
@@ -136,7 +137,7 @@ class DataConfig:
     voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None
     max_tokens_per_batch: int | None = None
-    val: str | None = "val"
+    val: Any = "val"
     num_workers: int = 0
     max_history_tokens: int = 1024
     verify: bool = True
