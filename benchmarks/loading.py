@@ -13,15 +13,19 @@ is the work per byte, which a slow disk adds to.
 - ``msenc, N workers``: the training loader, epoch after epoch; a batch holds every target of its dialogues.
 - ``msenc, first epoch``: a new data module each time, which opens and hashes the shards and tokenizes the turns.
 - ``raw bytes``: all bytes of the tar files into one buffer, in order. Nothing can be faster.
+- ``strict`` and ``plain``, in a table of their own: all turns of a larger set, by msenc's reader, which holds them to
+  their format, and by ``json.loads`` alone.
 - ``model``: forward and backward of a step with the smallest model that ``train.py`` offers (the demo's LLM with
   LoRA, the default Q-Former per stream). Larger ones consume less.
 """
 
 import itertools
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +33,14 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.fabric.utilities import move_data_to_device
-from measure import interleave, parser, print_table, summarise, write_json
+from measure import interleave, parser, print_table, summarise, time_rows, write_json
 from meld import RATES, meld_dialogues, num_frames
 
 from msenc.config.build import build
 from msenc.config.messages import CONFIGS
 from msenc.config.schema import plain, register_schemas
 from msenc.store.manifest import DatasetManifest, StreamInfo, count_splits
-from msenc.store.shards import write_stream
+from msenc.store.shards import INDEX, ShardReader, write_stream
 from msenc.training.assembly import build_datamodule, build_model
 from msenc.types import Dialogue
 
@@ -99,8 +103,40 @@ def measure(arguments: Any, dialogues: list[Dialogue], folder: Path) -> None:
         arguments.device,
     )
     print(f"Shards of sound or pictures that the text-only loader opened: {len(media_shards)}")
-    extra = {"dialogues_per_s": rates, "bytes": num_bytes, "dialogues": len(dialogues), "targets": targets}
+    turns = measure_turns(folder / "turns", dialogues, arguments)
+    extra = {
+        "turns": turns,
+        "dialogues_per_s": rates,
+        "bytes": num_bytes,
+        "dialogues": len(dialogues),
+        "targets": targets,
+    }
     write_json(arguments.json, {**results, **extra, "media_shards_opened_by_text": len(media_shards)}, arguments.device)
+
+
+def measure_turns(folder: Path, dialogues: list[Dialogue], arguments: Any) -> dict[str, Any]:
+    """What reading the turns costs beyond parsing them."""
+    count, per_copy = 2_000 if arguments.quick else 100_000, sum(len(d.utterances) for d in dialogues)
+    copies = [replace(d, id=f"{d.id}-{copy}") for copy in range(-(-count // per_copy)) for d in dialogues]
+    write_stream(folder, ((d.id, d.split, {"turns.json": d.to_json()}) for d in copies), {})
+    readers = {
+        "strict": lambda: drain(ShardReader(folder, copies[0].split, verify=False)),
+        "plain": lambda: read_plain(folder),
+    }
+    results = summarise(interleave(readers, arguments.repetitions), "plain")
+    title = f"Reading {sum(len(d.utterances) for d in copies):,} turns of {len(copies):,} dialogues, in seconds"
+    print_table(title, ["reader", "median", "fastest", "slowest", "this / plain"], time_rows(results, "plain"))
+    return results
+
+
+def read_plain(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    shards = [os.open(folder / shard["file"], os.O_RDONLY) for shard in index["shards"]]
+    for sample in index["samples"]:
+        offset, size = sample["members"]["turns.json"]
+        json.loads(os.pread(shards[sample["shard"]], size, offset))
+    for descriptor in shards:
+        os.close(descriptor)
 
 
 def configure(folder: Path, modality: str, workers: int = 0) -> dict[str, Any]:

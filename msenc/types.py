@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 if TYPE_CHECKING:  # the command lines' --help must not wait for torch
     from torch import Tensor
 
@@ -158,15 +160,7 @@ class Dialogue:
             >>> Dialogue.from_json(d.to_json()) == d
             True
         """
-        utterances = []
-        for u in value["utterances"]:
-            attributes = u.get("attributes")
-            parts = {
-                "marks": tuple(Mark(**m) for m in u["marks"]),
-                "attributes": VoiceAttributes(**attributes) if attributes else None,
-            }
-            utterances.append(Utterance(**{**u, **parts}))
-        return Dialogue(id=value["id"], split=value["split"], utterances=tuple(utterances))
+        return msgspec.convert(value, Dialogue)
 
 
 @dataclass(frozen=True)

@@ -329,6 +329,27 @@ def test_a_split_without_a_target_is_said_by_audit_and_prepare_and_by_training(
         train(["data=folder", "modality=text", "prompt.target=text", *TINY, *places(tmp_path)[:2]])
 
 
+def test_a_split_to_validate_on_is_drawn_from_train_when_preparing(prepare, train, tmp_path):
+    path = write_table(tmp_path / "raw", is_cut=False) / "utterances.csv"
+    with pytest.raises(MsencError, match=r"data\.val=0\.4: the annotations have a split val already"):
+        prepare(path.parent, "modality=text", "data.val=0.4")
+    rows = [x for x in path.read_text().splitlines(keepends=True) if not x.rstrip().endswith("val")]
+    more = [x.replace("train-talk", f"train-{n}") for n in range(3) for x in rows if "train" in x]
+    path.write_text("".join(rows + more))
+    before = prepare(path.parent, "modality=text")
+    manifest = prepare(path.parent, "modality=text", "data.val=0.4")
+    assert manifest.settings["val"] == 0.4
+    assert "val" not in before.settings
+    assert sorted(before.splits) == ["test", "train"]
+    assert manifest.splits["val"].samples > 0
+    assert manifest.splits["train"].samples + manifest.splits["val"].samples == before.splits["train"].samples
+    given = ["data=folder", "modality=text", "prompt.target=text", *TINY, "align=none", *places(tmp_path)[:2]]
+    with pytest.raises(MsencError, match=r"data\.val=0\.2: the data was prepared with another share \(.*: 0\.4\)"):
+        train([*given, "data.val=0.2"], tmp_path / "refused")
+    run = train([*given, "data.val=0.4", "trainer.max_epochs=1", "evaluate=val", "decoding.max_new_tokens=2"])
+    assert read_json(run.folder / "run.json")["best_loss"] is not None
+
+
 def test_without_validation_the_last_checkpoint_is_the_best_and_that_is_said(prepare, train, tmp_path, capsys):
     path = write_table(tmp_path / "raw", is_cut=False) / "utterances.csv"
     path.write_text("".join(x for x in path.read_text().splitlines(keepends=True) if not x.rstrip().endswith("val")))
@@ -343,7 +364,7 @@ def test_without_validation_the_last_checkpoint_is_the_best_and_that_is_said(pre
     ]
     with pytest.raises(MsencError, match=r"the split val has no dialogues.*data\.val=null"):
         train(given, tmp_path / "refused")
-    with pytest.raises(MsencError, match=r"data\.val: found 'test', expected one of val or null"):
+    with pytest.raises(MsencError, match=r"data\.val: found 'test', expected one of val or a number or null"):
         train([*given, "data.val=test"])
     capsys.readouterr()
     run = train([*given, "data.val=null", "trainer.max_epochs=2", "align.steps=2", "decoding.max_new_tokens=2"])

@@ -120,7 +120,8 @@ def _config_message(error: BaseException) -> str:
         if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
             return where + _unknown_key(e)
         if isinstance(e, ValidationError) and e.full_key:
-            return f"{where}{e.full_key}: {str(e).splitlines()[0]}"
+            said = str(e).splitlines()[0].replace("incompatible with type hint 'bool'", "neither true nor false")
+            return f"{where}{e.full_key}: {said}"
         if isinstance(e, MissingMandatoryValue):
             return f"{e.full_key}: no value. Give it: {e.full_key}=..."
         if isinstance(e, MissingConfigException) and e.missing_cfg_file and e.options is not None:

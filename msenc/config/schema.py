@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, BooleanNode, DictConfig, OmegaConf
 
 from msenc.config.hints import nearest
 from msenc.types import MsencError
@@ -134,7 +134,8 @@ class DataConfig:
         voice: how `prepare.py` describes voices.
         batch_size: dialogues per batch, of all processes together; None where `max_tokens_per_batch` is set.
         max_tokens_per_batch: tokens per batch, of all processes together: text, media queries and padding.
-        val: the split that is validated on while training; None: none is, and the last checkpoint is the best.
+        val: ``val``, the split that is validated on while training. A share (0.1): `prepare.py` draws it from train,
+            where the annotations have none. None: nothing is validated on, and the last checkpoint is the best.
         num_workers: processes that prepare data, or load it while training.
         max_history_tokens: most text tokens of a target's history; older turns are dropped, counted and reported.
         verify: hash every shard of a split before its first use.
@@ -156,7 +157,7 @@ class DataConfig:
     voice: VoiceConfig = field(default_factory=VoiceConfig)
     batch_size: int | None = None
     max_tokens_per_batch: int | None = None
-    val: str | None = "val"
+    val: Any = "val"
     num_workers: int = 0
     max_history_tokens: int = 1024
     verify: bool = True
@@ -553,6 +554,16 @@ class RespondConfig:
     urls: list[str] = field(default_factory=list)
 
 
+def _make_strict(node: DictConfig) -> None:
+    """Let each switch be ``true`` or ``false``; OmegaConf takes 5, ``yes`` and ``t`` for true as well."""
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, BooleanNode):
+            child._set_flag("convert", False)
+        elif isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            _make_strict(child)
+
+
 def register_schemas() -> None:
     """Put the schemas where the YAML files' defaults lists find them (``train_schema`` ...)."""
     store = ConfigStore.instance()
@@ -566,6 +577,7 @@ def register_schemas() -> None:
         node = OmegaConf.structured(schema)
         for path in OPEN.get(name, ()):
             OmegaConf.set_struct(OmegaConf.select(node, path), False)
+        _make_strict(node)
         store.store(name=name, node=node)
 
 

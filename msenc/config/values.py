@@ -152,7 +152,7 @@ VALUES: dict[str, Any] = {
     # data
     "data.name": Name,
     "data.dir": Place,
-    "data.val": Literal["val"] | None,
+    "data.val": Literal["val"] | _between(float, lambda n: 0 < n < 1, "val, or a share between 0 and 1") | None,
     "data.voice.loudness": Literal["relative", "absolute"],
     "data.recordings.channels": Literal["mix", "speakers"],
     "data.root": Text,

@@ -340,7 +340,8 @@ class DialogueDataModule(L.LightningDataModule):
 
 _WITHOUT = {
     "test": " Or train without a last evaluation: evaluate=null.",
-    "val": " Or train without validation, to the last step: data.val=null.",
+    "val": " Or draw it from train when preparing (data.val=0.1), or train without validation, to the last step "
+    "(data.val=null).",
 }
 
 

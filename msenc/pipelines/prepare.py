@@ -182,7 +182,13 @@ def _generate(data: Mapping[str, Any], root: Path, workers: int) -> None:
 
 
 def _annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
-    """The annotations; recordings without a table are transcribed first. None if that is incomplete, or was all."""
+    """The annotations, with a val that is drawn where `data.val` is a share; see `_read_annotations`."""
+    annotations, val = _read_annotations(config, root, folder, part), config["data"]["val"]
+    return annotations.with_val(val) if annotations is not None and isinstance(val, float) else annotations
+
+
+def _read_annotations(config: Mapping[str, Any], root: Path, folder: Path, part: Part | None) -> Annotations | None:
+    """As they stand there; recordings without a table are transcribed first. None if that is incomplete, or was all."""
     data, stage = config["data"], config.get("stage")
     labels, track = data["labels"], data["audio_track"]
     if data["layout"] is not None:
@@ -395,7 +401,8 @@ def _warn_of_splits(targets: Mapping[str, int]) -> None:
     if targets.get("train") and empty:
         console.print(
             f"Without a target (a dialogue of two turns): {', '.join(empty)}. train.py needs train, val unless "
-            "data.val=null, and test unless evaluate=null. Set split=... in the table's rows, or remove the column.",
+            "data.val=null, and test unless evaluate=null. Set split=... in the table's rows, remove the column, or "
+            "draw val from train: data.val=0.1.",
             style="yellow",
             soft_wrap=True,
         )

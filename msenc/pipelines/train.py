@@ -302,7 +302,14 @@ def _learn(job: _Job, record: RunRecord, termination: Termination, evaluated: li
             f"prompt.target=text_description, but no turn of {config['data']['name']} has a voice description. "
             "Prepare with describe=true, or train only on the words: prompt.target=text."
         )
-    validates = config["data"]["val"] is not None
+    validates = (val := config["data"]["val"]) is not None
+    drawn = datamodule.manifest.settings.get("val")
+    if isinstance(val, float) and val != drawn:
+        prepared = "with another share" if drawn else "without"
+        raise MsencError(
+            f"data.val={val}: the data was prepared {prepared} (dataset.json: {drawn or 'none'}). Prepare again with "
+            f"data.val={val}, or leave data.val out to validate on the split val that is there."
+        )
     for split in ("train", *(["val"] if validates else []), *evaluated):
         datamodule.check_split(split)
         datamodule.units(split)  # targets that exceed the token budget are refused now, not after training

@@ -65,7 +65,7 @@ def prepare_dataset(
     """
     clear_leftovers(folder)
     dialogues, rejections = annotations.dialogues, list(annotations.rejections)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {} if annotations.val is None else {"val": annotations.val}
     if voice is not None:
         described, _ = describe_dialogues(dialogues, root, folder, voice, num_workers, rejections)
         dialogues = dialogues if voice.only_measure else described

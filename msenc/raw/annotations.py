@@ -42,6 +42,7 @@ NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 COMPOSED = ("dialogue", "speaker", "Speaker")
 """Columns of names: whether their letters are composed (NFC) or not (NFD), they are the same."""
+VAL_SEED = 1
 _NAME = re.compile(r"[\w-]+")
 
 
@@ -55,6 +56,7 @@ class Annotations:
         repaired: ids of the utterances whose text or speaker needed a repair of its encoding, dropped ones included.
         recordings: dialogue id -> the recording that its times count in, where the tables name one.
         labels: utterance id (``meld/train/dia3/utt5``) -> column -> value, of columns that are read as nothing else.
+        val: the share of train's dialogues that became val; None if the annotations say which are val.
     """
 
     dialogues: list[Dialogue]
@@ -62,6 +64,7 @@ class Annotations:
     repaired: list[str]
     recordings: dict[str, str]
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
+    val: float | None = None
 
     @property
     def num_repaired(self) -> int:
@@ -79,6 +82,44 @@ class Annotations:
 
         dialogues = [replace(d, utterances=tuple(map(tracked, d.utterances))) for d in self.dialogues]
         return replace(self, dialogues=dialogues)
+
+    def with_val(self, share: float) -> "Annotations":
+        """The same, with a share of train's dialogues as val: the same ones each time that the annotations are read.
+
+        Raises:
+            MsencError: there is a val already, or too little in train to draw from.
+        """
+        train = [d for d in self.dialogues if d.split == "train"]
+        has_target = [d.num_samples > 0 for d in train]
+        if any(d.split == "val" for d in self.dialogues):
+            raise MsencError(
+                f"data.val={share}: the annotations have a split val already. Leave data.val out, or change that split "
+                "(data.recordings.split.fractions where it is drawn, else the table's column split)."
+            )
+        if sum(has_target) < 2:
+            raise MsencError(
+                f"data.val={share}: train has {sum(has_target)} dialogues with a target (a second turn); expected at "
+                "least 2, to draw val from. Add some, or train without validation (data.val=null)."
+            )
+        fractions = {"train": 1 - share, "val": share}
+        drawn = split_dialogues("random", [d.id for d in train], fractions, VAL_SEED, has_target)
+        splits = {d.id: split for d, split in zip(train, drawn, strict=True)}
+
+        def renamed(id: str) -> str:
+            dataset, _, name = id.split("/", 2)
+            split = splits.get("/".join(id.split("/")[:3]))
+            return id if split is None else f"{dataset}/{split}/{name}"
+
+        dialogues = [replace(d, id=renamed(d.id), split=splits.get(d.id, d.split)) for d in self.dialogues]
+        return replace(
+            self,
+            dialogues=sorted(dialogues, key=lambda d: SPLITS.index(d.split)),
+            rejections=[replace(r, id=renamed(r.id)) if r.id.count("/") > 1 else r for r in self.rejections],
+            repaired=[renamed(id) for id in self.repaired],
+            recordings={renamed(id): name for id, name in self.recordings.items()},
+            labels={renamed(id): columns for id, columns in self.labels.items()},
+            val=share,
+        )
 
     def stored_in(self, root: Path) -> "Annotations":
         """The same, with clips named as the folder spells them, where it spells their letters in another way."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from msenc.files import hold, parse_json
-from msenc.files.kinds import is_below, is_name, short
+from msenc.files.kinds import fits_json, is_below, is_name, short
 from msenc.types import Dialogue, MsencError
 
 INFINITY = 0x7C00
@@ -57,21 +57,28 @@ def check_turns(turns: Any, id: str, split: str, number: int) -> None:
     Raises:
         MsencError: names the place.
     """
-    hold(turns, Dialogue, "turns.json")
+    if not fits_json(turns, Dialogue):
+        hold(turns, Dialogue, "turns.json")
     found = (turns["id"], turns["split"], len(turns["utterances"]))
     if found != (id, split, number):
         raise MsencError(f"turns.json: found {short(found)}, the index says {short((id, split, number))}.")
-    for place, utterance in enumerate(turns["utterances"]):
-        text, description = utterance["text"], utterance.get("description")
+    utterances = turns["utterances"]
+    files = [name for u in utterances for key in ("clip", "audio") if (name := u.get(key)) is not None]
+    texts = [utterance["text"] for utterance in utterances]
+    are_sound = all(texts) and not any(map(str.isspace, texts)) and all(map(is_below, files))
+    # All of them are looked at in one go; one by one, only to name the place.
+    if are_sound and all(is_name(u["id"]) and not u.get("marks") for u in utterances):
+        return
+    for place, utterance in enumerate(utterances):
+        text, marks = utterance["text"], utterance.get("marks")
         away = [k for k in ("clip", "audio") if utterance.get(k) is not None and not is_below(utterance[k])]
-        marks = utterance.get("marks")
         if not is_name(utterance["id"]):
             fault = "id", utterance["id"], "a name"
         elif not text or text.isspace():
             fault = "text", text, "words"
         elif away:
             fault = away[0], utterance[away[0]], "a path below the folder of the clips"
-        elif marks and not all(_is_mark(mark, text, description) for mark in marks):
+        elif marks and not all(_is_mark(mark, text, utterance.get("description")) for mark in marks):
             fault = "marks", str(marks), "spans within the text or the description"
         else:
             continue

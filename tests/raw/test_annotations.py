@@ -209,6 +209,32 @@ def test_a_table_without_splits_is_split_by_the_config(tmp_path):
     assert {d.id.split("/")[2]: d.split for d in read_table(path, "own", SPLIT).dialogues} == splits
 
 
+def test_a_validation_split_is_drawn_among_dialogues_with_a_target_and_all_that_names_them_follows(tmp_path):
+    rows = [f"{i}.wav,d{i},{text},0,1,train,x" for i in range(10) for text in ("Hi", "It\u00e2\u20ac\u2122s", "")]
+    rows += [f"{i}.wav,short{i},Hi,0,1,train,x" for i in range(10)] + ["t.wav,d0t,Hi,0,1,test,x"]
+    path = table(tmp_path, "\n".join(["clip,dialogue,text,start,end,split,note", *rows]))
+    before, after = read_table(path, "own", SPLIT), read_table(path, "own", SPLIT).with_val(0.2)
+    assert [d.split for d in after.dialogues] == ["train"] * 16 + ["val"] * 4 + ["test"]
+    val = [d for d in after.dialogues if d.split == "val"]
+    assert sum(d.num_samples for d in val) == 2
+    moved = {d.id.replace("/val/", "/train/"): d.id for d in val}
+    assert [d.id for d in before.with_val(0.2).dialogues] == [d.id for d in after.dialogues]
+
+    def renamed(id: str) -> str:
+        dialogue = "/".join(id.split("/")[:3])
+        return id.replace(dialogue, moved.get(dialogue, dialogue))
+
+    assert after.recordings == {renamed(id): file for id, file in before.recordings.items()} != before.recordings
+    assert after.labels == {renamed(id): known for id, known in before.labels.items()} != before.labels
+    assert after.repaired == [renamed(id) for id in before.repaired] != before.repaired
+    assert [r.id for r in after.rejections] == [renamed(r.id) for r in before.rejections] != before.rejections
+    with pytest.raises(MsencError, match=r"data\.val=0\.1: the annotations have a split val already"):
+        after.with_val(0.1)
+    few = table(tmp_path, "clip,dialogue,text\na,d,hi\na,d,yes\na,e,hi")
+    with pytest.raises(MsencError, match=r"data\.val=0\.1: train has 1 dialogues with a target"):
+        read_table(few, "own", {**SPLIT, **ONE}).with_val(0.1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

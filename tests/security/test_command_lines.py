@@ -16,6 +16,9 @@ from typing import Any, get_args
 import pytest
 from conftest import CONFIGS, ROOT
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
 from test_configs import GROUPS
 
 from msenc.config.checks import checked
@@ -176,6 +179,35 @@ def test_no_key_of_a_schema_is_without_what_it_may_be():
             if not is_node and kind is not bool and not known:
                 lacking.add(name)
     assert lacking == set(), sorted(lacking)
+
+
+SWITCHES = [
+    (command, name)
+    for command, schema in zip(
+        NEEDED, (TrainConfig, PrepareConfig, EvaluateConfig, RespondConfig, ReportConfig), strict=True
+    )
+    for name, kind in leaves(schema)
+    if kind is bool
+]
+
+
+@pytest.mark.parametrize(("command", "name"), SWITCHES)
+def test_a_switch_is_true_or_false(command, name):
+    for value in (5, 1, 0, -1, 1.0, "yes", "on", "nonsense?", "[]"):
+        assert name in (said := refused(command, f"{name}={value}")), said
+    for value in (True, False):
+        *nodes, key = name.split(".")
+        config = accept(command, f"{name}={typed(value)}")
+        for node in nodes:
+            config = config[node]
+        assert config[key] is value
+
+
+def test_a_switch_in_a_file_is_true_or_false():
+    schema = ConfigStore.instance().load("evaluate_schema.yaml").node
+    with pytest.raises(ValidationError) as raised:
+        OmegaConf.merge(schema, OmegaConf.create("overwrite: 5"))
+    assert "overwrite: Value '5' of type 'int' is neither true nor false" in refusal(raised.value)
 
 
 # ------------------------------------------------------------------------------- by hand: what tables do not say

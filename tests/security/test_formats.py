@@ -20,7 +20,8 @@ import torch
 from stranger import DATA, EVALUATION, RUN, change_json, original, place, refusal  # noqa: F401 (fixtures)
 
 from msenc.evaluation.losses import read_metrics, read_predictions
-from msenc.files import parse_json, read_json
+from msenc.files import _DECODER, parse_json, read_json
+from msenc.files.kinds import check, fits_json
 from msenc.prepare.describe import BINS, read_bins
 from msenc.raw.hashes import hash_clips
 from msenc.report.collect import collect_runs
@@ -40,7 +41,7 @@ from msenc.training.assembly import build_datamodule
 from msenc.training.checkpoints import read_checkpoint
 from msenc.training.export import load_export
 from msenc.training.restore import open_run
-from msenc.types import MsencError
+from msenc.types import Dialogue, Mark, MsencError, Utterance, VoiceAttributes
 
 NUM_FUZZ, ALWAYS = 60, 2
 """Spoiled files of each format; those after the first `ALWAYS` have the marker `fuzz`."""
@@ -600,6 +601,46 @@ def test_a_run_that_goes_on_with_a_spoilt_record_is_refused(spoilt):
 def test_json_that_python_reads_and_nobody_else(text):
     with pytest.raises(MsencError, match=r"^here: cannot be read as JSON \(.*\)\. Do it\.$"):
         parse_json(text, "here", advice="Do it.")
+
+
+def test_what_is_soon_said_to_fit_is_what_the_naming_of_places_lets_pass():
+    marks = (Mark("audio", "text", 0, 3, 1.5),)
+    turns = (
+        Utterance("0", "Ana", 'a \\"key": 3\n'),
+        Utterance("1", "", "c: d", "e", 1.5, 2, "f", marks, VoiceAttributes()),
+    )
+    known = json.dumps(Dialogue("demo/train/dia0", "train", turns).to_json())
+    assert fits_json(parse_json(known, "here"), Dialogue)
+    rng, taken = random.Random(0), 0
+    keys = [*re.findall(r'"\w+": ', known), '"key" : ', '"\\u0069d": ']
+    values = [
+        *re.findall(r'(?<=": )(?:null|[\d.]+|"[^"\\]*")', known),
+        "true",
+        "-1",
+        "1e999",
+        "9" * 20,
+        "[]",
+        "{}",
+        '"\\ud800"',
+    ]
+    for _ in range(4000):
+        text = spoil(known.encode(), rng).decode("utf-8", "replace") if rng.random() < 0.3 else known
+        for _ in range(rng.randint(0, 2)):  # a key becomes another, maybe one that stands there already
+            parts = rng.choice([keys, values, values])
+            text = text.replace(rng.choice(parts), rng.choice(parts), rng.randint(1, 2))
+        try:
+            slow = _DECODER.decode(text)
+            json.dumps(slow, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            with pytest.raises(MsencError):
+                parse_json(text, "here", object)
+            continue
+        value = parse_json(text, "here", object)
+        assert repr(value) == repr(slow)
+        if fits_json(value, Dialogue):
+            check(value, Dialogue)
+            taken += text != known
+    assert taken > 100
 
 
 def spoil(data: bytes, rng: random.Random) -> bytes:

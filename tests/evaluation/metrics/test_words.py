@@ -128,8 +128,15 @@ def test_without_mecab_its_packages_are_named(name):
     pytest.importorskip("sacrebleu")
     if find_spec("MeCab") or find_spec("mecab_ko"):
         pytest.skip("MeCab is here")
-    with pytest.raises(MsencError, match=rf"{name} needs MeCab.*pip install 'sacrebleu\[{name[:2]}\]'"):
+    with pytest.raises(MsencError, match=rf"{name} needs MeCab \(.*mecab-.*pip install 'sacrebleu\[{name[:2]}\]'"):
         build_text_metrics(["bleu"], {"tokenizer": name})
+
+
+def test_with_mecab_japanese_is_cut_into_words():
+    for package in ("sacrebleu", "MeCab", "ipadic"):
+        pytest.importorskip(package)
+    found = build_text_metrics(["rouge_l"], {"tokenizer": "ja-mecab"})["rouge_l"](["今日は晴れ"], ["明日は晴れ"]).corpus
+    assert found == {"rouge_l-ja-mecab": pytest.approx(2 / 3)}  # 今日|は|晴れ
 
 
 def test_one_key_sets_all_metrics_of_words_and_their_own_goes_before():
