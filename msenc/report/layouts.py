@@ -17,6 +17,7 @@ from rich.text import Text
 from msenc.files import write_text
 from msenc.report.compare import Comparison, Configuration
 from msenc.report.followed import FOLLOWED, followed_grid
+from msenc.report.layers import LAYERS, layer_grid
 from msenc.report.style import COSTS
 from msenc.report.table import Table, costs
 
@@ -93,6 +94,8 @@ def _sections(table: Table) -> list[tuple[str, list[list[str]]]]:
         sections.append((JUDGED, verdict_grid(table)))
     if table.followed:
         sections.append((FOLLOWED, followed_grid(table.followed)))
+    if layers := layer_grid(table.configurations):
+        sections.append((LAYERS, layers))
     if table.floor is not None:
         sections.append((NOISE, noise_grid(table)))
     return sections

@@ -10,6 +10,7 @@ from msenc.report.browse import browse
 from msenc.report.compare import Configuration
 from msenc.report.examples import find_examples
 from msenc.report.followed import followed_grid
+from msenc.report.layers import LAYERS, layer_grid
 from msenc.report.layouts import (
     COMPARED,
     COST_HEADING,
@@ -88,6 +89,8 @@ def render_page(
             {**panel, "plots": [(stream, _image(plot)) for stream, plot in panel["plots"]]}
             for panel in trace_panel(table.configurations)
         ],
+        layers_heading=LAYERS,
+        layers=layer_grid(table.configurations),
         noise_heading=NOISE,
         noise=noise_grid(table) if table.floor else None,
         examples=examples,

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from msenc.config.build import with_first_targets
 from msenc.data.datamodule import DialogueDataModule
 from msenc.files import digest
+from msenc.models.layers import without_absent
 from msenc.runs.record import read_run
 from msenc.types import MsencError
 
@@ -114,6 +115,8 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
         del settings["data"]["val"]
     if settings.get("threads", 0) is None:
         del settings["threads"]
+    for stream in (settings["model"].get("streams") or {}).values():
+        stream["encoder"] = without_absent(stream["encoder"])
     if "control" in settings:
         settings["controls"] = settings.pop("control")  # its first name
     return with_first_targets(settings)
