@@ -3,11 +3,12 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, SMALL_DEMO, _compose
+from conftest import CONFIGS, SMALL_DEMO, _compose, run_driver
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
@@ -281,3 +282,34 @@ def test_one_layer_of_several_needs_no_mixture(folder, tiny_models, train):
     done = train([f"data.dir={folder}", "modality=text_audio", *SHORT, "evaluate=null", *audio_of(tiny_models, "[0]")])
     assert not any(name.startswith("layers/") for name in json.loads((done.folder / "metrics.json").read_text()))
     assert not any("mixture" in name for name in load_export(done.folder / "export")[0].state_dict())
+
+
+def test_two_processes_mix_layers_as_one(folder, tiny_models, tmp_path):
+    """Whether each has the whole model (DDP) or its share (FSDP2), some steps without any audio."""
+    shared = ["modality=text_audio", *SHORT, "trainer.max_steps=6", "trainer.max_epochs=2", "data.batch_size=3"]
+    shared += [
+        f"data.dir={folder}",
+        "evaluate=null",
+        "optimizer.lr=0.01",
+        "model.llm.dropout=0",
+        "data.drop={audio:0.8}",
+    ]
+    cpu = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
+    trainers = {"one": [], "fsdp2": ["trainer=fsdp2", *cpu], "ddp": ["trainer=ddp", *cpu]}
+    specs = []
+    for name, trainer in trainers.items():
+        run = tmp_path / name / "run"
+        run.parent.mkdir()
+        first = [*shared, *audio_of(tiny_models, "[2,0,-2]"), *trainer, f"paths.output_dir={run}"]
+        processes = [1 if name == "one" else 2]
+        specs.append({"folder": str(run), "first": first, "again": [], "moments": [], "processes": processes})
+    results = run_driver(Path(__file__).parent / "kill_driver.py", specs, tmp_path)
+    for starts in results:
+        assert starts[-1]["status"] == 0, starts[-1]["said"]
+    one, *others = (json.loads((tmp_path / name / "run" / "metrics.json").read_text()) for name in trainers)
+    names = [name for name in one if name.startswith("layers/")]
+    assert len(names) == 3
+    moved = [one[name] - 1 / 3 for name in names]
+    assert max(map(abs, moved)) > 1e-4
+    for other in others:
+        assert [other[name] - 1 / 3 for name in names] == pytest.approx(moved, rel=1e-2, abs=1e-6)
