@@ -21,6 +21,7 @@ from msenc.data.conflict import find_conflicts
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.evaluation.conflict import CONFLICT, conflict_cells, evaluate_conflict, write_conflict
+from msenc.evaluation.judge import judge_lines, judge_replies, read_replies
 from msenc.evaluation.losses import (
     AGAIN,
     evaluate_control,
@@ -29,8 +30,9 @@ from msenc.evaluation.losses import (
     read_predictions,
     write_evaluation,
 )
+from msenc.evaluation.metrics.judge import Judge
 from msenc.evaluation.metrics.sound import SOUND_METRICS
-from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics, settings_of
+from msenc.evaluation.metrics.text import DEFAULT_METRICS, JUDGE, build_text_metrics, settings_of
 from msenc.evaluation.missing import CURVES, evaluate_missing, missing_cells, read_missing, write_missing
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
 from msenc.evaluation.trace import ENCODER, layer_bits, read_trace, trace_split
@@ -180,9 +182,12 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
         check_sound_metrics(options.speech_metrics)
     metrics = options.metrics or DEFAULT_METRICS
     device = str(group.device or find_device(options.device))
-    scorers = (
-        build_text_metrics(metrics, options.metric_settings, device) if options.generate and group.is_first else {}
-    )
+    scorers, judge = {}, None
+    if options.generate and group.is_first:
+        others_than_judge = [name for name in metrics if name != JUDGE]
+        rest = {name: value for name, value in options.metric_settings.items() if name != JUDGE}
+        scorers = build_text_metrics(others_than_judge, rest, device)
+        judge = _build_judge(options, config, device) if JUDGE in metrics else None
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = _open_data(record, config, is_other)
     controls = read_controls(options.control, datamodule.streams)
@@ -239,6 +244,10 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
             model(), datamodule, options.split, settings["decoding"], config["seed"], options.limit, scorers, group
         )
         found |= {**facts, "settings": _said(settings)}
+        if judge is not None:
+            against = (settings_of(JUDGE, options.metric_settings) or {}).get("against")
+            replies = read_replies(Path(against), options.split, predictions) if against else None
+            found |= judge_replies(judge, datamodule, options.split, predictions, replies)
         if weights_of_layers := layer_weights(model().connectors):
             found["layers"] = weights_of_layers
         if options.speech is not None:
@@ -339,6 +348,18 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
                     _print_grid(f"planted bits recovered, in %, by that share of {stream}", planted[0], planted[1:])
             console.print(f"Written: {shown(folder / CURVES)}", soft_wrap=True)
     return found
+
+
+def _build_judge(options: EvaluateConfig, config: Mapping[str, Any], device: str) -> Judge:
+    given = settings_of(JUDGE, options.metric_settings) or {}
+    if (against := given.pop("against", None)) is not None and not Path(against).is_dir():
+        raise MsencError(
+            f"metric_settings.judge.against={against}: no such folder. Expected a run, or an evaluation of one."
+        )
+    try:
+        return Judge(**{"device": device, **given}, cache=Path(config["paths"]["cache_dir"]) / JUDGE)
+    except TypeError as error:
+        raise MsencError(f"metric_settings.judge: found {given}, but {error}.") from error
 
 
 def _with_settings(settings: str, path: Path) -> dict[str, Any] | None:
@@ -501,6 +522,8 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
             kinds.append([kind, rest.pop(f"nll/{kind}"), *cells])
     for stream, weights in metrics.get("layers", {}).items():
         console.print(f"{stream}: weights of the encoder's layers: {_listed(weights)}", soft_wrap=True)
+    if "judge" in metrics:
+        console.print(*judge_lines(metrics), sep="\n", soft_wrap=True, markup=False)
     both = [name for name in rest if f"description/{name}" in rest]
     scores = [[name, rest.pop(name), rest.pop(f"description/{name}")] for name in both]
     by_attribute = [name for name in VOCABULARY if f"description/{name}/targets" in metrics]
