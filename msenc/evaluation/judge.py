@@ -5,6 +5,7 @@ the first place, or the longer reply, is measured on pairs built in, whose repli
 every score.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -221,9 +222,13 @@ def _histories(
 def _ask_all(judge: Judge, pairs: Sequence[Pair]) -> tuple[np.ndarray, int]:
     """Verdicts (N, 2 orders, C) for the reply in the first place; NaN without one. And the number of other answers."""
     questions = [question(h, *order) for h, a, b in pairs for order in ((a, b), (b, a))]
+    keys = [json.dumps(messages) for messages in questions]
+    distinct = dict(zip(keys, questions, strict=True))  # equal replies make equal questions
     judge(questions[0])  # what would be refused of every question is refused before they are all under way
     with ThreadPoolExecutor(judge.num_workers) as pool:
-        answers = list(track(pool.map(judge, questions), "judging", len(questions), console=console, transient=True))
+        answered = track(pool.map(judge, distinct.values()), "judging", len(distinct), console=console, transient=True)
+        known = dict(zip(distinct, answered, strict=True))
+    answers = [known[key] for key in keys]
     nonsense, verdicts = 0, np.full((len(questions), len(CRITERIA)), np.nan)
     for row, answer in zip(verdicts, answers, strict=True):
         if answer is not None and (verdict := parse_verdict(answer)) is not None:

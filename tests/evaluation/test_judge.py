@@ -162,6 +162,14 @@ def test_a_better_reply_wins_and_each_has_its_score():
         assert judge_replies(Judge("planted", url), datamodule, split, predictions)["judge/empathy"] == 0
 
 
+def test_equal_questions_are_asked_once(tmp_path):
+    with serving(first_place, lambda number, text: (time.sleep(0.005), (200, text))[1]) as (url, received):
+        found = judge_replies(Judge("planted", url, cache=tmp_path), *given(reply="Fine 1.", said="Fine 1."))
+    asked = [json.dumps(body["messages"]) for _, _, body in received]
+    assert len(asked) == len(set(asked))
+    assert found["judge/empathy"] == 0.5
+
+
 def test_built_in_pairs_are_balanced():
     pairs = built_in_pairs()
     assert len(pairs["first"]) == len(pairs["longer"]) == 24
