@@ -7,6 +7,7 @@ from typing import Any
 
 from msenc.config.targets import PACKAGES, is_built, is_others, locate_target
 from msenc.files import reason_of
+from msenc.models.layers import layers_of
 from msenc.types import MsencError, needing
 
 MOVED = {
@@ -55,6 +56,29 @@ def build(node: Any, place: str, **given: Any) -> Any:
     call = partial(called, **keys, **given)
     with needing(target, PACKAGES[target][0]) if target in PACKAGES else nullcontext():
         return call if node.get("_partial_") else call()
+
+
+def build_connector(node: Any, stream: Mapping[str, Any], out_dim: int) -> Any:
+    """A stream's connector; of an encoder whose features hold several layers, it mixes them.
+
+    Args:
+        node: ``model.connector``.
+        stream: settings of the stream: ``dim``, the width of its features (of each layer), and ``encoder``.
+        out_dim: width of the LLM.
+
+    Raises:
+        MsencError: as `build` does; or a connector of the user's that cannot take layers.
+    """
+    connector = build(node, "model.connector", in_dim=stream["dim"], out_dim=out_dim)
+    layers = layers_of(stream["encoder"])
+    if len(layers) > 1:
+        if not hasattr(connector, "take_layers"):
+            raise MsencError(
+                f"model.connector: {node['_target_']} cannot mix the encoder's layers {list(layers)}. Derive it from "
+                "msenc.models.connector.Connector, or take one layer."
+            )
+        connector.take_layers(layers)
+    return connector
 
 
 def _refusing(what: str, located: Any, /, *args: Any, **keys: Any) -> Any:

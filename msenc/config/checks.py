@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from msenc.config.hints import nearest
+from msenc.config.hints import nearest, no_layers
 from msenc.config.schema import plain
 from msenc.config.secrets import check_no_secrets
 from msenc.config.stored import strings_of
@@ -143,6 +143,8 @@ def check_targets(node: Any, given: Mapping[str, set[str]] | None = None, path: 
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in sorted(keys - set(parameters)):
+        if key == "layers" and path.endswith(".encoder"):
+            raise MsencError(no_layers(f"{path}.{key}", target))
         if not takes_any:
             raise MsencError(f"{path}.{key}: {target} takes no such argument.{nearest(key, parameters)}")
     nodes = {key for key in keys if isinstance(node[key], dict) and is_built(f"{path}.{key}")}

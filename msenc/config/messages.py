@@ -14,7 +14,7 @@ from typing import Any
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, ValidationError
 
-from msenc.config.hints import nearest
+from msenc.config.hints import nearest, no_layers
 from msenc.config.targets import locate_target
 from msenc.types import MsencError
 from msenc.work.command import as_typed
@@ -182,6 +182,8 @@ def _unknown_key(error: Any) -> str:
     if "_target_" in names:
         with suppress(MsencError):
             taken = inspect.signature(locate_target(node["_target_"], whole)).parameters
+    if key == "layers" and whole.endswith(".encoder") and key not in taken:
+        return no_layers(error.full_key, node["_target_"])
     if key in taken:
         return f"{error.full_key}: not in the YAML, though {node['_target_']} takes it. Add it: +{error.full_key}=..."
     valid = {name for name in names | set(taken) if not name.startswith("_")}

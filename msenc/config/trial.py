@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from msenc.config.build import build
+from msenc.config.build import build, build_connector
 from msenc.config.targets import is_others
 from msenc.config.values import typed
 from msenc.models.groups import OWN_KEYS, flatten_groups
+from msenc.models.layers import layers_of
 from msenc.types import MsencError
 
 WIDTH = 8
@@ -53,12 +54,13 @@ def _try_model(model: Mapping[str, Any]) -> None:
 
     for stream, settings in model["streams"].items():
         encoder, connector = settings["encoder"], model["connector"]
+        layers_of(encoder, f"model.streams.{stream}.encoder")
         if _is_ours(encoder) and "name_or_path" not in encoder:
             build(encoder, f"model.streams.{stream}.encoder")
         if _is_ours(connector):
             node = {key: value for key, value in connector.items() if key != "init"}
             with torch.device("meta"):
-                build(node, "model.connector", in_dim=settings["dim"], out_dim=WIDTH)
+                build_connector(node, settings, WIDTH)
 
 
 def _try_optimizers(config: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from msenc.data.dataset import DialogueDataset, StreamSpec
 from msenc.data.lengths import DialogueLengths, row_tokens, split_lengths
 from msenc.data.loader import EpochLoader, UnitDataset, UnitSample, collate_units, make_loader
 from msenc.data.missing import DroppedDialogues, DroppedUnits, check_drop
+from msenc.models.layers import layers_of
 from msenc.prompt import DialogueTokenizer
 from msenc.store.flags import FilteredReader, left_out
 from msenc.store.location import Place, RemotePath
@@ -367,6 +368,24 @@ def preparing_hint(folder: Place, command: str) -> str:
     return f"Run: {command}" + (f", and copy the folder to {folder}" if isinstance(folder, RemotePath) else "")
 
 
+def _check_layers(what: str, stream: str, wanted: Mapping[str, Any], made_with: Mapping[str, Any], hint: str) -> None:
+    """Refuse features that lack a layer that is asked for, or hold layers where one output is asked for."""
+    there, asked = layers_of(made_with), layers_of(wanted)
+    key = f"model.streams.{stream}.encoder.layers"
+    if there and not asked:
+        raise MsencError(
+            f"{what} hold the layers {list(there)}, the config asks for one output. Choose among them "
+            f"({key}=[{there[-1]}]), or prepare that output under another model.streams.{stream}.name. {hint}"
+        )
+    if missing := [layer for layer in asked if layer not in there]:
+        found = f"the layers {list(there)}" if there else f"one output (layer={made_with.get('layer', -1)})"
+        every = ",".join(map(str, [*there, *missing]))
+        raise MsencError(
+            f"{what} hold {found}, the config asks for {list(asked)}: missing are {missing} (numbers are compared as "
+            f"they are written). Prepare them: {key}=[{every}] keeps all. {hint}"
+        )
+
+
 def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) -> DatasetManifest:
     """Compare the prepared data with what the model expects.
 
@@ -382,16 +401,18 @@ def check_prepared(folder: Place, streams: Mapping[str, StreamSpec], hint: str) 
         if wanted not in prepared:
             there = ", ".join(f"{name} ({dim} wide)" for name, dim in prepared.items()) or f"no {stream} features"
             raise MsencError(f"{folder}: found {there}; the config needs {wanted} ({spec.dim} wide). {hint}")
-        if prepared[wanted] != spec.dim:
+        made_with = manifest.streams[wanted].settings
+        dim = prepared[wanted] / (len(layers_of(made_with)) or 1)
+        if dim != spec.dim:
             raise MsencError(
-                f"{folder}: the features {wanted} are {prepared[wanted]} wide, the config says "
+                f"{folder}: the features {wanted} are {dim:g} wide, the config says "
                 f"model.streams.{stream}.dim={spec.dim}. Correct the config, or prepare again. {hint}"
             )
-        made_with = manifest.streams[wanted].settings
+        _check_layers(f"{folder}: the features {wanted}", stream, spec.settings, made_with, hint)
         differ = [
             f"{key}={made_with.get(key)}, the config says {value}"
             for key, value in spec.settings.items()
-            if key not in RUN_ONLY and made_with.get(key) != value
+            if key not in (*RUN_ONLY, "layers") and made_with.get(key) != value
         ]
         if differ:
             raise MsencError(

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from msenc.data.collate import Features
+from msenc.models.layers import layers_of, select_layers
 from msenc.prompt import DialogueTokenizer, TokenizedDialogue
 from msenc.store.flags import FilteredReader
 from msenc.store.location import Place
@@ -21,9 +22,10 @@ class StreamSpec:
 
     Args:
         name: the encoder's name; features are in ``<stream>-<name>/``.
-        dim: their width D.
+        dim: their width D; of several layers of an encoder, that of each.
         num_queries: tokens Q that its connector gives per utterance.
-        settings: the encoder's config; the features must have been made with the same, but for `RUN_ONLY`.
+        settings: the encoder's config; the features must have been made with the same, but for `RUN_ONLY`, and may
+            hold more layers.
     """
 
     name: str
@@ -76,7 +78,11 @@ class DialogueDataset(Dataset):
                 f"{' that data.filter keeps' if left_out else ''}, so there is nothing to train or evaluate on."
             )
         self._lengths = {s: dict(zip(r.ids, r.lengths, strict=True)) for s, r in self.streams.items()}
-        self._dims = {stream: spec.dim for stream, spec in streams.items()}
+        self._layers = {
+            stream: (layers_of(self.streams[stream].settings), layers_of(spec.settings))
+            for stream, spec in streams.items()
+        }
+        self._dims = {s: spec.dim * (len(self._layers[s][0]) or 1) for s, spec in streams.items()}
         self._tokenized: dict[str, TokenizedDialogue] = {}
 
     def __len__(self) -> int:
@@ -101,7 +107,7 @@ class DialogueDataset(Dataset):
         return self._tokenized[id]
 
     def features(self, index: int) -> Features:
-        """Per stream each turn's frames (T, D) float16, None where a turn has none."""
+        """Per stream each turn's frames (T, D) float16, or (T, K*D) of K layers; None where a turn has none."""
         features = {}
         for stream, reader in self.streams.items():
             members = reader.read(self.ids[index])
@@ -111,6 +117,7 @@ class DialogueDataset(Dataset):
                     f"{reader.folder}, {self.ids[index]}: found features {frames.shape[1]} wide, dataset.json says "
                     f"{self._dims[stream]}. Prepare the data again."
                 )
+            frames = select_layers(frames, *self._layers[stream])
             features[stream] = [frames[a:b] if b > a else None for a, b in pairwise(offsets)]
         return features
 

@@ -76,10 +76,39 @@ def probe(vectors: np.ndarray, labels: np.ndarray, folds: np.ndarray, seed: int 
         folds: (N,) from `fold_groups`.
         seed: of the permutations.
     """
-    x, classes = torch.from_numpy(np.asarray(vectors, dtype=np.float32)), int(labels.max()) + 1
+    return probe_each([vectors], labels, folds, seed)[1]
+
+
+def probe_each(
+    sets: Sequence[np.ndarray], labels: np.ndarray, folds: np.ndarray, seed: int = 0
+) -> tuple[list[Probed], Probed]:
+    """Probe several sets of vectors of the same examples; what is found in each, and in the best of them.
+
+    Which is the best is chosen as the penalty is, by the fold that is neither scored nor trained on, and for permuted
+    labels likewise: so there is nothing to gain by the choice among many sets that hold nothing.
+
+    Args:
+        sets: (N, D) each, of any widths.
+        labels: as in `probe`.
+        folds: as in `probe`.
+        seed: as in `probe`.
+    """
     random = np.random.default_rng(seed)
     y = torch.from_numpy(np.stack([labels, *(random.permutation(labels) for _ in range(PERMUTATIONS))]))  # (1+P, N)
-    bits = torch.zeros(y.shape)
+    found, fits = zip(*(_probe(vectors, y, folds) for vectors in sets), strict=True)
+    best = torch.stack(fits).argmax(0)[:, folds]  # (1+P, N)
+    chosen = torch.stack(found).gather(0, best[None])[0]
+    return [_probed(bits) for bits in found], _probed(chosen)
+
+
+def _probed(bits: Tensor) -> Probed:
+    return Probed(bits[0].double().numpy(), tuple(bits[1:].mean(1).tolist()))
+
+
+def _probe(vectors: np.ndarray, y: Tensor, folds: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Bits (1+P, N) of each labelling `y` (1+P, N), and how well its probes fit the held-out fold, (1+P, FOLDS)."""
+    x, classes = torch.from_numpy(np.asarray(vectors, dtype=np.float32)), int(y.max()) + 1
+    bits, fit = torch.zeros(y.shape), torch.zeros(len(y), FOLDS)
     for fold in range(FOLDS):
         scored = torch.from_numpy(folds == fold)
         held_out = torch.from_numpy(folds == (fold + 1) % FOLDS)
@@ -88,12 +117,13 @@ def probe(vectors: np.ndarray, labels: np.ndarray, folds: np.ndarray, seed: int 
         each = y.repeat_interleave(len(PENALTIES), dim=0)  # ((1+P)*L, N)
         weights = fit_logistic(reduced[train], each[:, train], torch.tensor(PENALTIES).repeat(len(y)), classes)
         fits = log_p(reduced[held_out], weights, each[:, held_out]).sum(1).view(len(y), -1)  # (1+P, L)
+        fit[:, fold] = fits.max(1).values
         chosen = fits.argmax(1) + len(PENALTIES) * torch.arange(len(y))
         found = log_p(reduced[scored], weights[chosen], y[:, scored])
         counts = one_hot(y[:, train], classes).sum(1) + 1.0  # (1+P, C), one more of each, so that none has p = 0
         prior = (counts / counts.sum(1, keepdim=True)).log().gather(1, y[:, scored])
         bits[:, scored] = (found - prior) / np.log(2)
-    return Probed(bits[0].double().numpy(), tuple(bits[1:].mean(1).tolist()))
+    return bits, fit
 
 
 def entropy(labels: np.ndarray) -> float:

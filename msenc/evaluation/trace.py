@@ -26,16 +26,19 @@ from msenc.data.datamodule import DialogueDataModule
 from msenc.data.loader import UnitSample, collate_units
 from msenc.evaluation.losses import score_all
 from msenc.evaluation.metrics.description import voice_of
-from msenc.evaluation.probes import FOLDS, Probed, entropy, fold_groups, probe
+from msenc.evaluation.probes import FOLDS, Probed, entropy, fold_groups, probe, probe_each
 from msenc.evaluation.statistics import Effect, paired_effect
 from msenc.files import read_json
 from msenc.files.kinds import Count
 from msenc.models.conversation import ConversationModel
+from msenc.models.layers import layers_of
 from msenc.store.labels import LABELS, VOICE_TURNS, read_labels
 from msenc.types import UNKNOWN, UNKNOWN_SPEAKER, Batch, MsencError
 from msenc.work.group import ALONE, Group
 
 FILE = "trace.json"
+ENCODER = "encoder"
+"""The station of an encoder's output; ``encoder 4`` is that of its layer 4, where the run reads several."""
 FEWEST = 10
 """Examples of a label's value; rarer values are left out."""
 MOST_VALUES = 12
@@ -206,7 +209,11 @@ def record(
     tokens = datamodule.eval_tokens(split, limit)
     own = share(range(len(tokens)), tokens, group.rank, group.size)
     make = partial(
-        _collate, budget=datamodule.max_history_tokens, num_queries=datamodule.num_queries, layout=datamodule.layout
+        _collate,
+        budget=datamodule.max_history_tokens,
+        num_queries=datamodule.num_queries,
+        layout=datamodule.layout,
+        layers={stream: layers_of(spec.settings) for stream, spec in datamodule.streams.items()},
     )
     loader = datamodule.eval_dataloader(split, limit, chosen=own, collate_fn=make)
     parts = group.gather(_record(model, loader), len(tokens), Progress(), f"tracing {split}")
@@ -222,12 +229,16 @@ def record(
     return stations
 
 
-_Asking = dict[str, list[tuple[int, int, np.ndarray]]]
-"""Stream -> (number of the target, number of the slot before it, its frames pooled) in a batch."""
+_Asking = dict[str, list[tuple[int, int, dict[str, np.ndarray]]]]
+"""Stream -> (number of the target, number of the slot before it, its frames pooled: by station) in a batch."""
 
 
 def _collate(
-    samples: Sequence[UnitSample], budget: int, num_queries: Mapping[str, int], layout: Layout
+    samples: Sequence[UnitSample],
+    budget: int,
+    num_queries: Mapping[str, int],
+    layout: Layout,
+    layers: Mapping[str, Sequence[int]],
 ) -> tuple[Batch, _Asking]:
     asking: _Asking = defaultdict(list)
     slots: Counter[str] = Counter()
@@ -238,11 +249,17 @@ def _collate(
             for stream, turn, *_ in row.slots:
                 if turn + 1 in numbers:
                     frames = features[stream][turn].astype(np.float32)
-                    pooled = np.concatenate([frames.mean(axis=0), frames.std(axis=0)])
-                    asking[stream].append((numbers[turn + 1], slots[stream], pooled))
+                    asking[stream].append((numbers[turn + 1], slots[stream], _pooled(frames, layers[stream])))
                 slots[stream] += 1
             targets += len(row.target_turns)
     return collate_units(samples, budget, num_queries, layout), dict(asking)
+
+
+def _pooled(frames: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
+    """Station -> mean and standard deviation over time of the frames (T, D), or of each layer's in (T, K*D)."""
+    names = [f"{ENCODER} {layer}" for layer in layers] if len(layers) > 1 else [ENCODER]
+    parts = np.split(frames, len(names), axis=1)
+    return {name: np.concatenate([p.mean(axis=0), p.std(axis=0)]) for name, p in zip(names, parts, strict=True)}
 
 
 @torch.inference_mode()
@@ -264,7 +281,8 @@ def _record(model: ConversationModel, batches: Any) -> Iterator[dict[str, Statio
                 for of in (batch.streams[stream].places, batch.streams[stream].sources)
             )
             replies = batch.predictors[firsts[list(targets)]]
-            vectors = {"encoder": np.stack(pooled), "connector": _flat(queries[stream].flatten(0, 1)[sources])}
+            vectors = {name: np.stack([one[name] for one in pooled]) for name in pooled[0]}
+            vectors["connector"] = _flat(queries[stream].flatten(0, 1)[sources])
             vectors |= {f"slots {layer}": _flat(state[places]) for layer, state in enumerate(layers)}
             vectors |= {f"reply {layer}": _flat(state[replies, None]) for layer, state in enumerate(layers) if layer}
             ids = [batch.target_ids[target] for target in targets]
@@ -396,8 +414,12 @@ def _trace_label(
         verdict = f"{stream}, {name}: cannot tell: {few}"
         return {**facts, "stations": [], "used": asdict(used), "lost_at": "unknown", "verdict": verdict}
     folds = fold_groups(groups)
-    probed: dict[str, Probed] = {}
+    of_encoder = [station for station in recorded.vectors if station.startswith(ENCODER)]
+    each, best = probe_each([recorded.vectors[station][known] for station in of_encoder], labels, folds)
+    probed: dict[str, Probed] = {**dict(zip(of_encoder, each, strict=True)), ENCODER: best}
     for station, vectors in recorded.vectors.items():
+        if station in of_encoder:
+            continue
         is_passed_on = station == "slots 0" and np.array_equal(vectors, recorded.vectors["connector"])
         probed[station] = probed["connector"] if is_passed_on else probe(vectors[known], labels, folds)
     stations = {station: paired_effect(found.bits, groups) for station, found in probed.items()}
@@ -411,6 +433,19 @@ def _trace_label(
         "used": asdict(used),
         "lost_at": lost_at,
         "verdict": f"{stream}, {name}: {verdict}",
+    }
+
+
+def layer_bits(stations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Layer of the encoder -> the bits found in it, where a label was traced through several.
+
+    Args:
+        stations: of a label in ``trace.json``.
+    """
+    return {
+        station["station"].removeprefix(f"{ENCODER} "): station["mean"]
+        for station in stations
+        if station["station"].startswith(f"{ENCODER} ")
     }
 
 
@@ -439,17 +474,17 @@ def judge(
 
     negligible = NEGLIGIBLE * bits
     if used.low > NOTHING * bits:
-        beside = "" if has("encoder") else ", though no linear probe finds it in the encoder's output"
-        found = f"the encoder has {told('encoder')} of {bits:.2f}{beside}"
+        beside = "" if has(ENCODER) else ", though no linear probe finds it in the encoder's output"
+        found = f"the encoder has {told(ENCODER)} of {bits:.2f}{beside}"
         return "nowhere", f"replies use it ({used.mean:.2f} bits per reply; {found})"
-    if not has("encoder") and not has("connector"):
-        if stations["encoder"].high < negligible:
-            return "encoder", f"the encoder never had it ({told('encoder')} of {bits:.2f} bits)"
-        found = f"{told('encoder')} of {bits:.2f} bits"
+    if not has(ENCODER) and not has("connector"):
+        if stations[ENCODER].high < negligible:
+            return "encoder", f"the encoder never had it ({told(ENCODER)} of {bits:.2f} bits)"
+        found = f"{told(ENCODER)} of {bits:.2f} bits"
         return "unknown", f"cannot tell whether the encoder has it ({found}); trace more dialogues"
-    drop = paired_effect(probed["encoder"].bits - probed["connector"].bits, groups)
-    passed = f"{told('encoder')} of {bits:.2f} bits before it, {told('connector')} after"
-    if not has("connector") or (drop.low > 0 and stations["connector"].mean < stations["encoder"].mean / 2):
+    drop = paired_effect(probed[ENCODER].bits - probed["connector"].bits, groups)
+    passed = f"{told(ENCODER)} of {bits:.2f} bits before it, {told('connector')} after"
+    if not has("connector") or (drop.low > 0 and stations["connector"].mean < stations[ENCODER].mean / 2):
         return "connector", f"the connector lost it ({passed})"
     if not used.high < negligible:
         found = f"{used.mean:.2f} bits [{used.low:.2f}, {used.high:.2f}]"

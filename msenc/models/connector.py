@@ -51,6 +51,22 @@ class Connector(nn.Module):
         super().__init__()
         self.num_queries = num_queries
         self.in_norm = Standardize(in_dim) if normalize else nn.Identity()
+        self.mixture: nn.Module = nn.Identity()
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        """Read several layers of an encoder, side by side in (N, T, K*D), and mix them to the (N, T, D) of `in_dim`.
+
+        Args:
+            layers: their numbers, for those who read the weights.
+        """
+        is_standardized = isinstance(self.in_norm, Standardize)
+        if is_standardized:
+            self.in_norm = Standardize(len(layers) * len(self.in_norm.shift))
+        self.mixture = LayerMixture(layers, normalize=not is_standardized)
+
+    def prepared(self, features: Tensor) -> Tensor:
+        """What `connect` reads: (..., D) standardized; of several layers, (..., K*D), their mixture."""
+        return self.mixture(self.in_norm(features))
 
     @property
     def first(self) -> nn.Linear:
@@ -61,13 +77,13 @@ class Connector(nn.Module):
         """Connect each utterance. A row without a real frame gives the same finite vectors whatever its padding.
 
         Args:
-            features: (N, T, D), T at least 1.
+            features: (N, T, D), T at least 1; after `take_layers`, (N, T, K*D).
             mask: (N, T) bool, True for real frames.
 
         Returns:
             (N, Q, H).
         """
-        return self.out_norm(self.connect(self.in_norm(_real(features, mask)), mask))
+        return self.out_norm(self.connect(self.prepared(_real(features, mask)), mask))
 
     def connect(self, features: Tensor, mask: Tensor) -> Tensor:
         """The part between input and output layers: (N, T, D), (N, T) -> (N, Q, H)."""
@@ -396,6 +412,53 @@ class Standardize(nn.Module):
         return (features - self.shift) * self.scale
 
 
+class LayerMixture(nn.Module):
+    """Layers of an encoder side by side (..., K*D) -> their mean (..., D) by learned weights that add up to 1.
+
+    The weights are a softmax, at first all equal. Layers differ in scale, by which alone one could outweigh the others:
+    they come standardized, or each frame of each layer is normalized here.
+
+    Args:
+        layers: the layers' numbers, in order.
+        normalize: each frame of a layer to mean 0 and variance 1.
+
+    Source: Yang et al., SUPERB (arXiv 2105.01051), section 3; there the softmax is of the parameters themselves, and
+    training a hundred times as long.
+
+    Example:
+        >>> LayerMixture([2, 4], normalize=False)(torch.tensor([[1.0, 2.0, 3.0, 6.0]])).tolist()
+        [[2.0, 4.0]]
+    """
+
+    GAIN = 10.0
+    """Of the parameters in the softmax: Adam moves each by about the learning rate in a step, whatever it is for."""
+
+    def __init__(self, layers: Sequence[int], normalize: bool) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.normalize = normalize
+        self.logits = nn.Parameter(torch.zeros(len(layers)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., K*D) -> (..., D)."""
+        layers = features.unflatten(-1, (len(self.layers), -1))  # (..., K, D)
+        if self.normalize:
+            layers = nn.functional.layer_norm(layers, layers.shape[-1:])
+        return (self.GAIN * self.logits).softmax(0) @ layers
+
+
+def layer_weights(connectors: Mapping[str, nn.Module]) -> dict[str, dict[int, float]]:
+    """Stream -> layer -> its weight, of connectors that mix layers; where weights are shared out, in all processes."""
+    found = {}
+    for stream, connector in connectors.items():
+        if isinstance(mixture := getattr(connector, "mixture", None), LayerMixture):
+            logits = mixture.logits.detach()
+            logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+            weights = (mixture.GAIN * logits.float()).softmax(0).tolist()
+            found[stream] = dict(zip(mixture.layers, weights, strict=True))
+    return found
+
+
 class EmbeddingScale(nn.Module):
     """Vectors (..., H) -> the same directions, each with a root mean square of 1, times a gain per dimension."""
 
@@ -420,14 +483,14 @@ def calibrate(connector: nn.Module, utterances: Iterable[Tensor], embeddings: Te
 
     Args:
         connector: changed in place.
-        utterances: features (T, D) of training utterances.
+        utterances: features (T, D) of training utterances; (T, K*D) where the connector takes several layers.
         embeddings: (V, H) of the LLM's tokens.
     """
     if isinstance(connector.in_norm, Standardize):
         known = list(utterances)
         connector.in_norm.fit(known)
         with torch.no_grad():
-            whiten(connector.first, [connector.in_norm(frames.float()) for frames in known])
+            whiten(connector.first, [connector.prepared(frames.float()) for frames in known])
             connector.out_norm.gain.fill_(embeddings.float().square().mean().sqrt())
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from msenc.models.layers import layers_of
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
 
@@ -21,6 +22,8 @@ SIMILAR = 0.8
 
 class Encoder(Protocol):
     """Clips -> features (T, D), one array per clip, independent of which clips are encoded together.
+
+    An encoder that takes `layers` gives the outputs of these side by side, and `dim` is the width of all together.
 
     An audio encoder has `sample_rate` (Hz) and takes float32 clips (S,), mono, in -1..1; a video encoder has
     `fps` and takes uint8 clips (T, height, width, 3), RGB frames already sampled at that rate.
@@ -154,6 +157,7 @@ class SpeechEncoder:
         name_or_path: a folder or a hub id, with its feature extractor.
         layer: 0 is the input of the first layer, k the output of layer k; negative numbers count from the last
             layer, whose output is taken after the model's final norm, if it has one.
+        layers: several of these side by side, (T, K*D), instead of `layer`.
         batch_s: seconds of audio in a batch, including padding; a longer clip is encoded alone.
         device: where the model runs.
         dtype: float32, bfloat16 or float16.
@@ -165,6 +169,7 @@ class SpeechEncoder:
         self,
         name_or_path: str,
         layer: int = -1,
+        layers: Sequence[int] | None = None,
         batch_s: float = 60.0,
         device: str = "cpu",
         dtype: str = "float32",
@@ -185,8 +190,8 @@ class SpeechEncoder:
             AutoModel, name_or_path, may_miss=("masked_spec_embed",), dtype=to_dtype(dtype), **attention
         )
         self.model = model.to(device).eval()
-        self.layer = _layer_index(layer, config.num_hidden_layers, name_or_path)
-        self.dim = config.hidden_size
+        self.layers = _layer_indices(layer, layers, config.num_hidden_layers, name_or_path)
+        self.dim = config.hidden_size * len(self.layers)
         self.sample_rate = self.extractor.sampling_rate
         self.batch_s = batch_s
         self.convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
@@ -217,9 +222,8 @@ class SpeechEncoder:
             # WavLM passes torch a boolean mask with its float position bias: deprecated, but correct.
             warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
             output = self.model(values, attention_mask=mask, output_hidden_states=True)
-        is_last = self.layer == self.model.config.num_hidden_layers
-        hidden = output.last_hidden_state if is_last else output.hidden_states[self.layer]
-        return hidden.float().cpu().numpy()
+        states = [*output.hidden_states[: self.model.config.num_hidden_layers], output.last_hidden_state]
+        return _side_by_side([states[layer] for layer in self.layers])
 
     def _field(self) -> int:
         samples = 1
@@ -246,6 +250,7 @@ class WhisperEncoder:
         name_or_path: a folder or a hub id, with its feature extractor; the decoder is discarded.
         layer: 0 is the input of the first layer, k the output of layer k; negative numbers count from the last
             layer, whose output is taken after the encoder's final norm.
+        layers: several of these side by side, (T, K*D), instead of `layer`.
         window: ``full`` or ``short``.
         batch_s: seconds of audio in a batch, including padding.
         device: where the model runs.
@@ -258,6 +263,7 @@ class WhisperEncoder:
         self,
         name_or_path: str,
         layer: int = -1,
+        layers: Sequence[int] | None = None,
         window: Literal["full", "short"] = "full",
         batch_s: float = 120.0,
         device: str = "cpu",
@@ -276,8 +282,8 @@ class WhisperEncoder:
         self.extractor = load_pretrained(AutoFeatureExtractor, name_or_path)
         model = load_pretrained(WhisperModel, name_or_path, dtype=to_dtype(dtype))
         self.model = model.encoder.to(device).eval()
-        self.layer = _layer_index(layer, config.encoder_layers, name_or_path)
-        self.dim = config.d_model
+        self.layers = _layer_indices(layer, layers, config.encoder_layers, name_or_path)
+        self.dim = config.d_model * len(self.layers)
         self.sample_rate = self.extractor.sampling_rate
         self.window = window
         self.batch_s = batch_s
@@ -317,11 +323,12 @@ class WhisperEncoder:
         mel = mel[..., : num_frames * self.model.conv2.stride[0]].to(self.model.device, self.model.dtype)
         hidden = F.gelu(self.model.conv2(F.gelu(self.model.conv1(mel)))).transpose(1, 2)  # (N, T, D)
         hidden = hidden + self.model.embed_positions.weight[:num_frames]
-        for layer in self.model.layers[: self.layer]:
-            hidden = layer(hidden, None)
-        if self.layer == len(self.model.layers):
-            hidden = self.model.layer_norm(hidden)
-        return hidden.float().cpu().numpy()
+        states = [hidden]
+        for layer in self.model.layers[: max(self.layers)]:
+            states.append(layer(states[-1], None))
+        if max(self.layers) == len(self.model.layers):
+            states[-1] = self.model.layer_norm(states[-1])
+        return _side_by_side([states[layer] for layer in self.layers])
 
 
 class Pixels:
@@ -380,6 +387,9 @@ class ClipVision:
 
     Args:
         name_or_path: a folder or a hub id of a CLIP model, or of its vision half, with its image processor.
+        layers: instead of the embeddings, the class token's vectors after several layers side by side, (T, K*D), where
+            D is the width of the layers: k is after layer k, negative numbers count from the last one, whose output
+            is taken after the final norm. There is no 0: the class token enters the first one the same for all images.
         fps: frames per second that the clips are sampled at.
         batch_frames: frames in a batch.
         device: where the model runs.
@@ -391,6 +401,7 @@ class ClipVision:
     def __init__(
         self,
         name_or_path: str,
+        layers: Sequence[int] | None = None,
         fps: float = 3.0,
         batch_frames: int = 64,
         device: str = "cpu",
@@ -406,7 +417,11 @@ class ClipVision:
         self.processor = load_pretrained(CLIPImageProcessorPil, name_or_path)
         model = load_pretrained(CLIPVisionModelWithProjection, name_or_path, dtype=to_dtype(dtype))
         self.model = model.to(device).eval()
+        self.layers: list[int] = []
         self.dim = model.config.projection_dim
+        if layers is not None:
+            self.layers = _layer_indices(-1, layers, model.config.num_hidden_layers, name_or_path, first=1)
+            self.dim = model.config.hidden_size * len(self.layers)
         self.fps = fps
         self.batch_frames = batch_frames
 
@@ -422,7 +437,12 @@ class ClipVision:
     @torch.inference_mode()
     def _forward(self, frames: list[np.ndarray]) -> np.ndarray:
         pixels = self.processor(frames, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-        return self.model(pixels.to(self.model.device, self.model.dtype)).image_embeds.float().cpu().numpy()
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        if not self.layers:
+            return _side_by_side([self.model(pixels).image_embeds])
+        states = [state[:, 0] for state in self.model(pixels, output_hidden_states=True).hidden_states]
+        states[-1] = self.model.vision_model.post_layernorm(states[-1])
+        return _side_by_side([states[layer] for layer in self.layers])
 
 
 def similar_batches(lengths: Sequence[int], budget: float, similar: float) -> Iterator[list[int]]:
@@ -451,14 +471,28 @@ def similar_batches(lengths: Sequence[int], budget: float, similar: float) -> It
         yield batch
 
 
-def _layer_index(layer: int, num_layers: int, name: str) -> int:
-    index = layer + num_layers + 1 if layer < 0 else layer
-    if not 0 <= index <= num_layers:
-        raise MsencError(
-            f"layer {layer} of {name!r} does not exist: it has {num_layers} layers, so expected"
-            f" {-num_layers - 1}..{num_layers} (0 is the input of the first)."
-        )
-    return index
+def _layer_indices(layer: int, layers: Sequence[int] | None, num_layers: int, name: str, first: int = 0) -> list[int]:
+    """The layer, or layers, as numbers from `first` on."""
+    if layers is not None and layer != -1:
+        raise MsencError(f"layer={layer} and layers={list(layers)}: found both, expected one of them. Leave out layer.")
+    found: dict[int, int] = {}
+    for given in layers_of({"layers": [layer] if layers is None else layers}, "encoder"):
+        index = given + num_layers + 1 if given < 0 else given
+        if not first <= index <= num_layers:
+            start = "0 is the input of the first" if first == 0 else "1 is the output of the first"
+            raise MsencError(
+                f"layer {given} of {name!r} does not exist: it has {num_layers} layers, so expected"
+                f" {first - num_layers - 1}..{num_layers} ({start})."
+            )
+        if index in found:
+            raise MsencError(f"layers={list(layers or [])}: {found[index]} and {given} are one layer of {name!r}.")
+        found[index] = given
+    return list(found)
+
+
+def _side_by_side(states: Sequence[torch.Tensor]) -> np.ndarray:
+    """(..., D) of each layer -> (..., K*D) float32."""
+    return torch.cat([state.float() for state in states], dim=-1).cpu().numpy()
 
 
 def _checked_sound(clip: np.ndarray, index: int, encoder: AudioEncoder) -> np.ndarray:

@@ -21,6 +21,7 @@ from msenc.data.conflict import find_conflicts
 from msenc.data.controls import read_controls
 from msenc.data.datamodule import DialogueDataModule
 from msenc.evaluation.conflict import CONFLICT, conflict_cells, evaluate_conflict, write_conflict
+from msenc.evaluation.judge import judge_lines, judge_replies, read_replies
 from msenc.evaluation.losses import (
     AGAIN,
     evaluate_control,
@@ -29,15 +30,17 @@ from msenc.evaluation.losses import (
     read_predictions,
     write_evaluation,
 )
+from msenc.evaluation.metrics.judge import Judge
 from msenc.evaluation.metrics.sound import SOUND_METRICS
-from msenc.evaluation.metrics.text import DEFAULT_METRICS, build_text_metrics, settings_of
+from msenc.evaluation.metrics.text import DEFAULT_METRICS, JUDGE, build_text_metrics, settings_of
 from msenc.evaluation.missing import CURVES, evaluate_missing, missing_cells, read_missing, write_missing
 from msenc.evaluation.spoken import check_sound_metrics, listen_to_replies, speak_replies
+from msenc.evaluation.trace import ENCODER, layer_bits, read_trace, trace_split
 from msenc.evaluation.trace import FILE as TRACE
-from msenc.evaluation.trace import read_trace, trace_split
 from msenc.evaluation.tracked import track_evaluation
 from msenc.files import digest, inside, known_to_json, read_json, write_json
 from msenc.files.kinds import check_name
+from msenc.models.connector import layer_weights
 from msenc.models.conversation import ConversationModel
 from msenc.pipelines.plan import num_processes
 from msenc.prepare.describe import BINS, read_bins
@@ -183,9 +186,12 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
         check_sound_metrics(options.speech_metrics)
     metrics = options.metrics or DEFAULT_METRICS
     device = str(group.device or find_device(options.device))
-    scorers = (
-        build_text_metrics(metrics, options.metric_settings, device) if options.generate and group.is_first else {}
-    )
+    scorers, judge = {}, None
+    if options.generate and group.is_first:
+        others_than_judge = [name for name in metrics if name != JUDGE]
+        rest = {name: value for name, value in options.metric_settings.items() if name != JUDGE}
+        scorers = build_text_metrics(others_than_judge, rest, device)
+        judge = _build_judge(options, config, device) if JUDGE in metrics else None
     L.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule = _open_data(record, config, is_other)
     controls = read_controls(options.control, datamodule.streams)
@@ -242,6 +248,12 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
             model(), datamodule, options.split, settings["decoding"], config["seed"], options.limit, scorers, group
         )
         found |= {**facts, "settings": _said(settings)}
+        if judge is not None:
+            against = (settings_of(JUDGE, options.metric_settings) or {}).get("against")
+            replies = read_replies(Path(against), options.split, predictions) if against else None
+            found |= judge_replies(judge, datamodule, options.split, predictions, replies)
+        if weights_of_layers := layer_weights(model().connectors):
+            found["layers"] = weights_of_layers
         if options.speech is not None:
             found |= _speak(predictions, options, folder, datamodule.folder, device, group)
         if group.is_first:
@@ -340,6 +352,18 @@ def _evaluate(run_dir: Path, options: EvaluateConfig, threads: int | None, group
                     _print_grid(f"planted bits recovered, in %, by that share of {stream}", planted[0], planted[1:])
             console.print(f"Written: {shown(folder / CURVES)}", soft_wrap=True)
     return found
+
+
+def _build_judge(options: EvaluateConfig, config: Mapping[str, Any], device: str) -> Judge:
+    given = settings_of(JUDGE, options.metric_settings) or {}
+    if (against := given.pop("against", None)) is not None and not Path(against).is_dir():
+        raise MsencError(
+            f"metric_settings.judge.against={against}: no such folder. Expected a run, or an evaluation of one."
+        )
+    try:
+        return Judge(**{"device": device, **given}, cache=Path(config["paths"]["cache_dir"]) / JUDGE)
+    except TypeError as error:
+        raise MsencError(f"metric_settings.judge: found {given}, but {error}.") from error
 
 
 def _with_settings(settings: str, path: Path) -> dict[str, Any] | None:
@@ -461,15 +485,22 @@ def _print_trace(streams: Mapping[str, Any], title: str) -> None:
         for name, label in facts["labels"].items():
             bits = {station["station"]: f"{station['mean']:z.2f}" for station in label["stations"]}
             ends = [next((s for s in reversed(bits) if s.startswith(kind)), "") for kind in ("slots", "reply")]
-            cells = [bits.get(station, "") for station in ("encoder", "connector", "slots 0", *ends)]
+            cells = [bits.get(station, "") for station in (ENCODER, "connector", "slots 0", *ends)]
             rows.append([name, f"{label['entropy']:.2f}", *cells, f"{label['used']['mean']:z.2f}"])
         columns = ["label", "bits", "encoder", "connector", "LLM in", "LLM out", "reply", "used"]
         _print_grid(f"{title}, {stream}: bits that probes find", columns, rows)
+        for name, label in facts["labels"].items():
+            if of_layers := layer_bits(label["stations"]):
+                console.print(f"  {name}: bits in the encoder's layers: {_listed(of_layers)}", soft_wrap=True)
         for unseen in dict.fromkeys(label["unseen"] for label in facts["labels"].values()):
             names = [name for name, label in facts["labels"].items() if label["unseen"] == unseen]
             console.print(f"  probes are scored on unseen {unseen}: {', '.join(names)}", soft_wrap=True)
         for label in facts["labels"].values():
             console.print(f"  {label['verdict']}", soft_wrap=True)
+
+
+def _listed(of_layers: Mapping[Any, float]) -> str:
+    return ", ".join(f"{layer}: {value:z.2f}" for layer, value in of_layers.items())
 
 
 def _planted(kind: str) -> str:
@@ -493,6 +524,10 @@ def _print_metrics(metrics: Mapping[str, Any], title: str) -> None:
             shares = [f"planted/{_planted(kind)}/{share}" for share in ("recovered", "in_words", "in_descriptions")]
             cells = [f"{100 * metrics[name]:z.1f} %" if rest.pop(name, None) is not None else "" for name in shares]
             kinds.append([kind, rest.pop(f"nll/{kind}"), *cells])
+    for stream, weights in metrics.get("layers", {}).items():
+        console.print(f"{stream}: weights of the encoder's layers: {_listed(weights)}", soft_wrap=True)
+    if "judge" in metrics:
+        console.print(*judge_lines(metrics), sep="\n", soft_wrap=True, markup=False)
     both = [name for name in rest if f"description/{name}" in rest]
     scores = [[name, rest.pop(name), rest.pop(f"description/{name}")] for name in both]
     by_attribute = [name for name in VOCABULARY if f"description/{name}/targets" in metrics]

@@ -15,6 +15,7 @@ from rich.table import Table
 from msenc.config.build import build
 from msenc.config.checks import checked
 from msenc.data.datamodule import DialogueDataModule
+from msenc.models.layers import num_outputs, without_absent
 from msenc.pipelines.prepare_status import say_stopped, show_status
 from msenc.prepare.dataset import folder_lock, prepare_dataset, prepare_part
 from msenc.prepare.describe import read_bins
@@ -168,11 +169,12 @@ def _recipes(config: Mapping[str, Any]) -> list[StreamRecipe]:
         StreamRecipe(
             kind=kind,
             name=stream["name"],
-            dim=stream["dim"],
-            make_encoder=build({**stream["encoder"], "_partial_": True}, f"model.streams.{kind}.encoder"),
-            settings={key: value for key, value in stream["encoder"].items() if key != "device"},  # as on any other
+            dim=stream["dim"] * num_outputs(stream["encoder"]),
+            make_encoder=build({**encoder, "_partial_": True}, f"model.streams.{kind}.encoder"),
+            settings={key: value for key, value in encoder.items() if key != "device"},  # as on any other
         )
         for kind, stream in config["model"]["streams"].items()
+        for encoder in [without_absent(stream["encoder"])]
     ]
 
 

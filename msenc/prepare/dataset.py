@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from msenc.files import content_hash, inside
+from msenc.models.layers import holds
 from msenc.prepare.describe import audio_hashes, describe_dialogues, describe_settings, measure_items, run_measures
 from msenc.prepare.features import VERSION, StreamRecipe, feature_items, make_extract, read_features
 from msenc.raw.annotations import Annotations, content_digest
@@ -80,7 +81,7 @@ def prepare_dataset(
     for recipe in streams:
         index, rejected = _write_features(folder, root, recipe, dialogues, hashes, turns["hash"], num_workers)
         rejections += rejected
-        infos[recipe.stream] = _info(recipe.kind, recipe.name, recipe.dim, index, dialogues)
+        infos[recipe.stream] = _info(recipe.kind, recipe.name, index["settings"]["dim"], index, dialogues)
     rejections = list(dict.fromkeys(rejections))  # two encoders of one stream lack the same clips
     manifest = DatasetManifest(
         name=name,
@@ -133,7 +134,7 @@ def prepare_part(
     for recipe in streams:
         index = _index(folder / recipe.stream, dialogues)
         settings = _stream_settings(recipe, dialogues, hashes)
-        if index is None or {**index["settings"], "turns": None} != {**settings, "turns": None}:
+        if index is None or not holds({**index["settings"], "turns": None}, {**settings, "turns": None}):
             items = feature_items(dialogues, recipe, hashes)
             stages[recipe.stream] = items, _extract(items, folder, root, recipe, num_workers, part)
     return [f"{stage}: {say_missing(items, missing, part)}" for stage, (items, missing) in stages.items() if missing]
@@ -246,9 +247,12 @@ def _hashes(root: Path, dialogues: Iterable[Dialogue], folder: Path, num_workers
 
 
 def _reuse(stream: Path, settings: Mapping[str, Any], dialogues: list[Dialogue]) -> dict[str, Any] | None:
-    """The stream's index, if it is there and was made with these settings, of all utterances of these dialogues."""
+    """The stream's index, if it is there and was made with these settings, of all utterances of these dialogues.
+
+    A stream that holds more layers of the encoder than are wanted is one that was.
+    """
     index = _index(stream, dialogues)
-    return index if index is not None and index["settings"] == settings else None
+    return index if index is not None and holds(index["settings"], settings) else None
 
 
 def _index(stream: Path, dialogues: list[Dialogue]) -> dict[str, Any] | None:

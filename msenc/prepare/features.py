@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from msenc.files import digest
+from msenc.models.layers import layers_of, num_outputs
 from msenc.raw import container
 from msenc.raw.container import MAX_CLIP_S, MediaError
 from msenc.raw.media import read_audio, read_frames
@@ -43,7 +44,7 @@ class StreamRecipe:
     Args:
         kind: ``audio`` or ``video``.
         name: the encoder's name.
-        dim: width that the config claims; the encoder's own must agree.
+        dim: width that the config claims, of all layers together; the encoder's own must agree.
         make_encoder: builds the encoder; picklable (a class, or `functools.partial` of one).
         settings: the encoder's config; features are made anew when it changes.
     """
@@ -135,10 +136,12 @@ def make_extract(root: Path, recipe: StreamRecipe) -> Callable[[Sequence[Dialogu
     """
     encoder = recipe.make_encoder()
     if encoder.dim != recipe.dim:
-        node = f"model.streams.{recipe.kind}"
+        node, number = f"model.streams.{recipe.kind}", num_outputs(recipe.settings)
+        own, said = (f"{dim / number:g}" for dim in (encoder.dim, recipe.dim))
+        each = " in each layer" if layers_of(recipe.settings) else ""
         raise MsencError(
-            f"{node}: the encoder {recipe.name!r} gives features {encoder.dim} wide, the config says "
-            f"dim={recipe.dim}. Set {node}.dim={encoder.dim}."
+            f"{node}: the encoder {recipe.name!r} gives features {own} wide{each}, the config says "
+            f"dim={said}. Set {node}.dim={own}."
         )
     return partial(extract, root=root, encoder=encoder, kind=recipe.kind)
 

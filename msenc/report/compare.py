@@ -20,7 +20,10 @@ from msenc.types import MsencError
 MAIN_METRICS = ("nll", "perplexity", "token_accuracy", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 PLANTED_KINDS = ("text", "audio", "video", "both")
 STREAMS = {"text", "audio", "video"}
-LOWER_IS_BETTER = ("nll", "perplexity", "repetition_4", "parse_failure_rate", "not_understood", "wer", "cer", "others")
+LOWER_IS_BETTER = (
+    *("nll", "perplexity", "repetition_4", "parse_failure_rate", "not_understood", "wer", "cer", "others"),
+    "inconsistent",
+)
 NEITHER_IS_BETTER = ("length_ratio",)
 DEFAULT = "(default)"
 
@@ -140,7 +143,7 @@ def direction_of(metric: str) -> int:
         (-1, 0)
     """
     parts = metric.removesuffix(" %").split("/")
-    if parts[-1] in NEITHER_IS_BETTER:
+    if parts[-1] in NEITHER_IS_BETTER or parts[:2] == ["judge", "bias"]:
         return 0
     return -1 if {parts[0], parts[-1]} & set(LOWER_IS_BETTER) else 1
 

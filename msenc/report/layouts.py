@@ -18,6 +18,7 @@ from msenc.files import write_text
 from msenc.report.compare import Comparison, Configuration
 from msenc.report.followed import FOLLOWED, followed_grid
 from msenc.report.listening.heard import METHOD, TITLES, heard_grid
+from msenc.report.layers import LAYERS, layer_grid
 from msenc.report.style import COSTS
 from msenc.report.table import Table, costs
 
@@ -97,6 +98,8 @@ def _sections(table: Table) -> list[tuple[str, list[list[str]]]]:
     if table.heard is not None:
         names = table.style.rows(table.configurations)
         sections.append((f"{TITLES[table.heard.kind]}; {METHOD}", heard_grid(table.heard, names)))
+    if layers := layer_grid(table.configurations):
+        sections.append((LAYERS, layers))
     if table.floor is not None:
         sections.append((NOISE, noise_grid(table)))
     return sections

@@ -10,6 +10,7 @@ from msenc.report.browse import browse
 from msenc.report.compare import Configuration
 from msenc.report.examples import find_examples
 from msenc.report.followed import followed_grid
+from msenc.report.layers import LAYERS, layer_grid
 from msenc.report.layouts import (
     COMPARED,
     COST_HEADING,
@@ -91,6 +92,8 @@ def render_page(
         ],
         heard=heard_grid(table.heard, table.style.rows(table.configurations)) if table.heard else None,
         heard_heading=f"{TITLES[table.heard.kind]}; {METHOD}" if table.heard else "",
+        layers_heading=LAYERS,
+        layers=layer_grid(table.configurations),
         noise_heading=NOISE,
         noise=noise_grid(table) if table.floor else None,
         examples=examples,

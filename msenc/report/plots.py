@@ -125,8 +125,10 @@ def trace_plot(labels: Mapping[str, Any]) -> str:
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         points = [*label["stations"], label["used"]]
         places = [*range(len(stations)), len(stations) + 1]
+        layers = [i for i, station in enumerate(stations) if station.startswith("encoder ")]
+        axes.plot(layers, [points[i]["mean"] for i in layers], color=colour, marker=marker, markersize=4, linewidth=1.4)
         for kind in ("encoder connector slots", "reply"):  # no line leads from the one token to the other
-            own = [i for i, station in enumerate(stations) if station.split()[0] in kind]
+            own = [i for i, s in enumerate(stations) if s.split()[0] in kind and not s.startswith("encoder ")]
             axes.plot(own, [points[i]["mean"] for i in own], color=colour, marker=marker, markersize=4, linewidth=1.4)
         axes.plot(
             places[-1:],
@@ -141,6 +143,7 @@ def trace_plot(labels: Mapping[str, Any]) -> str:
                 axes.plot([place, place], [point["low"], point["high"]], color=colour, alpha=0.5, linewidth=1.2)
     names = [station.replace("slots 0", "LLM in").removeprefix("slots ") for station in stations]
     names = [name if name == "reply 1" else name.removeprefix("reply ") for name in names]
+    names = [name if i == 0 else name.removeprefix("encoder ") for i, name in enumerate(names)]
     step = max(1, len(names) // 16)
     shown = [i for i, name in enumerate(names) if not name.isdigit() or int(name) % step == 0]
     axes.set_xticks([*shown, len(stations) + 1], [*(names[i] for i in shown), "used"], fontsize=8)

@@ -10,6 +10,7 @@ from msenc.config.build import with_first_targets
 from msenc.data.datamodule import DialogueDataModule
 from msenc.data.preferences import PreferenceDataModule, is_table
 from msenc.files import digest
+from msenc.models.layers import without_absent
 from msenc.runs.record import read_run
 from msenc.types import MsencError
 
@@ -132,6 +133,8 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
         settings["objective"]["pairs"] = "table"  # identified by its content
     if settings.get("threads", 0) is None:
         del settings["threads"]
+    for stream in (settings["model"].get("streams") or {}).values():
+        stream["encoder"] = without_absent(stream["encoder"])
     if "control" in settings:
         settings["controls"] = settings.pop("control")  # its first name
     return with_first_targets(settings)

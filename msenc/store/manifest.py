@@ -45,7 +45,7 @@ class StreamInfo:
     Args:
         kind: ``text``, ``audio`` or ``video``.
         encoder: name of what made the features, or None for turns.
-        dim: width of the features, or None for turns.
+        dim: width of the features, of several layers all together; None for turns.
         settings: what the stream was made with.
         hash: of its content, as its index has it.
         utterances: number of utterances that have the stream, by split.

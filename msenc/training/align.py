@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from msenc.config.build import build
+from msenc.config.build import build_connector
 from msenc.config.hints import nearest
 from msenc.data.collate import collate, dialogue_rows
 from msenc.data.datamodule import DialogueDataModule
@@ -37,11 +37,12 @@ from msenc.models.alignment import (
 )
 from msenc.models.connector import calibrate
 from msenc.models.conversation import ConversationModel
+from msenc.models.layers import without_absent
 from msenc.models.llm import token_embeddings
 from msenc.prompt import TOKEN_KINDS, DialogueTokenizer, Slot, Target, TokenizedDialogue
 from msenc.runs.identity import stream_hashes
 from msenc.store.labels import LABELS, VOICE_TURNS, columns_of, read_labels
-from msenc.training.assembly import CALIBRATION_UTTERANCES
+from msenc.training.assembly import num_for_calibration
 from msenc.training.checkpoints import read_checkpoint, write_checkpoint
 from msenc.types import UNKNOWN, Dialogue, MsencError, VoiceAttributes
 from msenc.work.console import console, shown
@@ -246,11 +247,11 @@ def _align(
     stream: str,
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     node = {k: v for k, v in config["align"].items() if k not in ("labels", "template")}
-    settings = AlignmentSettings(**node)
+    settings, settings_of_stream = AlignmentSettings(**node), config["model"]["streams"][stream]
     identity = {
         "version": VERSION,
         "stream": stream,
-        "encoder": config["model"]["streams"][stream],
+        "encoder": {**settings_of_stream, "encoder": without_absent(settings_of_stream["encoder"])},
         "features": stream_hashes(datamodule)[stream],
         "turns": datamodule.manifest.turns_hash,
         "left_out": sorted(datamodule.left_out),
@@ -315,12 +316,10 @@ def _make(
     device = embeddings.device
     with own_random_numbers(settings.seed):
         node = config["model"]["connector"]
-        connector = build(
-            node, "model.connector", in_dim=config["model"]["streams"][stream]["dim"], out_dim=embeddings.shape[1]
-        )
+        connector = build_connector(node, config["model"]["streams"][stream], embeddings.shape[1])
         connector.to(device)
         train = _Utterances(datamodule, labels, stream, "train")
-        calibrate(connector, train.frames(CALIBRATION_UTTERANCES), embeddings)
+        calibrate(connector, train.frames(num_for_calibration(connector)), embeddings)
         targets = EmbeddingTargets(embeddings, connector.num_queries)
         loss_of = make_loss(settings, targets)
         if settings.objective == "llm":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from msenc.config.build import build
+from msenc.config.build import build, build_connector
 from msenc.data.datamodule import DialogueDataModule, preparing_hint
 from msenc.data.dataset import StreamSpec
 from msenc.data.preferences import PreferenceDataModule
@@ -102,10 +102,7 @@ def build_model(config: Mapping[str, Any], empty: bool = False, by_shares: bool 
     if empty and connector and "init" in connector:
         connector = {**connector, "init": None}
     with torch.device("meta") if empty else nullcontext():
-        connectors = {
-            name: build(connector, "model.connector", in_dim=stream["dim"], out_dim=width)
-            for name, stream in model["streams"].items()
-        }
+        connectors = {name: build_connector(connector, stream, width) for name, stream in model["streams"].items()}
     if model["tie_connectors"]:
         tie(connectors)
     built = ConversationModel(llm, connectors)
@@ -168,6 +165,12 @@ def num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def num_for_calibration(connector: torch.nn.Module) -> int:
+    """How many utterances calibrate a connector; fewer of several layers, which take more memory each."""
+    layers = getattr(getattr(connector, "mixture", None), "layers", (0,))
+    return max(CALIBRATION_UTTERANCES // len(layers), 100)
+
+
 def calibrate_connectors(
     model: ConversationModel, datamodule: DialogueDataModule, others: Collection[str] = ()
 ) -> None:
@@ -183,14 +186,15 @@ def calibrate_connectors(
         for name, connector in model.connectors.items()
         if name not in others and isinstance(connector.in_norm, Standardize)
     }
+    wanted = {name: num_for_calibration(model.connectors[name]) for name in known}
     dataset = datamodule.dataset("train")
     # Drawn from the whole split, since a corpus may be sorted. Independent of the seed, as runs share it.
     for index in np.random.default_rng(0).permutation(len(dataset)).tolist():
-        if all(len(utterances) == CALIBRATION_UTTERANCES for utterances in known.values()):
+        if all(len(utterances) == wanted[name] for name, utterances in known.items()):
             break
         features = dataset.features(index)  # read once for all connectors
         for name, utterances in known.items():
             new = (torch.from_numpy(frames) for frames in features[name] if frames is not None)
-            utterances += islice(new, CALIBRATION_UTTERANCES - len(utterances))
+            utterances += islice(new, wanted[name] - len(utterances))
     for name, utterances in known.items():
         calibrate(model.connectors[name], utterances, token_embeddings(model.llm))

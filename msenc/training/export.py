@@ -15,7 +15,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from torch import nn
 
-from msenc.config.build import build, with_current_targets
+from msenc.config.build import build, build_connector, with_current_targets
 from msenc.files import digest, hold, read_json, reason_of, whole_folder, write_json
 from msenc.files.kinds import Count, Name, short
 from msenc.models.connector import tie
@@ -360,7 +360,7 @@ def load_export(
     for stream, facts in content["streams"].items():
         node = {**content["connector"], **({"init": None} if "init" in content["connector"] else {})}
         with _readable(path):
-            connectors[stream] = build(node, "model.connector", in_dim=facts["dim"], out_dim=width)
+            connectors[stream] = build_connector(node, facts, width)
     if content["tie_connectors"]:
         tie(connectors)
     model = ConversationModel(llm, connectors)

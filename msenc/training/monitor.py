@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from msenc.models.alignment import spread
+from msenc.models.connector import layer_weights
 from msenc.training.module import ConversationModule
 from msenc.types import Batch, MsencError
 
@@ -32,6 +33,7 @@ class StreamMonitor(L.Callback):
     - ``stream/<stream>/used_nats``: by how many nats per target token the loss rises when each utterance is given
       another one's frames. 0 if the LLM does not use the stream. An LLM that trusts it is misled, so this does not
       measure information; `evaluate.py control=shuffle` does.
+    - ``layers/<stream>/<layer>``: the weight of each of the encoder's layers, where the connector mixes several.
 
     Args:
         targets: approximate number of validation targets used; costs a forward pass of these per stream.
@@ -84,6 +86,7 @@ class StreamMonitor(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, module: ConversationModule) -> None:
         """Log the results over all processes."""
         said = []
+        weights = layer_weights(module.model.connectors)
         for stream in module.model.connectors:
             found = self._outputs.get(stream)
             differs = spread(torch.cat(found)) if found else 0.0
@@ -92,6 +95,10 @@ class StreamMonitor(L.Callback):
             module.log(f"connector/{stream}/spread", differs, sync_dist=True)
             module.log(f"stream/{stream}/used_nats", used)
             said.append(f"{stream} differs {100 * differs:.1f} %, used {used:.4f} nats")
+            for layer, weight in weights.get(stream, {}).items():
+                module.log(f"layers/{stream}/{layer}", weight)
+            if stream in weights:
+                said[-1] += f", layers {', '.join(f'{layer}: {w:.2f}' for layer, w in weights[stream].items())}"
         if said and not trainer.sanity_checking:
             trainer.print(f"epoch {trainer.current_epoch + 1}: {'; '.join(said)}")
 

@@ -6,10 +6,12 @@ from safetensors.torch import save_file
 
 from msenc.models.connector import (
     ConvConnector,
+    LayerMixture,
     Mlp,
     QFormer,
     Standardize,
     calibrate,
+    layer_weights,
     load_blip2,
     span_weights,
     tie,
@@ -470,3 +472,72 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
         qformer(init=str(folder))
     with pytest.raises(MsencError, match=r"as a folder \(there is none of this name\)"):
         qformer(init=str(tmp_path / "absent"))
+
+
+# Layers of an encoder
+
+
+def mixing(name, layers=(2, 4, -1)):
+    connector = CONNECTORS[name]()
+    connector.take_layers(layers)
+    return connector
+
+
+@pytest.mark.parametrize("name", sorted(CONNECTORS))
+def test_with_all_weight_on_one_layer_a_connector_reads_that_one(name):
+    one, mixed = CONNECTORS[name]().eval(), mixing(name).eval()
+    layers = [rows([6, 3]) for _ in range(3)]  # of each, two utterances
+    joined = [torch.cat(of, dim=1) for of in zip(*layers, strict=True)]
+    state = {k: v for k, v in mixed.state_dict().items() if not k.startswith(("mixture", "in_norm"))}
+    one.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        mixed.mixture.logits.copy_(torch.tensor([-1e4, 0.0, -1e4]))
+    is_standardized = name in ("conv, normalized", "qformer, normalized", "mlp, normalized")
+    if is_standardized:
+        mixed.in_norm.fit(joined)
+        one.in_norm.fit(layers[1])
+    own = [u if is_standardized else torch.nn.functional.layer_norm(u, (5,)) for u in layers[1]]
+    torch.testing.assert_close(mixed(*padded(joined)), one(*padded(own)), atol=1e-5, rtol=1e-5)
+    assert layer_weights({"audio": mixed, "video": one}) == {"audio": {2: 0.0, 4: 1.0, -1: 0.0}}
+
+
+@pytest.mark.parametrize("name", sorted(CONNECTORS))
+def test_layers_begin_with_equal_weights_and_all_of_them_learn(name):
+    connector = mixing(name)
+    calibrate(connector, rows([9, 8, 7, 30], width=15), torch.randn(20, 8))
+    assert layer_weights({"audio": connector}) == {"audio": pytest.approx({2: 1 / 3, 4: 1 / 3, -1: 1 / 3})}
+    connector(*padded(rows([7, 2], width=15))).square().sum().backward()
+    assert (connector.mixture.logits.grad.abs() > 1e-9).all()
+
+
+def test_a_mixture_finds_the_layer_that_tells():
+    torch.manual_seed(1)
+    connector = mixing("conv, normalized")
+    told = torch.tensor([1.0 if n % 2 else -1.0 for n in range(32)])
+
+    def draw():
+        utterances = rows([6] * 32, width=15)
+        for utterance, value in zip(utterances, told, strict=True):
+            utterance[:, 7] += value  # in the second of three layers
+        return utterances
+
+    calibrate(connector, draw(), torch.randn(20, 8))
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (connector(*padded(draw())).mean((1, 2)) - told).square().mean().backward()
+        optimizer.step()
+    weights = layer_weights({"audio": connector})["audio"]
+    assert weights[4] > 2 * max(weights[2], weights[-1])
+
+
+def test_a_connector_of_one_output_has_no_mixture(connector):
+    assert not any("mixture" in name for name in connector.state_dict())
+    assert layer_weights({"audio": connector}) == {}
+
+
+def test_layers_of_any_scale_are_mixed_alike():
+    mixture = LayerMixture([0, 1], normalize=True)
+    layers = torch.randn(3, 4), torch.randn(3, 4)
+    near = mixture(torch.cat([layers[0], layers[1]], 1))
+    torch.testing.assert_close(mixture(torch.cat([1000 * layers[0], layers[1]], 1)), near, atol=1e-3, rtol=0)

@@ -245,6 +245,42 @@ def test_whisper_features_equal_the_models_own(whisper_folder):
         np.testing.assert_allclose(features, output.hidden_states[layer][0, :25].numpy(), atol=2e-5)
 
 
+LAYERS = {
+    "Whisper": lambda folders, **chosen: WhisperEncoder(folders["Whisper"], **chosen),
+    "WavLM": lambda folders, **chosen: SpeechEncoder(folders["WavLM", "layer"], **chosen),
+    "wav2vec2": lambda folders, **chosen: SpeechEncoder(folders["Wav2Vec2", "group"], **chosen),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LAYERS))
+def test_layers_stand_side_by_side_in_the_order_asked_for(speech_folders, whisper_folder, kind):
+    folders = {**speech_folders, "Whisper": whisper_folder}
+    clips = noise(8000, 4321)
+    encoder = LAYERS[kind](folders, layers=[2, 0, -2])
+    assert encoder.dim == 3 * 16
+    together = assert_company_changes_nothing(encoder, clips, atol=2e-5)
+    for place, layer in enumerate((2, 0, 1)):
+        alone = LAYERS[kind](folders, layer=layer)
+        for both, one in zip(together, alone.encode(clips), strict=True):
+            np.testing.assert_allclose(both[:, 16 * place : 16 * (place + 1)], one, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [
+        ({"layers": [0, 3]}, r"layer 3 of .* does not exist: it has 2 layers, so expected -3\.\.2"),
+        ({"layers": [2, -1]}, r"layers=\[2, -1\]: 2 and -1 are one layer of "),
+        ({"layers": [1, 1]}, r"found layer 1 twice"),
+        ({"layers": []}, r"found a list of 0, expected numbers of layers"),
+        ({"layers": [1], "layer": 1}, r"layer=1 and layers=\[1\]: found both"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["Whisper", "WavLM"])
+def test_layers_that_cannot_be_are_refused(speech_folders, whisper_folder, kind, chosen, found):
+    with pytest.raises(MsencError, match=found):
+        LAYERS[kind]({**speech_folders, "Whisper": whisper_folder}, **chosen)
+
+
 def test_whispers_short_window_is_the_full_one_on_full_clips_only(whisper_folder):
     full, short = WhisperEncoder(whisper_folder), WhisperEncoder(whisper_folder, window="short")
     long, brief = noise(32000, 8000)
@@ -273,6 +309,24 @@ def test_clip_features_do_not_depend_on_the_batch(clip_folder):
     encoder = ClipVision(clip_folder, batch_frames=4)
     features = assert_company_changes_nothing(encoder, [movie(3), movie(5, 30, 20), movie(1, 224, 224)], atol=2e-5)
     assert [f.shape for f in features] == [(3, 12), (5, 12), (1, 12)]
+
+
+def test_clips_layers_are_the_models_own_class_tokens(clip_folder):
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder = ClipVision(clip_folder, layers=[1, -1])
+    assert encoder.dim == 2 * 16
+    seen = []
+    encoder.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    (features,) = encoder.encode([movie(2)])
+    model = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval()
+    with torch.inference_mode():
+        output = model(seen[0], output_hidden_states=True)
+        np.testing.assert_allclose(features[:, :16], output.hidden_states[1][:, 0].numpy(), atol=2e-5)
+        projected = model.visual_projection(torch.from_numpy(features[:, 16:]))
+    np.testing.assert_allclose(projected.numpy(), output.image_embeds.numpy(), atol=2e-5)
+    with pytest.raises(MsencError, match=r"layer 0 of .* does not exist: it has 2 layers, so expected -2\.\.2 \(1 is"):
+        ClipVision(clip_folder, layers=[0, 1])
 
 
 def test_clip_preprocesses_as_published(clip_folder):
@@ -368,3 +422,26 @@ def test_whisper_base_as_published():
     for a, b in zip(full, short, strict=True):
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
         assert 0.5 < cosine.mean() < 0.9999
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    not (Path(os.environ.get("MSENC_MODELS", "")) / "whisper-base").is_dir() or "MSENC_MODELS" not in os.environ,
+    reason="needs whisper-base in MSENC_MODELS",
+)
+def test_layers_of_whisper_base_are_its_hidden_states():
+    from transformers import AutoFeatureExtractor, WhisperModel
+
+    folder = str(Path(os.environ["MSENC_MODELS"]) / "whisper-base")
+    clip = voice(150, seconds=1.0)
+    model, extractor = WhisperModel.from_pretrained(folder).eval(), AutoFeatureExtractor.from_pretrained(folder)
+    with torch.inference_mode():
+        mel = extractor(clip, sampling_rate=RATE, return_tensors="pt")["input_features"]
+        states = model.encoder(mel, output_hidden_states=True).hidden_states
+    encoder = WhisperEncoder(folder, layers=[0, 3, -1])
+    (features,) = encoder.encode([clip])
+    assert features.shape == (50, 3 * 512)
+    for place, layer in enumerate((0, 3, 6)):
+        own = features[:, 512 * place : 512 * (place + 1)]
+        np.testing.assert_allclose(own, states[layer][0, :50].numpy(), atol=2e-3)
+    assert np.abs(features).max() < np.finfo(np.float16).max

@@ -39,6 +39,9 @@ TEXT_METRICS: dict[str, Callable[..., Scorer]] = {
 }
 """Name -> what makes the scorer of its settings; it loads what the metric needs, or refuses."""
 
+JUDGE = "judge"
+"""The metric that reads dialogues, too (`evaluation.judge`), and so is none of `TEXT_METRICS`."""
+
 OF_REPLIES_ALONE = {"distinct", "repetition"}
 """Metrics that do not use references."""
 
@@ -62,11 +65,12 @@ def build_text_metrics(
     scorers = {}
     for name in names:
         if name not in TEXT_METRICS:
-            raise MsencError(f"metrics: found {name!r}, expected names among {', '.join(TEXT_METRICS)}.")
+            raise MsencError(f"metrics: found {name!r}, expected names among {', '.join([*TEXT_METRICS, JUDGE])}.")
     for name in settings or {}:
         if name not in (*TEXT_METRICS, "tokenizer"):
             raise MsencError(
-                f"metric_settings.{name}: no such metric. Expected tokenizer, or one of {', '.join(TEXT_METRICS)}."
+                f"metric_settings.{name}: no such metric. Expected tokenizer, or one of "
+                f"{', '.join([*TEXT_METRICS, JUDGE])}."
             )
     for name in names:
         given = settings_of(name, settings or {}) or {}
