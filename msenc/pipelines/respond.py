@@ -173,7 +173,7 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     page = build_page(shared)
     threading.Thread(target=shared.visitors.sweep_until_closed, daemon=True).start()
     try:
-        yield launch_page(page, config, shared.visitors)
+        yield launch_page(page, config, shared.visitors, shared.listeners)
     finally:
         shared.close()
         page.close(verbose=False)

@@ -164,6 +164,31 @@ def test_a_call_may_not_be_endless(page):
     assert answer.status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("query", "content", "status"),
+    [
+        ("", b"", 400),
+        ("?session_hash=../x", b"", 400),
+        ("?session_hash=x", bytes(4 * 32_000 + 1), 413),
+        ("?session_hash=x", (bytes(1 << 16) for _ in range(100)), 413),
+    ],
+)
+def test_a_microphone_may_send_so_much_and_no_more(query, content, status, page):
+    answer = ask(page, "POST", f"/talk/listen{query}", content=content)
+    assert answer.status_code == status
+    assert answer.json()["detail"][-1] == "."
+
+
+def test_a_microphone_is_heard_by_whoever_has_the_password_and_from_this_page(page):
+    pytest.importorskip("silero_vad")
+    path = "/talk/listen?session_hash=x"
+    assert ask(page, "POST", path, content=bytes(3072)).json() == {"speaking": False, "turns": []}
+    assert ask(page, "POST", path, content=b"x").json() == {"speaking": False, "turns": []}  # half a sample
+    assert ask(page, "POST", path, password=None, content=bytes(3072)).status_code == 401
+    assert ask(page, "POST", path, content=bytes(3072), origin="http://evil.example").status_code == 403
+    assert ask(page, "GET", path).status_code == 404
+
+
 def test_turns_that_cannot_be_taken_get_a_sentence(visitor, page):
     assert "Nothing is said yet" in visitor.say("")
     assert "The text has 500,000 characters" in visitor.say("x" * 500_000)
