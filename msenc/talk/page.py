@@ -760,8 +760,8 @@ def build_page(host: Host) -> gr.Blocks:
         for number, example in enumerate(examples):
             taken = example.click(take_example(number), run_box, everything, **quiet)
             shown.append(taken.success(None, [chat, *sent], waiting, js="talk.sendExample"))
-        for one in shown:
-            one.then(on_send, [run_box, *sent], everything, api_name="on_send", **alone)
+        for one in shown:  # "multiple": a turn may be sent while the reply to another is on its way
+            one.then(on_send, [run_box, *sent], everything, api_name="on_send", trigger_mode="multiple", **alone)
         cut.click(on_cut, None, None, **quiet)
         listen.click(on_listen, run_box, status, **alone)
 

@@ -90,6 +90,16 @@ def test_stop_ends_a_reply_that_is_being_written(window, address):
     window.wait("document.querySelectorAll('#chat .bot').length == 2 && talk.isPlaying()")
 
 
+def test_a_turn_that_is_sent_while_a_reply_is_written_is_answered_too(window, address):
+    open_page(window, address)
+    for text in ("One.", "Two."):
+        window.type("#text textarea", text)
+        window.click("#text button")
+    window.wait("document.querySelectorAll('#chat .bot').length == 2")
+    said = window.evaluate("[...document.querySelectorAll('#chat .user')].map(e => e.innerText.trim())")
+    assert said == ["One.", "Two."]
+
+
 def test_three_turns_hands_free_with_an_interruption(short_run, demo_home, tmp_path):
     pytest.importorskip("silero_vad")
     whisper = Path(os.environ.get("MSENC_MODELS", "nowhere")) / "whisper-base"
