@@ -8,16 +8,16 @@ const talk = (() => {
 
   const file = (value) => value && { ...value, url: value.url ?? address("gradio_api/file=" + value.path) };
 
-  const show = (chat, text, audio, video) => {
+  const show = (chat, text, audio, video, isSpoken = false) => {
     begin();
-    const content = text?.trim() ? [{ type: "text", text }] : [];
-    for (const one of [audio, video]) if (one) content.push({ type: "file", file: file(one) });
+    const content = text?.trim() ? [{ type: "text", text }] : isSpoken ? [{ type: "text", text: "…" }] : [];
+    for (const one of isSpoken ? [video] : [audio, video]) if (one) content.push({ type: "file", file: file(one) });
     const said = content.length ? [...(chat ?? []), { role: "user", content, metadata: null, options: null }] : chat;
     return [said, "", "<p>Sent.</p>", "", text ?? "", audio ?? null, video ?? null];
   };
   const send = (chat, text, audio, video) => [...show(chat, text, audio, video), "", null, null];
-  const sendExample = show;
-  const sendSpoken = (chat, video) => [...show(chat, "", ears.turns.shift(), video), null];
+  const sendExample = (chat, text, audio, video) => show(chat, text, audio, video);
+  const sendSpoken = (chat, video) => [...show(chat, "", ears.turns.shift(), video, true), null];
 
   // ------------------------------------------------------------------------------------------- the newest in view
 

@@ -342,13 +342,19 @@ def run_label(run: Path, runs_dir: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- what is shown
 
 
-def show_talk(talk: Talk | None, reply: str = "") -> list[dict[str, Any]]:
-    """The turns as messages of Gradio's chatbot, and the reply that is being written."""
+def show_talk(talk: Talk | None, reply: str = "", hidden: Path | None = None) -> list[dict[str, Any]]:
+    """The turns as messages of Gradio's chatbot, and the reply that is being written.
+
+    Args:
+        talk: so far.
+        reply: so far.
+        hidden: a clip that is not shown, as it is about to be moved.
+    """
     messages = []
     for heard in talk.turns if talk else ():
         turn = heard.turn
         is_agent = talk.speakers is not None and turn.speaker == talk.speakers[1]
-        files = [{"path": str(file)} for file in (turn.audio, turn.video) if file is not None]
+        files = [{"path": str(file)} for file in (turn.audio, turn.video) if file not in (None, hidden)]
         messages.append({"role": "assistant" if is_agent else "user", "content": [turn.text, *files]})
     if reply:
         messages.append({"role": "assistant", "content": [reply]})
@@ -537,7 +543,8 @@ def build_page(host: Host) -> gr.Blocks:
 
         try:
             clips = [uploaded(host, file) for file in (audio, video)]
-            ledger = Ledger(*[host.listeners.waited_s(clips[0])] * 2)
+            waited_s = host.listeners.waited_s(clips[0])
+            ledger, spoken_clip = Ledger(waited_s, waited_s), clips[0] if waited_s else None
             tell_waiting({streams: "<p>Hearing the turn.</p>"})
             with host.alone:
                 talk = before or host.begin()
@@ -552,9 +559,9 @@ def build_page(host: Host) -> gr.Blocks:
                         tell_waiting({sound: show_sound(reply, pieces)})
                     if progress.spoken is None and time.monotonic() - shown_at > SHOWN_S:
                         shown_at = time.monotonic()
-                        tell_waiting({chat: show_talk(now, progress.text)})
+                        tell_waiting({chat: show_talk(now, progress.text, spoken_clip)})
 
-                tell_waiting({chat: show_talk(now), streams: show_streams(now.turns[-1], agent)})
+                tell_waiting({chat: show_talk(now, "", spoken_clip), streams: show_streams(now.turns[-1], agent)})
                 after, notices, seconds = host.answer(now, is_wanted, is_cut, ledger, on_progress)
             is_put = host.visitors.replace(session, moment, after)
             if is_put:

@@ -217,7 +217,11 @@ class Guard:
                 await _say(400, "There is no such visitor.")(scope, receive, send)
                 return
         if session is None:
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            except RuntimeError:  # a clip went into its talk while it was asked for; the client is told
+                if self._is_file_of_a_visitor(path):
+                    raise
             return
         try:
             with self.visitors.present(session):
