@@ -2,18 +2,19 @@
 
 python benchmarks/first_sound.py RUN [--kokoro FOLDER] [--whisper FOLDER]     # a run on the demo
 
-The turns are clips of the demo's test split with their words; with ``--whisper`` also clips alone, whose words are
-recognised. The first sound is the reply's first sentence, which `Synthesizer.stream` has ready first; the page and
-respond.py hand over the whole reply. ``openai`` asks a server in this process that answers at once
-with a second of sound: what the client adds, and no model's time.
+The turns are those of the demo's test split: typed, and with their clips; with ``--whisper`` also clips alone, whose
+words are recognised, and the same sound through an open microphone, at its own pace: there the seconds count from the
+last speech, so that the silence by which the end is known is in them. The reply comes as on the page, sentence by
+sentence (`msenc.talk.live`); what the browser and its network add, the page says itself. ``openai`` asks a server in
+this process that answers at once with a second of sound: what the client adds, and no model's time.
 """
 
 import os
-import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,16 @@ from msenc.config.messages import CONFIGS
 from msenc.config.schema import plain, register_schemas
 from msenc.pipelines.respond import load_agent
 from msenc.raw.annotations import read_meld
+from msenc.raw.media import read_audio
 from msenc.runs.overrides import quoted_value
 from msenc.speech.wav import to_wav
 from msenc.talk.agent import Agent, Turn
+from msenc.talk.listening import SAMPLE_RATE, Listeners
+from msenc.talk.live import STEPS, Ledger, percentiles, reply_live
+from msenc.talk.visitors import Visitors
 
-STEPS = ("recognition", "features", "reply", "first sound", "in all", "whole reply")
+PART_S = 0.096
+"""Of sound that the page sends at once."""
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -61,27 +67,34 @@ def small_server() -> Iterator[str]:
         server.server_close()
 
 
-def time_turn(agent: Agent, turn: Turn, synthesizer: Any, decoding: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each step of one reply; the last two from the end of the turn."""
-    began = time.perf_counter()
-    heard = agent.hear(turn)
-    encoded = time.perf_counter()
-    (answer, *_), _ = agent.answer([heard], agent.speakers[1], decoding)
-    written = time.perf_counter()
-    sentences = synthesizer.stream(answer.text, answer.attributes, agent.speakers[1])
-    next(sentences)
-    end = time.perf_counter()
-    for _ in sentences:
+def time_turn(
+    agent: Agent, turn: Turn, synthesizer: Any, decoding: dict[str, Any], listeners: Listeners | None = None
+) -> dict[str, float]:
+    """Seconds from the end of the turn to each step; with `listeners`, of its sound through an open microphone."""
+    if listeners is None:
+        ledger = Ledger()
+        heard = agent.hear(turn)
+    else:
+        path = speak_into(listeners, read_audio(turn.video, SAMPLE_RATE))
+        ledger = Ledger(*[listeners.waited_s(path)] * 2)
+        words = listeners.words(path)
+        heard = agent.hear(Turn(turn.speaker, audio=path), lambda _: words)
+    ledger.note_heard(heard)
+    for _ in reply_live(agent, synthesizer, [heard], agent.speakers[1], decoding, 1, ledger):
         pass
-    whole = time.perf_counter()
-    steps = dict(heard.seconds)
-    steps |= {
-        "reply": written - encoded,
-        "first sound": end - written,
-        "in all": end - began,
-        "whole reply": whole - began,
-    }
-    return steps
+    return ledger.seconds
+
+
+def speak_into(listeners: Listeners, sound: np.ndarray) -> Path:
+    """Speak into an open microphone, in real time, and be silent until the turn is over; the turn's file."""
+    silence = np.zeros(2 * SAMPLE_RATE, np.float32)
+    samples, part = to_wav(np.concatenate([sound, silence]), SAMPLE_RATE)[44:], 2 * round(PART_S * SAMPLE_RATE)
+    began = time.perf_counter()
+    for at in range(0, len(samples), part):
+        time.sleep(max(0.0, began + (at + part) / 2 / SAMPLE_RATE - time.perf_counter()))
+        if turns := listeners.hear("benchmark", samples[at : at + part])["turns"]:
+            return Path(turns[-1])
+    raise RuntimeError("no speech was found in a clip")
 
 
 def config_of(run: Path, overrides: list[str]) -> dict[str, Any]:
@@ -104,30 +117,38 @@ def main() -> None:
     root = options.data / "demo-raw"
     dialogues = [d for d in read_meld(root, "demo").dialogues if d.split == "test"]
     first = [d.utterances[0] for d in dialogues[: num_turns + 1]]
-    results: dict[str, dict[str, float]] = {}
-    with small_server() as address:
+    results: dict[str, dict[str, tuple[float, float]]] = {}
+    with ExitStack() as stack:
+        address = stack.enter_context(small_server())
         nodes = {"espeak": ["speech=espeak"], "openai": ["speech=openai", f"speech.base_url={address}"]}
         if options.kokoro:
             nodes["kokoro"] = ["speech=kokoro", f"speech.folder={quoted_value(str(options.kokoro))}"]
         agent = load_agent(options.run, config_of(options.run, overrides))
+        visitors = Visitors(Path(stack.enter_context(tempfile.TemporaryDirectory())), 1 << 30)
+        listeners = Listeners(visitors, agent.recognise, 60.0)
+        stack.callback(listeners.close)
         for speech, chosen in nodes.items():
             config = config_of(options.run, [*overrides, *chosen])
             synthesizer = build(config["speech"], "speech")
-            for kind in ("words and clip", *(["clip alone"] if options.whisper else [])):
+            for kind in ("typed", "words and clip", *(["clip alone", "microphone"] if options.whisper else [])):
+                words, clips = kind in ("typed", "words and clip"), kind != "typed"
                 turns = [
-                    Turn(agent.speakers[0], u.text if kind.startswith("words") else "", video=root / u.clip)
+                    Turn(agent.speakers[0], u.text if words else "", video=root / u.clip if clips else None)
                     for u in first
                 ]
-                steps = [time_turn(agent, turn, synthesizer, config["decoding"]) for turn in turns][1:]  # warm
-                results[f"{speech}, {kind}"] = {
-                    step: statistics.median(one.get(step, 0.0) for one in steps) for step in STEPS
-                }
+                ears = listeners if kind == "microphone" else None
+                steps = [time_turn(agent, turn, synthesizer, config["decoding"], ears) for turn in turns]
+                results[f"{speech}, {kind}"] = percentiles(steps[1:])  # the first one warms up
     print_table(
-        f"From the end of the turn to the first sound, seconds, median of {num_turns} turns",
+        f"Seconds from the end of the turn, median (95th percentile) of {num_turns} turns",
         ("", *STEPS),
-        [(name, *(found[step] for step in STEPS)) for name, found in results.items()],
+        [(name, *map(in_words, (found.get(step) for step in STEPS))) for name, found in results.items()],
     )
     write_json(options.json, results)
+
+
+def in_words(found: tuple[float, float] | None) -> str:
+    return "" if found is None else f"{found[0]:.3f} ({found[1]:.3f})"
 
 
 if __name__ == "__main__":

@@ -256,6 +256,20 @@ class Prompt:
             return Reply(string)
         return Reply(string[:opening].rstrip(), string[opening + 1 : -1].strip())
 
+    def settled_text(self, generated: str) -> str:
+        """What an unfinished target says for certain: a bracket at its end may turn out to be the description.
+
+        Example:
+            >>> prompt = Prompt(instruction="", turn="{speaker}:{text}", response="{speaker}:")
+            >>> [prompt.settled_text(t) for t in (" Well (you", " Well (you know)", " Well (you know). Go")]
+            ['Well', 'Well', 'Well (you know). Go']
+        """
+        string = generated.strip()
+        opening = string.rfind("(")
+        if self.target == "text" or opening < 0 or (")" in string[opening:] and not string.endswith(")")):
+            return string
+        return string[:opening].rstrip()
+
 
 def window_histories(frames: Sequence[Mapping[str, int]], windows: Mapping[str, int]) -> tuple[History, ...]:
     """The history within the windows, for targets 1, 2, ... (every turn but the first).

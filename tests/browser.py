@@ -12,15 +12,21 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Browser:
-    """One page of Chromium; notes what the page requests and what it writes to the console."""
+    """One page of Chromium; notes what the page requests and what it writes to the console.
 
-    def __init__(self, profile):
+    With `spoken`, a WAV file, there is a microphone that hears it again and again, from when it is opened.
+    """
+
+    def __init__(self, profile, spoken=None):
         commands, self._write = os.pipe()
         self._read, answers = os.pipe()
         # Chromium reads commands from descriptor 3 and writes answers to 4.
         launch = f'exec "$0" "$@" 3<&{commands} 4>&{answers}'
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--mute-audio"]
         options += [f"--user-data-dir={profile}", "--no-first-run", "--disable-dev-shm-usage"]
+        if spoken is not None:
+            options += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+            options += [f"--use-file-for-fake-audio-capture={spoken}"]
         self._process = subprocess.Popen(
             ["/bin/bash", "-c", launch, CHROMIUM, *options, "about:blank"],
             pass_fds=(commands, answers),

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
+import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
@@ -39,6 +40,7 @@ from msenc.talk.agent import (
     speak_answer,
     talk_json,
 )
+from msenc.talk.live import Ledger, reply_live
 from msenc.training.assembly import GIVEN, num_parameters
 from msenc.training.export import load_encoders, load_export, read_export
 from msenc.training.restore import find_device, load_trained, open_run
@@ -75,17 +77,24 @@ def respond(cfg: DictConfig) -> Path | None:
     user, reply_as = choose_speakers(before, given, config["speaker"], config["reply_as"], agent.speakers)
     files = {key: Path(config[key]) if config[key] is not None else None for key in ("audio", "video")}
     turns = [*before, *([Turn(user, config["text"] or "", **files)] if given else [])]
-    heard = [agent.hear(turn) for turn in turns]
+    heard = [agent.hear(turn) for turn in turns[:-1]]
+    ledger = Ledger()
+    heard.append(agent.hear(turns[-1]))
+    ledger.note_heard(heard[-1])
     for turn in heard:
         for name, value in turn.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + value
-    began = time.perf_counter()
-    answers, notices = agent.answer(heard, reply_as, config["decoding"], config["seed"], config["num_replies"])
-    seconds["writing"] = time.perf_counter() - began
-    spoken = [speak_answer(synthesizer, answer, reply_as) for answer in answers]
+    began, latency = time.perf_counter(), {}
+    if config["num_replies"] == 1:
+        *_, last = reply_live(agent, synthesizer, heard, reply_as, config["decoding"], config["seed"], ledger)
+        spoken, notices, latency = [last.spoken], [*last.notices], ledger.seconds
+    else:
+        answers, notices = agent.answer(heard, reply_as, config["decoding"], config["seed"], config["num_replies"])
+        spoken = [speak_answer(synthesizer, answer, reply_as) for answer in answers]
     seconds["speaking"] = sum(s.seconds for s in spoken)
+    seconds["writing"] = time.perf_counter() - began - seconds["speaking"]
     notices = [*dict.fromkeys([n for h in heard for n in h.notices] + notices)]
-    files = write_replies_to(folder, config["run_dir"], heard, reply_as, spoken, notices, seconds)
+    files = write_replies_to(folder, config["run_dir"], heard, reply_as, spoken, notices, seconds, latency)
     _print(spoken, reply_as, notices, seconds)
     console.print(f"Written: {', '.join(str(shown(f)) for f in files)}", soft_wrap=True)
     return folder
@@ -166,7 +175,7 @@ def running_page(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     page = build_page(shared)
     threading.Thread(target=shared.visitors.sweep_until_closed, daemon=True).start()
     try:
-        yield launch_page(page, config, shared.visitors)
+        yield launch_page(page, config, shared.visitors, shared.listeners)
     finally:
         shared.close()
         page.close(verbose=False)
@@ -238,7 +247,13 @@ class _Recognise:
             ) from error
 
     def __call__(self, path: Path) -> str:
-        return self.recogniser.text(read_audio(path, self.recogniser.sample_rate, max_s=self.max_clip_s))
+        sound = read_audio(path, self.recogniser.sample_rate, max_s=self.max_clip_s)
+        before = torch.get_num_threads()  # of the run's model, which may be too small for more than one
+        settle_threads(num_parameters(self.recogniser.model))
+        try:
+            return self.recogniser.text(sound)
+        finally:
+            torch.set_num_threads(before)
 
 
 def write_replies_to(
@@ -249,6 +264,7 @@ def write_replies_to(
     spoken: Sequence[Spoken],
     notices: Sequence[str],
     seconds: Mapping[str, float],
+    latency: Mapping[str, float],
 ) -> list[Path]:
     """Write ``reply.json`` and a WAV file per reply; returns their paths."""
     names = ["reply.wav"] if len(spoken) == 1 else [f"reply-{n}.wav" for n in range(1, len(spoken) + 1)]
@@ -273,6 +289,7 @@ def write_replies_to(
         "replies": replies,
         "notices": list(notices),
         "seconds": {k: round(v, 3) for k, v in seconds.items()},
+        "latency_s": {k.replace(" ", "_"): round(v, 3) for k, v in latency.items()},
     }
     write_json(folder / "reply.json", value)
     return files

@@ -24,7 +24,7 @@ from msenc.raw.container import MediaError
 from msenc.raw.media import read_properties
 from msenc.speech.description import parse, read
 from msenc.speech.synthesis import Synthesizer
-from msenc.types import Dialogue, MsencError, Utterance, VoiceAttributes
+from msenc.types import Dialogue, MsencError, Reply, Utterance, VoiceAttributes
 
 DEFAULT_SPEAKERS = ("User", "Agent")
 MAX_TURNS = 100
@@ -56,6 +56,10 @@ NO_CLIP = {
 
 class AbandonedError(Exception):
     """Nobody waits for this reply any more."""
+
+
+class _CutError(Exception):
+    """The rest of this reply is not wanted."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,12 @@ class Agent:
         self.max_clip_s = max_clip_s
         self.speakers = speakers
 
-    def hear(self, turn: Turn) -> Heard:
+    def hear(self, turn: Turn, recognise: Callable[[Path], str] | None = None) -> Heard:
         """Encode a turn's clips as `prepare.py` does, and recognise its words where it has none.
+
+        Args:
+            turn: as given.
+            recognise: in place of the agent's own.
 
         Raises:
             MsencError: a clip that cannot be used, a turn in which nothing is said, or one that is too long.
@@ -211,7 +219,7 @@ class Agent:
                 raise MsencError("Nothing is said: give text=..., or sound in which something is said.")
             began = time.perf_counter()
             try:
-                text = " ".join(self.recognise(turn.sound).split())
+                text = " ".join((recognise or self.recognise)(turn.sound).split())
             except MediaError as error:
                 raise self._refusal("audio", turn.sound, error.reason) from error
             seconds["recognition"] = time.perf_counter() - began
@@ -229,6 +237,8 @@ class Agent:
         seed: int = 1,
         num_replies: int = 1,
         is_wanted: Callable[[], bool] | None = None,
+        is_cut: Callable[[], bool] | None = None,
+        on_text: Callable[[str], None] | None = None,
     ) -> tuple[list[Answer], list[str]]:
         """Write the turn that follows.
 
@@ -239,6 +249,9 @@ class Agent:
             seed: of what is drawn.
             num_replies: alternatives.
             is_wanted: asked before every token.
+            is_cut: asked before every token of one reply; it ends there, with what is written.
+            on_text: told before every token of one reply what it says so far (`Prompt.settled_text`). Beam search has
+                no such text: its reply comes as a whole.
 
         Returns:
             The replies, and notices.
@@ -259,25 +272,34 @@ class Agent:
             notices.append(f"The history is too long: its first {history.start} of {len(turns)} turns are not read.")
         features = {s: [*(h.features.get(s) for h in turns), None] for s in self.encoders}
         how = decoding_for(decoding, self.tokenizer.tokenizer, seed)
-        if is_wanted is not None:
-            how = replace(how, processors=(*how.processors, _Watch(is_wanted)))
-        written = write_replies(
-            self.model,
-            [tokens],
-            lambda _: features,
-            how,
-            budget=self.budget,
-            num_queries=self.num_queries,
-            layout=self.layout,
-            turns=[[len(turns)]],
-            num_replies=num_replies,
-        )
+        prompt = self.tokenizer.prompt
+        is_told = num_replies == 1 and (how.search.num_beams or 1) == 1
+        watch = _Watch(is_wanted, is_cut, on_text and (lambda ids: on_text(prompt.settled_text(self._decode(ids)))))
+        if is_told or is_wanted is not None:
+            how = replace(how, processors=(*how.processors, watch if is_told else _Watch(is_wanted)))
+        try:
+            written = write_replies(
+                self.model,
+                [tokens],
+                lambda _: features,
+                how,
+                budget=self.budget,
+                num_queries=self.num_queries,
+                layout=self.layout,
+                turns=[[len(turns)]],
+                num_replies=num_replies,
+            )
+            replies = [prompt.parse(self._decode(one.ids)) for one in written]
+        except _CutError:
+            replies = [Reply(prompt.settled_text(self._decode(watch.ids)))]
         answers = []
-        for one in written:
-            reply = self.tokenizer.prompt.parse(self.tokenizer.tokenizer.decode(one.ids, skip_special_tokens=True))
+        for reply in replies:
             attributes = parse(reply.description) if reply.description else VoiceAttributes()
             answers.append(Answer(reply.text, reply.description, attributes))
         return answers, notices
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _check_clip(self, name: str, path: Path) -> None:
         try:
@@ -295,14 +317,28 @@ class Agent:
 
 
 class _Watch:
-    """Ends decoding in mid-reply; it changes no score."""
+    """Follows decoding, and ends it in mid-reply; it changes no score."""
 
-    def __init__(self, is_wanted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        is_wanted: Callable[[], bool] | None,
+        is_cut: Callable[[], bool] | None = None,
+        on_ids: Callable[[list[int]], None] | None = None,
+    ) -> None:
         self.is_wanted = is_wanted
+        self.is_cut = is_cut
+        self.on_ids = on_ids
+        self.ids: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.is_wanted():
+        if self.is_wanted is not None and not self.is_wanted():
             raise AbandonedError
+        if self.is_cut is not None or self.on_ids is not None:
+            self.ids = input_ids[0].tolist()
+        if self.is_cut is not None and self.is_cut():
+            raise _CutError
+        if self.on_ids is not None and self.ids:
+            self.on_ids(self.ids)
         return scores
 
 

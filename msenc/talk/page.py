@@ -1,12 +1,14 @@
-"""A page to talk to a run: type, record or upload a turn, hear the reply, and hear it in other voices.
+"""A page to talk to a run: type, record, upload or just speak, hear the reply as it comes, and hear it in other voices.
 
-Gradio holds the page and the queue, `Visitors` one `Talk` per visitor; `msenc.talk.agent` hears and answers. A turn is
-put into the talk when its reply is there: one that is refused, or whose visitor has gone, leaves the talk as it was.
+Gradio holds the page and the queue, `Visitors` one `Talk` per visitor; `msenc.talk.live` answers, `Listeners` hear open
+microphones, and ``pages/talk.js`` shows and plays in the browser. A turn is put into the talk when its reply is there:
+one that is refused, or whose visitor has gone, leaves the talk as it was.
 """
 
 import html
 import mimetypes
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
 from typing import Any
 
@@ -22,6 +25,7 @@ import numpy as np
 from gradio.context import LocalContext
 
 from msenc.pages.render import data_uri
+from msenc.raw.container import MediaError
 from msenc.runs.find import run_records
 from msenc.runs.record import is_finished, read_facts, read_run
 from msenc.speech.description import VOCABULARY, describe, parse
@@ -41,11 +45,24 @@ from msenc.talk.agent import (
     known_speakers,
     speak_answer,
 )
+from msenc.talk.examples import NUM_EXAMPLES, Example, find_examples
+from msenc.talk.listening import Listeners
+from msenc.talk.live import Ledger, Progress, percentiles, reply_live
 from msenc.talk.saved import read_saved, save_turns
 from msenc.talk.visitors import Talk, Visitors
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 ANY = "any"
+CONTROLS = """
+<button id="mic" aria-pressed="false">Open microphone</button>
+<button id="stop">Stop</button>
+<button id="replay">Say again</button>
+<span id="mic-state" role="status"></span>
+<small id="here"></small>
+"""
+"""Buttons of talk.js, and where it says what it hears, and how long the sound took to come."""
+SHOWN_S = 0.1
+"""Between two looks at a reply that is being written: the browser draws the whole talk each time."""
 
 
 def _always() -> bool:
@@ -72,8 +89,14 @@ class Host:
         self.visitors = Visitors(folder, config["max_total_mb"] << 20)
         self.alone = threading.Lock()
         """Held by whoever uses the model: a turn that was given up may still be at its last token."""
+        self.listeners = Listeners(self.visitors, self._recognise, config["max_clip_s"])
         self._run: str | None = None
         self._agent: Agent | None = None
+        self._examples: dict[str, list[Example]] = {}
+
+    def _recognise(self, path: Path) -> str:
+        """Words of a turn that may not be over; none before a run is loaded, which recognises them then."""
+        return self._agent.recognise(path) if self._agent is not None else ""
 
     def agent(self, run: str | None) -> Agent:
         """The run's agent. That of another run is let go first: both may not fit into memory."""
@@ -93,6 +116,38 @@ class Host:
             given = Path(self.config["run_dir"])
             found = [given, *(run for run in found if run.resolve() != given.resolve())]
         return [(run_label(run, folder), str(run)) for run in found]
+
+    def examples(self, run: str) -> list[Example]:
+        """First turns that fit a run's data; see `find_examples`."""
+        if run not in self._examples:
+            self._examples[run] = find_examples(Path(run), self.config["data_dir"])
+        return self._examples[run]
+
+    def take_example(self, run: str, number: int) -> tuple[str, Path | None]:
+        """An example's words, and its clip as an upload.
+
+        Raises:
+            MsencError: there is none, or no space for it.
+        """
+        if not 0 <= number < len(self.examples(run)):
+            raise MsencError("There is no such example. Choose a run of the list, and one of its own.")
+        example = self.examples(run)[number]
+        if example.clip is None:
+            return example.text, None
+        with self.visitors.incoming(example.clip.stat().st_size) as place:
+            return example.text, Path(shutil.copyfile(example.clip, place / example.clip.name))
+
+    def listen(self, run: str | None) -> None:
+        """Load what a spoken turn needs, before it is spoken.
+
+        Raises:
+            MsencError: it cannot be loaded.
+        """
+        agent = self.agent(run)
+        with self.visitors.incoming(32_044) as place:
+            write_wav(place / "silence.wav", np.zeros(16_000, np.float32), 16_000)
+            agent.recognise(place / "silence.wav")
+        self.visitors.drop(place)
 
     def check_run(self, run: Any) -> str | None:
         """A run that a visitor names, if it is one of those that can be chosen."""
@@ -118,13 +173,28 @@ class Host:
         agent = self.agent(run)
         before = talk.turns if talk.run == run else _hear_all(agent, [heard.turn for heard in talk.turns], is_wanted)
         speakers = talk.speakers or self.speakers((), agent.speakers)
-        heard = agent.hear(replace(turn, speaker=speakers[0]))
+        words = self.listeners.words(turn.audio) if turn.audio is not None and not turn.text.strip() else None
+        heard = agent.hear(replace(turn, speaker=speakers[0]), (lambda _: words) if words else None)
         talk = replace(talk, run=run, speakers=speakers, turns=(*before, heard))
         self.visitors.make_room(Talk(talk.folder, turns=(heard,)).num_bytes)
         return talk
 
-    def answer(self, talk: Talk, is_wanted: Callable[[], bool] = _always) -> tuple[Talk, list[str], dict[str, float]]:
+    def answer(
+        self,
+        talk: Talk,
+        is_wanted: Callable[[], bool] = _always,
+        is_cut: Callable[[], bool] | None = None,
+        ledger: Ledger | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> tuple[Talk, list[str], dict[str, float]]:
         """The talk with a reply, its clips in its folder; notices, and the seconds that it took.
+
+        Args:
+            talk: so far.
+            is_wanted: see `reply_live`.
+            is_cut: see `reply_live`.
+            ledger: of the turn.
+            on_progress: told of each word and each sentence's sound.
 
         Raises:
             MsencError: there is no space for it.
@@ -133,10 +203,15 @@ class Host:
         assert talk.speakers is not None
         agent, speaker = self.agent(talk.run), talk.speakers[1]
         began = time.perf_counter()
-        decoding, seed = self.config["decoding"], self.config["seed"]
-        (answer, *_), notices = agent.answer(talk.turns, speaker, decoding, seed, is_wanted=is_wanted)
-        seconds = {"writing": time.perf_counter() - began}
-        spoken = speak_answer(self.synthesizer, answer, speaker)
+        decoding, seed, ledger = self.config["decoding"], self.config["seed"], ledger or Ledger()
+        for progress in reply_live(
+            agent, self.synthesizer, talk.turns, speaker, decoding, seed, ledger, is_wanted, is_cut
+        ):
+            if on_progress is not None:
+                on_progress(progress)
+        assert progress.spoken is not None  # the last one
+        spoken, answer, notices = progress.spoken, progress.spoken.answer, [*progress.notices]
+        seconds = {"writing": time.perf_counter() - began - spoken.seconds}
         words, description = answer.text or "...", answer.description
         if len(words) > MAX_CHARACTERS:
             notices.append(f"The reply has {len(words):,} characters; the talk keeps the first {MAX_CHARACTERS:,}.")
@@ -165,7 +240,8 @@ class Host:
                 raise AbandonedError from error  # the talk was put away meanwhile, and its folder went
             raise MsencError(f"The reply cannot be kept ({error.strerror}). Begin a new talk.") from error
         last = replace(last, turn=replace(last.turn, **files))
-        return replace(talk, turns=(*before, last, heard), spoken=spoken), notices, seconds
+        talk = replace(talk, spoken=spoken, seconds=(*talk.seconds, ledger.seconds))
+        return replace(talk, turns=(*before, last, heard)), notices, seconds
 
     def say_again(self, talk: Talk | None, description: str) -> Spoken:
         """The last reply in another voice."""
@@ -217,6 +293,7 @@ class Host:
     def close(self) -> None:
         """Let nobody begin anything more, and wait for the turn that is under way."""
         self.visitors.is_closed.set()
+        self.listeners.close()
         if self.alone.acquire(timeout=10.0):
             self.alone.release()
 
@@ -265,15 +342,57 @@ def run_label(run: Path, runs_dir: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- what is shown
 
 
-def show_talk(talk: Talk | None) -> list[dict[str, Any]]:
-    """The turns as messages of Gradio's chatbot."""
+def show_talk(talk: Talk | None, reply: str = "", hidden: Path | None = None) -> list[dict[str, Any]]:
+    """The turns as messages of Gradio's chatbot, and the reply that is being written.
+
+    Args:
+        talk: so far.
+        reply: so far.
+        hidden: a clip that is not shown, as it is about to be moved.
+    """
     messages = []
     for heard in talk.turns if talk else ():
         turn = heard.turn
         is_agent = talk.speakers is not None and turn.speaker == talk.speakers[1]
-        files = [{"path": str(file)} for file in (turn.audio, turn.video) if file is not None]
+        files = [{"path": str(file)} for file in (turn.audio, turn.video) if file not in (None, hidden)]
         messages.append({"role": "assistant" if is_agent else "user", "content": [turn.text, *files]})
+    if reply:
+        messages.append({"role": "assistant", "content": [reply]})
     return messages
+
+
+def show_streams(heard: Heard, agent: Agent) -> str:
+    """Which streams a turn had, of those that the run reads, as HTML."""
+    read = ["text", *(stream for stream in agent.encoders if stream in heard.features)]
+    missing = [stream for stream in agent.encoders if stream not in heard.features]
+    told = f"Read of this turn: {_listed(read)}." + (f" It had no {' and no '.join(missing)}." if missing else "")
+    return f"<p>{told}</p>"
+
+
+def show_sound(reply: str, pieces: Sequence[str]) -> str:
+    """A reply's sound so far, for ``talk.js`` to play.
+
+    Args:
+        reply: tells it from others.
+        pieces: addresses that hold WAV files.
+    """
+    return "".join(f'<i data-reply="{reply}" data-src="{piece}"></i>' for piece in pieces)
+
+
+def show_ledger(turns: Sequence[Mapping[str, float]]) -> str:
+    """When the steps to a reply were done, as an HTML table: in the last turn, and of all turns p50 and p95."""
+    if not turns:
+        return ""
+    rows = "".join(
+        f"<tr><th>{step}</th><td>{_seconds(turns[-1].get(step))}</td><td>{p50:.2f}</td><td>{p95:.2f}</td></tr>"
+        for step, (p50, p95) in percentiles(turns).items()
+    )
+    head = "<tr><th>seconds from the end of the turn</th><th>last</th><th>p50</th><th>p95</th></tr>"
+    return f'<table class="ledger">{head}{rows}</table>'
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def show_status(notices: Sequence[str] = (), refusal: str | None = None) -> str:
@@ -340,22 +459,30 @@ def draw_sound(sound: np.ndarray, sample_rate: int) -> list[str]:
 def build_page(host: Host) -> gr.Blocks:
     """Lay the page out and connect it."""
 
-    def on_open() -> tuple[Any, str]:
+    def on_open() -> tuple[Any, ...]:
         runs = host.runs()
         value = runs[0][1] if runs else None
-        return gr.Dropdown(runs, value=value), on_run(value)
+        return gr.Dropdown(runs, value=value), *on_run(value)
 
-    def on_run(run: str | None) -> str:
+    def on_run(run: str | None) -> tuple[Any, ...]:
+        """What a run reads, and its examples."""
+        hidden = [gr.Button(visible=False)] * NUM_EXAMPLES
         try:
             run = host.check_run(run)
             if run is None:
-                return show_status(refusal=f"No finished run in {host.config['runs_dir']}. Train one: make train")
+                text = f"No finished run in {host.config['runs_dir']}. Train one: make train"
+                return show_status(refusal=text), *hidden
             record, own = read_run(run)
         except MsencError as error:
-            return show_status(refusal=str(error))
+            return show_status(refusal=str(error)), *hidden
         user, agent = host.speakers((), known_speakers(record))
         streams = _listed(["text", *own.model.streams])
-        return show_status([f"This run reads {streams}. You speak as {user}, it replies as {agent}."])
+        examples = [
+            gr.Button(example.text + (" (with its clip)" if example.clip else ""), visible=True)
+            for example in host.examples(run)
+        ]
+        told = show_status([f"This run reads {streams}. You speak as {user}, it replies as {agent}."])
+        return told, *[*examples, *hidden][:NUM_EXAMPLES]
 
     def watch(session: str, moment: int) -> Callable[[], bool]:
         """Whether somebody waits for what the handler that asks is doing: Gradio drops events of who has gone."""
@@ -378,44 +505,116 @@ def build_page(host: Host) -> gr.Blocks:
         audio: dict[str, Any] | None,
         video: dict[str, Any] | None,
         request: gr.Request,
-        progress: Any = gr.Progress(),  # noqa: B008 (Gradio finds it there)
     ) -> Iterator[dict[Any, Any]]:
-        session, before, talk, is_put = str(request.session_hash), None, None, False
+        session = str(request.session_hash)
+        news: SimpleQueue[dict[Any, Any] | BaseException | None] = SimpleQueue()
         try:
-            moment, before = host.visitors.moment(session), host.visitors.talk(session)
-            is_wanted = watch(session, moment)
-            progress(0.1, "Hearing the turn")
+            moment = host.visitors.moment(session)
+            # In a thread of its own: it holds the model until it is done, whatever becomes of this handler.
+            given = run, str(text or ""), audio, video
+            wanted = watch(session, moment), host.visitors.watch_cuts(session)
+            threading.Thread(target=send, args=(session, moment, *given, *wanted, news.put), daemon=True).start()
+        except MsencError as error:
+            news.put({status: show_status(refusal=str(error))})
+            news.put(None)
+        while (update := news.get()) is not None:
+            if isinstance(update, BaseException):
+                raise update
+            yield update
+
+    def send(
+        session: str,
+        moment: int,
+        run: str | None,
+        text: str,
+        audio: Any,
+        video: Any,
+        is_wanted: Callable[[], bool],
+        is_cut: Callable[[], bool],
+        tell: Callable[[dict[Any, Any] | BaseException | None], None],
+    ) -> None:
+        """Hear a turn, and tell of its reply as it comes."""
+        before, talk, is_put = host.visitors.talk(session), None, False
+        reply, pieces, shown_at = secrets.token_hex(4), [], 0.0
+
+        def tell_waiting(update: dict[Any, Any]) -> None:
+            if is_wanted():  # "New talk" has emptied the page meanwhile
+                tell(update)
+
+        try:
             clips = [uploaded(host, file) for file in (audio, video)]
+            waited_s = host.listeners.waited_s(clips[0])
+            ledger, spoken_clip = Ledger(waited_s, waited_s), clips[0] if waited_s else None
+            tell_waiting({streams: "<p>Hearing the turn.</p>"})
             with host.alone:
                 talk = before or host.begin()
-                turn = Turn("", str(text or ""), *clips)
-                now = host.hear(talk, host.check_run(run), turn, is_wanted)
-            yield {chat: show_talk(now), text_box: "", audio_box: None, video_box: None, status: ""}
-            progress(0.5, "Writing and speaking the reply")
-            with host.alone:
-                after, notices, seconds = host.answer(now, is_wanted)
+                now = host.hear(talk, host.check_run(run), Turn("", text, *clips), is_wanted)
+                ledger.note_heard(now.turns[-1])
+                agent = host.agent(now.run)
+
+                def on_progress(progress: Progress) -> None:
+                    nonlocal shown_at
+                    if progress.sound is not None:
+                        pieces.append(data_uri("audio/wav", to_wav(progress.sound, progress.sample_rate)))
+                        tell_waiting({sound: show_sound(reply, pieces)})
+                    if progress.spoken is None and time.monotonic() - shown_at > SHOWN_S:
+                        shown_at = time.monotonic()
+                        tell_waiting({chat: show_talk(now, progress.text, spoken_clip)})
+
+                tell_waiting({chat: show_talk(now, "", spoken_clip), streams: show_streams(now.turns[-1], agent)})
+                after, notices, seconds = host.answer(now, is_wanted, is_cut, ledger, on_progress)
             is_put = host.visitors.replace(session, moment, after)
+            if is_put:
+                tell(answered(after, notices, seconds))
         except MsencError as error:
             given = {text_box: text, audio_box: path_of(audio), video_box: path_of(video)}
-            yield {chat: show_talk(before), **given, status: show_status(refusal=host.without_folders(error))}
+            refused = show_status(refusal=host.without_folders(error))
+            tell({chat: show_talk(before), **given, status: refused, streams: ""})
         except AbandonedError:
             pass
+        except BaseException as error:  # to be raised in the handler, which shows that something is wrong
+            tell(error)
         finally:
             if talk is not None and before is None and not is_put:
                 shutil.rmtree(talk.folder, ignore_errors=True)
-        if not is_put:
-            return
-        heard, reply = after.turns[-2:]
-        attributes = asdict(after.spoken.answer.attributes)
-        yield {
-            chat: show_talk(after),
-            voice: show_voice("The reply's voice", after.spoken, {**heard.seconds, **seconds}),
+            tell(None)
+
+    def answered(talk: Talk, notices: Sequence[str], seconds: Mapping[str, float]) -> dict[Any, Any]:
+        assert talk.spoken is not None
+        heard, reply = talk.turns[-2:]
+        attributes = asdict(talk.spoken.answer.attributes)
+        return {
+            chat: show_talk(talk),
+            voice: show_voice("The reply's voice", talk.spoken, {**heard.seconds, **seconds}),
             other_voice: "",
-            description_box: after.spoken.answer.description or "",
+            description_box: talk.spoken.answer.description or "",
             status: show_status([host.without_folders(n) for n in (*heard.notices, *notices, *reply.notices)]),
             saved: gr.File(visible=False),
+            ledger_table: show_ledger(talk.seconds),
             **{box: attributes[name] for name, box in attribute_boxes.items()},
         }
+
+    def take_example(number: int) -> Callable[[str | None], dict[Any, Any]]:
+        def on_example(run: str | None) -> dict[Any, Any]:
+            try:
+                run = host.check_run(run)
+                text, clip = host.take_example(run, number) if run is not None else ("", None)
+            except MsencError as error:
+                raise gr.Error(host.without_folders(error), print_exception=False) from error
+            return dict(zip(sent, (text, None, as_file(clip)), strict=True))
+
+        return on_example
+
+    def on_cut(request: gr.Request) -> None:
+        host.visitors.cut(str(request.session_hash))
+
+    def on_listen(run: str | None) -> str:
+        try:
+            with host.alone:
+                host.listen(host.check_run(run))
+        except (MsencError, MediaError) as error:
+            return show_status(refusal=str(error))
+        return ""
 
     def on_say_again(description: str, request: gr.Request) -> dict[Any, Any]:
         try:
@@ -439,7 +638,13 @@ def build_page(host: Host) -> gr.Blocks:
         session = str(request.session_hash)
         with suppress(MsencError):  # too many visitors: this one has no talk
             host.visitors.replace(session, host.visitors.moment(session), None)
-        return {chat: [], voice: "", other_voice: "", status: "", saved: gr.File(visible=False)}
+        return {**blank(), chat: []}
+
+    def blank() -> dict[Any, Any]:
+        """What the page shows of no talk, but for its turns."""
+        empty = dict.fromkeys((status, streams, voice, other_voice, ledger_table, sound, text_box, description_box), "")
+        unknown = dict.fromkeys(attribute_boxes.values(), UNKNOWN)
+        return {**empty, **unknown, audio_box: None, video_box: None, saved: gr.File(visible=False)}
 
     def on_save(request: gr.Request) -> dict[Any, Any]:
         talk = host.visitors.talk(str(request.session_hash))
@@ -470,13 +675,7 @@ def build_page(host: Host) -> gr.Blocks:
                 host.visitors.drop(path)
         notices = [f"{path.name}: {len(talk.turns)} turns. Say how it goes on."]
         notices += [host.without_folders(notice) for heard in talk.turns for notice in heard.notices]
-        return {
-            chat: show_talk(talk),
-            voice: "",
-            other_voice: "",
-            status: show_status(notices),
-            saved: gr.File(visible=False),
-        }
+        return {**blank(), chat: show_talk(talk), status: show_status(notices)}
 
     with gr.Blocks(title="Talk to a run", analytics_enabled=False) as page:
         gr.Markdown("# Talk to a run")
@@ -487,15 +686,13 @@ def build_page(host: Host) -> gr.Blocks:
                     show_label=False,
                     height=400,
                     render_markdown=False,
+                    autoscroll=False,  # talk.js does it, for what has clips too
                     buttons=[],
-                    placeholder="Type something, or give sound or video, and the run replies.",
+                    placeholder="Type something, give sound or video, or open the microphone: the run replies.",
                     elem_id="chat",
                 )
-            with gr.Column(scale=2, min_width=320):
-                voice = gr.HTML(elem_id="voice")
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
-                status = gr.HTML(elem_id="status")
+                with gr.Row(elem_id="examples"):
+                    examples = [gr.Button(visible=False, size="sm", min_width=200) for _ in range(NUM_EXAMPLES)]
                 text_box = gr.Textbox(
                     show_label=False,
                     placeholder="Say something",
@@ -504,6 +701,9 @@ def build_page(host: Host) -> gr.Blocks:
                     submit_btn="Send",
                     elem_id="text",
                 )
+                gr.HTML(CONTROLS, elem_id="live", padding=False)
+                streams = gr.HTML(elem_id="streams", padding=False)
+                status = gr.HTML(elem_id="status", padding=False)
                 with gr.Row():
                     clip = {"min_width": 200}
                     audio_box = gr.Audio(
@@ -524,35 +724,54 @@ def build_page(host: Host) -> gr.Blocks:
                         "Continue talk", file_types=[".json", ".zip"], size="sm", min_width=80, elem_id="load"
                     )
                 saved = gr.File(label="The talk as a history file", visible=False, elem_id="saved")
-            with (
-                gr.Column(scale=2, min_width=320),
-                gr.Accordion("Hear it in another voice", elem_id="change"),
-            ):
-                description_box = gr.Textbox(label="Voice description", lines=2, elem_id="description")
-                with gr.Row():
-                    attribute_boxes = {
-                        name: gr.Dropdown(
-                            [*words, (ANY, UNKNOWN)],
-                            value=UNKNOWN,
-                            label=name,
-                            filterable=False,
-                            min_width=110,
-                        )
-                        for name, words in VOCABULARY.items()
-                    }
-                again = gr.Button("Say it again", variant="primary", elem_id="again")
-                other_voice = gr.HTML(elem_id="other-voice")
+            with gr.Column(scale=2, min_width=320):
+                voice = gr.HTML(elem_id="voice")
+                ledger_table = gr.HTML(elem_id="ledger")
+                with gr.Accordion("Hear it in another voice", elem_id="change"):
+                    description_box = gr.Textbox(label="Voice description", lines=2, elem_id="description")
+                    with gr.Row():
+                        attribute_boxes = {
+                            name: gr.Dropdown(
+                                [*words, (ANY, UNKNOWN)],
+                                value=UNKNOWN,
+                                label=name,
+                                filterable=False,
+                                min_width=110,
+                            )
+                            for name, words in VOCABULARY.items()
+                        }
+                    again = gr.Button("Say it again", variant="primary", elem_id="again")
+                    other_voice = gr.HTML(elem_id="other-voice")
+        # In the page, and not to be seen: what talk.js reads, presses, and hands over.
+        sound = gr.HTML(elem_id="sound", visible="hidden")
+        sent = [gr.Textbox(visible="hidden"), gr.JSON(visible="hidden"), gr.JSON(visible="hidden")]
+        spoken = gr.Button(visible="hidden", elem_id="spoken")
+        cut = gr.Button(visible="hidden", elem_id="cut")
+        listen = gr.Button(visible="hidden", elem_id="listen")
 
         # Values come as they are sent, and are checked here: Gradio would fetch and copy files. What takes the model
         # waits in the queue, one at a time; all else is answered at once, beside it.
         raw = {"preprocess": False, "api_visibility": "private"}
-        alone = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress_on": status, **raw}
+        alone = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden", **raw}
         quiet = {"queue": False, "show_progress": "hidden", **raw}
         everything = [chat, status, voice, other_voice, saved, text_box, audio_box, video_box, description_box]
-        everything += attribute_boxes.values()
-        page.load(on_open, None, [run_box, status], **quiet)
-        run_box.input(on_run, run_box, status, **quiet)
-        text_box.submit(on_send, [run_box, text_box, audio_box, video_box], everything, **alone)
+        everything += [*attribute_boxes.values(), streams, sound, ledger_table, *sent]
+        page.load(on_open, None, [run_box, status, *examples], **quiet)
+        run_box.input(on_run, run_box, [status, *examples], **quiet)
+
+        # A turn is shown by the browser, at once, and sent from where it cannot be changed any more.
+        composer, waiting = [text_box, audio_box, video_box], [chat, status, streams, sound, *sent]
+        typed = text_box.submit(None, [chat, *composer], [*waiting, *composer], js="talk.send")
+        heard = spoken.click(None, [chat, video_box], [*waiting, video_box], js="talk.sendSpoken")
+        shown = [typed, heard]
+        for number, example in enumerate(examples):
+            taken = example.click(take_example(number), run_box, everything, **quiet)
+            shown.append(taken.success(None, [chat, *sent], waiting, js="talk.sendExample"))
+        for one in shown:  # "multiple": a turn may be sent while the reply to another is on its way
+            one.then(on_send, [run_box, *sent], everything, api_name="on_send", trigger_mode="multiple", **alone)
+        cut.click(on_cut, None, None, **quiet)
+        listen.click(on_listen, run_box, status, **alone)
+
         gr.on([again.click, description_box.submit], on_say_again, description_box, everything, **alone)
         for box in attribute_boxes.values():
             box.input(on_attributes, [*attribute_boxes.values()], description_box, **quiet)
@@ -560,6 +779,14 @@ def build_page(host: Host) -> gr.Blocks:
         save.click(on_save, None, everything, **quiet)
         load.upload(on_continue, [load, run_box], everything, **alone)
     return page
+
+
+def as_file(path: Path | None) -> dict[str, Any] | None:
+    """An uploaded file, as the browser names it."""
+    if path is None:
+        return None
+    kind = mimetypes.guess_type(path.name)[0]
+    return {"path": str(path), "orig_name": path.name, "mime_type": kind, "meta": {"_type": "gradio.FileData"}}
 
 
 def path_of(file: Any) -> str | None:

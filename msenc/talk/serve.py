@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from msenc.pages.render import PAGES
 from msenc.talk.address import Address
+from msenc.talk.listening import MAX_PART_BYTES, Listeners
 from msenc.talk.visitors import MAX_VISITORS, Visitors
 from msenc.types import MsencError
 
@@ -40,18 +41,19 @@ ENVELOPE_BYTES = 64 << 10
 UPLOAD_S = 600.0
 """How long an upload may take."""
 
-JOIN, CALL, UPLOAD, FILE = (
+JOIN, CALL, UPLOAD, FILE, LISTEN = (
     "/gradio_api/queue/join",
     "/gradio_api/run/predict",
     "/gradio_api/upload",
     "/gradio_api/file=",
+    "/talk/listen",
 )
 _GET = re.compile(
     r"/|/(assets|static|svelte)/.+|/(favicon\.ico|manifest\.json|theme\.css|robots\.txt|config/?)|/gradio_api/"
     r"(app_id|theme\.css|startup-events|upload_progress|queue/data|heartbeat/[\w-]{1,64}|file=.+)",
     re.ASCII | re.DOTALL,
 )
-_POST = re.compile(r"/gradio_api/(queue/join|run/predict|cancel|reset|upload)", re.ASCII)
+_POST = re.compile(r"/gradio_api/(queue/join|run/predict|cancel|reset|upload)|/talk/listen", re.ASCII)
 _SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 PAGE_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
@@ -60,17 +62,19 @@ FILE_POLICY = b"sandbox; default-src 'none'; media-src 'self'"
 """What a visitor has uploaded runs nothing, whatever its name says that it is."""
 
 
-def launch_page(page: gr.Blocks, config: Mapping[str, Any], visitors: Visitors) -> str:
+def launch_page(page: gr.Blocks, config: Mapping[str, Any], visitors: Visitors, listeners: Listeners) -> str:
     """Serve the page, and return its address; `page.close()` ends it.
 
     Args:
         page: as `build_page` makes it.
         config: keys of `RespondConfig`.
         visitors: of the page.
+        listeners: of the page.
     """
     guard = Middleware(
         Guard,
         visitors=visitors,
+        listeners=listeners,
         host=config["host"],
         password=config["page_password"],
         max_upload=config["max_upload_mb"] << 20,
@@ -95,6 +99,7 @@ def launch_page(page: gr.Blocks, config: Mapping[str, Any], visitors: Visitors) 
         app_kwargs={"middleware": [guard]},
         theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css_paths=PAGES / "talk.css",
+        head=f"<script>{(PAGES / 'talk.js').read_text(encoding='utf-8')}</script>",
     )
     return address
 
@@ -105,14 +110,24 @@ class Guard:
     Args:
         app: what it guards.
         visitors: of the page.
+        listeners: of the page.
         host: address that is served.
         password: asked of everyone; None asks nobody, and so does ``none``.
         max_upload: bytes of a file.
     """
 
-    def __init__(self, app: ASGIApp, visitors: Visitors, host: str, password: str | None, max_upload: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        visitors: Visitors,
+        listeners: Listeners,
+        host: str,
+        password: str | None,
+        max_upload: int,
+    ) -> None:
         self.app = app
         self.visitors = visitors
+        self.listeners = listeners
         self.password = _digest(password) if password not in (None, "none") else None
         self.max_upload = max_upload
         self.address = Address(host)
@@ -133,6 +148,8 @@ class Guard:
             await refusal(scope, receive, outgoing)
         elif path == UPLOAD:
             await (await self._upload(request))(scope, receive, outgoing)
+        elif path == LISTEN:
+            await (await self._listen(request))(scope, receive, outgoing)
         elif scope["method"] == "POST":
             await self._post(request, receive, outgoing)
         else:
@@ -200,7 +217,11 @@ class Guard:
                 await _say(400, "There is no such visitor.")(scope, receive, send)
                 return
         if session is None:
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            except RuntimeError:  # a clip went into its talk while it was asked for; the client is told
+                if self._is_file_of_a_visitor(path):
+                    raise
             return
         try:
             with self.visitors.present(session):
@@ -302,6 +323,23 @@ class Guard:
             if upload_id:
                 asyncio.get_running_loop().call_later(60.0, file_upload_statuses.stop_tracking, upload_id)
         return JSONResponse(files)
+
+    async def _listen(self, request: Request) -> Response:
+        """Hear a part of an open microphone's sound; see `Listeners.hear`."""
+        session = request.query_params.get("session_hash", "")
+        if not _SESSION.fullmatch(session):
+            return _say(400, "There is no such visitor.")
+        samples = bytearray()
+        try:
+            async for part in request.stream():
+                samples += part
+                if len(samples) > MAX_PART_BYTES:
+                    return _say(413, f"At most {MAX_PART_BYTES:,} bytes of sound may come at once.")
+            return JSONResponse(await asyncio.to_thread(self.listeners.hear, session, bytes(samples)))
+        except ClientDisconnect:
+            return _say(400, "The sound did not arrive as a whole.")
+        except MsencError as error:
+            return _say(503, str(error))
 
 
 def _say(status: int, text: str) -> Response:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ class Talk:
         speakers: the visitor's name and the agent's, from the first turn on.
         turns: so far, replies included.
         spoken: the last reply.
+        seconds: of each turn, when the steps to its reply were done (`msenc.talk.live.Ledger`).
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Talk:
     speakers: tuple[str, str] | None = None
     turns: tuple[Heard, ...] = ()
     spoken: Spoken | None = None
+    seconds: tuple[Mapping[str, float], ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -57,6 +59,7 @@ class _Visitor:
     moment: int
     talk: Talk | None = None
     connections: int = 0
+    num_cuts: int = 0
     left_at: float = field(default_factory=time.monotonic)
 
 
@@ -102,6 +105,18 @@ class Visitors:
         """
         with self._lock:
             return self._visitor(session).moment
+
+    def cut(self, session: str) -> None:
+        """End the reply that a visitor is being given, where there is one."""
+        with self._lock:
+            if session in self._visitors:
+                self._visitors[session].num_cuts += 1
+
+    def watch_cuts(self, session: str) -> Callable[[], bool]:
+        """Whether the reply that is begun now has been ended by its visitor."""
+        visitor = self._visitor(session)
+        before = visitor.num_cuts
+        return lambda: visitor.num_cuts != before
 
     def replace(self, session: str, moment: int, after: Talk | None) -> bool:
         """Put a talk in the place of the one that was there at a moment, unless that has changed since.

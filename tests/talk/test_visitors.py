@@ -21,9 +21,12 @@ from msenc.types import MsencError
 pytest.importorskip("gradio", reason="the page needs the extra talk")
 
 from page import Visitor, as_file, bytes_below, load_page, served
+from starlette.responses import Response
+from starlette.testclient import TestClient
 
 from msenc.talk.page import media_suffix
 from msenc.talk.saved import read_saved
+from msenc.talk.serve import Guard
 from msenc.talk.visitors import Talk, Visitors
 
 PASSWORD = "Mäuse, 7 = 'ja'"
@@ -164,6 +167,31 @@ def test_a_call_may_not_be_endless(page):
     assert answer.status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("query", "content", "status"),
+    [
+        ("", b"", 400),
+        ("?session_hash=../x", b"", 400),
+        ("?session_hash=x", bytes(4 * 32_000 + 1), 413),
+        ("?session_hash=x", (bytes(1 << 16) for _ in range(100)), 413),
+    ],
+)
+def test_a_microphone_may_send_so_much_and_no_more(query, content, status, page):
+    answer = ask(page, "POST", f"/talk/listen{query}", content=content)
+    assert answer.status_code == status
+    assert answer.json()["detail"][-1] == "."
+
+
+def test_a_microphone_is_heard_by_whoever_has_the_password_and_from_this_page(page):
+    pytest.importorskip("silero_vad")
+    path = "/talk/listen?session_hash=x"
+    assert ask(page, "POST", path, content=bytes(3072)).json() == {"speaking": False, "turns": []}
+    assert ask(page, "POST", path, content=b"x").json() == {"speaking": False, "turns": []}  # half a sample
+    assert ask(page, "POST", path, password=None, content=bytes(3072)).status_code == 401
+    assert ask(page, "POST", path, content=bytes(3072), origin="http://evil.example").status_code == 403
+    assert ask(page, "GET", path).status_code == 404
+
+
 def test_turns_that_cannot_be_taken_get_a_sentence(visitor, page):
     assert "Nothing is said yet" in visitor.say("")
     assert "The text has 500,000 characters" in visitor.say("x" * 500_000)
@@ -195,6 +223,21 @@ def test_clips_of_equal_content_belong_to_their_visitors(visitor, page, demo_hom
 def test_an_upload_shown_as_a_page_runs_nothing(visitor):
     (path,) = visitor.upload(b"<script>alert(1)</script>", "x.html").json()
     assert visitor.http.get(f"/gradio_api/file={path}").headers["content-security-policy"].startswith("sandbox")
+
+
+def test_a_clip_that_moves_while_it_is_asked_for_is_no_fault_of_the_page(tmp_path):
+    visitors = Visitors(tmp_path, 1000)
+    with visitors.incoming(1) as place:
+        path = place / "spoken.wav"
+        path.write_bytes(b"x")
+
+    async def app(scope, receive, send):
+        visitors.drop(path)
+        await Response(status_code=500)(scope, receive, send)
+        raise RuntimeError("does not exist")  # as Starlette's FileResponse, through its ServerErrorMiddleware
+
+    guard = Guard(app, visitors, None, "127.0.0.1", None, 1000)
+    assert TestClient(guard, base_url="http://localhost").get(f"/gradio_api/file={path}").status_code == 500
 
 
 def test_space_is_limited_for_all_together(page):

@@ -1,0 +1,257 @@
+// The page to talk to a run, in the browser: shows a turn at once, keeps the newest in view, plays a reply sentence by
+// sentence, and hears an open microphone. The page calls talk.send*; everything else hangs on elements by their ids.
+const talk = (() => {
+  const find = (id) => document.getElementById(id);
+  const address = (path) => new URL(path, document.baseURI).href;
+
+  // ------------------------------------------------------------------------------------------- turns
+
+  const file = (value) => value && { ...value, url: value.url ?? address("gradio_api/file=" + value.path) };
+
+  const show = (chat, text, audio, video, isSpoken = false) => {
+    begin();
+    const content = text?.trim() ? [{ type: "text", text }] : isSpoken ? [{ type: "text", text: "…" }] : [];
+    for (const one of isSpoken ? [video] : [audio, video]) if (one) content.push({ type: "file", file: file(one) });
+    const said = content.length ? [...(chat ?? []), { role: "user", content, metadata: null, options: null }] : chat;
+    return [said, "", "<p>Sent.</p>", "", text ?? "", audio ?? null, video ?? null];
+  };
+  const send = (chat, text, audio, video) => [...show(chat, text, audio, video), "", null, null];
+  const sendExample = (chat, text, audio, video) => show(chat, text, audio, video);
+  const sendSpoken = (chat, video) => [...show(chat, "", ears.turns.shift(), video, true), null];
+
+  // ------------------------------------------------------------------------------------------- the newest in view
+
+  let follows = true; // until the visitor scrolls up
+  const scroller = () => document.querySelector("#chat [role=log]");
+  const follow = () => {
+    const log = scroller();
+    if (log && follows) log.scrollTop = log.scrollHeight;
+  };
+  const watch = () => {
+    const log = scroller();
+    if (!log || log.dataset.followed) return;
+    log.dataset.followed = "yes";
+    log.addEventListener("wheel", () => (follows = isAtEnd(log)), { passive: true });
+    log.addEventListener("touchmove", () => (follows = isAtEnd(log)), { passive: true });
+    log.addEventListener("scroll", () => isAtEnd(log) && (follows = true), { passive: true });
+    new ResizeObserver(follow).observe(log);
+    for (const kind of ["load", "loadedmetadata"]) log.addEventListener(kind, follow, true); // clips grow late
+  };
+  const isAtEnd = (log) => log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+
+  // ------------------------------------------------------------------------------------------- sound
+
+  let context = null;
+  let reply = null; // whose sound is played
+  let pieces = []; // its decoded sentences
+  let taken = 0; // how many of them the page has given
+  let stopped = null; // the reply that is not to be heard any more
+  let playing = new Set();
+  let ends = 0; // when the last one ends, on the context's clock
+  let chain = Promise.resolve();
+  let sentAt = null;
+  let interrupted = 0; // replies that were stopped while they were heard
+  const waits = []; // seconds from sending a turn to its first sound
+
+  const wake = () => {
+    context ??= new AudioContext();
+    if (context.state === "suspended") context.resume();
+  };
+  for (const kind of ["pointerdown", "keydown"]) document.addEventListener(kind, wake, true);
+
+  // isNew: not heard before
+  const play = (buffer, isNew = false) => {
+    const source = context.createBufferSource();
+    source.buffer = buffer;
+    source.connect(context.destination);
+    const at = Math.max(context.currentTime + 0.01, ends);
+    source.start(at);
+    ends = at + buffer.duration;
+    playing.add(source);
+    source.onended = () => {
+      playing.delete(source);
+      state();
+    };
+    if (isNew && sentAt !== null) {
+      waits.push((performance.now() - sentAt) / 1000 + at - context.currentTime);
+      sentAt = null;
+      const sorted = [...waits].sort((a, b) => a - b);
+      const share = (p) => sorted[Math.ceil(p * sorted.length) - 1].toFixed(2);
+      find("here").textContent =
+        `From sending to sound in this browser: ${waits.at(-1).toFixed(2)} s (p50 ${share(0.5)}, p95 ${share(0.95)})`;
+    }
+    state();
+  };
+  const hush = () => {
+    for (const source of playing) {
+      source.onended = null;
+      source.stop();
+    }
+    playing.clear();
+    ends = 0;
+    state();
+  };
+  const begin = () => {
+    stopped = reply;
+    hush();
+    follows = true;
+    sentAt = performance.now();
+  };
+  const take = () => {
+    const given = [...document.querySelectorAll("#sound [data-src]")];
+    if (!given.length) {
+      if (pieces.length) hush(); // another talk, or turn
+      pieces = [];
+      return;
+    }
+    if (given[0].dataset.reply !== reply) [reply, pieces, taken] = [given[0].dataset.reply, [], 0];
+    for (const one of given.slice(taken)) {
+      taken += 1;
+      const [of, bytes] = [reply, Uint8Array.from(atob(one.dataset.src.split(",")[1]), (c) => c.charCodeAt(0))];
+      chain = chain.then(async () => {
+        wake();
+        const buffer = await context.decodeAudioData(bytes.buffer);
+        if (of !== reply) return;
+        pieces.push(buffer);
+        if (of !== stopped) play(buffer, true);
+      });
+    }
+  };
+  const cut = () => {
+    interrupted += playing.size > 0;
+    stopped = reply;
+    sentAt = null;
+    hush();
+    find("cut")?.click(); // what is still being written ends too
+  };
+  const replay = () => {
+    if (!context) return;
+    hush();
+    for (const piece of pieces) play(piece);
+  };
+
+  // ------------------------------------------------------------------------------------------- microphone
+
+  const RATE = 16000;
+  const worklet = `
+    registerProcessor("ears", class extends AudioWorkletProcessor {
+      part = new Int16Array(1536); filled = 0; sum = 0; count = 0; phase = 0;
+      process([[sound]]) {
+        for (const sample of sound ?? []) { // averages down to ${RATE} Hz where the browser did not
+          this.sum += sample; this.count += 1; this.phase += ${RATE};
+          if (this.phase < sampleRate) continue;
+          this.phase -= sampleRate;
+          this.part[this.filled++] = Math.max(-1, Math.min(1, this.sum / this.count)) * 32767;
+          this.sum = this.count = 0;
+          if (this.filled === this.part.length) { this.port.postMessage(this.part.slice()); this.filled = 0; }
+        }
+        return true;
+      }
+    });`;
+  const ears = { stream: null, context: null, parts: [], isSending: false, isHearing: false, turns: [] };
+
+  const open = async () => {
+    wake();
+    const audio = { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true };
+    ears.stream = await navigator.mediaDevices.getUserMedia({ audio });
+    let source;
+    try {
+      ears.context = new AudioContext({ sampleRate: RATE });
+      source = ears.context.createMediaStreamSource(ears.stream);
+    } catch { // some browsers connect only what has their own rate
+      ears.context = new AudioContext();
+      source = ears.context.createMediaStreamSource(ears.stream);
+    }
+    const module = URL.createObjectURL(new Blob([worklet], { type: "text/javascript" }));
+    await ears.context.audioWorklet.addModule(module);
+    const node = new AudioWorkletNode(ears.context, "ears");
+    node.port.onmessage = ({ data }) => {
+      ears.parts.push(data);
+      pump();
+    };
+    source.connect(node);
+    find("listen")?.click();
+  };
+  const close = () => {
+    ears.stream?.getTracks().forEach((track) => track.stop());
+    ears.context?.close();
+    Object.assign(ears, { stream: null, context: null, parts: [], isHearing: false });
+    state();
+  };
+  const pump = async () => {
+    if (ears.isSending || !ears.parts.length) return;
+    ears.isSending = true;
+    try {
+      const parts = ears.parts.splice(0, 40); // under 4 s
+      const answer = await fetch(address(`talk/listen?session_hash=${window.__gradio_session_hash__}`), {
+        method: "POST",
+        body: new Blob(parts),
+      });
+      const said = await answer.json();
+      if (!answer.ok) throw new Error(said.detail);
+      if (!ears.stream) return;
+      if (said.speaking && !ears.isHearing && (playing.size || sentAt !== null)) cut();
+      ears.isHearing = said.speaking;
+      for (const path of said.turns) {
+        const meta = { _type: "gradio.FileData" };
+        ears.turns.push({ path, orig_name: "spoken.wav", mime_type: "audio/wav", meta });
+        find("spoken").click();
+      }
+      state();
+    } catch (error) {
+      close();
+      state(`The microphone was closed. ${error.message}`);
+    } finally {
+      ears.isSending = false;
+      if (ears.parts.length) pump();
+    }
+  };
+  const toggle = async () => {
+    if (ears.stream) return close();
+    try {
+      if (!navigator.mediaDevices) throw new Error("Browsers record only from this machine, or by https.");
+      await open();
+      state();
+    } catch (error) {
+      close();
+      state(`There is no microphone to open. ${error.message}`);
+    }
+  };
+
+  // ------------------------------------------------------------------------------------------- buttons
+
+  const state = (told) => {
+    const [mic, line] = [find("mic"), find("mic-state")];
+    if (!mic) return;
+    mic.textContent = ears.stream ? "Close microphone" : "Open microphone";
+    mic.setAttribute("aria-pressed", String(!!ears.stream));
+    const heard = ears.isHearing ? "Hearing you." : playing.size ? "Listening; speak to interrupt." : "Listening.";
+    line.textContent = told ?? (ears.stream ? heard : "");
+    find("stop").disabled = !playing.size && sentAt === null;
+    find("replay").disabled = !pieces.length;
+  };
+  const pressed = { mic: toggle, stop: cut, replay };
+  document.addEventListener("click", ({ target }) => {
+    pressed[target.closest("button")?.id]?.();
+    if (target.closest("#new")) reset();
+  });
+  document.addEventListener("change", ({ target }) => target.matches("input[accept*='.zip']") && reset(), true);
+  const reset = () => {
+    stopped = reply;
+    pieces = [];
+    sentAt = null;
+    waits.length = 0;
+    find("here").textContent = "";
+    hush();
+  };
+  new MutationObserver(() => {
+    watch();
+    follow();
+    take();
+    if (find("mic-state") && !find("mic-state").dataset.ready) {
+      find("mic-state").dataset.ready = "yes";
+      state();
+    }
+  }).observe(document, { childList: true, subtree: true, characterData: true });
+  return { send, sendExample, sendSpoken, waits, interruptions: () => interrupted, isPlaying: () => playing.size > 0, isListening: () => !!ears.stream };
+})();
