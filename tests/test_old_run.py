@@ -49,7 +49,11 @@ def test_its_losses_are_measured_again_bit_by_bit(old, compose):
     assert after == before
     with tarfile.open(ARCHIVE) as file:
         file.extractall("again", filter="data")
-    assert read_predictions(after) == read_predictions("again" / before)
+    rows = list(read_predictions("again" / before))
+    # What the reply's description has beyond attributes is of a later version.
+    assert [
+        {k: v for k, v in row.items() if k in known} for row, known in zip(read_predictions(after), rows, strict=True)
+    ] == rows
 
 
 def test_it_is_found_by_its_identity(old):
