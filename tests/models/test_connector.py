@@ -389,8 +389,8 @@ def test_only_the_needed_files_of_a_hub_checkpoint_are_fetched(tmp_path, monkeyp
     hub = blip2_folder(tmp_path / "hub", qformer().core, weights=weights)
     fetched = []
 
-    def download(repo, file):
-        assert repo == "Salesforce/blip2"
+    def download(repo, file, revision):
+        assert (repo, revision) == ("Salesforce/blip2", None)
         if not (hub / file).is_file():
             raise EntryNotFoundError(f"no {file}")
         fetched.append(file)

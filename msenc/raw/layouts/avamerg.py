@@ -44,6 +44,9 @@ class _Conversation(TypedDict):
     turns: list[_Turn]
 
 
+PARTS = ("train", "test")
+
+
 class AvaMerg:
     """The folder of ``train.json``, with the unpacked archives anywhere below.
 
@@ -59,7 +62,7 @@ class AvaMerg:
 
     def rows(self, root: Path, encoding: str | None) -> Iterator[Row | Rejection]:
         """See `Layout.rows`; the label is Emotion, of the speaker."""
-        paths = {part: root / f"{part}.json" for part in ("train", "test")}
+        paths = {part: root / f"{part}.json" for part in PARTS}
         if not any(path.is_file() for path in paths.values()):
             raise MsencError(f"{paths['train']}: missing. {ADVICE}")
         media = MediaFiles(root)
@@ -93,7 +96,10 @@ def _turns(conversation: _Conversation, part: str, media: MediaFiles) -> Iterato
     for said in sorted(spoken, key=lambda said: said["index"]):
         voice = conversation["speaker_profile" if said["role"] == "speaker" else "listener_profile"]["ID"]
         name = f"dia{conversation['conversation_id'].zfill(5)}utt{said['index']}_{voice}"
-        seen, heard_in = media.find(f"{name}.mp4", part), media.find(f"{name}.wav", part) or f"{name}.wav"
+        # Ids are counted in each part anew.
+        others = tuple(other for other in PARTS if other != part)
+        seen, heard_in = (media.find(f"{name}.{kind}", part, others) for kind in ("mp4", "wav"))
+        heard_in = heard_in or f"{name}.wav"
         yield {
             "clip": seen or heard_in,
             "audio": heard_in if seen and has_audio else "",

@@ -151,9 +151,15 @@ class MediaFiles:
         """Whether there is any file of that kind: if so, every turn has one."""
         return any(name.endswith(suffix) for name in self._found)
 
-    def find(self, name: str, beside: str = "") -> str | None:
-        """The file of that name: the only one, or else the only one whose path begins like `beside`."""
-        found = self._found.get(name, [])
+    def find(self, name: str, beside: str = "", apart: tuple[str, ...] = ()) -> str | None:
+        """The file of that name: the only one, or else the only one whose path begins like `beside`.
+
+        Args:
+            name: of the file.
+            beside: how its path begins, if there are several.
+            apart: how paths begin that are never meant, even of the only one: those of other splits.
+        """
+        found = [path for path in self._found.get(name, []) if not path.startswith(apart)]
         if len(found) > 1:
             found = [path for path in found if path.startswith(beside)]
         return found[0] if len(found) == 1 else None
