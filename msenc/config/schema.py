@@ -69,6 +69,8 @@ class VoiceConfig:
         overwrite: replace descriptions that the data set has.
         seed: of the wording.
         loudness: ``relative`` to the recording's clips, or ``absolute``.
+        writer: model that words the descriptions; None takes templates.
+        writer_url: of its server, up to and with ``/v1``; None: that of ``OPENAI_BASE_URL``.
     """
 
     levels: int = 3
@@ -78,7 +80,7 @@ class VoiceConfig:
     seed: int = 1
     loudness: str = "relative"
     writer: str | None = None
-    writer_url: str = "${oc.env:OPENAI_BASE_URL,http://localhost:8000/v1}"
+    writer_url: str | None = None
 
 
 @dataclass

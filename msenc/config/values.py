@@ -172,7 +172,7 @@ VALUES: dict[str, Any] = {
     "data.voice.edges": dict[str, list[float]],
     "data.voice.seed": Seed,
     "data.voice.writer": Text | None,
-    "data.voice.writer_url": Text,
+    "data.voice.writer_url": Text | None,
     "data.generate.sizes": dict[Split, Positive],
     "data.generate.num_videos": Positive,
     "data.generate.dialogues_per_video": Positive,

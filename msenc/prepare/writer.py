@@ -57,7 +57,7 @@ def write_sentences(
         MsencError: the server refuses, or does not answer as it should; what it wrote until then is kept.
     """
     server = Server(_TIMEOUT_S, 3, "a description", "data.voice.writer_url (it ends in /v1) and data.voice.writer")
-    url = f"{settings.writer_url.rstrip('/')}/chat/completions"
+    url = f"{settings.writer_address.rstrip('/')}/chat/completions"
     written = _read_cache(folder / CACHE)
     asked = {
         _key(settings.writer, attributes, variant): (attributes, variant)

@@ -1,5 +1,6 @@
 """Measures of a voice -> the value of each attribute -> a word, by bins that are fitted on a train split."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -74,7 +75,8 @@ class VoiceSettings:
         loudness: ``relative`` to the recording, whose clips' median counts as -23 LUFS, or ``absolute``, with the gain
             of the microphone in it.
         writer: model that writes the sentences, checked to say the same attributes; None takes templates.
-        writer_url: of its server, up to and with ``/v1``.
+        writer_url: of its server, up to and with ``/v1``; None: that of ``OPENAI_BASE_URL``. No default of its own: a
+            stored config may hold no address that is opened unasked.
     """
 
     levels: int = 3
@@ -85,7 +87,12 @@ class VoiceSettings:
     only_measure: bool = False
     loudness: str = "relative"
     writer: str | None = None
-    writer_url: str = "http://localhost:8000/v1"
+    writer_url: str | None = None
+
+    @property
+    def writer_address(self) -> str:
+        """Of the writer's server; empty where nobody says it."""
+        return self.writer_url or os.environ.get("OPENAI_BASE_URL", "")
 
     def __post_init__(self) -> None:
         """Refuse what no bins could be made of."""
@@ -93,10 +100,10 @@ class VoiceSettings:
             raise MsencError(f"data.voice.levels: found {self.levels!r}, expected 2 or 3 words per attribute.")
         if self.loudness not in ("relative", "absolute"):
             raise MsencError(f"data.voice.loudness: found {self.loudness!r}, expected relative or absolute.")
-        if self.writer is not None and not self.writer_url.startswith(("http://", "https://")):
+        if self.writer is not None and not self.writer_address.startswith(("http://", "https://")):
             raise MsencError(
-                f"data.voice.writer_url: found {self.writer_url!r}, expected an address such as "
-                "http://localhost:8000/v1."
+                f"data.voice.writer_url: found {self.writer_address!r}, expected an address such as "
+                "http://localhost:8000/v1 (or OPENAI_BASE_URL)."
             )
         for speaker, gender in self.genders.items():
             if gender not in VOCABULARY["gender"]:
