@@ -191,6 +191,7 @@ class AlignConfig:
         labels: stream -> what its utterances are known by; a stream that is not named here is not aligned.
         template: how a label is written, around ``{words}``; transcripts stand as they are.
         objective: ``embeddings``, ``contrastive`` or ``llm``; the rest are `msenc.models.alignment.AlignmentSettings`.
+        keep: how much of a new connector's own output stays beside the labels.
         steps: of alignment.
         batch_size: utterances per step.
         lr: the highest rate.
@@ -203,6 +204,7 @@ class AlignConfig:
     labels: dict[str, LabelsConfig] = field(default_factory=dict)
     template: str = "[{words}]"
     objective: str = "embeddings"
+    keep: float = 0.0
     steps: int = 150
     batch_size: int = 64
     lr: float = 3e-3

@@ -253,6 +253,7 @@ VALUES: dict[str, Any] = {
     "align.labels.*.attributes": Texts,
     "align.template": _between(str, lambda text: "{words}" in text, "a text with {words} in it"),
     "align.objective": Literal["embeddings", "contrastive", "llm"],
+    "align.keep": Amount,
     "align.steps": Positive,
     "align.batch_size": Positive,
     "align.lr": Above0,

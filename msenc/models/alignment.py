@@ -7,6 +7,7 @@ in common is learned first, and may be all that is ever learned. Labels that dis
 seconds, as the regression needs no forward pass of the LLM.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -33,6 +34,8 @@ class AlignmentSettings:
         objective: ``embeddings`` regresses the query vectors on the label's token embeddings, ``contrastive`` tells the
             utterance's own label from the others in the batch, ``llm`` has the frozen LLM generate the label from the
             query vectors alone.
+        keep: weight of the new connector's own output, less its mean, in the targets of ``embeddings``. The labels may
+            say nothing of what replies need: with 0, only they remain in the output.
         steps: optimizer steps.
         batch_size: approximate number of utterances per step.
         lr: highest learning rate of AdamW: a linear rise over `warmup_steps`, then a linear fall to 0.
@@ -43,6 +46,7 @@ class AlignmentSettings:
     """
 
     objective: str = "embeddings"
+    keep: float = 0.0
     steps: int = 150
     batch_size: int = 64
     lr: float = 3e-3
@@ -61,6 +65,8 @@ class AlignmentSettings:
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise MsencError(f"align.{name}: found {getattr(self, name)}, expected a number above 0.")
+        if not 0 <= self.keep < math.inf:
+            raise MsencError(f"align.keep: found {self.keep}, expected 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -185,11 +191,25 @@ def fit(
     connector.eval()
 
 
-def make_loss(settings: AlignmentSettings, targets: EmbeddingTargets) -> Callable[[nn.Module, Sequence[Known]], Tensor]:
-    """The loss of the objectives that need no forward pass of the LLM."""
+def make_loss(
+    settings: AlignmentSettings, targets: EmbeddingTargets, new: nn.Module
+) -> Callable[[nn.Module, Sequence[Known]], Tensor]:
+    """The loss of the objectives that need no forward pass of the LLM.
+
+    Args:
+        settings: of the fit.
+        targets: of the labels.
+        new: the connector before the fit, of which a copy is kept.
+    """
+    first = deepcopy(new).eval()
 
     def of_embeddings(connector: nn.Module, known: Sequence[Known]) -> Tensor:
-        return embedding_loss(connect(connector, known), torch.stack([targets(k.ids) for k in known]), targets.scale)
+        wanted = torch.stack([targets(k.ids) for k in known])
+        if settings.keep:
+            with torch.no_grad():
+                own = connect(first, known).float() / targets.scale
+            wanted = _unit(wanted + settings.keep * (own - own.mean(0)))
+        return embedding_loss(connect(connector, known), wanted, targets.scale)
 
     def of_contrast(connector: nn.Module, known: Sequence[Known]) -> Tensor:
         words = torch.stack([targets.mean(k.ids) for k in known])

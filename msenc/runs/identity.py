@@ -131,6 +131,8 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
         del settings["objective"]
     elif "objective" in settings and is_table(settings["objective"]["pairs"]):
         settings["objective"]["pairs"] = "table"  # identified by its content
+    if not (settings.get("align") or {}).get("keep", True):
+        del settings["align"]["keep"]
     if settings.get("threads", 0) is None:
         del settings["threads"]
     for stream in (settings["model"].get("streams") or {}).values():

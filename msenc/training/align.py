@@ -257,7 +257,7 @@ def _align(
         "left_out": sorted(datamodule.left_out),
         "labels": labels.hashes[stream],
         "template": labels.template,
-        "settings": asdict(settings),
+        "settings": {k: v for k, v in asdict(settings).items() if (k, v) != ("keep", 0)},  # as before there was such
         "connector": config["model"]["connector"],
         "base_fingerprint": model.base_fingerprint,
         "dtype": str(next(model.llm.parameters()).dtype),
@@ -321,7 +321,7 @@ def _make(
         train = _Utterances(datamodule, labels, stream, "train")
         calibrate(connector, train.frames(num_for_calibration(connector)), embeddings)
         targets = EmbeddingTargets(embeddings, connector.num_queries)
-        loss_of = make_loss(settings, targets)
+        loss_of = make_loss(settings, targets, connector)
         if settings.objective == "llm":
             loss_of = _llm_loss(model, datamodule.tokenizer, stream)
         state = _read_state(folder / PARTIAL)

@@ -59,7 +59,7 @@ def test_an_aligned_connector_names_utterances_that_it_has_not_seen(objective):
     settings = AlignmentSettings(objective=objective, steps=60, batch_size=16)
     connector, targets = make(), EmbeddingTargets(table(), 3)
     before = score(connector.eval(), utterances(80, seed=2), targets, objective)
-    fit(connector, settings, batches(utterances(200)), make_loss(settings, targets))
+    fit(connector, settings, batches(utterances(200)), make_loss(settings, targets, connector))
     after = score(connector, utterances(80, seed=2), targets, objective)
     assert before["accuracy"] < 0.9
     assert after["accuracy"] > 0.95
@@ -67,11 +67,24 @@ def test_an_aligned_connector_names_utterances_that_it_has_not_seen(objective):
     assert after["spread"] > 0.05
 
 
+def test_what_labels_do_not_say_is_kept_beside_them():
+    def apart_within_a_label(keep):
+        settings = AlignmentSettings(steps=60, batch_size=16, keep=keep)
+        connector, targets = make(), EmbeddingTargets(table(), 3)
+        fit(connector, settings, batches(utterances(200)), make_loss(settings, targets, connector))
+        unseen = utterances(80, seed=2)
+        assert score(connector, unseen, targets, "embeddings")["accuracy"] > 0.95
+        one = [k for k in unseen if k.ids == unseen[0].ids]
+        return score(connector, one, targets, "embeddings")["spread"]
+
+    assert apart_within_a_label(0.5) > 2 * apart_within_a_label(0.0)
+
+
 def test_a_fit_that_goes_on_from_a_state_ends_as_the_unbroken_one():
     settings = AlignmentSettings(steps=12, batch_size=8)
     targets, known = EmbeddingTargets(table(), 3), utterances(60)
-    loss = make_loss(settings, targets)
     whole, states = make(), {}
+    loss = make_loss(settings, targets, whole)
     with own_random_numbers(5):
         fit(whole, settings, batches(known), loss, on_step=lambda n, _, take: states.setdefault(n, take()))
     broken = make()
@@ -111,7 +124,7 @@ def test_labels_that_the_clips_do_not_show_are_not_named():
     settings, targets = AlignmentSettings(steps=60, batch_size=16), EmbeddingTargets(table(), 3)
     known = [Known(k.frames, WORDS[rng.integers(2)]) for k in utterances(300)]
     connector = make(make_one=Mlp)
-    fit(connector, settings, batches(known[:200]), make_loss(settings, targets))
+    fit(connector, settings, batches(known[:200]), make_loss(settings, targets, connector))
     assert score(connector, known[200:], targets, "embeddings")["accuracy"] < 0.65
 
 
