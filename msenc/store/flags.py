@@ -192,6 +192,7 @@ class FilteredReader:
         self.reader = reader
         self.folder = reader.folder
         self.split = reader.split
+        self.settings = reader.settings
         self.hash = hashlib.sha256(json.dumps([reader.hash, sorted(ids)]).encode()).hexdigest()
         touched = {id.rpartition("/")[0] for id in ids}
         self._kept: dict[str, list[int]] = {}
