@@ -81,7 +81,7 @@ def test_keys_are_completed_with_their_meaning(schemas):
     trainer, data = schemas["trainer.json"]["properties"], schemas["data.json"]["properties"]
     assert "max_steps" in trainer
     assert "gradient" in trainer["gradient_clip_val"]["description"].lower()
-    assert data["val"]["description"].startswith("the split that is validated on")
+    assert data["val"]["description"].startswith("``val``, the split that is validated on")
     assert "qformer" not in data
 
 
