@@ -25,7 +25,7 @@ from msenc.runs.folder import places_of_runs
 from msenc.runs.identity import data_hashes, run_identity, run_settings
 from msenc.runs.overrides import key_of, task_overrides
 from msenc.runs.record import is_finished, machine, read_facts, read_run
-from msenc.training.assembly import GIVEN, build_datamodule
+from msenc.training.assembly import GIVEN, build_datamodule, find_data
 from msenc.training.plan import count_batches
 from msenc.types import MsencError
 from msenc.work.console import console, quieten
@@ -160,6 +160,7 @@ class _Known:
                 raise MsencError(f"{llm}: this LLM does not exist yet; prepare.py or the first job will create it.")
             if llm in self._absent:
                 raise MsencError(self._absent[llm])
+            find_data(config, command)
             datamodule = build_datamodule(config, command, for_training=True)
             datamodule.setup()
             data = data_hashes(config, datamodule)

@@ -51,7 +51,7 @@ from msenc.runs.identity import check_same_data, stream_hashes, task_hash
 from msenc.runs.record import is_finished, read_facts, read_run
 from msenc.speech.description import VOCABULARY
 from msenc.store.location import RemotePath
-from msenc.training.assembly import GIVEN, build_datamodule, num_parameters
+from msenc.training.assembly import GIVEN, build_datamodule, find_data, num_parameters
 from msenc.training.restore import find_checkpoint, find_device, load_trained, open_run, trains
 from msenc.types import MsencError
 from msenc.work.console import console, quieten, shown
@@ -421,6 +421,7 @@ def _open_data(record: Mapping[str, Any], config: Mapping[str, Any], is_other: b
     command = record.get("prepare_command", "python prepare.py")
     if is_other:
         command = f"python prepare.py data=... data.root=..., with the encoders of the run ({command})"
+    find_data(config, command)
     datamodule = build_datamodule(config, command)
     datamodule.setup()
     if not is_other:

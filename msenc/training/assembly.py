@@ -48,15 +48,18 @@ def find_data(config: Mapping[str, Any], prepare_command: str) -> Place:
     Raises:
         MsencError: they are not there, and msenc does not generate them.
     """
-    data = config["data"]
-    folder = locate(data["dir"], config["paths"]["cache_dir"], config["paths"].get("cache_max_bytes"))
-    if data["generate"] is None:
+    folder = _place(config)
+    if config["data"]["generate"] is None:
         DatasetManifest.read(folder, preparing_hint(folder, prepare_command))
     return folder
 
 
+def _place(config: Mapping[str, Any]) -> Place:
+    return locate(config["data"]["dir"], config["paths"]["cache_dir"], config["paths"].get("cache_max_bytes"))
+
+
 def build_datamodule(config: Mapping[str, Any], prepare_command: str, for_training: bool = False) -> DialogueDataModule:
-    """The data module of a run's config; of the data, only that they are there is checked yet.
+    """The data module of a run's config; the data are not checked yet.
 
     Args:
         config: of the run.
@@ -67,7 +70,7 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str, for_traini
     objective = config.get("objective") if for_training else None
     kind = partial(PreferenceDataModule, pairs=objective["pairs"], labels=objective["labels"]) if objective else None
     return (kind or DialogueDataModule)(
-        folder=find_data(config, prepare_command),
+        folder=_place(config),
         streams={
             name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])
             for name, stream in model["streams"].items()
