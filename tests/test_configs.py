@@ -166,7 +166,7 @@ def files_of(group: str) -> list[Path]:
 BINDS_ONLY = {
     "data/meld": "needs MELD's files (tests that have them train on them)",
     "data/folder": "needs recordings (tests/test_own_data.py)",
-    **{f"data/{name}": "needs the release (tests/raw/test_layouts.py)" for name in LAYOUTS},
+    **{f"data/{name}": "needs the release (tests/raw/test_data_sets.py)" for name in LAYOUTS},
     "data/msenc": "needs MSenC's videos",
     "data/raw_demo": "needs a recogniser (tests/test_own_data.py)",
     "experiment/zero_shot": "trains nothing (tests/test_evaluate.py has it as a baseline)",
