@@ -1,12 +1,13 @@
 """A web server on this machine's loopback that serves a folder, counts what is asked of it, and fails on demand."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from local_server import running
 
 
 class FileServer(ThreadingHTTPServer):
@@ -73,11 +74,5 @@ class _HubHandler(_Handler):
 @contextmanager
 def serve(folder: Path, dataset: str | None = None) -> Iterator[FileServer]:
     """Serve a folder until the block ends; leaving it earlier by `shutdown` and `server_close` is allowed."""
-    with FileServer(folder, dataset) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(FileServer(folder, dataset)) as server:
+        yield server

@@ -3,12 +3,12 @@
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from local_server import running
 
 TOKEN = "hf_token-of-the-test"
 
@@ -158,11 +158,5 @@ def _entry(path: str, content: bytes) -> dict:
 @contextmanager
 def serve_hub() -> Iterator[HubServer]:
     """The hub, until the block ends."""
-    with HubServer() as server:
-        thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.01))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(HubServer()) as server:
+        yield server

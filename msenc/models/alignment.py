@@ -199,13 +199,13 @@ def make_loss(
     Args:
         settings: of the fit.
         targets: of the labels.
-        new: the connector before the fit, of which a copy is kept.
+        new: the connector before the fit, of which a copy is kept if the targets need it.
     """
-    first = deepcopy(new).eval()
+    first = deepcopy(new).eval() if settings.keep and settings.objective == "embeddings" else None
 
     def of_embeddings(connector: nn.Module, known: Sequence[Known]) -> Tensor:
         wanted = torch.stack([targets(k.ids) for k in known])
-        if settings.keep:
+        if first is not None:
             with torch.no_grad():
                 own = connect(first, known).float() / targets.scale
             wanted = _unit(wanted + settings.keep * (own - own.mean(0)))

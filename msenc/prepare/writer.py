@@ -16,7 +16,7 @@ from typing import TypedDict
 from msenc.files import digest, parse_json, write_text
 from msenc.speech.attributes import VoiceSettings
 from msenc.speech.description import describe, read
-from msenc.speech.openai import Server
+from msenc.speech.openai import Server, completion
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 from msenc.work.pool import progress_bar
 
@@ -121,10 +121,10 @@ def _key(writer: str | None, attributes: VoiceAttributes, variant: int) -> str:
 
 def _sentence(content: bytes, url: str) -> str:
     try:
-        text = json.loads(content)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        text = None
-    if not isinstance(text, str):
+        text = completion(content)
+    except ValueError as error:
+        raise MsencError(f"{url}: {error}. Look at data.voice.writer_url.") from error
+    if text is None:
         raise MsencError(f"{url}: found {content[:80]!r}, expected a chat completion. Look at data.voice.writer_url.")
     return text
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,27 @@ class SegmentSettings:
             )
 
 
+def load_silero(what: str, extra: str) -> Any:
+    """The model of Silero VAD, whose weights come with its package.
+
+    Args:
+        what: it is needed for, and
+        extra: that has it, if the package is missing.
+
+    Raises:
+        MsencError: if the package is missing.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    with needing(what, extra):
+        import silero_vad
+    torch.set_num_threads(threads)  # its import sets one thread for the whole process
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=DeprecationWarning)
+        return silero_vad.load_silero_vad()
+
+
 def load_speech_detector() -> Callable[[np.ndarray, float], Spans]:
     """Silero VAD, whose weights come with its package.
 
@@ -66,13 +88,8 @@ def load_speech_detector() -> Callable[[np.ndarray, float], Spans]:
     """
     import torch
 
-    threads = torch.get_num_threads()
-    with needing("finding speech", "raw"):
-        import silero_vad
-    torch.set_num_threads(threads)  # its import sets one thread for the whole process
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=DeprecationWarning)
-        model = silero_vad.load_silero_vad()
+    model = load_silero("finding speech", "raw")
+    import silero_vad
 
     def detect(sound: np.ndarray, threshold: float) -> Spans:
         with torch.inference_mode():

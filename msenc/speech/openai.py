@@ -34,6 +34,51 @@ _HINTS = {
 }
 
 
+class ServerError(MsencError):
+    """A server that did not do what it was asked for.
+
+    Args:
+        message: the whole of it.
+        problem: what the server said, or did not.
+        is_final: the same request will fail again.
+    """
+
+    def __init__(self, message: str, problem: str, is_final: bool) -> None:
+        super().__init__(message)
+        self.problem = problem
+        self.is_final = is_final
+
+
+def check_address(key: str, value: str, advice: str = " Set OPENAI_BASE_URL.") -> None:
+    """Refuse what is no address of a server.
+
+    Args:
+        key: of the config, that holds it.
+        value: what it holds.
+        advice: what else to do.
+
+    Raises:
+        MsencError: names the key.
+    """
+    if not value.startswith(("http://", "https://")):
+        raise MsencError(f"{key}: found {value!r}, expected an address such as http://localhost:8000/v1.{advice}")
+
+
+def completion(content: bytes) -> str | None:
+    """The text of a chat completion; None where the model has given none.
+
+    Raises:
+        ValueError: it is no completion.
+    """
+    try:
+        text = json.loads(content)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"found {content[:80]!r}, expected a chat completion") from error
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"found {content[:80]!r}, expected a chat completion")
+    return text
+
+
 class Server:
     """Requests to a server with OpenAI's interface; its key, if it needs one, is in ``OPENAI_API_KEY``.
 
@@ -66,7 +111,8 @@ class Server:
             take: what to do with the answer, before the connection is closed; by default it is read.
 
         Raises:
-            MsencError: it refuses, does not answer, or sends too much.
+            ServerError: it refuses, or does not answer.
+            MsencError: it sends too much.
         """
         for attempt in range(self.max_retries + 1):
             wait_s = 0.5 * 2**attempt
@@ -87,7 +133,8 @@ class Server:
                 break
             time.sleep(wait_s)
         asked = f" It asks to wait {wait_s:.0f} s." if wait_s > MAX_WAIT_S else ""
-        raise MsencError(f"{url}: {self.what} was not made, after {attempt + 1} request(s): {problem}{asked}")
+        message = f"{url}: {self.what} was not made, after {attempt + 1} request(s): {problem}{asked}"
+        raise ServerError(message, problem, is_final)
 
     def _ask_once(
         self, body: bytes | None, url: str, content_type: str, take: Callable[[HTTPResponse], bytes]
@@ -135,11 +182,7 @@ class OpenAISpeech(SentenceSynthesizer):
         timeout_s: float = 60.0,
         max_retries: int = 3,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise MsencError(
-                f"speech.base_url: found {base_url!r}, expected an address such as http://localhost:8000/v1. "
-                "Set OPENAI_BASE_URL."
-            )
+        check_address("speech.base_url", base_url)
         for gender in ("woman", "man"):
             if not voices.get(gender):
                 raise MsencError(f"speech.voices.{gender}: found no voice, expected at least one name.")
@@ -188,6 +231,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _explain(error: urllib.error.HTTPError) -> str:
     """What the server says, in one line."""
     text = error.read(10_000).decode(errors="replace")
+    if key := os.environ.get("OPENAI_API_KEY"):
+        text = text.replace(key, "***")  # some repeat what they were sent
     try:
         value = json.loads(text)
         detail = value.get("error", value)

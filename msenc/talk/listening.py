@@ -6,7 +6,6 @@ end -> the pause lasts: the turn is an upload of the visitor, and its words are 
 
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from msenc.raw.segment import load_silero
 from msenc.speech.wav import to_wav
 from msenc.talk.visitors import Visitors
-from msenc.types import MsencError, needing
+from msenc.types import MsencError
 
 SAMPLE_RATE = 16_000
 WINDOW = 512
@@ -49,13 +49,7 @@ def load_detector() -> Callable[[np.ndarray], float]:
     Raises:
         MsencError: if the package is missing.
     """
-    threads = torch.get_num_threads()
-    with needing("an open microphone", "talk"):
-        import silero_vad
-    torch.set_num_threads(threads)  # its import sets one thread for the whole process
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.load.*", category=DeprecationWarning)
-        model = silero_vad.load_silero_vad()
+    model = load_silero("an open microphone", "talk")
 
     @torch.inference_mode()
     def probability(window: np.ndarray) -> float:

@@ -321,9 +321,10 @@ def _make(
         train = _Utterances(datamodule, labels, stream, "train")
         calibrate(connector, train.frames(num_for_calibration(connector)), embeddings)
         targets = EmbeddingTargets(embeddings, connector.num_queries)
-        loss_of = make_loss(settings, targets, connector)
         if settings.objective == "llm":
             loss_of = _llm_loss(model, datamodule.tokenizer, stream)
+        else:
+            loss_of = make_loss(settings, targets, connector)
         state = _read_state(folder / PARTIAL)
         start = time.monotonic()
         with Progress(console=console) as progress:

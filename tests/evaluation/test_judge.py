@@ -6,10 +6,11 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
 import pytest
+from local_server import answering
 
 from msenc.evaluation.judge import built_in_pairs, judge_lines, judge_replies, read_replies
 from msenc.evaluation.losses import read_metrics, read_predictions
@@ -62,19 +63,8 @@ def serving(prefers, answer=None):
             self.end_headers()
             self.wfile.write(content.encode())
 
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", received
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url, received
 
 
 @pytest.fixture(autouse=True)

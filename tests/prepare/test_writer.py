@@ -1,13 +1,13 @@
 """Descriptions by a language model: checked, counted, kept; against a small server with OpenAI's chat interface."""
 
 import json
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from local_server import answering
 
 from msenc.prepare import writer
 from msenc.prepare.describe import describe_dialogues, describe_settings
@@ -38,19 +38,8 @@ def serving(write):
             self.end_headers()
             self.wfile.write(found[1])
 
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1/", received
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(Handler) as url:
+        yield f"{url}/", received
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,11 @@ import struct
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
+from local_server import answering
 
 from msenc.speech.openai import OpenAISpeech
 from msenc.speech.voice import loudness_lufs
@@ -85,19 +86,8 @@ def serving(*answers):
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", received
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url, received
 
 
 SPOKEN = (200, {"Content-Type": "audio/wav"}, to_wav(TONE, 24_000))

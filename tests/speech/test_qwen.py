@@ -2,13 +2,13 @@
 
 import base64
 import json
-import threading
 from contextlib import contextmanager
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
+from local_server import answering
 
 from msenc.speech.qwen import MAX_BATCH, SAMPLE_TEXT, STREAM_RATE, QwenSpeech
 from msenc.speech.voice import loudness_lufs, measure
@@ -139,19 +139,8 @@ def serving(omni):
         def do_POST(self):
             self.reply(self.rfile.read(int(self.headers["Content-Length"])))
 
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)
