@@ -1,9 +1,10 @@
 """Several layers of an encoder as one stream: their features side by side in each frame, (T, K*D)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np  # for its name alone: configs are checked by these functions before --help, too
 
 from msenc.files.kinds import short
 from msenc.types import MsencError
@@ -57,10 +58,11 @@ def holds(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return dict(stored) == {**wanted, "layers": list(there), "dim": width * len(there)}
 
 
-def select_layers(frames: np.ndarray, stored: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
+def select_layers(frames: "np.ndarray", stored: Sequence[int], wanted: Sequence[int]) -> "np.ndarray":
     """Of the stored layers those that are wanted: (T, stored*D) -> (T, wanted*D); no copy if it is all of them.
 
     Example:
+        >>> import numpy as np
         >>> select_layers(np.array([[1, 2, 3, 4, 5, 6]]), (0, 2, -1), (-1, 0)).tolist()
         [[5, 6, 1, 2]]
     """

@@ -2,8 +2,11 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
@@ -120,3 +123,47 @@ def test_a_worker_hears_no_ctrl_c_while_it_still_imports():
     with pool_of(1) as pool:
         assert signal.SIGINT in pool.submit(blocked).result()
     assert signal.SIGINT not in blocked()
+
+
+FIRST = """
+import signal
+from msenc.work.pool import beside
+
+def tell():
+    print("blocked" if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []) else "heard")
+
+if __name__ == "__main__":
+    with beside(tell, "first"):
+        pass
+"""
+
+
+def test_nor_does_the_first_one_of_its_parent(tmp_path):
+    """A process of its own, in which nothing has started multiprocessing's resource tracker yet."""
+    (tmp_path / "first.py").write_text(FIRST)
+    done = subprocess.run([sys.executable, tmp_path / "first.py"], capture_output=True, text=True, check=True)
+    assert "blocked" in done.stdout.split()
+
+
+def start_in_pool():
+    with pool_of(1) as pool:
+        pool.submit(int)
+
+
+def start_beside():
+    with beside(partial(time.sleep, 60), "waiting"):
+        pass
+
+
+@pytest.mark.parametrize("start", [start_in_pool, start_beside])
+def test_ctrl_c_while_a_worker_starts_leaves_none_behind(start, monkeypatch):
+    before, begin = set(multiprocessing.active_children()), SpawnProcess.start
+
+    def interrupted(process):
+        begin(process)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(SpawnProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert set(multiprocessing.active_children()) <= before
