@@ -27,13 +27,29 @@ R = TypeVar("R")
 
 @contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C is heard afterwards, and never by processes started in the body: a child keeps a signal blocked."""
+    """Ctrl-C is heard afterwards, and never by processes started in the body: a child keeps a signal blocked.
+
+    Blocking is for the children. This process hears the signal all the same, by any thread that does not block it: a
+    library's, or a progress bar's. So its handler waits too.
+    """
     resource_tracker.ensure_running()  # spawning would start it, and unblock the signal thereby
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    # Only the main thread is interrupted, and may set handlers; None is a handler that Python did not set.
+    waits = handler is not None and threading.current_thread() is threading.main_thread()
+    if waits:
+        signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     try:
-        yield
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if waits:
+            signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Process(SpawnProcess):

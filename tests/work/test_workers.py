@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from multiprocessing.context import SpawnProcess
@@ -156,14 +157,25 @@ def start_beside():
 
 
 @pytest.mark.parametrize("start", [start_in_pool, start_beside])
-def test_ctrl_c_while_a_worker_starts_leaves_none_behind(start, monkeypatch):
-    before, begin = set(multiprocessing.active_children()), SpawnProcess.start
+@pytest.mark.parametrize("others", [0, 1])
+def test_ctrl_c_while_a_worker_starts_leaves_none_behind(start, others, monkeypatch):
+    """Another thread takes a signal that this one blocks, and the interpreter interrupts this one all the same."""
+    before, begin, done = set(multiprocessing.active_children()), SpawnProcess.start, threading.Event()
 
     def interrupted(process):
         begin(process)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(SpawnProcess, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        start()
+    threads = [threading.Thread(target=done.wait) for _ in range(others)]
+    for thread in threads:
+        thread.start()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        done.set()
     assert set(multiprocessing.active_children()) <= before
