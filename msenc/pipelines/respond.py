@@ -239,7 +239,9 @@ class _Recognise:
     @cached_property
     def recogniser(self) -> Recogniser:
         try:
-            return Recogniser(self.name_or_path)
+            # Half the time where the processor itself multiplies bfloat16. Older torch cannot tell.
+            is_fast = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+            return Recogniser(self.name_or_path, dtype="bfloat16" if is_fast else "float32")
         except MsencError as error:
             raise MsencError(
                 f"No text is given, and what recognises it cannot be loaded. Give text=..., or recogniser=FOLDER of a "
