@@ -128,7 +128,7 @@ def speak(folder: Path, voices: Sequence[str], cache: Path | None) -> dict[str, 
     """Sentences of each voice, without the silence around them."""
     from voice_attributes import render
 
-    from msenc.speech.libespeak import to_phonemes
+    from msenc.speech.synthesizers.libespeak import to_phonemes
 
     phonemes = to_phonemes(list(SENTENCES))
     clips: dict[str, list[np.ndarray]] = {}

@@ -24,15 +24,15 @@ from rich.progress import track
 from msenc.config.build import build
 from msenc.speech.attributes import VoiceSettings, attributes_of, fit_bins, measured_values
 from msenc.speech.description import VOCABULARY
-from msenc.speech.libespeak import to_phonemes
+from msenc.speech.synthesizers.libespeak import to_phonemes
 from msenc.speech.voice import count_syllables, measure
 from msenc.types import VoiceAttributes
 
 NODES = {
-    "espeak": {"_target_": "msenc.speech.espeak.ESpeak"},
-    "hibari": {"_target_": "msenc.speech.hibari.Hibari", "voices": {"woman": ["heart"], "man": ["heart"]}},
+    "espeak": {"_target_": "msenc.speech.synthesizers.espeak.ESpeak"},
+    "hibari": {"_target_": "msenc.speech.synthesizers.hibari.Hibari", "voices": {"woman": ["heart"], "man": ["heart"]}},
     "kokoro": {
-        "_target_": "msenc.speech.kokoro.Kokoro",
+        "_target_": "msenc.speech.synthesizers.kokoro.Kokoro",
         "folder": str(Path(os.environ.get("MSENC_MODELS", "models")) / "kokoro-82m"),
     },
 }

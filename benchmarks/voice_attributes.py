@@ -23,7 +23,7 @@ from msenc.demo.world import ANSWERS, SPEAKERS
 from msenc.prepare.describe import describe_dialogues
 from msenc.raw.annotations import MELD_FILES, read_meld
 from msenc.speech.attributes import VoiceSettings, estimate_gender, measured_values
-from msenc.speech.libespeak import to_phonemes
+from msenc.speech.synthesizers.libespeak import to_phonemes
 from msenc.speech.voice import VoiceMeasures, count_syllables, measure
 from msenc.store.labels import VOICE_TURNS
 from msenc.types import UNKNOWN, Dialogue, Rejection

@@ -1,6 +1,7 @@
 """The examples of docs/architecture.md run, and it names no module or function that is not there."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -58,3 +59,8 @@ def test_the_tree_names_every_folder():
     (tree,) = re.findall(r"^msenc/\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
     folders = {path.parent.name for path in (ROOT / "msenc").glob("*/__init__.py")}
     assert set(re.findall(r"(\w+)/(?: |$)", tree)) - {"metrics"} == folders
+
+
+def test_no_folder_is_too_long_to_be_read():
+    modules = Counter(path.parent for path in (ROOT / "msenc").rglob("*.py") if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in modules.items() if count > 14} == {}

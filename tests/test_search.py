@@ -11,7 +11,7 @@ from msenc.config.messages import refusal
 from msenc.files import read_json
 from msenc.pipelines import cluster, search, sweep, train
 from msenc.pipelines.search import known_jobs, queue, space_of
-from msenc.report.trials import best_line, read_trials, trial_grid
+from msenc.report.panels.trials import best_line, read_trials, trial_grid
 from msenc.runs.sweep import note_run, read_sweep, write_sweep
 from msenc.work.signals import INTERRUPTED
 

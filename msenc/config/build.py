@@ -21,6 +21,9 @@ MOVED = {
     "msenc.prepare.worlds.": "msenc.demo.",
     "msenc.prepare.segment.": "msenc.raw.segment.",
     "msenc.prepare.speakers.": "msenc.raw.speakers.",
+    "msenc.speech.espeak.": "msenc.speech.synthesizers.espeak.",
+    "msenc.speech.kokoro.": "msenc.speech.synthesizers.kokoro.",
+    "msenc.speech.openai.": "msenc.speech.synthesizers.openai.",
 }
 """Where targets of earlier runs lay -> where they lie now; such runs are read, and found by their identity."""
 

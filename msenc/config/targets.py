@@ -43,11 +43,11 @@ BUILDABLE = {
     "data.recordings.recogniser": ("msenc.models.recognition.Recogniser",),
     "data.recordings.speaker_encoder": _of("msenc.raw.speakers", "Resemblyzer", "XVector"),
     "speech": (
-        "msenc.speech.espeak.ESpeak",
-        "msenc.speech.hibari.Hibari",
-        "msenc.speech.kokoro.Kokoro",
-        "msenc.speech.openai.OpenAISpeech",
-        "msenc.speech.qwen.QwenSpeech",
+        "msenc.speech.synthesizers.espeak.ESpeak",
+        "msenc.speech.synthesizers.hibari.Hibari",
+        "msenc.speech.synthesizers.kokoro.Kokoro",
+        "msenc.speech.synthesizers.openai.OpenAISpeech",
+        "msenc.speech.synthesizers.qwen.QwenSpeech",
     ),
     "optimizer": _of(
         "torch.optim",
@@ -83,8 +83,8 @@ BUILDABLE = {
 PACKAGES = {
     "lightning.pytorch.loggers.MLFlowLogger": ("mlflow", "mlflow"),
     "lightning.pytorch.loggers.WandbLogger": ("wandb", "wandb"),
-    "msenc.speech.espeak.ESpeak": ("demo", "espeakng_loader"),
-    "msenc.speech.kokoro.Kokoro": ("kokoro", "onnxruntime", "espeakng_loader"),
+    "msenc.speech.synthesizers.espeak.ESpeak": ("demo", "espeakng_loader"),
+    "msenc.speech.synthesizers.kokoro.Kokoro": ("kokoro", "onnxruntime", "espeakng_loader"),
     "msenc.tracking.mlflow.MlflowLogger": ("mlflow", "mlflow"),
     "page=true": ("talk", "gradio"),
 }

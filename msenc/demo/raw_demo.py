@@ -19,7 +19,7 @@ from msenc.demo.face import SIZE, draw_face
 from msenc.demo.frame import FPS, SAMPLE_RATE, DrawnDialogue
 from msenc.demo.world import SPEAKERS, check_packages, steady_dialogue
 from msenc.raw.timestamps import FILE_NAME
-from msenc.speech.libespeak import VoiceSettings, speak
+from msenc.speech.synthesizers.libespeak import VoiceSettings, speak
 from msenc.types import MsencError
 from msenc.work.pool import progress_bar
 from msenc.work.write_once import write_once

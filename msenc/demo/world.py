@@ -28,7 +28,7 @@ from msenc.demo.frame import (
 )
 from msenc.demo.ideal import Belief
 from msenc.raw.container import load_av
-from msenc.speech.libespeak import VoiceSettings, load_espeak, speak_in_turn
+from msenc.speech.synthesizers.libespeak import VoiceSettings, load_espeak, speak_in_turn
 from msenc.types import SPLITS, Dialogue, Mark, Utterance
 
 VERSION = 2  # of the generator: raised whenever equal settings give other data

@@ -18,9 +18,8 @@ from torch.nn.functional import linear
 from msenc.files import read_json, reason_of
 from msenc.models.attention import KERNELS, NAME, register
 from msenc.models.layout import choose_attention
-from msenc.models.pretrained import load_pretrained, name_some, split_revision, to_dtype
+from msenc.models.pretrained import StoredWeights, load_pretrained, name_some, split_revision, to_dtype
 from msenc.models.quantize import check_quantization, quantize
-from msenc.models.slices import StoredWeights
 from msenc.types import MsencError
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")

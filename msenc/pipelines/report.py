@@ -28,10 +28,10 @@ def report(cfg: DictConfig) -> None:
     from msenc.report.listening.heard import heard_rows, judge
     from msenc.report.listening.study import read_studies
     from msenc.report.page import render_page
+    from msenc.report.panels.trials import best_line, read_trials, trial_grid, trial_rows
     from msenc.report.plots import write_figures
     from msenc.report.style import Style
     from msenc.report.table import summarise
-    from msenc.report.trials import best_line, read_trials, trial_grid, trial_rows
 
     config = asdict(ReportConfig()) | plain(cfg)
     given = config["sweep_dir"]

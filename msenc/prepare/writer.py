@@ -16,7 +16,7 @@ from typing import TypedDict
 from msenc.files import digest, parse_json, write_text
 from msenc.speech.attributes import VoiceSettings
 from msenc.speech.description import describe, read
-from msenc.speech.openai import Server, completion
+from msenc.speech.synthesizers.openai import Server, completion
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 from msenc.work.pool import progress_bar
 

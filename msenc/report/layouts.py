@@ -16,9 +16,9 @@ from rich.text import Text
 
 from msenc.files import write_text
 from msenc.report.compare import Comparison, Configuration
-from msenc.report.followed import FOLLOWED, followed_grid
-from msenc.report.layers import LAYERS, layer_grid
 from msenc.report.listening.heard import METHOD, TITLES, heard_grid
+from msenc.report.panels.followed import FOLLOWED, followed_grid
+from msenc.report.panels.layers import LAYERS, layer_grid
 from msenc.report.style import COSTS
 from msenc.report.table import Table, costs
 

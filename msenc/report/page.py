@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msenc.pages.render import data_uri, render
-from msenc.report.browse import browse
 from msenc.report.compare import Configuration
-from msenc.report.examples import find_examples
-from msenc.report.followed import followed_grid
-from msenc.report.layers import LAYERS, layer_grid
 from msenc.report.layouts import (
     COMPARED,
     COST_HEADING,
@@ -25,10 +21,14 @@ from msenc.report.layouts import (
     verdict_grid,
 )
 from msenc.report.listening.heard import METHOD, TITLES, heard_grid
+from msenc.report.panels.browse import browse
+from msenc.report.panels.examples import find_examples
+from msenc.report.panels.followed import followed_grid
+from msenc.report.panels.layers import LAYERS, layer_grid
+from msenc.report.panels.traces import trace_panel
+from msenc.report.panels.trials import Trials, best_line, trial_grid
 from msenc.report.plots import effects, learning_curves, svg
 from msenc.report.table import Table
-from msenc.report.traces import trace_panel
-from msenc.report.trials import Trials, best_line, trial_grid
 from msenc.runs.sweep import sweep_command
 from msenc.work.command import as_typed
 

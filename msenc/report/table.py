@@ -22,9 +22,9 @@ from msenc.report.compare import (
     metric_order,
     table_metrics,
 )
-from msenc.report.followed import find_followed
 from msenc.report.listening.heard import Heard
 from msenc.report.noise import REPEATED, Floor, measure_floor, refuse_other_settings
+from msenc.report.panels.followed import find_followed
 from msenc.report.plots import read_curve
 from msenc.report.style import Style, refuse_unknown
 from msenc.types import MsencError

@@ -275,7 +275,7 @@ def syllables_of(texts: Sequence[str]) -> list[int]:
     """Syllables of each text, by eSpeak NG where it is installed, else by the letters."""
     if not has_espeak():
         return [guess_syllables(text) for text in texts]
-    from msenc.speech.libespeak import to_phonemes
+    from msenc.speech.synthesizers.libespeak import to_phonemes
 
     return [count_syllables(phonemes) for phonemes in to_phonemes(texts)]
 

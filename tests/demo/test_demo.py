@@ -21,7 +21,7 @@ from msenc.demo import world as demo
 from msenc.demo.face import Look, draw_face
 from msenc.demo.world import DemoTurn, draw_dialogues, state_words, transcripts, write_demo
 from msenc.files.marks import parse_marks
-from msenc.speech.libespeak import VoiceSettings, speak, speak_in_turn
+from msenc.speech.synthesizers.libespeak import VoiceSettings, speak, speak_in_turn
 from msenc.types import Dialogue, MsencError
 
 SIZES = {"train": 40, "val": 1, "test": 24}

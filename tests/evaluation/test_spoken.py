@@ -11,11 +11,11 @@ import pytest
 
 from msenc.evaluation.spoken import listen_to_replies, speak_replies
 from msenc.speech.attributes import Bin
-from msenc.speech.espeak import ESpeak
+from msenc.speech.synthesizers.espeak import ESpeak
 from msenc.speech.wav import from_wav
 from msenc.types import MsencError
 
-NODE = {"_target_": "msenc.speech.espeak.ESpeak", "language": "en-us"}
+NODE = {"_target_": "msenc.speech.synthesizers.espeak.ESpeak", "language": "en-us"}
 
 
 def prediction(text, description, speaker="Anna", dialogue="d0"):

@@ -25,7 +25,7 @@ def test_whisper_hears_what_was_said(demo_home):
         pytest.skip("MSENC_MODELS names no folder with whisper-base")
     import soxr
 
-    from msenc.speech.libespeak import VoiceSettings, speak
+    from msenc.speech.synthesizers.libespeak import VoiceSettings, speak
 
     recogniser = Recogniser(str(folder))
     sound, rate = speak(

@@ -8,8 +8,8 @@ import pytest
 
 from msenc.speech.attributes import estimate_gender, measured_values
 from msenc.speech.description import VOCABULARY, describe, parse
-from msenc.speech.espeak import VOICES, ESpeak
 from msenc.speech.synthesis import choose
+from msenc.speech.synthesizers.espeak import VOICES, ESpeak
 from msenc.speech.voice import measure
 from msenc.types import MsencError, VoiceAttributes
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from msenc.speech.hibari import Hibari
+from msenc.speech.synthesizers.hibari import Hibari
 from msenc.speech.voice import measure
 from msenc.types import MsencError, VoiceAttributes
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msenc.speech.kokoro import PROSODY, VOICES, Kokoro
+from msenc.speech.synthesizers.kokoro import PROSODY, VOICES, Kokoro
 from msenc.speech.voice import measure
 from msenc.types import MsencError, VoiceAttributes
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from local_server import answering
 
-from msenc.speech.openai import OpenAISpeech
+from msenc.speech.synthesizers.openai import OpenAISpeech
 from msenc.speech.voice import loudness_lufs
 from msenc.speech.wav import to_wav
 from msenc.types import MsencError, VoiceAttributes

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from msenc.speech.libespeak import VoiceSettings, speak
-from msenc.speech.psola import change_melody
+from msenc.speech.synthesizers.libespeak import VoiceSettings, speak
+from msenc.speech.synthesizers.psola import change_melody
 from msenc.speech.voice import measure
 
 RATE = 16_000

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from local_server import answering
 
-from msenc.speech.qwen import MAX_BATCH, SAMPLE_TEXT, STREAM_RATE, QwenSpeech
+from msenc.speech.synthesizers.qwen import MAX_BATCH, SAMPLE_TEXT, STREAM_RATE, QwenSpeech
 from msenc.speech.voice import loudness_lufs, measure
 from msenc.speech.wav import from_wav, to_wav
 from msenc.types import MsencError, VoiceAttributes

@@ -5,7 +5,7 @@ import pytest
 from scipy.signal import lfilter, resample_poly
 from test_pitch import vowel
 
-from msenc.speech.libespeak import to_phonemes
+from msenc.speech.synthesizers.libespeak import to_phonemes
 from msenc.speech.voice import VoiceMeasures, count_syllables, guess_syllables, loudness_lufs, measure
 
 RATE = 16_000
@@ -153,7 +153,7 @@ def test_syllables_by_espeak_and_by_letters():
 
 
 def test_phonemes_leave_the_synthesizer_as_it_was():
-    from msenc.speech.libespeak import VoiceSettings, speak
+    from msenc.speech.synthesizers.libespeak import VoiceSettings, speak
 
     before, _ = speak("Hello.", VoiceSettings("en-us+m1"))
     to_phonemes(["Hello."])

@@ -10,7 +10,7 @@ import pytest
 from msenc.config.schema import plain
 from msenc.pipelines.respond import load_agent, respond
 from msenc.runs.record import read_run
-from msenc.speech.espeak import ESpeak
+from msenc.speech.synthesizers.espeak import ESpeak
 from msenc.speech.wav import write_wav
 from msenc.talk.agent import Turn, choose_speakers, read_talk
 from msenc.training.assembly import build_datamodule

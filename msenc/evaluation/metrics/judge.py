@@ -15,7 +15,7 @@ from typing import TypedDict
 from msenc.config.secrets import redacted
 from msenc.files import digest, parse_json, read_json, write_json
 from msenc.models.pretrained import load_pretrained
-from msenc.speech.openai import Server, ServerError, check_address, completion
+from msenc.speech.synthesizers.openai import Server, ServerError, check_address, completion
 from msenc.types import MsencError, Reply
 
 VERSION = 1

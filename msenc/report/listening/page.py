@@ -14,7 +14,6 @@ from msenc.pages.render import PAGES, render
 from msenc.raw.audit_page import thumbnail
 from msenc.raw.container import MediaError, moving, open_clip
 from msenc.raw.media import read_audio
-from msenc.report.examples import open_dialogues, raw_folder
 from msenc.report.listening.study import (
     ANSWERS,
     KEY,
@@ -27,6 +26,7 @@ from msenc.report.listening.study import (
     hash_of,
     name_trials,
 )
+from msenc.report.panels.examples import open_dialogues, raw_folder
 from msenc.report.table import Table
 from msenc.speech.wav import from_wav, to_wav
 from msenc.types import MsencError, Utterance

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from msenc.report.compare import Configuration
-from msenc.report.examples import open_dialogues, raw_folder
+from msenc.report.panels.examples import open_dialogues, raw_folder
 from msenc.report.style import Style
 from msenc.types import Utterance
 from msenc.work.command import as_typed

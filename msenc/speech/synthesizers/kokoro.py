@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from msenc.speech.libespeak import to_phonemes
-from msenc.speech.psola import change_melody
 from msenc.speech.synthesis import SentenceSynthesizer, choose
+from msenc.speech.synthesizers.libespeak import to_phonemes
+from msenc.speech.synthesizers.psola import change_melody
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes, needing
 
 SAMPLE_RATE = 24_000

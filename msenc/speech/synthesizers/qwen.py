@@ -19,10 +19,10 @@ import numpy as np
 from msenc.files import digest
 from msenc.speech.acting import LOUDNESS_LUFS, PAUSE_S, SNR_DB, act, bend
 from msenc.speech.description import describe
-from msenc.speech.hibari import PITCH_HZ, SPEED, SPREAD
-from msenc.speech.openai import MAX_BYTES, OpenAISpeech
-from msenc.speech.psola import change_melody
 from msenc.speech.synthesis import choose, read_voice, split_sentences
+from msenc.speech.synthesizers.hibari import PITCH_HZ, SPEED, SPREAD
+from msenc.speech.synthesizers.openai import MAX_BYTES, OpenAISpeech
+from msenc.speech.synthesizers.psola import change_melody
 from msenc.speech.voice import loudness_lufs
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from msenc.speech.psola import change_melody
 from msenc.speech.synthesis import SentenceSynthesizer, choose
+from msenc.speech.synthesizers.psola import change_melody
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes, needing
 
 SAMPLE_RATE = 24_000

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msenc.speech.libespeak import VoiceSettings, load_espeak, speak
 from msenc.speech.synthesis import SentenceSynthesizer, choose
+from msenc.speech.synthesizers.libespeak import VoiceSettings, load_espeak, speak
 from msenc.types import UNKNOWN, VoiceAttributes
 
 
