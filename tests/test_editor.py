@@ -37,8 +37,7 @@ def differences(here, there, path=""):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Name -> schema, as the command writes them: in a process of its own, where no test has registered or replaced a
-    part of msenc's or of another package's."""
+    """Name -> schema, as the command writes them, in a process where no test has replaced a part of a package."""
     folder = tmp_path_factory.mktemp("schemas")
     shutil.copytree(CONFIGS, folder / "configs", ignore=shutil.ignore_patterns(editor.FOLDER))
     command = [sys.executable, "-m", "msenc", "configs", "--schema"]
