@@ -118,6 +118,11 @@ class Answer:
     attributes: VoiceAttributes
 
     @property
+    def voice(self) -> VoiceAttributes | str:
+        """What a synthesizer is given: the description as it is written, of which each takes what it can follow."""
+        return self.description or self.attributes
+
+    @property
     def not_understood(self) -> tuple[str, ...]:
         """Words of the description that no synthesizer of msenc follows."""
         return read(self.description or "").unread
@@ -389,7 +394,7 @@ def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) 
     if synthesizer is None or not any(character.isalnum() for character in answer.text):
         return Spoken(answer)
     began = time.perf_counter()
-    sound, sample_rate = synthesizer(answer.text, answer.attributes, speaker)
+    sound, sample_rate = synthesizer(answer.text, answer.voice, speaker)
     return Spoken(answer, sound, sample_rate, time.perf_counter() - began)
 
 

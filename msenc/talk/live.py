@@ -125,6 +125,7 @@ def reply_live(
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     has_own_voice = agent.tokenizer.prompt.target == "text_description"
+    voice: VoiceAttributes | str = VoiceAttributes()
     pieces: list[np.ndarray] = []
     rate, speaking, num_spoken, answer, notices = 0, 0.0, 0, None, []
     try:
@@ -136,12 +137,12 @@ def reply_live(
                 raise news
             ledger.note("first token")
             if isinstance(news, str):
-                text, voice = news, VoiceAttributes()
+                text = news
                 sentences = [] if has_own_voice else split_sentences(text)[:-1]
                 yield Progress(text)
             else:
                 (answer, *_), notices = news
-                text, voice, sentences = answer.text, answer.attributes, split_sentences(answer.text)
+                text, voice, sentences = answer.text, answer.voice, split_sentences(answer.text)
             for sentence in sentences[num_spoken:]:
                 ledger.note("first sentence")
                 if synthesizer is None or (is_cut is not None and is_cut()):

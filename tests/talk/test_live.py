@@ -8,6 +8,8 @@ from msenc.config.build import build
 from msenc.config.schema import plain
 from msenc.pipelines.respond import load_agent
 from msenc.prompt import Prompt
+from msenc.speech.description import parse
+from msenc.speech.synthesis import read_voice
 from msenc.talk.agent import AbandonedError, Answer, Turn, speak_answer
 from msenc.talk.live import Ledger, percentiles, reply_live
 from msenc.types import VoiceAttributes
@@ -38,7 +40,7 @@ class Writer:
 
 
 def speak(sentence, voice, speaker):
-    return np.full(len(sentence), 0.5 if voice.gender == "man" else 0.1, np.float32), 8000
+    return np.full(len(sentence), 0.5 if read_voice(voice).gender == "man" else 0.1, np.float32), 8000
 
 
 @pytest.mark.parametrize("target", ["text", "text_description"])
@@ -83,6 +85,22 @@ def test_the_pieces_are_the_sound_of_the_whole_reply(short_run, compose):
     (short,), _ = agent.answer(heard, "Agent", config["decoding"], is_cut=lambda: len(asked) > 2 or asked.append(1))
     assert answer.text.startswith(short.text)
     assert 0 < len(short.text) < len(answer.text)
+
+
+@pytest.mark.parametrize("description", ["a woman whispers sadly, as if to herself", None])
+def test_a_synthesizer_is_given_the_description_in_the_models_words(description):
+    attributes = VoiceAttributes("woman") if description is None else parse(description)
+    answer = Answer("One is here.", description, attributes)
+    writer, given = Writer("text_description"), []
+    writer.answer = lambda *_, **__: ([answer], [])
+
+    def note(sentence, voice, speaker):
+        given.append(voice)
+        return np.zeros(8, np.float32), 8000
+
+    [*reply_live(writer, note, [], "Ben", {}, 1, Ledger())]
+    speak_answer(note, answer, "Ben")
+    assert given == [description or VoiceAttributes("woman")] * 2
 
 
 def test_percentiles_are_of_the_turns_that_had_the_step():
