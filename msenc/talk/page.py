@@ -411,6 +411,8 @@ def show_voice(title: str, spoken: Spoken, seconds: Mapping[str, float]) -> str:
     ]
     parts = [f"<h3>{html.escape(title)}</h3>", f"<p>{html.escape(answer.description or 'no description')}</p>"]
     parts.append(f'<p class="chips">{"".join(chips) or "It names no attribute that is known."}</p>')
+    if answer.not_understood:
+        parts.append(f'<p class="unread">Not understood: {html.escape(", ".join(answer.not_understood))}</p>')
     if spoken.sound is not None:
         uri = data_uri("audio/wav", to_wav(spoken.sound, spoken.sample_rate))
         parts += [*draw_sound(spoken.sound, spoken.sample_rate), f'<audio controls src="{uri}"></audio>']

@@ -20,13 +20,14 @@ from msenc.files import write_json
 from msenc.pipelines.respond import load_agent, respond
 from msenc.raw.media import read_audio
 from msenc.runs.record import read_run
+from msenc.speech.description import parse
 from msenc.speech.wav import write_wav
-from msenc.talk.agent import Turn, read_talk
+from msenc.talk.agent import Answer, Spoken, Turn, read_talk
 from msenc.types import MsencError
 
 pytest.importorskip("gradio", reason="the page needs the extra talk")
 
-from msenc.talk.page import Host, draw_sound, finished_runs, read_saved, run_label, show_status
+from msenc.talk.page import Host, draw_sound, finished_runs, read_saved, run_label, show_status, show_voice
 
 ROOT = Path(__file__).parents[2]
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -290,6 +291,14 @@ def test_a_saved_talk_reaches_no_file_but_its_own(tmp_path):
     (tmp_path / "talk.zip").write_bytes(whole[:20] + bytes(20) + whole[40:])
     with pytest.raises(MsencError, match="cannot be unpacked"):
         read_saved(tmp_path / "talk.zip", tmp_path / "unpacked", 10_000)
+
+
+def test_what_of_a_voice_description_is_not_understood_is_said():
+    def shown(description):
+        return show_voice("Voice", Spoken(Answer("Hi.", description, parse(description or ""))), {})
+
+    assert "Not understood: welsh accent" in shown("an elderly man mutters slowly, with a Welsh accent")
+    assert "Not understood" not in shown("a man speaks slowly") + shown(None)
 
 
 def test_what_a_file_or_a_visitor_says_is_no_html():
