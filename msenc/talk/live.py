@@ -127,7 +127,8 @@ def reply_live(
     has_own_voice = agent.tokenizer.prompt.target == "text_description"
     voice: VoiceAttributes | str = VoiceAttributes()
     pieces: list[np.ndarray] = []
-    rate, speaking, num_spoken, answer, notices = 0, 0.0, 0, None, []
+    said: list[tuple[str, int]] = []
+    rate, speaking, answer, notices = 0, 0.0, None, []
     try:
         while answer is None:
             news = told.get()
@@ -143,7 +144,7 @@ def reply_live(
             else:
                 (answer, *_), notices = news
                 text, voice, sentences = answer.text, answer.voice, split_sentences(answer.text)
-            for sentence in sentences[num_spoken:]:
+            for sentence in sentences[len(said) :]:
                 ledger.note("first sentence")
                 if synthesizer is None or (is_cut is not None and is_cut()):
                     break
@@ -151,10 +152,11 @@ def reply_live(
                 sound, rate = synthesizer(sentence, voice, speaker)
                 speaking += time.perf_counter() - began
                 pieces.append(sound)
-                num_spoken += 1
+                said.append((sentence, len(sound)))
                 ledger.note("first sound")
                 yield Progress(text, sound, rate)
     finally:
         writer.join()  # the model is used by one at a time
-    spoken = Spoken(answer, np.concatenate(pieces), rate, speaking) if pieces else Spoken(answer)
+    whole = np.concatenate(pieces) if pieces else None
+    spoken = Spoken(answer, whole, rate, speaking, tuple(said), is_cut is not None and is_cut())
     yield Progress(answer.text, spoken=spoken, notices=notices)

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,10 +46,11 @@ from msenc.talk.agent import (
     speak_answer,
 )
 from msenc.talk.examples import NUM_EXAMPLES, Example, find_examples
+from msenc.talk.interruption import Said
 from msenc.talk.listening import Listeners
 from msenc.talk.live import Ledger, Progress, percentiles, reply_live
 from msenc.talk.saved import read_saved, save_turns
-from msenc.talk.visitors import Talk, Visitors
+from msenc.talk.visitors import NO_WORDS, Talk, Visitors
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 ANY = "any"
@@ -61,8 +62,15 @@ CONTROLS = """
 <small id="here"></small>
 """
 """Buttons of talk.js, and where it says what it hears, and how long the sound took to come."""
+INTERRUPTED = "(interrupted)"
+"""Below a reply of which the talk keeps what was heard."""
+MAX_HEARD_S = 86_400.0
+"""Of one reply; no browser tells of more."""
 SHOWN_S = 0.1
 """Between two looks at a reply that is being written: the browser draws the whole talk each time."""
+
+
+_NAME = re.compile(r"[\w-]{1,40}", re.ASCII)
 
 
 def _always() -> bool:
@@ -171,11 +179,12 @@ class Host:
         if len(talk.turns) + 2 > MAX_TURNS:
             raise MsencError(f"The talk has {len(talk.turns)} turns; {MAX_TURNS} are the most. Begin a new one.")
         agent = self.agent(run)
-        before = talk.turns if talk.run == run else _hear_all(agent, [heard.turn for heard in talk.turns], is_wanted)
+        stale = talk.stale if talk.run == run else frozenset(range(len(talk.turns)))
+        before = _hear_all(agent, talk.turns, is_wanted, stale)
         speakers = talk.speakers or self.speakers((), agent.speakers)
         words = self.listeners.words(turn.audio) if turn.audio is not None and not turn.text.strip() else None
         heard = agent.hear(replace(turn, speaker=speakers[0]), (lambda _: words) if words else None)
-        talk = replace(talk, run=run, speakers=speakers, turns=(*before, heard))
+        talk = replace(talk, run=run, speakers=speakers, turns=(*before, heard), stale=frozenset())
         self.visitors.make_room(Talk(talk.folder, turns=(heard,)).num_bytes)
         return talk
 
@@ -186,6 +195,7 @@ class Host:
         is_cut: Callable[[], bool] | None = None,
         ledger: Ledger | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        name: str = "",
     ) -> tuple[Talk, list[str], dict[str, float]]:
         """The talk with a reply, its clips in its folder; notices, and the seconds that it took.
 
@@ -195,6 +205,7 @@ class Host:
             is_cut: see `reply_live`.
             ledger: of the turn.
             on_progress: told of each word and each sentence's sound.
+            name: of the reply, by which it can be cut afterwards; see `Talk.cut`.
 
         Raises:
             MsencError: there is no space for it.
@@ -212,10 +223,15 @@ class Host:
         assert progress.spoken is not None  # the last one
         spoken, answer, notices = progress.spoken, progress.spoken.answer, [*progress.notices]
         seconds = {"writing": time.perf_counter() - began - spoken.seconds}
-        words, description = answer.text or "...", answer.description
+        words, description = answer.text or NO_WORDS, answer.description
         if len(words) > MAX_CHARACTERS:
             notices.append(f"The reply has {len(words):,} characters; the talk keeps the first {MAX_CHARACTERS:,}.")
-        turn = Turn(speaker, words[:MAX_CHARACTERS], description=description and description[:MAX_CHARACTERS])
+        turn = Turn(
+            speaker,
+            words[:MAX_CHARACTERS],
+            description=description and description[:MAX_CHARACTERS],
+            is_interrupted=spoken.is_cut,
+        )
         reply = talk.folder / f"{len(talk.turns) + 1}-reply.wav"
         try:
             if spoken.sound is not None:
@@ -241,6 +257,9 @@ class Host:
             raise MsencError(f"The reply cannot be kept ({error.strerror}). Begin a new talk.") from error
         last = replace(last, turn=replace(last.turn, **files))
         talk = replace(talk, spoken=spoken, seconds=(*talk.seconds, ledger.seconds))
+        if self.synthesizer is not None:  # else it is read
+            sentences = tuple((sentence, samples / spoken.sample_rate) for sentence, samples in spoken.sentences)
+            talk = replace(talk, said={**talk.said, name: Said(len(talk.turns), sentences)})
         return replace(talk, turns=(*before, last, heard)), notices, seconds
 
     def say_again(self, talk: Talk | None, description: str) -> Spoken:
@@ -275,7 +294,7 @@ class Host:
             self.visitors.make_room(path.stat().st_size)
             turns = read_saved(path, talk.folder / "loaded", most)
             agent = self.agent(run)
-            heard = _hear_all(agent, turns, is_wanted)
+            heard = _hear_all(agent, [Heard(turn) for turn in turns], is_wanted, range(len(turns)))
             self.visitors.make_room(Talk(talk.folder, turns=heard).num_bytes)
             return replace(talk, run=run, speakers=self.speakers(turns, agent.speakers), turns=heard)
         except (MsencError, AbandonedError):
@@ -298,12 +317,15 @@ class Host:
             self.alone.release()
 
 
-def _hear_all(agent: Agent, turns: Sequence[Turn], is_wanted: Callable[[], bool]) -> tuple[Heard, ...]:
+def _hear_all(
+    agent: Agent, turns: Sequence[Heard], is_wanted: Callable[[], bool], stale: Container[int]
+) -> tuple[Heard, ...]:
+    """Turns, of which some are to be heard anew."""
     found = []
-    for turn in turns:
+    for number, heard in enumerate(turns):
         if not is_wanted():
             raise AbandonedError
-        found.append(_hear_again(agent, turn))
+        found.append(_hear_again(agent, heard.turn) if number in stale else heard)
     return tuple(found)
 
 
@@ -355,7 +377,8 @@ def show_talk(talk: Talk | None, reply: str = "", hidden: Path | None = None) ->
         turn = heard.turn
         is_agent = talk.speakers is not None and turn.speaker == talk.speakers[1]
         files = [{"path": str(file)} for file in (turn.audio, turn.video) if file not in (None, hidden)]
-        messages.append({"role": "assistant" if is_agent else "user", "content": [turn.text, *files]})
+        words = [turn.text, *([INTERRUPTED] if turn.is_interrupted else [])]
+        messages.append({"role": "assistant" if is_agent else "user", "content": [*words, *files]})
     if reply:
         messages.append({"role": "assistant", "content": [reply]})
     return messages
@@ -506,16 +529,19 @@ def build_page(host: Host) -> gr.Blocks:
         text: str,
         audio: dict[str, Any] | None,
         video: dict[str, Any] | None,
+        note: Any,
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
         session = str(request.session_hash)
+        name = name_in(note)
+        host.visitors.note_heard(session, heard_in(note))
         news: SimpleQueue[dict[Any, Any] | BaseException | None] = SimpleQueue()
         try:
             moment = host.visitors.moment(session)
             # In a thread of its own: it holds the model until it is done, whatever becomes of this handler.
             given = run, str(text or ""), audio, video
-            wanted = watch(session, moment), host.visitors.watch_cuts(session)
-            threading.Thread(target=send, args=(session, moment, *given, *wanted, news.put), daemon=True).start()
+            wanted = watch(session, moment), host.visitors.watch_cuts(session, name)
+            threading.Thread(target=send, args=(session, moment, name, *given, *wanted, news.put), daemon=True).start()
         except MsencError as error:
             news.put({status: show_status(refusal=str(error))})
             news.put(None)
@@ -527,6 +553,7 @@ def build_page(host: Host) -> gr.Blocks:
     def send(
         session: str,
         moment: int,
+        name: str,
         run: str | None,
         text: str,
         audio: Any,
@@ -537,7 +564,7 @@ def build_page(host: Host) -> gr.Blocks:
     ) -> None:
         """Hear a turn, and tell of its reply as it comes."""
         before, talk, is_put = host.visitors.talk(session), None, False
-        reply, pieces, shown_at = secrets.token_hex(4), [], 0.0
+        pieces, shown_at = [], 0.0
 
         def tell_waiting(update: dict[Any, Any]) -> None:
             if is_wanted():  # "New talk" has emptied the page meanwhile
@@ -558,16 +585,16 @@ def build_page(host: Host) -> gr.Blocks:
                     nonlocal shown_at
                     if progress.sound is not None:
                         pieces.append(data_uri("audio/wav", to_wav(progress.sound, progress.sample_rate)))
-                        tell_waiting({sound: show_sound(reply, pieces)})
+                        tell_waiting({sound: show_sound(name, pieces)})
                     if progress.spoken is None and time.monotonic() - shown_at > SHOWN_S:
                         shown_at = time.monotonic()
                         tell_waiting({chat: show_talk(now, progress.text, spoken_clip)})
 
                 tell_waiting({chat: show_talk(now, "", spoken_clip), streams: show_streams(now.turns[-1], agent)})
-                after, notices, seconds = host.answer(now, is_wanted, is_cut, ledger, on_progress)
+                after, notices, seconds = host.answer(now, is_wanted, is_cut, ledger, on_progress, name)
             is_put = host.visitors.replace(session, moment, after)
             if is_put:
-                tell(answered(after, notices, seconds))
+                tell(answered(host.visitors.talk(session) or after, notices, seconds))
         except MsencError as error:
             given = {text_box: text, audio_box: path_of(audio), video_box: path_of(video)}
             refused = show_status(refusal=host.without_folders(error))
@@ -603,12 +630,19 @@ def build_page(host: Host) -> gr.Blocks:
                 text, clip = host.take_example(run, number) if run is not None else ("", None)
             except MsencError as error:
                 raise gr.Error(host.without_folders(error), print_exception=False) from error
-            return dict(zip(sent, (text, None, as_file(clip)), strict=True))
+            return dict(zip(sent, (text, None, as_file(clip), None), strict=True))
 
         return on_example
 
-    def on_cut(request: gr.Request) -> None:
-        host.visitors.cut(str(request.session_hash))
+    def on_cut(note: Any, request: gr.Request) -> dict[Any, Any]:
+        """End the replies that the visitor has stopped, and show what the talk keeps of them."""
+        session = str(request.session_hash)
+        before = host.visitors.talk(session)
+        host.visitors.note_heard(session, heard_in(note))
+        talk = host.visitors.talk(session)
+        if talk is None or talk.spoken is None or talk is before:
+            return {chat: gr.skip()}
+        return {chat: show_talk(talk), voice: show_voice("The reply's voice", talk.spoken, {}), other_voice: ""}
 
     def on_listen(run: str | None) -> str:
         try:
@@ -746,7 +780,7 @@ def build_page(host: Host) -> gr.Blocks:
                     other_voice = gr.HTML(elem_id="other-voice")
         # In the page, and not to be seen: what talk.js reads, presses, and hands over.
         sound = gr.HTML(elem_id="sound", visible="hidden")
-        sent = [gr.Textbox(visible="hidden"), gr.JSON(visible="hidden"), gr.JSON(visible="hidden")]
+        sent = [gr.Textbox(visible="hidden"), *(gr.JSON(visible="hidden") for _ in range(3))]
         spoken = gr.Button(visible="hidden", elem_id="spoken")
         cut = gr.Button(visible="hidden", elem_id="cut")
         listen = gr.Button(visible="hidden", elem_id="listen")
@@ -771,7 +805,7 @@ def build_page(host: Host) -> gr.Blocks:
             shown.append(taken.success(None, [chat, *sent], waiting, js="talk.sendExample"))
         for one in shown:  # "multiple": a turn may be sent while the reply to another is on its way
             one.then(on_send, [run_box, *sent], everything, api_name="on_send", trigger_mode="multiple", **alone)
-        cut.click(on_cut, None, None, **quiet)
+        cut.click(on_cut, sent[-1], everything, js="talk.note", **quiet)
         listen.click(on_listen, run_box, status, **alone)
 
         gr.on([again.click, description_box.submit], on_say_again, description_box, everything, **alone)
@@ -795,6 +829,23 @@ def path_of(file: Any) -> str | None:
     """The path of an uploaded file, as the browser names it."""
     path = file.get("path") if isinstance(file, dict) else None
     return path if isinstance(path, str) else None
+
+
+def name_in(note: Any) -> str:
+    """What the browser calls the reply that it asks for; a name of our own where it does not say."""
+    name = note.get("reply") if isinstance(note, dict) else None
+    return name if isinstance(name, str) and _NAME.fullmatch(name) else secrets.token_hex(4)
+
+
+def heard_in(note: Any) -> dict[str, float | None]:
+    """The replies that the browser has stopped, with what was heard of each; see `Talk.cut`."""
+    heard = note.get("heard") if isinstance(note, dict) else None
+    return {
+        name: None if seconds is None else float(seconds)
+        for name, seconds in (heard.items() if isinstance(heard, dict) else ())
+        if _NAME.fullmatch(name)
+        and (seconds is None or (type(seconds) in (int, float) and 0 <= seconds <= MAX_HEARD_S))
+    }
 
 
 def uploaded(host: Host, file: Any) -> Path | None:
