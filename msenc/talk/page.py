@@ -236,6 +236,9 @@ class Host:
         try:
             if spoken.sound is not None:
                 seconds["speaking"] = spoken.seconds
+        if progress.fault is not None:
+            heard = "not heard" if spoken.sound is None else "not heard to its end"
+            notices.append(f"The reply is {heard}. {progress.fault}")
                 self.visitors.make_room(4 * len(spoken.sound))
                 turn = replace(turn, audio=reply)
                 write_wav(reply, spoken.sound, spoken.sample_rate)

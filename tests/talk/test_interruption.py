@@ -11,7 +11,7 @@ from msenc.pipelines.respond import load_agent
 from msenc.raw.media import read_audio
 from msenc.talk.agent import Answer, Turn, read_talk, talk_json
 from msenc.talk.interruption import words_heard
-from msenc.types import VoiceAttributes
+from msenc.types import MsencError, VoiceAttributes
 
 pytest.importorskip("gradio", reason="the page needs the extra talk")
 
@@ -106,6 +106,27 @@ def test_a_saved_talk_says_that_a_reply_was_interrupted(host, replied, tmp_path)
     path.write_text(json.dumps(talk_json([Turn("Ben", "I am", is_interrupted=True), Turn("Ana", "Yes?")])))
     assert json.loads(path.read_text())["turns"][1] == {"speaker": "Ana", "text": "Yes?"}
     assert [turn.is_interrupted for turn in read_talk(path)] == [True, False]
+
+
+def test_a_synthesizer_that_goes_away_is_said_and_the_talk_goes_on(host, short_run, replied):
+    voice, spoken = host.synthesizer, []
+
+    def fails_at_the_second(*given):
+        if spoken:
+            raise MsencError("http://localhost:1/v1: no speech. Is the server running there?")
+        spoken.append(given)
+        return voice(*given)
+
+    host.synthesizer = fails_at_the_second
+    talk, notices, _ = host.answer(host.hear(replied, str(short_run), Turn("", "And now?")), name="second")
+    fault = "http://localhost:1/v1: no speech. Is the server running there?"
+    assert notices == [f"The reply is not heard to its end. {fault}"]
+    turn = talk.turns[-1].turn
+    assert (turn.text, turn.is_interrupted) == (replied.turns[1].turn.text, False)
+    assert turn.audio.is_file()
+    talk, notices, _ = host.answer(host.hear(talk, str(short_run), Turn("", "And now?")), name="third")
+    assert notices == [f"The reply is not heard. {fault}"]
+    assert talk.turns[-1].turn.audio is None
 
 
 def test_words_end_where_the_sound_was_ended():

@@ -12,7 +12,7 @@ from msenc.speech.description import parse
 from msenc.speech.synthesis import read_voice
 from msenc.talk.agent import AbandonedError, Answer, Turn, speak_answer
 from msenc.talk.live import Ledger, percentiles, reply_live
-from msenc.types import VoiceAttributes
+from msenc.types import MsencError, VoiceAttributes
 
 WORDS = "One is here. Two is (well) there. Three is"
 
@@ -101,6 +101,23 @@ def test_a_synthesizer_is_given_the_description_in_the_models_words(description)
     [*reply_live(writer, note, [], "Ben", {}, 1, Ledger())]
     speak_answer(note, answer, "Ben")
     assert given == [description or VoiceAttributes("woman")] * 2
+
+
+@pytest.mark.parametrize("target", ["text", "text_description"])
+def test_a_reply_whose_synthesizer_goes_away_keeps_its_words_and_what_was_spoken(target):
+    spoken = []
+
+    def fails_at_the_second(sentence, voice, speaker):
+        if spoken:
+            raise MsencError("http://localhost: no speech")
+        spoken.append(sentence)
+        return speak(sentence, voice, speaker)
+
+    *progress, last = reply_live(Writer(target), fails_at_the_second, [], "Ben", {}, 1, Ledger())
+    assert last.spoken.answer.text == WORDS
+    assert len(last.spoken.sound) == len(spoken[0]) == len("One is here.")
+    assert str(last.fault) == "http://localhost: no speech"
+    assert sum(one.sound is not None for one in progress) == 1
 
 
 def test_percentiles_are_of_the_turns_that_had_the_step():
