@@ -410,11 +410,13 @@ def show_ledger(turns: Sequence[Mapping[str, float]]) -> str:
     if not turns:
         return ""
     rows = "".join(
-        f"<tr><th>{step}</th><td>{_seconds(turns[-1].get(step))}</td><td>{p50:.2f}</td><td>{p95:.2f}</td></tr>"
+        f'<tr><th scope="row">{step}</th><td>{_seconds(turns[-1].get(step))}</td>'
+        f"<td>{p50:.2f}</td><td>{p95:.2f}</td></tr>"
         for step, (p50, p95) in percentiles(turns).items()
     )
-    head = "<tr><th>seconds from the end of the turn</th><th>last</th><th>p50</th><th>p95</th></tr>"
-    return f'<table class="ledger">{head}{rows}</table>'
+    names = ("seconds from the end of the turn", "last", "p50", "p95")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return f'<table class="ledger" aria-label="When each step to a reply was done"><tr>{head}</tr>{rows}</table>'
 
 
 def _seconds(value: float | None) -> str:
@@ -435,15 +437,22 @@ def show_voice(title: str, spoken: Spoken, seconds: Mapping[str, float]) -> str:
     chips = [
         f"<span><b>{name}</b> {word}</span>" for name, word in asdict(answer.attributes).items() if word != UNKNOWN
     ]
-    parts = [f"<h3>{html.escape(title)}</h3>", f"<p>{html.escape(answer.description or 'no description')}</p>"]
-    parts.append(f'<p class="chips">{"".join(chips) or "It names no attribute that is known."}</p>')
+    parts = [f"<h3>{html.escape(title)}</h3>"]
+    if answer.description:
+        parts.append(f"<p>{html.escape(answer.description)}</p>")
+        parts.append(f'<p class="chips">{"".join(chips) or "It names no attribute that is known."}</p>')
+    else:
+        parts.append("<p>No voice description was written.</p>")
     if answer.not_understood:
         parts.append(f'<p class="unread">Not understood: {html.escape(", ".join(answer.not_understood))}</p>')
     if spoken.sound is not None:
         uri = data_uri("audio/wav", to_wav(spoken.sound, spoken.sample_rate))
-        parts += [*draw_sound(spoken.sound, spoken.sample_rate), f'<audio controls src="{uri}"></audio>']
+        parts += [
+            *draw_sound(spoken.sound, spoken.sample_rate),
+            f'<audio controls aria-label="{html.escape(title)}" src="{uri}"></audio>',
+        ]
     else:
-        parts.append("<p>No sound: the reply has no words, or the page was started without a voice.</p>")
+        parts.append("<p>No sound: there are no words to speak, or nothing that speaks them.</p>")
     took = " · ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return f'<section class="voice">{"".join(parts)}<small>{took}</small></section>'
 
@@ -757,6 +766,7 @@ def build_page(host: Host) -> gr.Blocks:
                         label="Video", sources=["upload", "webcam"], include_audio=True, elem_id="video", **clip
                     )
                 with gr.Row():
+                    label="Say something",  # read out, not shown
                     new = gr.Button("New talk", size="sm", min_width=80, elem_id="new")
                     save = gr.Button("Save talk", size="sm", min_width=80, elem_id="save")
                     load = gr.UploadButton(
@@ -775,11 +785,11 @@ def build_page(host: Host) -> gr.Blocks:
                                 value=UNKNOWN,
                                 label=name,
                                 filterable=False,
-                                min_width=110,
+                                min_width=130,  # for "expressive"
                             )
                             for name, words in VOCABULARY.items()
                         }
-                    again = gr.Button("Say it again", variant="primary", elem_id="again")
+                    again = gr.Button("Hear it in this voice", variant="primary", elem_id="again")
                     other_voice = gr.HTML(elem_id="other-voice")
         # In the page, and not to be seen: what talk.js reads, presses, and hands over.
         sound = gr.HTML(elem_id="sound", visible="hidden")
