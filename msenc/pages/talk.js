@@ -16,7 +16,8 @@ const talk = (() => {
     return [said, "", "<p>Sent.</p>", "", text ?? "", audio ?? null, video ?? null, note()];
   };
   const send = (chat, text, audio, video) => [...show(chat, text, audio, video), "", null, null];
-  const sendExample = (chat, text, audio, video) => show(chat, text, audio, video);
+  const sendExample = (chat, text, audio, video, note) =>
+    note?.refusal ? [chat, "", "", "", "", null, null, note] : show(chat, text, audio, video);
   const sendSpoken = (chat, video) => [...show(chat, "", ears.turns.shift(), video, true), null];
 
   // ------------------------------------------------------------------------------------------- the newest in view
@@ -223,13 +224,20 @@ const talk = (() => {
       state();
     } catch (error) {
       close();
-      state(`The microphone was closed. ${error.message}`);
+      const isGone = error instanceof TypeError; // as fetch says it
+      state(`The microphone was closed. ${isGone ? "The page's server does not answer." : error.message}`);
     } finally {
       ears.isSending = false;
       if (ears.parts.length) pump();
     }
   };
+  const reasons = {
+    NotAllowedError: "The browser does not allow it: allow the microphone for this page, and open it again.",
+    NotFoundError: "This machine has none that the browser finds: connect one, and open it again.",
+    NotReadableError: "Another program holds it: close that, and open it again.",
+  };
   const toggle = async () => {
+    trouble = "";
     if (ears.stream) return close();
     try {
       if (!navigator.mediaDevices) throw new Error("Browsers record only from this machine, or by https.");
@@ -237,19 +245,25 @@ const talk = (() => {
       state();
     } catch (error) {
       close();
-      state(`There is no microphone to open. ${error.message}`);
+      state(`The microphone cannot be opened. ${reasons[error.name] ?? error.message}`);
     }
+  };
+  const checkEars = (told) => {
+    if (told?.includes("refused")) close(); // nothing that is spoken could be heard
+    return [];
   };
 
   // ------------------------------------------------------------------------------------------- buttons
 
-  const state = (told) => {
+  let trouble = ""; // why the microphone is closed, until it is asked for again
+  const state = (told = trouble) => {
+    trouble = told;
     const [mic, line] = [find("mic"), find("mic-state")];
     if (!mic) return;
     mic.textContent = ears.stream ? "Close microphone" : "Open microphone";
     mic.setAttribute("aria-pressed", String(!!ears.stream));
     const doing = ears.isHearing ? "Hearing you." : playing.size ? "Listening; speak to interrupt." : "Listening.";
-    line.textContent = told ?? (ears.stream ? doing : "");
+    line.textContent = ears.stream ? doing : trouble;
     find("stop").disabled = !playing.size && sentAt === null;
     find("replay").disabled = !pieces.length || !kept();
   };
@@ -278,5 +292,5 @@ const talk = (() => {
       state();
     }
   }).observe(document, { childList: true, subtree: true, characterData: true });
-  return { send, sendExample, sendSpoken, note, waits, interruptions: () => interrupted, isPlaying: () => playing.size > 0, isListening: () => !!ears.stream, played };
+  return { send, sendExample, sendSpoken, checkEars, note, waits, interruptions: () => interrupted, isPlaying: () => playing.size > 0, isListening: () => !!ears.stream, played };
 })();

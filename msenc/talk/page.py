@@ -116,14 +116,22 @@ class Host:
             self._run = run
         return self._agent
 
-    def runs(self) -> list[tuple[str, str]]:
-        """Label and folder of each run that can be chosen: the one that the command names, then the newest first."""
-        folder = Path(self.config["runs_dir"])
-        found = finished_runs(folder)
-        if self.config["run_dir"] is not None:
-            given = Path(self.config["run_dir"])
-            found = [given, *(run for run in found if run.resolve() != given.resolve())]
-        return [(run_label(run, folder), str(run)) for run in found]
+    def runs(self) -> tuple[list[tuple[str, str]], list[str]]:
+        """Label and folder of each run that can be chosen: the one that the command names, then the newest first.
+
+        Also why others, whose records cannot be read, are not among them.
+        """
+        folder, given = Path(self.config["runs_dir"]), self.config["run_dir"]
+        found, faults = finished_runs(folder)
+        if given is not None:
+            found = [Path(given), *(run for run in found if run.resolve() != Path(given).resolve())]
+        labelled = []
+        for run in found:
+            try:
+                labelled.append((run_label(run, folder), str(run)))
+            except MsencError as error:
+                faults.append(str(error))
+        return labelled, [*dict.fromkeys(faults)]
 
     def examples(self, run: str) -> list[Example]:
         """First turns that fit a run's data; see `find_examples`."""
@@ -142,8 +150,14 @@ class Host:
         example = self.examples(run)[number]
         if example.clip is None:
             return example.text, None
-        with self.visitors.incoming(example.clip.stat().st_size) as place:
-            return example.text, Path(shutil.copyfile(example.clip, place / example.clip.name))
+        try:
+            with self.visitors.incoming(example.clip.stat().st_size) as place:
+                return example.text, Path(shutil.copyfile(example.clip, place / example.clip.name))
+        except OSError as error:
+            raise MsencError(
+                f"{example.clip.name}: the example's clip cannot be read any more ({error.strerror}). Type its words, "
+                "or give a clip of your own."
+            ) from error
 
     def listen(self, run: str | None) -> None:
         """Load what a spoken turn needs, before it is spoken.
@@ -159,7 +173,7 @@ class Host:
 
     def check_run(self, run: Any) -> str | None:
         """A run that a visitor names, if it is one of those that can be chosen."""
-        if run is None or run == self._run or run in {folder for _, folder in self.runs()}:
+        if run is None or run == self._run or run in {folder for _, folder in self.runs()[0]}:
             return run
         raise MsencError("There is no such run here. Choose one of the list.")
 
@@ -222,6 +236,9 @@ class Host:
                 on_progress(progress)
         assert progress.spoken is not None  # the last one
         spoken, answer, notices = progress.spoken, progress.spoken.answer, [*progress.notices]
+        if progress.fault is not None:
+            heard = "not heard" if spoken.sound is None else "not heard to its end"
+            notices.append(f"The reply is {heard}. {progress.fault}")
         seconds = {"writing": time.perf_counter() - began - spoken.seconds}
         words, description = answer.text or NO_WORDS, answer.description
         if len(words) > MAX_CHARACTERS:
@@ -236,9 +253,6 @@ class Host:
         try:
             if spoken.sound is not None:
                 seconds["speaking"] = spoken.seconds
-        if progress.fault is not None:
-            heard = "not heard" if spoken.sound is None else "not heard to its end"
-            notices.append(f"The reply is {heard}. {progress.fault}")
                 self.visitors.make_room(4 * len(spoken.sound))
                 turn = replace(turn, audio=reply)
                 write_wav(reply, spoken.sound, spoken.sample_rate)
@@ -352,10 +366,16 @@ def media_suffix(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- runs and files
 
 
-def finished_runs(folder: Path) -> list[Path]:
-    """Folders of the finished runs below, the newest first."""
-    found = [path for path in run_records([folder]) if is_finished(read_facts(path))]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+def finished_runs(folder: Path) -> tuple[list[Path], list[str]]:
+    """Folders of the finished runs below, the newest first, and what is wrong with records that cannot be read."""
+    found, faults = [], []
+    for path in run_records([folder]):
+        try:
+            if is_finished(read_facts(path)):
+                found.append((path.stat().st_mtime, path.parent))
+        except (MsencError, FileNotFoundError) as error:  # another process may be removing it
+            faults.append(str(error))
+    return [run for _, run in sorted(found, reverse=True)], faults
 
 
 def run_label(run: Path, runs_dir: Path) -> str:
@@ -497,9 +517,10 @@ def build_page(host: Host) -> gr.Blocks:
     """Lay the page out and connect it."""
 
     def on_open() -> tuple[Any, ...]:
-        runs = host.runs()
+        runs, faults = host.runs()
         value = runs[0][1] if runs else None
-        return gr.Dropdown(runs, value=value), *on_run(value)
+        told, *examples = on_run(value)
+        return gr.Dropdown(runs, value=value), told + show_status(faults), *examples
 
     def on_run(run: str | None) -> tuple[Any, ...]:
         """What a run reads, and its examples."""
@@ -544,6 +565,9 @@ def build_page(host: Host) -> gr.Blocks:
         note: Any,
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
+        if isinstance(note, dict) and "refusal" in note:
+            yield {status: show_status(refusal=str(note["refusal"]))}
+            return
         session = str(request.session_hash)
         name = name_in(note)
         host.visitors.note_heard(session, heard_in(note))
@@ -640,8 +664,8 @@ def build_page(host: Host) -> gr.Blocks:
             try:
                 run = host.check_run(run)
                 text, clip = host.take_example(run, number) if run is not None else ("", None)
-            except MsencError as error:
-                raise gr.Error(host.without_folders(error), print_exception=False) from error
+            except MsencError as error:  # on_send says it; Gradio would lay "Error" over what is there
+                return dict(zip(sent, ("", None, None, {"refusal": host.without_folders(error)}), strict=True))
             return dict(zip(sent, (text, None, as_file(clip), None), strict=True))
 
         return on_example
@@ -661,7 +685,7 @@ def build_page(host: Host) -> gr.Blocks:
             with host.alone:
                 host.listen(host.check_run(run))
         except (MsencError, MediaError) as error:
-            return show_status(refusal=str(error))
+            return show_status(refusal=f"The microphone was closed. {str(error).partition(chr(10))[0]}")
         return ""
 
     def on_say_again(description: str, request: gr.Request) -> dict[Any, Any]:
@@ -742,6 +766,7 @@ def build_page(host: Host) -> gr.Blocks:
                 with gr.Row(elem_id="examples"):
                     examples = [gr.Button(visible=False, size="sm", min_width=200) for _ in range(NUM_EXAMPLES)]
                 text_box = gr.Textbox(
+                    label="Say something",  # read out, not shown
                     show_label=False,
                     placeholder="Say something",
                     max_lines=4,
@@ -766,7 +791,6 @@ def build_page(host: Host) -> gr.Blocks:
                         label="Video", sources=["upload", "webcam"], include_audio=True, elem_id="video", **clip
                     )
                 with gr.Row():
-                    label="Say something",  # read out, not shown
                     new = gr.Button("New talk", size="sm", min_width=80, elem_id="new")
                     save = gr.Button("Save talk", size="sm", min_width=80, elem_id="save")
                     load = gr.UploadButton(
@@ -814,12 +838,13 @@ def build_page(host: Host) -> gr.Blocks:
         heard = spoken.click(None, [chat, video_box], [*waiting, video_box], js="talk.sendSpoken")
         shown = [typed, heard]
         for number, example in enumerate(examples):
-            taken = example.click(take_example(number), run_box, everything, **quiet)
+            taken = example.click(take_example(number), run_box, sent, **quiet)
             shown.append(taken.success(None, [chat, *sent], waiting, js="talk.sendExample"))
         for one in shown:  # "multiple": a turn may be sent while the reply to another is on its way
             one.then(on_send, [run_box, *sent], everything, api_name="on_send", trigger_mode="multiple", **alone)
         cut.click(on_cut, sent[-1], everything, js="talk.note", **quiet)
-        listen.click(on_listen, run_box, status, **alone)
+        listening = listen.click(on_listen, run_box, status, **alone)
+        listening.then(None, status, None, js="talk.checkEars")
 
         gr.on([again.click, description_box.submit], on_say_again, description_box, everything, **alone)
         for box in attribute_boxes.values():
