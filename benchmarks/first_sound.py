@@ -80,8 +80,9 @@ def time_turn(
         words = listeners.words(path)
         heard = agent.hear(Turn(turn.speaker, audio=path), lambda _: words)
     ledger.note_heard(heard)
-    for _ in reply_live(agent, synthesizer, [heard], agent.speakers[1], decoding, 1, ledger):
-        pass
+    *_, last = reply_live(agent, synthesizer, [heard], agent.speakers[1], decoding, 1, ledger)
+    if last.fault is not None:
+        raise last.fault
     return ledger.seconds
 
 

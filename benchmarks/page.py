@@ -116,11 +116,11 @@ class Visitor:
 
     def say(self, text: str, audio: str | None = None, video: str | None = None) -> str:
         """Send a turn, and wait for its reply."""
-        return self.wait_for("on_send", self.run, text, as_file(audio), as_file(video))
+        return self.wait_for("on_send", self.run, text, as_file(audio), as_file(video), None)
 
     def say_and_go(self, text: str) -> None:
         """Send a turn, and be gone as soon as it is being answered."""
-        self.join("on_send", self.run, text, None, None).raise_for_status()
+        self.join("on_send", self.run, text, None, None, None).raise_for_status()
         for message in self.messages():
             if message["msg"] == "process_starts":
                 return

@@ -13,10 +13,11 @@ const talk = (() => {
     const content = text?.trim() ? [{ type: "text", text }] : isSpoken ? [{ type: "text", text: "…" }] : [];
     for (const one of isSpoken ? [video] : [audio, video]) if (one) content.push({ type: "file", file: file(one) });
     const said = content.length ? [...(chat ?? []), { role: "user", content, metadata: null, options: null }] : chat;
-    return [said, "", "<p>Sent.</p>", "", text ?? "", audio ?? null, video ?? null];
+    return [said, "", "<p>Sent.</p>", "", text ?? "", audio ?? null, video ?? null, note()];
   };
   const send = (chat, text, audio, video) => [...show(chat, text, audio, video), "", null, null];
-  const sendExample = (chat, text, audio, video) => show(chat, text, audio, video);
+  const sendExample = (chat, text, audio, video, note) =>
+    note?.refusal ? [chat, "", "", "", "", null, null, note] : show(chat, text, audio, video);
   const sendSpoken = (chat, video) => [...show(chat, "", ears.turns.shift(), video, true), null];
 
   // ------------------------------------------------------------------------------------------- the newest in view
@@ -45,7 +46,10 @@ const talk = (() => {
   let reply = null; // whose sound is played
   let pieces = []; // its decoded sentences
   let taken = 0; // how many of them the page has given
-  let stopped = null; // the reply that is not to be heard any more
+  let asked = null; // the reply to the newest turn
+  const expected = new Set(); // replies that were asked for, and not stopped
+  const plays = new Map(); // reply -> of each of its sentences, when it began to be heard and how long it is
+  let heard = {}; // stopped reply -> seconds of it that were heard; null: none, but it was read while it was written
   let playing = new Set();
   let ends = 0; // when the last one ends, on the context's clock
   let chain = Promise.resolve();
@@ -59,20 +63,21 @@ const talk = (() => {
   };
   for (const kind of ["pointerdown", "keydown"]) document.addEventListener(kind, wake, true);
 
-  // isNew: not heard before
-  const play = (buffer, isNew = false) => {
+  // of: the reply that is heard for the first time
+  const play = (buffer, of = null, length = buffer.duration) => {
     const source = context.createBufferSource();
     source.buffer = buffer;
     source.connect(context.destination);
     const at = Math.max(context.currentTime + 0.01, ends);
-    source.start(at);
-    ends = at + buffer.duration;
+    source.start(at, 0, length);
+    ends = at + length;
+    if (of !== null) plays.set(of, [...(plays.get(of) ?? []), { at, length }]);
     playing.add(source);
     source.onended = () => {
       playing.delete(source);
       state();
     };
-    if (isNew && sentAt !== null) {
+    if (of !== null && sentAt !== null) {
       waits.push((performance.now() - sentAt) / 1000 + at - context.currentTime);
       sentAt = null;
       const sorted = [...waits].sort((a, b) => a - b);
@@ -91,9 +96,22 @@ const talk = (() => {
     ends = 0;
     state();
   };
-  const begin = () => {
-    stopped = reply;
+  const secondsHeard = (of) =>
+    (plays.get(of) ?? []).reduce((sum, one) => sum + Math.max(0, Math.min(context.currentTime - one.at, one.length)), 0);
+  const played = () => Object.fromEntries([...plays.keys()].map((of) => [of, heard[of] ?? secondsHeard(of)]));
+  // Some replies end here, for the run as well: it is told, with the next turn or by #cut, how much of each was heard.
+  const end = (replies, isRead) => {
+    for (const of of replies) {
+      heard[of] = isRead && !plays.has(of) ? null : secondsHeard(of);
+      expected.delete(of);
+    }
     hush();
+  };
+  const note = () => ({ reply: asked, heard: { ...heard } });
+  const begin = () => {
+    end([...expected].filter((of) => plays.has(of)), false); // the others are still to come
+    asked = Date.now().toString(36) + Math.random().toString(36).slice(2);
+    expected.add(asked);
     follows = true;
     sentAt = performance.now();
   };
@@ -113,21 +131,27 @@ const talk = (() => {
         const buffer = await context.decodeAudioData(bytes.buffer);
         if (of !== reply) return;
         pieces.push(buffer);
-        if (of !== stopped) play(buffer, true);
+        if (expected.has(of)) play(buffer, of);
+        else state();
       });
     }
   };
-  const cut = () => {
+  // isRead: by a visitor who looks at the page, and does not speak
+  const cut = (isRead) => {
     interrupted += playing.size > 0;
-    stopped = reply;
     sentAt = null;
-    hush();
+    end([...expected], isRead);
     find("cut")?.click(); // what is still being written ends too
   };
+  const kept = () => (reply in heard ? heard[reply] ?? 0 : Infinity); // seconds of the reply that the talk keeps
   const replay = () => {
     if (!context) return;
     hush();
-    for (const piece of pieces) play(piece);
+    let left = kept();
+    for (const piece of pieces) {
+      if (left > 0) play(piece, null, Math.min(left, piece.duration));
+      left -= piece.duration;
+    }
   };
 
   // ------------------------------------------------------------------------------------------- microphone
@@ -190,7 +214,7 @@ const talk = (() => {
       const said = await answer.json();
       if (!answer.ok) throw new Error(said.detail);
       if (!ears.stream) return;
-      if (said.speaking && !ears.isHearing && (playing.size || sentAt !== null)) cut();
+      if (said.speaking && !ears.isHearing) cut(false);
       ears.isHearing = said.speaking;
       for (const path of said.turns) {
         const meta = { _type: "gradio.FileData" };
@@ -200,13 +224,20 @@ const talk = (() => {
       state();
     } catch (error) {
       close();
-      state(`The microphone was closed. ${error.message}`);
+      const isGone = error instanceof TypeError; // as fetch says it
+      state(`The microphone was closed. ${isGone ? "The page's server does not answer." : error.message}`);
     } finally {
       ears.isSending = false;
       if (ears.parts.length) pump();
     }
   };
+  const reasons = {
+    NotAllowedError: "The browser does not allow it: allow the microphone for this page, and open it again.",
+    NotFoundError: "This machine has none that the browser finds: connect one, and open it again.",
+    NotReadableError: "Another program holds it: close that, and open it again.",
+  };
   const toggle = async () => {
+    trouble = "";
     if (ears.stream) return close();
     try {
       if (!navigator.mediaDevices) throw new Error("Browsers record only from this machine, or by https.");
@@ -214,30 +245,38 @@ const talk = (() => {
       state();
     } catch (error) {
       close();
-      state(`There is no microphone to open. ${error.message}`);
+      state(`The microphone cannot be opened. ${reasons[error.name] ?? error.message}`);
     }
+  };
+  const checkEars = (told) => {
+    if (told?.includes("refused")) close(); // nothing that is spoken could be heard
+    return [];
   };
 
   // ------------------------------------------------------------------------------------------- buttons
 
-  const state = (told) => {
+  let trouble = ""; // why the microphone is closed, until it is asked for again
+  const state = (told = trouble) => {
+    trouble = told;
     const [mic, line] = [find("mic"), find("mic-state")];
     if (!mic) return;
     mic.textContent = ears.stream ? "Close microphone" : "Open microphone";
     mic.setAttribute("aria-pressed", String(!!ears.stream));
-    const heard = ears.isHearing ? "Hearing you." : playing.size ? "Listening; speak to interrupt." : "Listening.";
-    line.textContent = told ?? (ears.stream ? heard : "");
+    const doing = ears.isHearing ? "Hearing you." : playing.size ? "Listening; speak to interrupt." : "Listening.";
+    line.textContent = ears.stream ? doing : trouble;
     find("stop").disabled = !playing.size && sentAt === null;
-    find("replay").disabled = !pieces.length;
+    find("replay").disabled = !pieces.length || !kept();
   };
-  const pressed = { mic: toggle, stop: cut, replay };
+  const pressed = { mic: toggle, stop: () => cut(true), replay };
   document.addEventListener("click", ({ target }) => {
     pressed[target.closest("button")?.id]?.();
     if (target.closest("#new")) reset();
   });
   document.addEventListener("change", ({ target }) => target.matches("input[accept*='.zip']") && reset(), true);
   const reset = () => {
-    stopped = reply;
+    expected.clear();
+    plays.clear();
+    heard = {};
     pieces = [];
     sentAt = null;
     waits.length = 0;
@@ -253,5 +292,5 @@ const talk = (() => {
       state();
     }
   }).observe(document, { childList: true, subtree: true, characterData: true });
-  return { send, sendExample, sendSpoken, waits, interruptions: () => interrupted, isPlaying: () => playing.size > 0, isListening: () => !!ears.stream };
+  return { send, sendExample, sendSpoken, checkEars, note, waits, interruptions: () => interrupted, isPlaying: () => playing.size > 0, isListening: () => !!ears.stream, played };
 })();

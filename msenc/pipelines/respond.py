@@ -87,6 +87,8 @@ def respond(cfg: DictConfig) -> Path | None:
     began, latency = time.perf_counter(), {}
     if config["num_replies"] == 1:
         *_, last = reply_live(agent, synthesizer, heard, reply_as, config["decoding"], config["seed"], ledger)
+        if last.fault is not None:
+            raise last.fault
         spoken, notices, latency = [last.spoken], [*last.notices], ledger.seconds
     else:
         answers, notices = agent.answer(heard, reply_as, config["decoding"], config["seed"], config["num_replies"])

@@ -63,10 +63,7 @@ class SentenceSynthesizer(ABC):
     ) -> Iterator[tuple[np.ndarray, int]]:
         """The same sound in pieces, each as soon as its sentence is spoken."""
         attributes = read_voice(voice)
-        sentences = split_sentences(text)
-        if not sentences:
-            raise MsencError(f"speech: found {text!r}, expected words to speak.")
-        for sentence in sentences:
+        for sentence in sentences_of(text):
             yield self.speak_sentence(sentence, attributes, speaker)
 
     def speak_sentence(self, sentence: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
@@ -86,6 +83,17 @@ def read_voice(voice: VoiceAttributes | str) -> VoiceAttributes:
         return parse(voice)
     check_words(voice)
     return voice
+
+
+def sentences_of(text: str) -> list[str]:
+    """What is to be spoken of a text.
+
+    Raises:
+        MsencError: nothing.
+    """
+    if sentences := split_sentences(text):
+        return sentences
+    raise MsencError(f"speech: found {text!r}, expected words to speak.")
 
 
 def split_sentences(text: str, max_characters: int = MAX_CHARACTERS) -> list[str]:

@@ -72,6 +72,7 @@ class Turn:
         audio: a sound file, or None; the sound of `video` is taken then.
         video: a video file, or None.
         description: how it was spoken, where that is known (a reply of the agent).
+        is_interrupted: whether a reply ends where its hearer took the turn; it is what was heard.
     """
 
     speaker: str
@@ -79,6 +80,7 @@ class Turn:
     audio: Path | None = None
     video: Path | None = None
     description: str | None = None
+    is_interrupted: bool = False
 
     @property
     def sound(self) -> Path | None:
@@ -118,8 +120,13 @@ class Answer:
     attributes: VoiceAttributes
 
     @property
+    def voice(self) -> VoiceAttributes | str:
+        """What a synthesizer is given: the description as it is written, of which each takes what it can follow."""
+        return self.description or self.attributes
+
+    @property
     def not_understood(self) -> tuple[str, ...]:
-        """Words of the description that no synthesizer of msenc follows."""
+        """Words of the description that no attribute holds; at most a synthesizer that reads words follows them."""
         return read(self.description or "").unread
 
 
@@ -132,12 +139,16 @@ class Spoken:
         sound: float32 (S,), or None where no synthesizer is chosen, or the model wrote no words.
         sample_rate: of the sound, in Hz.
         seconds: that speaking took.
+        sentences: whose sounds follow one another in it, each with its number of samples.
+        is_cut: whether it was ended before it was written and spoken as a whole.
     """
 
     answer: Answer
     sound: np.ndarray | None = None
     sample_rate: int = 0
     seconds: float = 0.0
+    sentences: tuple[tuple[str, int], ...] = ()
+    is_cut: bool = False
 
 
 class Agent:
@@ -389,7 +400,7 @@ def speak_answer(synthesizer: Synthesizer | None, answer: Answer, speaker: str) 
     if synthesizer is None or not any(character.isalnum() for character in answer.text):
         return Spoken(answer)
     began = time.perf_counter()
-    sound, sample_rate = synthesizer(answer.text, answer.attributes, speaker)
+    sound, sample_rate = synthesizer(answer.text, answer.voice, speaker)
     return Spoken(answer, sound, sample_rate, time.perf_counter() - began)
 
 
@@ -405,6 +416,7 @@ class _Turn:
     audio: _File | None = None
     video: _File | None = None
     description: _Words | None = None
+    interrupted: bool | None = None
 
 
 class _Talk(TypedDict):
@@ -442,6 +454,7 @@ def turns_of(talk: Any, where: object, folder: Path) -> list[Turn]:
             turn.get("text") or "",
             **{k: folder / turn[k] if turn.get(k) else None for k in ("audio", "video")},
             description=turn.get("description"),
+            is_interrupted=bool(turn.get("interrupted")),
         )
         for turn in hold(talk, _Talk, where, EXPECTED_TALK)["turns"]
     ]
@@ -452,5 +465,6 @@ def talk_json(turns: Sequence[Turn]) -> dict[str, Any]:
     rows = []
     for turn in turns:
         row = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(turn).items()}
+        row["interrupted"] = row.pop("is_interrupted") or None
         rows.append({k: v for k, v in row.items() if v is not None})
     return {"turns": rows}

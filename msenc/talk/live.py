@@ -19,7 +19,7 @@ import numpy as np
 
 from msenc.speech.synthesis import Synthesizer, split_sentences
 from msenc.talk.agent import Agent, Answer, Heard, Spoken
-from msenc.types import VoiceAttributes
+from msenc.types import MsencError, VoiceAttributes
 
 STEPS = ("end of speech", "features", "hearing", "first token", "first sentence", "first sound")
 """Of a turn and its reply. ``end of speech`` is the silence by which an open microphone knows that a turn has ended,
@@ -75,6 +75,7 @@ class Progress:
         sample_rate: of the sound, in Hz.
         spoken: the whole reply, at the end.
         notices: what a person should know, at the end.
+        fault: why the rest of the reply was not spoken, at the end; its words are whole.
     """
 
     text: str
@@ -82,6 +83,7 @@ class Progress:
     sample_rate: int = 0
     spoken: Spoken | None = None
     notices: Sequence[str] = field(default_factory=tuple)
+    fault: MsencError | None = None
 
 
 def reply_live(
@@ -111,7 +113,7 @@ def reply_live(
         is_cut: whether the rest is unwanted; what is written stays, and nothing more is spoken.
 
     Raises:
-        MsencError: as `Agent.answer` and the synthesizer.
+        MsencError: as `Agent.answer`.
         AbandonedError: nobody waits any more.
     """
     told: SimpleQueue[str | BaseException | tuple[list[Answer], list[str]]] = SimpleQueue()
@@ -125,8 +127,10 @@ def reply_live(
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     has_own_voice = agent.tokenizer.prompt.target == "text_description"
+    voice: VoiceAttributes | str = VoiceAttributes()
     pieces: list[np.ndarray] = []
-    rate, speaking, num_spoken, answer, notices = 0, 0.0, 0, None, []
+    said: list[tuple[str, int]] = []
+    rate, speaking, answer, notices, fault = 0, 0.0, None, [], None
     try:
         while answer is None:
             news = told.get()
@@ -136,24 +140,29 @@ def reply_live(
                 raise news
             ledger.note("first token")
             if isinstance(news, str):
-                text, voice = news, VoiceAttributes()
+                text = news
                 sentences = [] if has_own_voice else split_sentences(text)[:-1]
                 yield Progress(text)
             else:
                 (answer, *_), notices = news
-                text, voice, sentences = answer.text, answer.attributes, split_sentences(answer.text)
-            for sentence in sentences[num_spoken:]:
+                text, voice, sentences = answer.text, answer.voice, split_sentences(answer.text)
+            for sentence in sentences[len(said) :]:
                 ledger.note("first sentence")
-                if synthesizer is None or (is_cut is not None and is_cut()):
+                if synthesizer is None or fault is not None or (is_cut is not None and is_cut()):
                     break
                 began = time.perf_counter()
-                sound, rate = synthesizer(sentence, voice, speaker)
+                try:
+                    sound, rate = synthesizer(sentence, voice, speaker)
+                except MsencError as error:
+                    fault = error
+                    break
                 speaking += time.perf_counter() - began
                 pieces.append(sound)
-                num_spoken += 1
+                said.append((sentence, len(sound)))
                 ledger.note("first sound")
                 yield Progress(text, sound, rate)
     finally:
         writer.join()  # the model is used by one at a time
-    spoken = Spoken(answer, np.concatenate(pieces), rate, speaking) if pieces else Spoken(answer)
-    yield Progress(answer.text, spoken=spoken, notices=notices)
+    whole = np.concatenate(pieces) if pieces else None
+    spoken = Spoken(answer, whole, rate, speaking, tuple(said), is_cut is not None and is_cut())
+    yield Progress(answer.text, spoken=spoken, notices=notices, fault=fault)

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,10 +46,11 @@ from msenc.talk.agent import (
     speak_answer,
 )
 from msenc.talk.examples import NUM_EXAMPLES, Example, find_examples
+from msenc.talk.interruption import Said
 from msenc.talk.listening import Listeners
 from msenc.talk.live import Ledger, Progress, percentiles, reply_live
 from msenc.talk.saved import read_saved, save_turns
-from msenc.talk.visitors import Talk, Visitors
+from msenc.talk.visitors import NO_WORDS, Talk, Visitors
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
 ANY = "any"
@@ -61,8 +62,15 @@ CONTROLS = """
 <small id="here"></small>
 """
 """Buttons of talk.js, and where it says what it hears, and how long the sound took to come."""
+INTERRUPTED = "(interrupted)"
+"""Below a reply of which the talk keeps what was heard."""
+MAX_HEARD_S = 86_400.0
+"""Of one reply; no browser tells of more."""
 SHOWN_S = 0.1
 """Between two looks at a reply that is being written: the browser draws the whole talk each time."""
+
+
+_NAME = re.compile(r"[\w-]{1,40}", re.ASCII)
 
 
 def _always() -> bool:
@@ -108,14 +116,22 @@ class Host:
             self._run = run
         return self._agent
 
-    def runs(self) -> list[tuple[str, str]]:
-        """Label and folder of each run that can be chosen: the one that the command names, then the newest first."""
-        folder = Path(self.config["runs_dir"])
-        found = finished_runs(folder)
-        if self.config["run_dir"] is not None:
-            given = Path(self.config["run_dir"])
-            found = [given, *(run for run in found if run.resolve() != given.resolve())]
-        return [(run_label(run, folder), str(run)) for run in found]
+    def runs(self) -> tuple[list[tuple[str, str]], list[str]]:
+        """Label and folder of each run that can be chosen: the one that the command names, then the newest first.
+
+        Also why others, whose records cannot be read, are not among them.
+        """
+        folder, given = Path(self.config["runs_dir"]), self.config["run_dir"]
+        found, faults = finished_runs(folder)
+        if given is not None:
+            found = [Path(given), *(run for run in found if run.resolve() != Path(given).resolve())]
+        labelled = []
+        for run in found:
+            try:
+                labelled.append((run_label(run, folder), str(run)))
+            except MsencError as error:
+                faults.append(str(error))
+        return labelled, [*dict.fromkeys(faults)]
 
     def examples(self, run: str) -> list[Example]:
         """First turns that fit a run's data; see `find_examples`."""
@@ -134,8 +150,14 @@ class Host:
         example = self.examples(run)[number]
         if example.clip is None:
             return example.text, None
-        with self.visitors.incoming(example.clip.stat().st_size) as place:
-            return example.text, Path(shutil.copyfile(example.clip, place / example.clip.name))
+        try:
+            with self.visitors.incoming(example.clip.stat().st_size) as place:
+                return example.text, Path(shutil.copyfile(example.clip, place / example.clip.name))
+        except OSError as error:
+            raise MsencError(
+                f"{example.clip.name}: the example's clip cannot be read any more ({error.strerror}). Type its words, "
+                "or give a clip of your own."
+            ) from error
 
     def listen(self, run: str | None) -> None:
         """Load what a spoken turn needs, before it is spoken.
@@ -151,7 +173,7 @@ class Host:
 
     def check_run(self, run: Any) -> str | None:
         """A run that a visitor names, if it is one of those that can be chosen."""
-        if run is None or run == self._run or run in {folder for _, folder in self.runs()}:
+        if run is None or run == self._run or run in {folder for _, folder in self.runs()[0]}:
             return run
         raise MsencError("There is no such run here. Choose one of the list.")
 
@@ -171,11 +193,12 @@ class Host:
         if len(talk.turns) + 2 > MAX_TURNS:
             raise MsencError(f"The talk has {len(talk.turns)} turns; {MAX_TURNS} are the most. Begin a new one.")
         agent = self.agent(run)
-        before = talk.turns if talk.run == run else _hear_all(agent, [heard.turn for heard in talk.turns], is_wanted)
+        stale = talk.stale if talk.run == run else frozenset(range(len(talk.turns)))
+        before = _hear_all(agent, talk.turns, is_wanted, stale)
         speakers = talk.speakers or self.speakers((), agent.speakers)
         words = self.listeners.words(turn.audio) if turn.audio is not None and not turn.text.strip() else None
         heard = agent.hear(replace(turn, speaker=speakers[0]), (lambda _: words) if words else None)
-        talk = replace(talk, run=run, speakers=speakers, turns=(*before, heard))
+        talk = replace(talk, run=run, speakers=speakers, turns=(*before, heard), stale=frozenset())
         self.visitors.make_room(Talk(talk.folder, turns=(heard,)).num_bytes)
         return talk
 
@@ -186,6 +209,7 @@ class Host:
         is_cut: Callable[[], bool] | None = None,
         ledger: Ledger | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        name: str = "",
     ) -> tuple[Talk, list[str], dict[str, float]]:
         """The talk with a reply, its clips in its folder; notices, and the seconds that it took.
 
@@ -195,6 +219,7 @@ class Host:
             is_cut: see `reply_live`.
             ledger: of the turn.
             on_progress: told of each word and each sentence's sound.
+            name: of the reply, by which it can be cut afterwards; see `Talk.cut`.
 
         Raises:
             MsencError: there is no space for it.
@@ -211,11 +236,19 @@ class Host:
                 on_progress(progress)
         assert progress.spoken is not None  # the last one
         spoken, answer, notices = progress.spoken, progress.spoken.answer, [*progress.notices]
+        if progress.fault is not None:
+            heard = "not heard" if spoken.sound is None else "not heard to its end"
+            notices.append(f"The reply is {heard}. {progress.fault}")
         seconds = {"writing": time.perf_counter() - began - spoken.seconds}
-        words, description = answer.text or "...", answer.description
+        words, description = answer.text or NO_WORDS, answer.description
         if len(words) > MAX_CHARACTERS:
             notices.append(f"The reply has {len(words):,} characters; the talk keeps the first {MAX_CHARACTERS:,}.")
-        turn = Turn(speaker, words[:MAX_CHARACTERS], description=description and description[:MAX_CHARACTERS])
+        turn = Turn(
+            speaker,
+            words[:MAX_CHARACTERS],
+            description=description and description[:MAX_CHARACTERS],
+            is_interrupted=spoken.is_cut,
+        )
         reply = talk.folder / f"{len(talk.turns) + 1}-reply.wav"
         try:
             if spoken.sound is not None:
@@ -241,6 +274,9 @@ class Host:
             raise MsencError(f"The reply cannot be kept ({error.strerror}). Begin a new talk.") from error
         last = replace(last, turn=replace(last.turn, **files))
         talk = replace(talk, spoken=spoken, seconds=(*talk.seconds, ledger.seconds))
+        if self.synthesizer is not None:  # else it is read
+            sentences = tuple((sentence, samples / spoken.sample_rate) for sentence, samples in spoken.sentences)
+            talk = replace(talk, said={**talk.said, name: Said(len(talk.turns), sentences)})
         return replace(talk, turns=(*before, last, heard)), notices, seconds
 
     def say_again(self, talk: Talk | None, description: str) -> Spoken:
@@ -275,7 +311,7 @@ class Host:
             self.visitors.make_room(path.stat().st_size)
             turns = read_saved(path, talk.folder / "loaded", most)
             agent = self.agent(run)
-            heard = _hear_all(agent, turns, is_wanted)
+            heard = _hear_all(agent, [Heard(turn) for turn in turns], is_wanted, range(len(turns)))
             self.visitors.make_room(Talk(talk.folder, turns=heard).num_bytes)
             return replace(talk, run=run, speakers=self.speakers(turns, agent.speakers), turns=heard)
         except (MsencError, AbandonedError):
@@ -298,12 +334,15 @@ class Host:
             self.alone.release()
 
 
-def _hear_all(agent: Agent, turns: Sequence[Turn], is_wanted: Callable[[], bool]) -> tuple[Heard, ...]:
+def _hear_all(
+    agent: Agent, turns: Sequence[Heard], is_wanted: Callable[[], bool], stale: Container[int]
+) -> tuple[Heard, ...]:
+    """Turns, of which some are to be heard anew."""
     found = []
-    for turn in turns:
+    for number, heard in enumerate(turns):
         if not is_wanted():
             raise AbandonedError
-        found.append(_hear_again(agent, turn))
+        found.append(_hear_again(agent, heard.turn) if number in stale else heard)
     return tuple(found)
 
 
@@ -327,10 +366,16 @@ def media_suffix(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- runs and files
 
 
-def finished_runs(folder: Path) -> list[Path]:
-    """Folders of the finished runs below, the newest first."""
-    found = [path for path in run_records([folder]) if is_finished(read_facts(path))]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+def finished_runs(folder: Path) -> tuple[list[Path], list[str]]:
+    """Folders of the finished runs below, the newest first, and what is wrong with records that cannot be read."""
+    found, faults = [], []
+    for path in run_records([folder]):
+        try:
+            if is_finished(read_facts(path)):
+                found.append((path.stat().st_mtime, path.parent))
+        except (MsencError, FileNotFoundError) as error:  # another process may be removing it
+            faults.append(str(error))
+    return [run for _, run in sorted(found, reverse=True)], faults
 
 
 def run_label(run: Path, runs_dir: Path) -> str:
@@ -355,7 +400,8 @@ def show_talk(talk: Talk | None, reply: str = "", hidden: Path | None = None) ->
         turn = heard.turn
         is_agent = talk.speakers is not None and turn.speaker == talk.speakers[1]
         files = [{"path": str(file)} for file in (turn.audio, turn.video) if file not in (None, hidden)]
-        messages.append({"role": "assistant" if is_agent else "user", "content": [turn.text, *files]})
+        words = [turn.text, *([INTERRUPTED] if turn.is_interrupted else [])]
+        messages.append({"role": "assistant" if is_agent else "user", "content": [*words, *files]})
     if reply:
         messages.append({"role": "assistant", "content": [reply]})
     return messages
@@ -384,11 +430,13 @@ def show_ledger(turns: Sequence[Mapping[str, float]]) -> str:
     if not turns:
         return ""
     rows = "".join(
-        f"<tr><th>{step}</th><td>{_seconds(turns[-1].get(step))}</td><td>{p50:.2f}</td><td>{p95:.2f}</td></tr>"
+        f'<tr><th scope="row">{step}</th><td>{_seconds(turns[-1].get(step))}</td>'
+        f"<td>{p50:.2f}</td><td>{p95:.2f}</td></tr>"
         for step, (p50, p95) in percentiles(turns).items()
     )
-    head = "<tr><th>seconds from the end of the turn</th><th>last</th><th>p50</th><th>p95</th></tr>"
-    return f'<table class="ledger">{head}{rows}</table>'
+    names = ("seconds from the end of the turn", "last", "p50", "p95")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return f'<table class="ledger" aria-label="When each step to a reply was done"><tr>{head}</tr>{rows}</table>'
 
 
 def _seconds(value: float | None) -> str:
@@ -409,13 +457,22 @@ def show_voice(title: str, spoken: Spoken, seconds: Mapping[str, float]) -> str:
     chips = [
         f"<span><b>{name}</b> {word}</span>" for name, word in asdict(answer.attributes).items() if word != UNKNOWN
     ]
-    parts = [f"<h3>{html.escape(title)}</h3>", f"<p>{html.escape(answer.description or 'no description')}</p>"]
-    parts.append(f'<p class="chips">{"".join(chips) or "It names no attribute that is known."}</p>')
+    parts = [f"<h3>{html.escape(title)}</h3>"]
+    if answer.description:
+        parts.append(f"<p>{html.escape(answer.description)}</p>")
+        parts.append(f'<p class="chips">{"".join(chips) or "It names no attribute that is known."}</p>')
+    else:
+        parts.append("<p>No voice description was written.</p>")
+    if answer.not_understood:
+        parts.append(f'<p class="unread">Not understood: {html.escape(", ".join(answer.not_understood))}</p>')
     if spoken.sound is not None:
         uri = data_uri("audio/wav", to_wav(spoken.sound, spoken.sample_rate))
-        parts += [*draw_sound(spoken.sound, spoken.sample_rate), f'<audio controls src="{uri}"></audio>']
+        parts += [
+            *draw_sound(spoken.sound, spoken.sample_rate),
+            f'<audio controls aria-label="{html.escape(title)}" src="{uri}"></audio>',
+        ]
     else:
-        parts.append("<p>No sound: the reply has no words, or the page was started without a voice.</p>")
+        parts.append("<p>No sound: there are no words to speak, or nothing that speaks them.</p>")
     took = " · ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return f'<section class="voice">{"".join(parts)}<small>{took}</small></section>'
 
@@ -460,9 +517,10 @@ def build_page(host: Host) -> gr.Blocks:
     """Lay the page out and connect it."""
 
     def on_open() -> tuple[Any, ...]:
-        runs = host.runs()
+        runs, faults = host.runs()
         value = runs[0][1] if runs else None
-        return gr.Dropdown(runs, value=value), *on_run(value)
+        told, *examples = on_run(value)
+        return gr.Dropdown(runs, value=value), told + show_status(faults), *examples
 
     def on_run(run: str | None) -> tuple[Any, ...]:
         """What a run reads, and its examples."""
@@ -504,16 +562,22 @@ def build_page(host: Host) -> gr.Blocks:
         text: str,
         audio: dict[str, Any] | None,
         video: dict[str, Any] | None,
+        note: Any,
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
+        if isinstance(note, dict) and "refusal" in note:
+            yield {status: show_status(refusal=str(note["refusal"]))}
+            return
         session = str(request.session_hash)
+        name = name_in(note)
+        host.visitors.note_heard(session, heard_in(note))
         news: SimpleQueue[dict[Any, Any] | BaseException | None] = SimpleQueue()
         try:
             moment = host.visitors.moment(session)
             # In a thread of its own: it holds the model until it is done, whatever becomes of this handler.
             given = run, str(text or ""), audio, video
-            wanted = watch(session, moment), host.visitors.watch_cuts(session)
-            threading.Thread(target=send, args=(session, moment, *given, *wanted, news.put), daemon=True).start()
+            wanted = watch(session, moment), host.visitors.watch_cuts(session, name)
+            threading.Thread(target=send, args=(session, moment, name, *given, *wanted, news.put), daemon=True).start()
         except MsencError as error:
             news.put({status: show_status(refusal=str(error))})
             news.put(None)
@@ -525,6 +589,7 @@ def build_page(host: Host) -> gr.Blocks:
     def send(
         session: str,
         moment: int,
+        name: str,
         run: str | None,
         text: str,
         audio: Any,
@@ -535,7 +600,7 @@ def build_page(host: Host) -> gr.Blocks:
     ) -> None:
         """Hear a turn, and tell of its reply as it comes."""
         before, talk, is_put = host.visitors.talk(session), None, False
-        reply, pieces, shown_at = secrets.token_hex(4), [], 0.0
+        pieces, shown_at = [], 0.0
 
         def tell_waiting(update: dict[Any, Any]) -> None:
             if is_wanted():  # "New talk" has emptied the page meanwhile
@@ -556,16 +621,16 @@ def build_page(host: Host) -> gr.Blocks:
                     nonlocal shown_at
                     if progress.sound is not None:
                         pieces.append(data_uri("audio/wav", to_wav(progress.sound, progress.sample_rate)))
-                        tell_waiting({sound: show_sound(reply, pieces)})
+                        tell_waiting({sound: show_sound(name, pieces)})
                     if progress.spoken is None and time.monotonic() - shown_at > SHOWN_S:
                         shown_at = time.monotonic()
                         tell_waiting({chat: show_talk(now, progress.text, spoken_clip)})
 
                 tell_waiting({chat: show_talk(now, "", spoken_clip), streams: show_streams(now.turns[-1], agent)})
-                after, notices, seconds = host.answer(now, is_wanted, is_cut, ledger, on_progress)
+                after, notices, seconds = host.answer(now, is_wanted, is_cut, ledger, on_progress, name)
             is_put = host.visitors.replace(session, moment, after)
             if is_put:
-                tell(answered(after, notices, seconds))
+                tell(answered(host.visitors.talk(session) or after, notices, seconds))
         except MsencError as error:
             given = {text_box: text, audio_box: path_of(audio), video_box: path_of(video)}
             refused = show_status(refusal=host.without_folders(error))
@@ -599,21 +664,28 @@ def build_page(host: Host) -> gr.Blocks:
             try:
                 run = host.check_run(run)
                 text, clip = host.take_example(run, number) if run is not None else ("", None)
-            except MsencError as error:
-                raise gr.Error(host.without_folders(error), print_exception=False) from error
-            return dict(zip(sent, (text, None, as_file(clip)), strict=True))
+            except MsencError as error:  # on_send says it; Gradio would lay "Error" over what is there
+                return dict(zip(sent, ("", None, None, {"refusal": host.without_folders(error)}), strict=True))
+            return dict(zip(sent, (text, None, as_file(clip), None), strict=True))
 
         return on_example
 
-    def on_cut(request: gr.Request) -> None:
-        host.visitors.cut(str(request.session_hash))
+    def on_cut(note: Any, request: gr.Request) -> dict[Any, Any]:
+        """End the replies that the visitor has stopped, and show what the talk keeps of them."""
+        session = str(request.session_hash)
+        before = host.visitors.talk(session)
+        host.visitors.note_heard(session, heard_in(note))
+        talk = host.visitors.talk(session)
+        if talk is None or talk.spoken is None or talk is before:
+            return {chat: gr.skip()}
+        return {chat: show_talk(talk), voice: show_voice("The reply's voice", talk.spoken, {}), other_voice: ""}
 
     def on_listen(run: str | None) -> str:
         try:
             with host.alone:
                 host.listen(host.check_run(run))
         except (MsencError, MediaError) as error:
-            return show_status(refusal=str(error))
+            return show_status(refusal=f"The microphone was closed. {str(error).partition(chr(10))[0]}")
         return ""
 
     def on_say_again(description: str, request: gr.Request) -> dict[Any, Any]:
@@ -694,6 +766,7 @@ def build_page(host: Host) -> gr.Blocks:
                 with gr.Row(elem_id="examples"):
                     examples = [gr.Button(visible=False, size="sm", min_width=200) for _ in range(NUM_EXAMPLES)]
                 text_box = gr.Textbox(
+                    label="Say something",  # read out, not shown
                     show_label=False,
                     placeholder="Say something",
                     max_lines=4,
@@ -736,15 +809,15 @@ def build_page(host: Host) -> gr.Blocks:
                                 value=UNKNOWN,
                                 label=name,
                                 filterable=False,
-                                min_width=110,
+                                min_width=130,  # for "expressive"
                             )
                             for name, words in VOCABULARY.items()
                         }
-                    again = gr.Button("Say it again", variant="primary", elem_id="again")
+                    again = gr.Button("Hear it in this voice", variant="primary", elem_id="again")
                     other_voice = gr.HTML(elem_id="other-voice")
         # In the page, and not to be seen: what talk.js reads, presses, and hands over.
         sound = gr.HTML(elem_id="sound", visible="hidden")
-        sent = [gr.Textbox(visible="hidden"), gr.JSON(visible="hidden"), gr.JSON(visible="hidden")]
+        sent = [gr.Textbox(visible="hidden"), *(gr.JSON(visible="hidden") for _ in range(3))]
         spoken = gr.Button(visible="hidden", elem_id="spoken")
         cut = gr.Button(visible="hidden", elem_id="cut")
         listen = gr.Button(visible="hidden", elem_id="listen")
@@ -765,12 +838,13 @@ def build_page(host: Host) -> gr.Blocks:
         heard = spoken.click(None, [chat, video_box], [*waiting, video_box], js="talk.sendSpoken")
         shown = [typed, heard]
         for number, example in enumerate(examples):
-            taken = example.click(take_example(number), run_box, everything, **quiet)
+            taken = example.click(take_example(number), run_box, sent, **quiet)
             shown.append(taken.success(None, [chat, *sent], waiting, js="talk.sendExample"))
         for one in shown:  # "multiple": a turn may be sent while the reply to another is on its way
             one.then(on_send, [run_box, *sent], everything, api_name="on_send", trigger_mode="multiple", **alone)
-        cut.click(on_cut, None, None, **quiet)
-        listen.click(on_listen, run_box, status, **alone)
+        cut.click(on_cut, sent[-1], everything, js="talk.note", **quiet)
+        listening = listen.click(on_listen, run_box, status, **alone)
+        listening.then(None, status, None, js="talk.checkEars")
 
         gr.on([again.click, description_box.submit], on_say_again, description_box, everything, **alone)
         for box in attribute_boxes.values():
@@ -793,6 +867,23 @@ def path_of(file: Any) -> str | None:
     """The path of an uploaded file, as the browser names it."""
     path = file.get("path") if isinstance(file, dict) else None
     return path if isinstance(path, str) else None
+
+
+def name_in(note: Any) -> str:
+    """What the browser calls the reply that it asks for; a name of our own where it does not say."""
+    name = note.get("reply") if isinstance(note, dict) else None
+    return name if isinstance(name, str) and _NAME.fullmatch(name) else secrets.token_hex(4)
+
+
+def heard_in(note: Any) -> dict[str, float | None]:
+    """The replies that the browser has stopped, with what was heard of each; see `Talk.cut`."""
+    heard = note.get("heard") if isinstance(note, dict) else None
+    return {
+        name: None if seconds is None else float(seconds)
+        for name, seconds in (heard.items() if isinstance(heard, dict) else ())
+        if _NAME.fullmatch(name)
+        and (seconds is None or (type(seconds) in (int, float) and 0 <= seconds <= MAX_HEARD_S))
+    }
 
 
 def uploaded(host: Host, file: Any) -> Path | None:

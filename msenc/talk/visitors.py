@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from msenc.talk.agent import Heard, Spoken
+from msenc.talk.interruption import END_S, Said, cut_sound, words_heard
 from msenc.types import MsencError
 
 MAX_VISITORS = 200
@@ -23,6 +24,10 @@ LEFT_S = 60.0
 """How long a talk is kept for a visitor whose connection broke; a page that is opened anew begins a new talk."""
 UNUSED_S = 900.0
 """How long an upload waits for its turn to be sent."""
+NO_WORDS = "..."
+"""In the place of a reply without any."""
+MAX_HEARD = 100
+"""Interrupted replies that are remembered of a visitor; none is told of twice for long."""
 FRESH_S = 60.0
 """Younger uploads are not given up when space is short."""
 
@@ -38,6 +43,8 @@ class Talk:
         turns: so far, replies included.
         spoken: the last reply.
         seconds: of each turn, when the steps to its reply were done (`msenc.talk.live.Ledger`).
+        said: replies that can still be cut, by their names.
+        stale: places of turns whose features are of more than they hold now.
     """
 
     folder: Path
@@ -46,6 +53,36 @@ class Talk:
     turns: tuple[Heard, ...] = ()
     spoken: Spoken | None = None
     seconds: tuple[Mapping[str, float], ...] = ()
+    said: Mapping[str, Said] = field(default_factory=dict)
+    stale: frozenset[int] = frozenset()
+
+    def cut(self, heard: Mapping[str, float | None]) -> "Talk":
+        """The talk with what was heard of the replies that were interrupted.
+
+        Args:
+            heard: name of a reply -> seconds of its sound that were; None: it was stopped while it was read.
+        """
+        talk = self
+        for name, heard_s in heard.items():
+            if heard_s is not None and name in self.said:
+                talk = talk._cut_one(name, heard_s)
+        return talk
+
+    def _cut_one(self, name: str, heard_s: float) -> "Talk":
+        said = self.said[name]
+        before = self.turns[said.turn].turn
+        if heard_s >= said.seconds - END_S and not before.is_interrupted:
+            return self
+        words = words_heard(before.text, said.sentences, heard_s)
+        audio = cut_sound(before.audio, heard_s) if before.audio is not None and words else None
+        heard = Heard(replace(before, text=words or NO_WORDS, audio=audio, is_interrupted=True))
+        spoken = self.spoken
+        if spoken is not None and said.turn == len(self.turns) - 1:
+            sound = spoken.sound[: round(heard_s * spoken.sample_rate)] if audio and spoken.sound is not None else None
+            spoken = replace(spoken, answer=replace(spoken.answer, text=words), sound=sound)
+        turns = (*self.turns[: said.turn], heard, *self.turns[said.turn + 1 :])
+        left = {other: one for other, one in self.said.items() if other != name}
+        return replace(self, turns=turns, spoken=spoken, said=left, stale=self.stale | {said.turn})
 
     @property
     def num_bytes(self) -> int:
@@ -60,6 +97,7 @@ class _Visitor:
     talk: Talk | None = None
     connections: int = 0
     num_cuts: int = 0
+    heard: dict[str, float | None] = field(default_factory=dict)
     left_at: float = field(default_factory=time.monotonic)
 
 
@@ -112,20 +150,30 @@ class Visitors:
             if session in self._visitors:
                 self._visitors[session].num_cuts += 1
 
-    def watch_cuts(self, session: str) -> Callable[[], bool]:
-        """Whether the reply that is begun now has been ended by its visitor."""
+    def note_heard(self, session: str, heard: Mapping[str, float | None]) -> None:
+        """A visitor has interrupted replies: they end, and the talk keeps what was heard of them; see `Talk.cut`."""
+        with self._lock:
+            if (visitor := self._visitors.get(session)) is not None:
+                visitor.heard = dict([*{**visitor.heard, **heard}.items()][-MAX_HEARD:])
+                visitor.talk = visitor.talk and visitor.talk.cut(visitor.heard)
+
+    def watch_cuts(self, session: str, reply: str) -> Callable[[], bool]:
+        """Whether the reply of this name, which is begun now, has been ended by its visitor."""
         visitor = self._visitor(session)
         before = visitor.num_cuts
-        return lambda: visitor.num_cuts != before
+        return lambda: visitor.num_cuts != before or reply in visitor.heard
 
     def replace(self, session: str, moment: int, after: Talk | None) -> bool:
         """Put a talk in the place of the one that was there at a moment, unless that has changed since.
 
+        Of replies that were interrupted meanwhile it keeps what was heard.
         The talk that has no place then is removed.
         """
         with self._lock:
             visitor = self._visitors.get(session)
             is_current = visitor is not None and visitor.moment == moment and not self.is_closed.is_set()
+            if visitor and is_current and after is not None:
+                after = after.cut(visitor.heard)
             before, talk = (visitor.talk, after) if visitor and is_current else (after, visitor and visitor.talk)
             if visitor and is_current:
                 visitor.talk, visitor.moment = after, next(self._moments)

@@ -131,7 +131,8 @@ def test_requests_follow_the_documented_schema():
     assert headers["Content-Type"] == "application/json"
     assert body["voice"] in VOICES["woman"]
     assert body["voice"] == received[1][2]["voice"]
-    assert "fast" in body["instructions"] or "quick" in body["instructions"]
+    assert body["instructions"] == "a woman speaks quickly in a quiet voice"  # moods and all, in its own words
+    assert "loud" in received[3][2]["instructions"]
     assert body["response_format"] == "wav"
     assert faults({"input": "", "voice": "robot", "pitch": 1}) == [
         "missing model",

@@ -1,7 +1,12 @@
 """The live page in Chromium: replies that are heard by themselves, and a microphone that is a file."""
 
+import io
+import json
 import os
 import tempfile
+import urllib.request
+import wave
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +95,40 @@ def test_stop_ends_a_reply_that_is_being_written(window, address):
     window.wait("document.querySelectorAll('#chat .bot').length == 2 && talk.isPlaying()")
 
 
+@pytest.mark.parametrize("how", ["by the button", "by the next turn"])
+def test_a_reply_that_is_interrupted_stays_as_far_as_it_was_heard(how, window, address):
+    open_page(window, address)
+    window.type("#text textarea", "Hello!")
+    window.click("#text button")
+    window.wait("talk.isPlaying() && !!document.querySelector('#voice .voice')")
+    words = "[...document.querySelectorAll('#chat .bot .md')].map(e => e.innerText.trim())"
+    (whole,) = window.evaluate(words)
+    window.wait("Object.values(talk.played())[0] > 1")
+    if how == "by the button":
+        window.click("#stop")
+    else:
+        window.type("#text textarea", "And now?")
+        window.click("#text button")
+    window.wait("document.querySelector('#chat .bot').innerText.includes('(interrupted)')")
+    kept, mark, *_ = window.evaluate(words)
+    assert mark == "(interrupted)"
+    assert whole.startswith(kept)
+    assert 0 < len(kept) < len(whole) - 10
+    if how == "by the next turn":
+        window.wait("document.querySelectorAll('#chat .bot').length == 2 && talk.isPlaying()")
+        assert window.evaluate(words)[0] == kept
+    window.click("#save")
+    window.wait("!!document.querySelector('#saved a')")
+    with urllib.request.urlopen(window.evaluate("document.querySelector('#saved a').href")) as answer:
+        content = answer.read()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        turns = json.loads(archive.read("talk.json"))["turns"]
+        with wave.open(io.BytesIO(archive.read("2-audio.wav"))) as sound:
+            assert 0.9 < sound.getnframes() / sound.getframerate() < 10
+    assert (turns[1]["text"], turns[1]["interrupted"]) == (kept, True)
+    assert all("interrupted" not in turn for turn in turns if turn is not turns[1])
+
+
 def test_a_turn_that_is_sent_while_a_reply_is_written_is_answered_too(window, address):
     open_page(window, address)
     for text in ("One.", "Two."):
@@ -117,6 +156,7 @@ def test_three_turns_hands_free_with_an_interruption(short_run, demo_home, tmp_p
         browser.click("#mic")
         browser.wait("talk.isListening()")
         browser.wait("document.querySelectorAll('#chat .bot').length >= 3 && talk.interruptions() >= 1", 180)
+        assert "(interrupted)" in browser.evaluate(says("#chat"))
         browser.click("#mic")
         assert not browser.evaluate("talk.isListening()")
         browser.wait("!!document.querySelector('#ledger table')")

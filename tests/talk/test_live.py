@@ -8,9 +8,11 @@ from msenc.config.build import build
 from msenc.config.schema import plain
 from msenc.pipelines.respond import load_agent
 from msenc.prompt import Prompt
+from msenc.speech.description import parse
+from msenc.speech.synthesis import read_voice
 from msenc.talk.agent import AbandonedError, Answer, Turn, speak_answer
 from msenc.talk.live import Ledger, percentiles, reply_live
-from msenc.types import VoiceAttributes
+from msenc.types import MsencError, VoiceAttributes
 
 WORDS = "One is here. Two is (well) there. Three is"
 
@@ -38,7 +40,7 @@ class Writer:
 
 
 def speak(sentence, voice, speaker):
-    return np.full(len(sentence), 0.5 if voice.gender == "man" else 0.1, np.float32), 8000
+    return np.full(len(sentence), 0.5 if read_voice(voice).gender == "man" else 0.1, np.float32), 8000
 
 
 @pytest.mark.parametrize("target", ["text", "text_description"])
@@ -83,6 +85,39 @@ def test_the_pieces_are_the_sound_of_the_whole_reply(short_run, compose):
     (short,), _ = agent.answer(heard, "Agent", config["decoding"], is_cut=lambda: len(asked) > 2 or asked.append(1))
     assert answer.text.startswith(short.text)
     assert 0 < len(short.text) < len(answer.text)
+
+
+@pytest.mark.parametrize("description", ["a woman whispers sadly, as if to herself", None])
+def test_a_synthesizer_is_given_the_description_in_the_models_words(description):
+    attributes = VoiceAttributes("woman") if description is None else parse(description)
+    answer = Answer("One is here.", description, attributes)
+    writer, given = Writer("text_description"), []
+    writer.answer = lambda *_, **__: ([answer], [])
+
+    def note(sentence, voice, speaker):
+        given.append(voice)
+        return np.zeros(8, np.float32), 8000
+
+    [*reply_live(writer, note, [], "Ben", {}, 1, Ledger())]
+    speak_answer(note, answer, "Ben")
+    assert given == [description or VoiceAttributes("woman")] * 2
+
+
+@pytest.mark.parametrize("target", ["text", "text_description"])
+def test_a_reply_whose_synthesizer_goes_away_keeps_its_words_and_what_was_spoken(target):
+    spoken = []
+
+    def fails_at_the_second(sentence, voice, speaker):
+        if spoken:
+            raise MsencError("http://localhost: no speech")
+        spoken.append(sentence)
+        return speak(sentence, voice, speaker)
+
+    *progress, last = reply_live(Writer(target), fails_at_the_second, [], "Ben", {}, 1, Ledger())
+    assert last.spoken.answer.text == WORDS
+    assert len(last.spoken.sound) == len(spoken[0]) == len("One is here.")
+    assert str(last.fault) == "http://localhost: no speech"
+    assert sum(one.sound is not None for one in progress) == 1
 
 
 def test_percentiles_are_of_the_turns_that_had_the_step():

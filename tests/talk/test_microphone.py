@@ -62,7 +62,7 @@ def test_speech_of_the_demo_is_found_by_silero_and_cuts_the_reply(listeners, dem
     quiet = np.random.default_rng(0).normal(0, 1e-3, SAMPLE_RATE).astype(np.float32)
     samples = to_wav(np.concatenate([quiet, speech, quiet]), SAMPLE_RATE)[44:]
     listeners.visitors.moment("anna")
-    is_cut, turns = listeners.visitors.watch_cuts("anna"), []
+    is_cut, turns = listeners.visitors.watch_cuts("anna", "reply"), []
     for at in range(0, len(samples), 3072):
         answer = listeners.hear("anna", samples[at : at + 3072])
         turns += answer["turns"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,13 +21,16 @@ from msenc.files import write_json
 from msenc.pipelines.respond import load_agent, respond
 from msenc.raw.media import read_audio
 from msenc.runs.record import read_run
+from msenc.speech.description import parse
 from msenc.speech.wav import write_wav
-from msenc.talk.agent import Turn, read_talk
+from msenc.talk.agent import Answer, Spoken, Turn, read_talk
 from msenc.types import MsencError
 
 pytest.importorskip("gradio", reason="the page needs the extra talk")
 
-from msenc.talk.page import Host, draw_sound, finished_runs, read_saved, run_label, show_status
+from page import served
+
+from msenc.talk.page import Host, draw_sound, finished_runs, read_saved, run_label, show_status, show_voice
 
 ROOT = Path(__file__).parents[2]
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -195,6 +199,88 @@ def test_what_cannot_be_used_is_said_and_the_talk_goes_on(browser, tmp_path):
 
 
 @needs_browser
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, "This machine has none that the browser finds"),
+        ("NotAllowedError", "The browser does not allow it: allow the microphone for this page"),
+        ("NotReadableError", "Another program holds it"),
+    ],
+)
+def test_a_microphone_that_cannot_be_opened_is_explained_and_the_talk_goes_on(error, message, browser):
+    if error is not None:  # as when a person says no
+        refusal = f"throw new DOMException('none', '{error}')"
+        browser.evaluate(f"navigator.mediaDevices.getUserMedia = async () => {{ {refusal} }}; 1")
+    browser.click("#mic")
+    browser.wait(f"document.querySelector('#mic-state').innerText.includes('{message}')")
+    say(browser, "Hello!")
+    browser.wait(ANSWERED)
+    browser.wait("!talk.isPlaying()")
+    assert message in shown(browser, "#mic-state")  # it stays to be read
+    assert not browser.evaluate("talk.isListening()")
+
+
+@needs_browser
+def test_an_example_whose_clip_is_gone_is_refused_in_a_sentence(short_run, demo_home, tmp_path, window):
+    data, temporary = tmp_path / "data", tmp_path / "temporary"
+    shutil.copytree(demo_home / "data", data)
+    temporary.mkdir()
+    with served(short_run, temporary, [f"data_dir={data}"]) as (address, _):
+        open_page(window, address)
+        window.wait("document.querySelectorAll('#examples button').length == 3")
+        shutil.rmtree(data / "demo-raw")
+        window.click("#examples button")
+        window.wait("document.querySelector('#status').innerText.includes('cannot be read any more')")
+        assert window.evaluate("document.querySelectorAll('#chat .user').length") == 0
+        say(window, "Hello!")
+        window.wait(ANSWERED)
+
+
+@needs_browser
+def test_the_page_opens_though_a_run_is_gone_and_another_is_damaged(short_run, tmp_path, window):
+    runs, temporary = tmp_path / "runs", tmp_path / "temporary"
+    for name in ("first", "second"):
+        shutil.copytree(short_run, runs / name)
+    (runs / "third").mkdir()
+    (runs / "third" / "run.json").write_text("{", encoding="utf-8")
+    temporary.mkdir()
+    with served(runs / "first", temporary, [f"runs_dir={runs}"]) as (address, _):
+        shutil.rmtree(runs / "first")
+        window.open(address, 1200)
+        window.wait("document.querySelector('#status')?.innerText.includes('reads text, audio and video')")
+        status = shown(window, "#status")
+        assert "first/run.json: missing" in status
+        assert "third/run.json" in status
+        say(window, "Hello!")
+        window.wait(ANSWERED)
+
+
+@needs_browser
+def test_nothing_on_the_page_is_unnamed_or_cut_off(browser):
+    say(browser, "Hello!")
+    browser.wait("!!document.querySelector('#ledger table')")
+    browser.type("#description textarea", "a woman speaks very expressively, at a moderate pace, moderately loudly")
+    browser.click("#again")
+    browser.wait("!!document.querySelector('#other-voice audio')")
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    named = {"button", "textbox", "combobox", "Audio", "table", "link"}
+    found = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in nodes
+        if not node["ignored"] and node["role"]["value"] in named
+    ]
+    assert [role for role, name in found if not name.strip()] == []
+    assert len(found) > 20
+    assert not any(name.startswith("Textbox") for _, name in found)
+    for width in (1280, 390):
+        browser.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
+        cut = "[...document.querySelectorAll('#change input')].filter(e => e.scrollWidth > e.clientWidth)"
+        browser.wait(f"{cut}.map(e => e.value).length == 0", 5)
+
+
+@needs_browser
 def test_two_visitors_do_not_see_each_others_talk(browser, address, tmp_path):
     with Browser(tmp_path / "profile") as other:
         open_page(other, address)
@@ -270,7 +356,7 @@ def test_the_newest_finished_run_comes_first(tmp_path):
     for age, (name, status) in enumerate([("new", "finished"), ("going", "running"), ("old", "finished")]):
         write_json(tmp_path / name / "run.json", {"status": status, "modality": "text_audio"})
         os.utime(tmp_path / name / "run.json", (1e9 - age, 1e9 - age))
-    assert finished_runs(tmp_path) == [tmp_path / "new", tmp_path / "old"]
+    assert finished_runs(tmp_path) == ([tmp_path / "new", tmp_path / "old"], [])
     assert run_label(tmp_path / "old", tmp_path) == "old (text_audio)"
 
 
@@ -290,6 +376,14 @@ def test_a_saved_talk_reaches_no_file_but_its_own(tmp_path):
     (tmp_path / "talk.zip").write_bytes(whole[:20] + bytes(20) + whole[40:])
     with pytest.raises(MsencError, match="cannot be unpacked"):
         read_saved(tmp_path / "talk.zip", tmp_path / "unpacked", 10_000)
+
+
+def test_what_of_a_voice_description_is_not_understood_is_said():
+    def shown(description):
+        return show_voice("Voice", Spoken(Answer("Hi.", description, parse(description or ""))), {})
+
+    assert "Not understood: welsh accent" in shown("an elderly man mutters slowly, with a Welsh accent")
+    assert "Not understood" not in shown("a man speaks slowly") + shown(None)
 
 
 def test_what_a_file_or_a_visitor_says_is_no_html():

@@ -346,7 +346,7 @@ def test_sigterm_while_a_reply_is_written_leaves_nothing(short_run, tmp_path):
             began = time.monotonic()
             other.wait_for("on_continue", None, other.run)
             assert time.monotonic() - began < 5
-        visitor.join("on_send", visitor.run, "Hello again!", None, None)
+        visitor.join("on_send", visitor.run, "Hello again!", None, None, None)
         assert any(tmp_path.rglob("talks"))
         os.kill(pid, 15)
         os.kill(pid, 15)

@@ -9,7 +9,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from random import Random
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from msenc.speech.acting import act
 from msenc.speech.description import describe
-from msenc.speech.synthesis import SentenceSynthesizer, choose
+from msenc.speech.synthesis import SentenceSynthesizer, choose, read_voice, sentences_of
 from msenc.speech.wav import from_wav
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
 
@@ -192,19 +192,26 @@ class OpenAISpeech(SentenceSynthesizer):
         self.extra = dict(extra or {})
         self.server = Server(timeout_s, max_retries, "speech", "speech.base_url (it ends in /v1) and speech.model")
 
-    def speak_sentence(self, sentence: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
-        """See `SentenceSynthesizer`; phrasing is the server's."""
-        samples, sample_rate = self.synthesize(sentence, voice, speaker)
-        return act([samples], sample_rate, voice), sample_rate
+    def stream(
+        self, text: str, voice: VoiceAttributes | str, speaker: str | None = None
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """See `SentenceSynthesizer`; phrasing is the server's, and a description reaches it in its own words."""
+        attributes = read_voice(voice)
+        for sentence in sentences_of(text):
+            samples, sample_rate = self._speak(sentence, attributes, words_of(voice), speaker)
+            yield act([samples], sample_rate, attributes), sample_rate
 
     def synthesize(self, phrase: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
         """See `SentenceSynthesizer`."""
+        return self._speak(phrase, voice, words_of(voice), speaker)
+
+    def _speak(self, phrase: str, voice: VoiceAttributes, words: str, speaker: str | None) -> tuple[np.ndarray, int]:
         gender = voice.gender if voice.gender != UNKNOWN else choose(("woman", "man"), speaker)
         body = {
             "model": self.model,
             "input": phrase,
             "voice": choose(self.voices[gender], speaker),
-            "instructions": describe(voice, Random(0)),
+            "instructions": words,
             "response_format": "wav",
             **self.extra,
         }
@@ -221,6 +228,11 @@ class OpenAISpeech(SentenceSynthesizer):
 
     def _request(self, body: bytes | None, url: str | None = None, **how: Any) -> bytes:
         return self.server.ask(url or self.url, body, **how)
+
+
+def words_of(voice: VoiceAttributes | str) -> str:
+    """A voice as instructions: a description in its own words, whose moods no attribute holds."""
+    return voice if isinstance(voice, str) else describe(voice, Random(0))
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -19,9 +19,9 @@ import numpy as np
 from msenc.files import digest
 from msenc.speech.acting import LOUDNESS_LUFS, PAUSE_S, SNR_DB, act, bend
 from msenc.speech.description import describe
-from msenc.speech.synthesis import choose, read_voice, split_sentences
+from msenc.speech.synthesis import choose, read_voice, sentences_of, split_sentences
 from msenc.speech.synthesizers.hibari import PITCH_HZ, SPEED, SPREAD
-from msenc.speech.synthesizers.openai import MAX_BYTES, OpenAISpeech
+from msenc.speech.synthesizers.openai import MAX_BYTES, OpenAISpeech, words_of
 from msenc.speech.synthesizers.psola import change_melody
 from msenc.speech.voice import loudness_lufs
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
@@ -98,29 +98,25 @@ class QwenSpeech(OpenAISpeech):
         attributes, pieces = read_voice(voice), []
         for start in range(0, len(sentences), self.batch):
             some = sentences[start : start + self.batch]
-            for samples, sample_rate in self._synthesize_all(some, attributes, _words_of(voice), speaker):
+            for samples, sample_rate in self._synthesize_all(some, attributes, words_of(voice), speaker):
                 pieces.append(act([samples], sample_rate, attributes))
         return np.concatenate(pieces), sample_rate
 
     def stream(
         self, text: str, voice: VoiceAttributes | str, speaker: str | None = None
     ) -> Iterator[tuple[np.ndarray, int]]:
-        """See `SentenceSynthesizer`; a description reaches the server in its own words."""
-        sentences, attributes = split_sentences(text), read_voice(voice)
-        if not sentences:
-            raise MsencError(f"speech: found {text!r}, expected words to speak.")
-        for sentence in sentences:
-            if self.streaming and self._is_left_alone(attributes):
-                body = self._request_for(attributes, _words_of(voice), speaker)
-                body |= {"input": sentence, "response_format": "pcm", "stream_format": "audio"}
-                yield from self._pieces(body, attributes, sentence)
-                continue
-            ((samples, sample_rate),) = self._synthesize_all([sentence], attributes, _words_of(voice), speaker)
-            yield act([samples], sample_rate, attributes), sample_rate
+        """See `OpenAISpeech`."""
+        attributes = read_voice(voice)
+        if not self.streaming or not self._is_left_alone(attributes):
+            yield from super().stream(text, voice, speaker)
+            return
+        for sentence in sentences_of(text):
+            body = self._request_for(attributes, words_of(voice), speaker)
+            body |= {"input": sentence, "response_format": "pcm", "stream_format": "audio"}
+            yield from self._pieces(body, attributes, sentence)
 
-    def synthesize(self, phrase: str, voice: VoiceAttributes, speaker: str | None) -> tuple[np.ndarray, int]:
-        """See `SentenceSynthesizer`."""
-        return self._synthesize_all([phrase], voice, _words_of(voice), speaker)[0]
+    def _speak(self, phrase: str, voice: VoiceAttributes, words: str, speaker: str | None) -> tuple[np.ndarray, int]:
+        return self._synthesize_all([phrase], voice, words, speaker)[0]
 
     def _synthesize_all(
         self, phrases: Sequence[str], voice: VoiceAttributes, words: str, speaker: str | None
@@ -261,10 +257,6 @@ class QwenSpeech(OpenAISpeech):
 
 def _gender_of(voice: VoiceAttributes, speaker: str | None) -> str:
     return voice.gender if voice.gender != UNKNOWN else choose(("woman", "man"), speaker)
-
-
-def _words_of(voice: VoiceAttributes | str) -> str:
-    return voice if isinstance(voice, str) else describe(voice, Random(0))
 
 
 def _form(fields: Mapping[str, str], sample: bytes) -> tuple[bytes, str]:
