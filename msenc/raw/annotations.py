@@ -24,6 +24,7 @@ from msenc.raw.container import StoredNames, part_of, split_part, with_track
 from msenc.raw.encoding import decode_table, repair_encoding
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import clock_seconds
+from msenc.store.labels import ID
 from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance
 
 # split -> (annotation file, folder of its clips), as MELD's release names them
@@ -341,13 +342,17 @@ def _labels(
 ) -> dict[str, str]:
     """The row's labels: the columns that are wanted, or all that are not taken; empty ones say nothing."""
     for column in wanted or ():
+        if column == ID:
+            raise MsencError(
+                f"{path}: data.labels names the column {ID!r}, as which labels name their utterance. Rename the column."
+            )
         if column not in values:
             others = ", ".join(c for c in values if c not in taken)
             raise MsencError(
                 f"{path}: data.labels names the column {column!r}, which is not there; found "
                 f"{others or 'no column beside those that are read anyway'}. Correct data.labels, or leave it out."
             )
-    names = wanted if wanted is not None else [c for c in values if c not in taken]
+    names = wanted if wanted is not None else [c for c in values if c not in taken and c != ID]
     return {column: values[column] for column in names if values[column]}
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from msenc.raw.annotations import MELD_FILES, read_meld, read_table
 from msenc.raw.encoding import repair_encoding
+from msenc.store.labels import LABELS, read_labels, write_labels
 from msenc.types import Mark, MsencError
 
 HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
@@ -269,3 +270,13 @@ def test_a_tables_encoding_is_repaired(tmp_path):
     (utterance,) = found.dialogues[0].utterances
     assert (utterance.speaker, utterance.text) == ("Zoé", "It\u2019s a café")
     assert found.repaired == ["own/train/d/utt0"]
+
+
+def test_a_column_of_ids_takes_no_label_from_its_utterance(tmp_path):
+    path = table(tmp_path, "id,clip,dialogue,text,mood\n7,,d,hi,glad\n7,,d,yes,sad\n")
+    found = read_table(path, "own", SPLIT | ONE)
+    write_labels(tmp_path, found.labels)
+    wanted = {"own/train/d/utt0": {"mood": "glad"}, "own/train/d/utt1": {"mood": "sad"}}
+    assert read_labels(tmp_path, LABELS, "") == wanted
+    with pytest.raises(MsencError, match=r"utterances\.csv: data\.labels names the column 'id'.*Rename"):
+        read_table(path, "own", SPLIT | ONE, labels=["id", "mood"])
