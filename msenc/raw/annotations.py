@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from msenc.files import content_hash
+from msenc.files import check_regular, content_hash
 from msenc.files.kinds import is_below
 from msenc.files.marks import parse_marks
 from msenc.raw.container import StoredNames, part_of, split_part, with_track
@@ -431,7 +431,7 @@ def _read_table(
 ) -> list[Row]:
     """The rows that are not blank."""
     try:
-        data = path.read_bytes()
+        data = check_regular(path).read_bytes()
     except FileNotFoundError as error:
         expected = "a table of utterances; set data.table to one"
         if path.name in (names := [name for name, _ in MELD_FILES.values()]):

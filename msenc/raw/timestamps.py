@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msenc.files import check_regular
 from msenc.files.kinds import is_below
 from msenc.types import MsencError, Rejection
 
@@ -98,7 +99,7 @@ def read_timestamps(path: Path) -> Timestamps:
 def _read_json(path: Path) -> dict[str, Any]:
     expected = 'Expected {"video.mp4": [[start, end], ...]} with times in seconds.'
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = check_regular(Path(path)).read_text(encoding="utf-8-sig")
         table = json.loads(text, object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
         raise MsencError(f"{path}: no such file. {expected} Put it there.") from error

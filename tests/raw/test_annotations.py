@@ -5,6 +5,8 @@ import pytest
 
 from msenc.raw.annotations import MELD_FILES, read_meld, read_table
 from msenc.raw.encoding import repair_encoding
+from msenc.raw.layouts.layout import json_of
+from msenc.raw.timestamps import read_timestamps
 from msenc.store.labels import LABELS, read_labels, write_labels
 from msenc.types import Mark, MsencError
 
@@ -280,3 +282,14 @@ def test_a_column_of_ids_takes_no_label_from_its_utterance(tmp_path):
     assert read_labels(tmp_path, LABELS, "") == wanted
     with pytest.raises(MsencError, match=r"utterances\.csv: data\.labels names the column 'id'.*Rename"):
         read_table(path, "own", SPLIT | ONE, labels=["id", "mood"])
+
+
+def test_a_pipe_in_a_tables_place_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "utterances.csv")
+    for read in (
+        lambda path: read_table(path, "own", SPLIT),
+        read_timestamps,
+        lambda path: json_of(path, dict, "", ""),
+    ):
+        with pytest.raises(MsencError, match=r"utterances\.csv: cannot be read \(found a pipe or a device"):
+            read(tmp_path / "utterances.csv")
