@@ -293,3 +293,36 @@ def test_a_pipe_in_a_tables_place_is_refused_and_not_waited_for(tmp_path):
     ):
         with pytest.raises(MsencError, match=r"utterances\.csv: cannot be read \(found a pipe or a device"):
             read(tmp_path / "utterances.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip,dialogue,text,text\n,d,hi,ho", r"row 1: the column text stands there twice.*Rename or remove"),
+        ("clip,dialogue,text, text\n,d,hi,ho", r"row 1: the column text stands there twice"),
+        ("clip,dialogue,text,mood,mood\n,d,hi,glad,sad", r"row 1: the column mood stands there twice"),
+        ("clip,dialogue,text,,\n,d,hi,,\n,d,Oh, no,", r"row 3: found 'no' behind the last column, text.*in quotes"),
+    ],
+)
+def test_a_value_without_a_column_of_its_own_is_refused(tmp_path, text, message):
+    with pytest.raises(MsencError, match=message):
+        read_table(table(tmp_path, text), "own", SPLIT | ONE)
+
+
+def test_columns_without_a_name_are_no_labels_and_a_name_may_end_in_a_number(tmp_path):
+    found = read_table(table(tmp_path, ",clip,dialogue,text,mood,mood.1,\n0,,d,hi,glad,sad,\n"), "own", SPLIT | ONE)
+    assert list(found.labels.values()) == [{"mood": "glad", "mood.1": "sad"}]
+
+
+def test_a_header_in_the_middle_of_tables_that_were_put_together_is_listed_and_no_turn(tmp_path):
+    header = "clip,dialogue,text,start\n"
+    found = read_table(table(tmp_path, header + ",d,hi,\n" + header + ",d,text,start\n"), "own", SPLIT | ONE)
+    assert [(u.id, u.text) for d in found.dialogues for u in d.utterances] == [("0", "hi"), ("1", "text")]
+    again = ("utterances.csv", "row", "the header again", 3)
+    assert [(r.id, r.what, r.reason, r.row) for r in found.rejections] == [
+        again,
+        ("own/train/d/utt1", "clip", "no span of time", 4),
+    ]
+    found = read_meld(write(tmp_path, [line(), HEADER, line("Bye.", utt="1")]))
+    assert [u.text for u in found.dialogues[0].utterances] == ["Hello!", "Bye."]
+    assert [(r.id, r.reason, r.row) for r in found.rejections] == [("train_sent_emo.csv", "the header again", 3)]
