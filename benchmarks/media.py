@@ -5,6 +5,7 @@ what becomes of its audio and its video. The tests read the same files.
 """
 
 import argparse
+import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -264,6 +265,17 @@ def cases() -> list[Case]:
         )
     add("aac (ADTS), length guessed wrongly", "vbr.aac", lambda p: write(p, VARIED), None, "no picture")
     add("mp3, variable bit rate, no header", "vbr.mp3", write_bare_mp3, None, "no picture")
+    odd = tone(440, 2)
+    odd[0, 1000:1010] = np.nan
+    for file, pieces, audio, flags in (
+        ("nan.wav", odd, None, ("bad_samples",)),
+        ("nothing.wav", np.nan * odd, "silent", ("bad_samples",)),
+        ("scale.wav", 2**15 * tone(440, 2), None, ("bad_samples",)),
+        ("loud.wav", 4 * tone(440, 2), None, ("bad_samples",)),
+    ):
+        name = {"nan": "some are no numbers", "nothing": "none is a number", "scale": "of 16 bits", "loud": "too loud"}
+        make = lambda p, x=pieces: write_floats(p, x)  # noqa: E731
+        add(f"wav, floats, {name[file[:-4]]}", file, make, audio, "no picture", flags)
     add("flac, no stated length", "length.flac", write_endless_flac, None, "no picture")
     add("wav, no stated length", "length.wav", write_endless_wav, None, "no picture")
 
@@ -354,6 +366,12 @@ def write_changing(path: Path, codec: str) -> None:
 
 def write_bare_mp3(path: Path) -> None:
     write(path, Track(VARIED.pieces, "libmp3lame"), options={"write_xing": "0", "id3v2_version": "0"})
+
+
+def write_floats(path: Path, samples: np.ndarray) -> None:
+    head = struct.pack("<4sIHHIIHH4sI", b"fmt ", 16, 3, 1, RATE, 4 * RATE, 4, 32, b"data", samples.size * 4)
+    data = samples.astype("<f4").tobytes()
+    path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(head) + len(data)) + b"WAVE" + head + data)
 
 
 def write_endless_flac(path: Path) -> None:

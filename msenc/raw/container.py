@@ -15,7 +15,7 @@ from typing import Any
 
 from msenc.types import MsencError, needing
 
-VERSION = 2
+VERSION = 3
 """Of how clips are decoded; raised whenever an equal clip gives other samples or frames, or is rejected otherwise."""
 
 SUFFIXES = (
