@@ -44,6 +44,8 @@ NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 COMPOSED = ("dialogue", "speaker", "Speaker")
 """Columns of names: whether their letters are composed (NFC) or not (NFD), they are the same."""
+FILES = ("clip", "audio")
+"""Columns of files' names, which may be mangled on the disk, too: `StoredNames` repairs what is not found there."""
 VAL_SEED = 1
 _NAME = re.compile(r"[\w-]+")
 
@@ -129,7 +131,7 @@ class Annotations:
         rejections = list(self.rejections)
 
         def spelled(clip: str | None, id: str) -> str | None:
-            if clip is None or clip.isascii():
+            if clip is None or (clip.isascii() and "\\" not in clip):
                 return clip
             file, _ = split_part(clip)
             if len(names := stored.find(file)) > 1:
@@ -177,7 +179,7 @@ def row_of(
     texts: Sequence[str] = ("text", "speaker"),
     is_repaired: bool = False,
 ) -> Row:
-    """A row with its texts cleaned: encodings repaired, ends stripped, names composed.
+    """A row with its texts cleaned: encodings repaired but for files' names, ends stripped, names composed.
 
     Args:
         file: see `Row`, and so on.
@@ -186,7 +188,7 @@ def row_of(
         texts: columns whose repair is counted.
         is_repaired: whether the file's own encoding needed a repair there.
     """
-    values = {str(c): repair_encoding(v).strip() for c, v in raw.items()}
+    values = {str(c): (v if c in FILES else repair_encoding(v)).strip() for c, v in raw.items()}
     values |= {c: unicodedata.normalize("NFC", values[c]) for c in COMPOSED if c in values}
     return Row(file, number, values, is_repaired or any(repair_encoding(raw[c]) != raw[c] for c in texts if c in raw))
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from msenc.files.kinds import is_below
+from msenc.raw.encoding import repair_encoding
 from msenc.types import MsencError, needing
 
 VERSION = 3
@@ -122,7 +124,9 @@ def with_track(clip: str, track: int) -> str:
 
 
 class StoredNames:
-    """Finds files whose names' letters the disk spells in another way than a table: ``ë`` as one sign, or as two.
+    """Finds files whose names the disk spells in another way than a table.
+
+    ``ë`` may be one sign or two there, or mangled in the table; Windows parts folders by backslashes.
 
     Args:
         root: folder that the names start from.
@@ -134,14 +138,18 @@ class StoredNames:
 
     def find(self, file: str) -> list[str]:
         """The names below the root that the text is; of several none is the text itself. The text, where none is."""
-        if file.isascii() or (self.root / file).exists():
-            return [file]
+        spellings = (file, repair_encoding(file), file.replace("\\", "/"), repair_encoding(file.replace("\\", "/")))
+        return next((found for s in dict.fromkeys(spellings) if is_below(s) and (found := self._find(s))), [file])
+
+    def _find(self, file: str) -> list[str]:
+        if file.isascii() or _exists(self.root / file):
+            return [file] * _exists(self.root / file)
         *folders, last = file.split("/")
         found = [""]
         for part in (*folders, last):
             wanted = unicodedata.normalize("NFC", part)
             found = [f"{folder}{name}/" for folder in found for name in self._listed(folder).get(wanted, [])]
-        return [name.removesuffix("/") for name in found] or [file]
+        return [name.removesuffix("/") for name in found]
 
     def _listed(self, folder: str) -> dict[str, list[str]]:
         """Composed name -> the names of a folder that are it."""
@@ -152,6 +160,13 @@ class StoredNames:
                     names.setdefault(unicodedata.normalize("NFC", path.name), []).append(path.name)
             self._folders[folder] = names
         return self._folders[folder]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
 
 
 @dataclass

@@ -133,6 +133,30 @@ def test_names_meet_however_their_letters_are_composed(tmp_path, in_table, on_di
     assert {u.speaker for u in dialogue.utterances} == {COMPOSED}
 
 
+@pytest.mark.parametrize(
+    ("in_table", "on_disk"),
+    [
+        ("cafÃ©.wav", "cafÃ©.wav"),  # as archives leave names
+        ("cafÃ©.wav", "café.wav"),
+        ("at\u00a0ten.wav", "at\u00a0ten.wav"),  # as macOS names recordings of the screen
+        ("at\u00a0ten.wav", "at ten.wav"),
+        (r"sub\one.wav", "sub/one.wav"),
+        (r"sub\one.wav", r"sub\one.wav"),
+        (r"..\one.wav", r"..\one.wav"),
+        ("é" * 200 + ".wav", "no such file"),
+    ],
+)
+def test_a_file_is_found_by_the_name_that_it_has_or_else_by_a_repaired_one(tmp_path, in_table, on_disk):
+    (tmp_path / "raw" / "sub").mkdir(parents=True)
+    (tmp_path / "raw" / on_disk).touch()
+    (tmp_path / "one.wav").touch()
+    path = tmp_path / "utterances.csv"
+    path.write_text(f"{HEADER}\n{in_table},d,Ana,Oh,0,1,train\n")
+    (dialogue,) = read_table(path, "own", SPLIT).stored_in(tmp_path / "raw").dialogues
+    expected = in_table if on_disk == "no such file" else on_disk
+    assert dialogue.utterances[0].clip == f"{expected}#t=0.000,1.000"
+
+
 def test_of_several_files_that_a_name_may_be_none_is_guessed(tmp_path):
     for name in ("é\u0065\u0301.wav", "e\u0301é.wav", "éé"):
         (tmp_path / name).touch()
