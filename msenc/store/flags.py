@@ -73,7 +73,7 @@ FLAGS = {
     "missing_ids": "gaps in the utterance ids of the dialogue",
     "single_turn": "a dialogue of one utterance: no target",
     "duplicate_dialogue": "the same words as an earlier dialogue of two or more utterances",
-    "leakage": "a val or test dialogue within 30 s of a train dialogue in the same recording, or overlapping it",
+    "leakage": "a val or test dialogue with a clip of a train dialogue, or within 30 s of one in the same recording",
     "text_in_train": "an utterance of val or test that occurs word for word in train",
 }
 """Flag -> what it means. The filter ``no_<flag>`` excludes items with that flag."""
