@@ -22,7 +22,7 @@ from msenc.files import check_regular, content_hash
 from msenc.files.kinds import is_below, short
 from msenc.files.marks import parse_marks
 from msenc.raw.container import StoredNames, part_of, split_part, with_track
-from msenc.raw.encoding import decode_table, repair_encoding
+from msenc.raw.encoding import clean_name, decode_table, repair_encoding
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import clock_seconds
 from msenc.store.labels import ID
@@ -42,8 +42,8 @@ NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 """Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-COMPOSED = ("dialogue", "speaker", "Speaker")
-"""Columns of names: whether their letters are composed (NFC) or not (NFD), they are the same."""
+NAMES = ("dialogue", "speaker", "Speaker")
+"""Columns of names, which are the same however their letters are composed."""
 FILES = ("clip", "audio")
 """Columns of files' names, which may be mangled on the disk, too: `StoredNames` repairs what is not found there."""
 VAL_SEED = 1
@@ -189,7 +189,7 @@ def row_of(
         is_repaired: whether the file's own encoding needed a repair there.
     """
     values = {str(c): (v if c in FILES else repair_encoding(v)).strip() for c, v in raw.items()}
-    values |= {c: unicodedata.normalize("NFC", values[c]) for c in COMPOSED if c in values}
+    values |= {c: clean_name(values[c]) for c in NAMES if c in values}
     return Row(file, number, values, is_repaired or any(repair_encoding(raw[c]) != raw[c] for c in texts if c in raw))
 
 

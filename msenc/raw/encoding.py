@@ -39,6 +39,8 @@ MOST_PROPOSED = 5
 # with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
 _DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
 _C1 = re.compile("[\x80-\x9f]")
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LINE_ENDS = re.compile("\\s*[\t\n\r\u2028\u2029]\\s*")
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, with which it begins
@@ -182,17 +184,31 @@ def _is_common(letter: str) -> bool:
 def repair_encoding(text: str) -> str:
     r"""Undo double encoding, map C1 control characters through cp1252, make no-break spaces plain.
 
-    A text of nothing but controls and characters that show nothing is empty.
+    Other control characters, which end a text in C's libraries or move a terminal's cursor, are left out, but for tabs
+    and line ends. A text of nothing but controls and characters that show nothing is empty.
 
     Example:
-        >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85"), repair_encoding("\u200b\ufeff")
-        ('a café—at noon…', '')
+        >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85"), repair_encoding("\u200b\ufeff"), repair_encoding("n\0o\x1b\n")
+        ('a café—at noon…', '', 'no\n')
     """
     text = _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)
     text = _C1.sub(lambda match: match[0].encode("latin-1").decode("cp1252", errors="ignore"), text)
     if all(unicodedata.category(c)[0] in "CZ" for c in _UNSEEN.sub("", text)):
         return ""
-    return text.replace("\u00a0", " ")
+    return _CONTROLS.sub("", text).replace("\u00a0", " ")
+
+
+def clean_name(name: str) -> str:
+    r"""A name of one line, of composed letters, without marks that show nothing: it is the same name with them.
+
+    Joiners, which change the shape of letters, stay.
+
+    Example:
+        >>> clean_name("Zoe\u0308\u200b"), clean_name("Ana\nand Bo")
+        ('Zoë', 'Ana and Bo')
+    """
+    name = "".join(c for c in name if unicodedata.category(c) != "Cf" or c in "\u200c\u200d")
+    return unicodedata.normalize("NFC", _LINE_ENDS.sub(" ", name).strip())
 
 
 def _decode_again(text: str) -> str:

@@ -99,6 +99,21 @@ def test_texts_that_show_nothing_are_empty(tmp_path):
     assert [r.reason for r in found.rejections] == ["empty text"] * len(UNSEEN)
 
 
+def test_control_characters_are_left_out_and_told(tmp_path):
+    found = read_table(table(tmp_path, "Oh\x00 no\x1b", "two\r\nlines\tof it", "Ye\x7fs"), "own", SPLIT)
+    assert texts_of(found) == ["Oh no", "two\r\nlines\tof it", "Yes"]
+    assert found.repaired == ["own/train/d/utt0", "own/train/d/utt2"]
+
+
+def test_names_are_one_line_and_the_same_with_marks_that_show_nothing(tmp_path):
+    path = tmp_path / "utterances.csv"
+    speakers = ["Ana", "Ana\u200b", "\u200eAna\ufeff", '"Ana\n"', '"Ana\nBen: Yes"', "\u0645\u06cc\u200c\u0645"]
+    path.write_text("\n".join([HEADER, *(f"a.wav,d\u200b,{s},Oh,,,train" for s in speakers)]))
+    (dialogue,) = read_table(path, "own", SPLIT).dialogues
+    assert dialogue.id == "own/train/d"
+    assert [u.speaker for u in dialogue.utterances] == [*["Ana"] * 4, "Ana Ben: Yes", "\u0645\u06cc\u200c\u0645"]
+
+
 TIMES = [
     ("0:02", 2),
     ("00:00:02", 2),
