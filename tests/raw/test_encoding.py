@@ -133,6 +133,66 @@ def test_times_are_read_as_people_write_them(tmp_path, written, seconds):
     assert (dialogue.utterances[0].start_s, dialogue.utterances[0].end_s) == (seconds, 7200)
 
 
+LATIN = {
+    "mac_roman": ("It’s so “nice”…", "C’est l’été, ça va ?", "Für schöne Straßen", "¿Qué tal, señor?", "Smørrebrød på"),
+    "cp850": ("Ça va être génial à Zoé", "Für schöne Straßen", "¿Qué tal, señor?", "Não, coração", "Hej på dig"),
+    "cp1250": ("Zażółć gęślą jaźń", "Příliš žluťoučký kůň"),
+    "iso8859_2": ("Zażółć gęślą jaźń", "Příliš žluťoučký kůň"),
+}
+
+
+@pytest.mark.parametrize(("encoding", "text"), [(name, text) for name, texts in LATIN.items() for text in texts])
+def test_latin_letters_of_other_encodings_are_no_others_in_cp1252(tmp_path, encoding, text):
+    path = table(tmp_path, "plain", text.encode(encoding))
+    with pytest.raises(MsencError, match=rf"utterances\.csv, row 3: .*fit .*{encoding}.*data\.encoding="):
+        read_table(path, "own", SPLIT)
+    assert texts_of(read_table(path, "own", SPLIT, encoding=encoding)) == ["plain", text]
+
+
+CP1252 = (
+    "It’s so “nice”… 5€, isn’t it?",
+    "C’est l’été, ça va à l’École ?",
+    "«Où est-il ?» Déjà… ÉCOLE NOËL",
+    "Für schöne Straßen",
+    "„Ja“, sagte er. Über 30°C",
+    "¿Qué tal, señor? ¡Sí! 1ª vez, nº 5, Mª José",
+    "Não, coração",
+    "Hej på dig – åka dit",
+    "col·lecció",
+    "Þetta er í lagi, já",
+    "½ cup, 2½ cups, 10 m², ©2020 Œuvre™",
+    "New York–London",
+    "l´été",
+    "Zoé…oui",
+    "ANA’S CAFÉ",
+    "Ñandú",
+)
+
+
+@pytest.mark.parametrize("text", CP1252)
+def test_texts_in_cp1252_are_read_as_such(tmp_path, text):
+    assert texts_of(read_table(table(tmp_path, "plain", text.encode("cp1252")), "own", SPLIT)) == ["plain", text]
+
+
+NO_TABLES = {
+    b"PAR1\x15\x04\x15\xf4": "a Parquet file",
+    b"\x1f\x8b\x08\x08\x8e\x9d": "a compressed file",
+    b"SQLite format 3\x00\x10": "a database",
+    b"<!DOCTYPE html><html>404</html>": "a web page",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": r"git lfs pull",
+    b'{"clip": "a.wav", "dialogue": "d", "text": "hi"}\n': "JSON",
+    b'\xef\xbb\xbf\n[{"clip": "a.wav", "dialogue": "d"}]': "JSON",
+    b"RIFF\x24\x00\x00\x00WAVEfmt ": "a media file",
+}
+
+
+@pytest.mark.parametrize(("data", "kind"), NO_TABLES.items())
+def test_another_kind_of_file_is_refused_as_what_it_is(tmp_path, data, kind):
+    (tmp_path / "utterances.csv").write_bytes(data)
+    with pytest.raises(MsencError, match=rf"utterances\.csv: this is .*{kind}.*Save the table as CSV, in UTF-8"):
+        read_table(tmp_path / "utterances.csv", "own", SPLIT)
+
+
 COMPOSED, PARTED = "Zoë", "Zoe\u0308"
 
 
