@@ -433,6 +433,8 @@ def _table_seconds(time: str) -> float | None:
         seconds = float(time.replace(",", "."))
     except ValueError:
         return None
+    if "_" in time:  # which Python takes, and nobody writes
+        return None
     return round(seconds, 6) if math.isfinite(seconds) and seconds >= 0 else None
 
 

@@ -133,6 +133,15 @@ def test_times_are_read_as_people_write_them(tmp_path, written, seconds):
     assert (dialogue.utterances[0].start_s, dialogue.utterances[0].end_s) == (seconds, 7200)
 
 
+@pytest.mark.parametrize("written", ["1:75", "0:61.5", "1:75:00", "00:00:01:12", "1_000", "1 000", "1.234,5"])
+def test_times_that_may_mean_several_are_not_read(tmp_path, written):
+    path = tmp_path / "utterances.csv"
+    path.write_text(f'{HEADER}\na.wav,d,Ana,Oh,"{written}","2:00:00",train\n')
+    found = read_table(path, "own", SPLIT)
+    assert [u.clip for d in found.dialogues for u in d.utterances] == [None]
+    assert [(r.reason, r.row) for r in found.rejections] == [("no span of time", 2)]
+
+
 LATIN = {
     "mac_roman": ("It’s so “nice”…", "C’est l’été, ça va ?", "Für schöne Straßen", "¿Qué tal, señor?", "Smørrebrød på"),
     "cp850": ("Ça va être génial à Zoé", "Für schöne Straßen", "¿Qué tal, señor?", "Não, coração", "Hej på dig"),
