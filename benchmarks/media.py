@@ -322,6 +322,10 @@ def cases() -> list[Case]:
     add("mp4, cut off at 30 %", "cut30.mp4", lambda p: write_cut(p, 0.3, "faststart"), *UNUSABLE,
         ("damaged_packets",))  # fmt: skip
     add("mp4, cut off before its index", "index.mp4", lambda p: write_cut(p, 0.8, ""), *UNUSABLE)
+    add("wav, cut off at 30 %", "cut30.wav", write_cut_wav, None, "no picture", ("cut_off",))
+    late_cut = Video(start_s=100.0)
+    film("mkv, cut out of a longer one", "middle.mkv", ("libx264", "aac"), tracks=[Track([(100.0, tone(440, 2))])],
+        picture=late_cut)  # fmt: skip
     film("mp4 with the name of an mkv", "name.mkv", ("libx264", "aac"), flags=("wrong_extension",), format="mp4")
     add("text with the name of an mp4", "text.mp4", lambda p: p.write_text("Not a clip. " * 99), *UNUSABLE)
     add("empty file", "empty.mp4", lambda p: p.touch(), *UNUSABLE)
@@ -413,6 +417,11 @@ def write_cover(path: Path, codec: str) -> None:
 def write_cut(path: Path, share: float, flags: str) -> None:
     write(path, Track([(0.0, noise(6))]), video=Video(seconds=6), options={"movflags": flags} if flags else {})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def write_cut_wav(path: Path) -> None:
+    write(path, Track([(0.0, tone(440, 6))], "pcm_s16le"))
+    path.write_bytes(path.read_bytes()[: int(0.3 * path.stat().st_size)])
 
 
 # ------------------------------------------------------------------------------------------------ the table

@@ -5,6 +5,7 @@ that decodes goes through `open_clip` and `read_packets`, so that what holds for
 """
 
 import re
+import struct
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +60,9 @@ MAX_GAP_S = 3600.0
 # A clock that starts within this began at zero, and what starts later starts late; other clocks begin anywhere.
 MAX_LATE_S = 60.0
 MAX_READ_ERRORS = 8
+MAX_WAV_HEADER = 2**16
+# Programs that do not know how many bytes follow write one of the largest numbers.
+UNKNOWN_WAV_BYTES = 0x7FFFF000
 
 
 class MediaError(Exception):
@@ -286,11 +290,27 @@ def stated_length(container: Any, stream: Any, first_s: float) -> tuple[float | 
     """
     if not {*container.format.name.split(",")} & {*_STATED}:
         return None, False
+    if container.format.name == "wav":  # of which FFmpeg takes as long as the file is
+        with Path(container.name.removeprefix("file:")).open("rb") as file:
+            return _wav_length(file.read(MAX_WAV_HEADER)), False
     if stream.duration:
         return float(stream.duration * stream.time_base), True
     # Matroska: a tag of the track with its end, which some programs copy along with a part of it
     match = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
     return (int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) - first_s if match else None), False
+
+
+def _wav_length(head: bytes) -> float | None:
+    """Seconds that a WAV file's header gives its samples; None where it does not know, as while it is streamed."""
+    at, byte_rate = 12, 0
+    while head[:4] == b"RIFF" and at + 8 <= len(head):
+        name, size = struct.unpack_from("<4sI", head, at)
+        if name == b"fmt " and at + 20 <= len(head):
+            (byte_rate,) = struct.unpack_from("<I", head, at + 16)
+        if name == b"data":
+            return size / byte_rate if byte_rate and 0 < size < UNKNOWN_WAV_BYTES else None
+        at += 8 + size + size % 2
+    return None
 
 
 def read_packets(container: Any, stream: Any, findings: Findings) -> Iterator[Any]:

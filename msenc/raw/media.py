@@ -698,7 +698,7 @@ def _check_length(container: Any, stream: Any, first_s: float, end_s: float, fin
     """FFmpeg ends quietly at the end of a file that was cut off; what its header promised tells."""
     if "new_clock" in findings.notes:
         return
-    stated_s, is_sure = stated_length(container, stream, first_s)
+    stated_s, is_sure = stated_length(container, stream, first_s + origin_of(container))
     if is_sure and end_s - first_s < MIN_DECODED_SHARE * stated_s:
         raise MediaError("clip corrupt")
     if stated_s is not None and end_s - first_s < stated_s - max(CUT_OFF_S, CUT_OFF_SHARE * stated_s):

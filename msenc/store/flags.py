@@ -42,7 +42,7 @@ FLAGS = {
     "gap_in_audio": "a gap in the audio's timestamps; filled with silence",
     "late_start": "audio or video starts after the file does; preceded by silence, or by its first frame",
     "damaged_packets": "packets that cannot be decoded; replaced by silence, or by the previous frame",
-    "cut_off": "the clip ends before the duration in its header, but not long before",
+    "cut_off": "the clip ends before the duration in its header, and is used all the same",
     "bad_samples": "floating-point audio with samples that are no numbers (silenced) or beyond full scale",
     "new_clock": "timestamps restart inside the clip; what follows is appended to what came before",
     "format_change": "channels, sample rate or frame size change inside the clip; converted to one format",
