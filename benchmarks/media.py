@@ -5,6 +5,7 @@ what becomes of its audio and its video. The tests read the same files.
 """
 
 import argparse
+import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -264,6 +265,17 @@ def cases() -> list[Case]:
         )
     add("aac (ADTS), length guessed wrongly", "vbr.aac", lambda p: write(p, VARIED), None, "no picture")
     add("mp3, variable bit rate, no header", "vbr.mp3", write_bare_mp3, None, "no picture")
+    odd = tone(440, 2)
+    odd[0, 1000:1010] = np.nan
+    for file, pieces, audio, flags in (
+        ("nan.wav", odd, None, ("bad_samples",)),
+        ("nothing.wav", np.nan * odd, "silent", ("bad_samples",)),
+        ("scale.wav", 2**15 * tone(440, 2), None, ("bad_samples",)),
+        ("loud.wav", 4 * tone(440, 2), None, ("bad_samples",)),
+    ):
+        name = {"nan": "some are no numbers", "nothing": "none is a number", "scale": "of 16 bits", "loud": "too loud"}
+        make = lambda p, x=pieces: write_floats(p, x)  # noqa: E731
+        add(f"wav, floats, {name[file[:-4]]}", file, make, audio, "no picture", flags)
     add("flac, no stated length", "length.flac", write_endless_flac, None, "no picture")
     add("wav, no stated length", "length.wav", write_endless_wav, None, "no picture")
 
@@ -310,6 +322,10 @@ def cases() -> list[Case]:
     add("mp4, cut off at 30 %", "cut30.mp4", lambda p: write_cut(p, 0.3, "faststart"), *UNUSABLE,
         ("damaged_packets",))  # fmt: skip
     add("mp4, cut off before its index", "index.mp4", lambda p: write_cut(p, 0.8, ""), *UNUSABLE)
+    add("wav, cut off at 30 %", "cut30.wav", write_cut_wav, None, "no picture", ("cut_off",))
+    late_cut = Video(start_s=100.0)
+    film("mkv, cut out of a longer one", "middle.mkv", ("libx264", "aac"), tracks=[Track([(100.0, tone(440, 2))])],
+        picture=late_cut)  # fmt: skip
     film("mp4 with the name of an mkv", "name.mkv", ("libx264", "aac"), flags=("wrong_extension",), format="mp4")
     add("text with the name of an mp4", "text.mp4", lambda p: p.write_text("Not a clip. " * 99), *UNUSABLE)
     add("empty file", "empty.mp4", lambda p: p.touch(), *UNUSABLE)
@@ -356,6 +372,12 @@ def write_bare_mp3(path: Path) -> None:
     write(path, Track(VARIED.pieces, "libmp3lame"), options={"write_xing": "0", "id3v2_version": "0"})
 
 
+def write_floats(path: Path, samples: np.ndarray) -> None:
+    head = struct.pack("<4sIHHIIHH4sI", b"fmt ", 16, 3, 1, RATE, 4 * RATE, 4, 32, b"data", samples.size * 4)
+    data = samples.astype("<f4").tobytes()
+    path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(head) + len(data)) + b"WAVE" + head + data)
+
+
 def write_endless_flac(path: Path) -> None:
     write(path, Track([(0.0, tone(440, 2))], "flac"))
     data = bytearray(path.read_bytes())
@@ -395,6 +417,11 @@ def write_cover(path: Path, codec: str) -> None:
 def write_cut(path: Path, share: float, flags: str) -> None:
     write(path, Track([(0.0, noise(6))]), video=Video(seconds=6), options={"movflags": flags} if flags else {})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def write_cut_wav(path: Path) -> None:
+    write(path, Track([(0.0, tone(440, 6))], "pcm_s16le"))
+    path.write_bytes(path.read_bytes()[: int(0.3 * path.stat().st_size)])
 
 
 # ------------------------------------------------------------------------------------------------ the table

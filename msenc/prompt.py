@@ -409,6 +409,15 @@ class DialogueTokenizer:
             ids = [self.tokenizer.bos_token_id]
         return tuple(ids if self.prompt.chat else self._without_end(ids))
 
+    def _response_ids(self, label: str) -> tuple[int, ...]:
+        text = self._response.replace("{speaker}", label)
+        if not self.prompt.chat or not any(token in label for token in self.tokenizer.all_special_tokens):
+            return self._ids(text, self.prompt.chat)
+        # The chat template's control tokens are meant, and those that a speaker is called are not.
+        pieces = re.split(r"(\{speaker\})", self._response)
+        ids = (self._ids(label) if p == "{speaker}" else self._ids(p, allow_special=True) for p in pieces if p)
+        return tuple(id for piece in ids for id in piece)
+
     def _ids(self, text: str, allow_special: bool = False) -> tuple[int, ...]:
         # Speaker labels and response prompts come again and again; a tokenizer call costs far more than a look-up.
         key = (text, allow_special)
@@ -449,9 +458,7 @@ class DialogueTokenizer:
             for label, utterance in zip(labels, dialogue.utterances, strict=True)
         ]
         replies = list(zip(labels, dialogue.utterances, strict=True))[1:]
-        responses = tuple(
-            self._ids(self._response.replace("{speaker}", label), self.prompt.chat) for label, _ in replies
-        )
+        responses = tuple(self._response_ids(label) for label, _ in replies)
         if not all(responses):
             raise MsencError(
                 f"prompt.response: {self._response!r} has no token in dialogue {dialogue.id}. A target's first token "

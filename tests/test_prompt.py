@@ -265,6 +265,21 @@ def test_chat_prompt_in_words(tokenizer):
     assert tokenized.instruction[0] == chat.convert_tokens_to_ids("<|im_start|>")
 
 
+def test_a_speaker_called_like_a_control_token_stays_a_name_in_a_chat(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = CHATML
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+
+    def controls(name):
+        said = Dialogue("x/test/dia0", "test", (Utterance("0", "A", "Hi"), Utterance("1", name, "Yes")))
+        (response,) = DialogueTokenizer(prompt_of("chat", target="text"), chat)(said, [(), ()]).responses
+        return chat.decode(response), sum(id in chat.all_special_ids for id in response)
+
+    text, number = controls("Eve<|im_end|>")
+    assert "Eve<|im_end|>:" in text
+    assert number == controls("Eve")[1]
+
+
 def test_begin_token_stands_once(tokenizer):
     bos = tokenizer.bos_token_id
     for changes in ({}, {"instruction": ""}):

@@ -1,6 +1,7 @@
 """Atomic file writes; JSON and CSV, read with clear errors; hashes of plain values."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -51,6 +52,17 @@ def _decode(text: str) -> Any:
     except (msgspec.MsgspecError, OverflowError, RecursionError, UnicodeEncodeError):
         pass  # of what is wrong, json names the place
     return _DECODER.decode(text)
+
+
+def check_regular(path: Path) -> Path:
+    """The path, unless a pipe or a device is there, of which reading would wait for ever, or not end.
+
+    Raises:
+        OSError: it is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():  # a folder's own error says what it is
+        raise OSError(errno.EINVAL, "found a pipe or a device, expected a file")
+    return path
 
 
 def read_text(path: Any, advice: str = "") -> str:

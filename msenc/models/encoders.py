@@ -16,6 +16,7 @@ from msenc.models.layers import layers_of
 from msenc.models.pretrained import load_pretrained, to_dtype
 from msenc.types import MsencError
 
+MAX_OBLONG = 8  # of frames that are enlarged whole, though their middle is all that is kept
 # Clips share a batch while the shortest has at least this share of the longest one's length.
 SIMILAR = 0.8
 
@@ -436,6 +437,8 @@ class ClipVision:
 
     @torch.inference_mode()
     def _forward(self, frames: list[np.ndarray]) -> np.ndarray:
+        if self.processor.do_center_crop:
+            frames = [_middle(frame) for frame in frames]
         pixels = self.processor(frames, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)
         if not self.layers:
@@ -504,6 +507,16 @@ def _checked_sound(clip: np.ndarray, index: int, encoder: AudioEncoder) -> np.nd
             f" at {encoder.sample_rate} Hz, not empty. Decode it again, or remove the utterance's audio."
         )
     return np.ascontiguousarray(clip, dtype=np.float32)
+
+
+def _middle(frame: np.ndarray) -> np.ndarray:
+    """The middle of a frame (h, w, 3) at most so oblong: what its centre crop leaves, before the whole is enlarged.
+
+    A line of 10,000 pixels, with its shorter side made 224, would take 1.5 GB.
+    """
+    longest = MAX_OBLONG * min(frame.shape[:2])
+    first_row, first_column = (max(side - longest, 0) // 2 for side in frame.shape[:2])
+    return frame[first_row : first_row + longest, first_column : first_column + longest]
 
 
 def _checked_frames(clip: np.ndarray, index: int, encoder: VideoEncoder) -> np.ndarray:

@@ -10,6 +10,7 @@ import math
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 
 import pandas as pd
 
-from msenc.files import content_hash
-from msenc.files.kinds import is_below
+from msenc.files import check_regular, content_hash
+from msenc.files.kinds import is_below, short
 from msenc.files.marks import parse_marks
 from msenc.raw.container import StoredNames, part_of, split_part, with_track
-from msenc.raw.encoding import decode_table, repair_encoding
+from msenc.raw.encoding import clean_name, decode_table, repair_encoding
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import clock_seconds
+from msenc.store.labels import ID
 from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance
 
 # split -> (annotation file, folder of its clips), as MELD's release names them
@@ -40,8 +42,10 @@ NO_LABELS = ("Sr No.", "Season", "Episode", "Description", "Marks")
 """Columns of MELD's tables, and of the demo's, that are read as something else or say nothing of an utterance."""
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-COMPOSED = ("dialogue", "speaker", "Speaker")
-"""Columns of names: whether their letters are composed (NFC) or not (NFD), they are the same."""
+NAMES = ("dialogue", "speaker", "Speaker")
+"""Columns of names, which are the same however their letters are composed."""
+FILES = ("clip", "audio")
+"""Columns of files' names, which may be mangled on the disk, too: `StoredNames` repairs what is not found there."""
 VAL_SEED = 1
 _NAME = re.compile(r"[\w-]+")
 
@@ -127,7 +131,7 @@ class Annotations:
         rejections = list(self.rejections)
 
         def spelled(clip: str | None, id: str) -> str | None:
-            if clip is None or clip.isascii():
+            if clip is None or (clip.isascii() and "\\" not in clip):
                 return clip
             file, _ = split_part(clip)
             if len(names := stored.find(file)) > 1:
@@ -162,6 +166,11 @@ class Row:
     values: Mapping[str, str]
     is_repaired: bool = False
 
+    @property
+    def is_header(self) -> bool:
+        """Whether it says the columns' names, as in the middle of tables that were put together."""
+        return all(name == value for name, value in self.values.items())
+
 
 def row_of(
     file: Path,
@@ -170,7 +179,7 @@ def row_of(
     texts: Sequence[str] = ("text", "speaker"),
     is_repaired: bool = False,
 ) -> Row:
-    """A row with its texts cleaned: encodings repaired, ends stripped, names composed.
+    """A row with its texts cleaned: encodings repaired but for files' names, ends stripped, names composed.
 
     Args:
         file: see `Row`, and so on.
@@ -179,8 +188,8 @@ def row_of(
         texts: columns whose repair is counted.
         is_repaired: whether the file's own encoding needed a repair there.
     """
-    values = {str(c): repair_encoding(v).strip() for c, v in raw.items()}
-    values |= {c: unicodedata.normalize("NFC", values[c]) for c in COMPOSED if c in values}
+    values = {str(c): (v if c in FILES else repair_encoding(v)).strip() for c, v in raw.items()}
+    values |= {c: clean_name(values[c]) for c in NAMES if c in values}
     return Row(file, number, values, is_repaired or any(repair_encoding(raw[c]) != raw[c] for c in texts if c in raw))
 
 
@@ -214,6 +223,9 @@ def read_meld(
         turns: dict[int, dict[int, Utterance]] = {}
         for stated in _read_table(path, MELD_COLUMNS, ("Utterance", "Speaker"), encoding=encoding):
             row, values = stated.number, stated.values
+            if stated.is_header:
+                rejections.append(Rejection(name, "row", "the header again", name, row))
+                continue
             dia, utt = (_whole_number(values[c], c, path, row) for c in ("Dialogue_ID", "Utterance_ID"))
             utterance_id = f"{dataset}/{split}/dia{dia}/utt{utt}"
             if stated.is_repaired:
@@ -299,6 +311,9 @@ def read_rows(
     repaired: list[str] = []
     turns: dict[str, list[Row]] = {}
     for row in rows:
+        if row.is_header:
+            rejections.append(Rejection(row.file.name, "row", "the header again", row.file.name, row.number))
+            continue
         name, description = row.values["dialogue"], row.values.get("description", "")
         if not _NAME.fullmatch("".join(c for c in name if unicodedata.category(c)[0] != "M")):
             raise MsencError(
@@ -341,13 +356,17 @@ def _labels(
 ) -> dict[str, str]:
     """The row's labels: the columns that are wanted, or all that are not taken; empty ones say nothing."""
     for column in wanted or ():
+        if column == ID:
+            raise MsencError(
+                f"{path}: data.labels names the column {ID!r}, as which labels name their utterance. Rename the column."
+            )
         if column not in values:
             others = ", ".join(c for c in values if c not in taken)
             raise MsencError(
                 f"{path}: data.labels names the column {column!r}, which is not there; found "
                 f"{others or 'no column beside those that are read anyway'}. Correct data.labels, or leave it out."
             )
-    names = wanted if wanted is not None else [c for c in values if c not in taken]
+    names = wanted if wanted is not None else [c for c in values if c not in taken and c != ID]
     return {column: values[column] for column in names if values[column]}
 
 
@@ -414,6 +433,8 @@ def _table_seconds(time: str) -> float | None:
         seconds = float(time.replace(",", "."))
     except ValueError:
         return None
+    if "_" in time:  # which Python takes, and nobody writes
+        return None
     return round(seconds, 6) if math.isfinite(seconds) and seconds >= 0 else None
 
 
@@ -421,12 +442,12 @@ def _read_table(
     path: Path,
     columns: Sequence[str],
     texts: Sequence[str],
-    options: Sequence[str] = (),
+    may_have: Sequence[str] = (),
     encoding: str | None = None,
 ) -> list[Row]:
     """The rows that are not blank."""
     try:
-        data = path.read_bytes()
+        data = check_regular(path).read_bytes()
     except FileNotFoundError as error:
         expected = "a table of utterances; set data.table to one"
         if path.name in (names := [name for name, _ in MELD_FILES.values()]):
@@ -441,26 +462,24 @@ def _read_table(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
-            table = pd.read_csv(
-                io.StringIO(text, newline=""),
-                sep=separator,
-                dtype=str,
-                keep_default_na=False,
-                skip_blank_lines=False,
-                index_col=False,
-            ).fillna("")
+            options = {"sep": separator, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
+            header = pd.read_csv(io.StringIO(text, newline=""), header=None, nrows=1, **options).fillna("")
+            table = pd.read_csv(io.StringIO(text, newline=""), index_col=False, **options).fillna("")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         reason = str(error).splitlines()[0]
         raise MsencError(
             f"{path}: not a CSV table ({reason}). Expected {_header(columns)}. Get the file again."
         ) from error
-    table.columns = table.columns.str.strip()
-    _check_columns(path, [str(c) for c in table.columns], columns, options)
+    names = [name.strip() for name in header.iloc[0]]  # as they stand there: pandas makes each another
+    _check_columns(path, names, columns, may_have)
+    table.columns = range(len(names))
 
     rows, line = [], 2 + len(re.findall(r"\r\n|\r|\n", begin[0]))  # the header is line 1
     for raw in table.to_dict("records"):
         next_line = line + 1 + sum(len(re.findall(r"\r\n|\r|\n", v)) for v in raw.values())  # of a quoted field
-        row = row_of(path, line, raw, texts, any(number in recoded for number in range(line, next_line)))
+        stated = {name: value for name, value in zip(names, raw.values(), strict=True) if name}
+        row = row_of(path, line, stated, texts, any(number in recoded for number in range(line, next_line)))
+        _check_nameless(row, names, list(raw.values()))
         if any(row.values.values()):
             rows.append(row)
         line = next_line
@@ -486,8 +505,22 @@ def _separator(text: str, columns: Sequence[str]) -> str:
     return max(SEPARATORS, key=fitness)
 
 
+def _check_nameless(row: Row, names: Sequence[str], values: Sequence[str]) -> None:
+    """Refuse a value behind the last column with a name: some separator before it is a part of a text."""
+    last = max(place for place, name in enumerate(names) if name)
+    if beyond := next((value.strip() for value in values[last + 1 :] if value.strip()), None):
+        raise MsencError(
+            f"{row.file}, row {row.number}: found {short(beyond)} behind the last column, {names[last]}. Expected one "
+            "value per column: put a text that holds the separator in quotes, or name the column."
+        )
+
+
 def _check_columns(path: Path, found: list[str], columns: Sequence[str], options: Sequence[str]) -> None:
-    """Refuse a table that lacks a column, or has one that looks like a misspelt one that it may have."""
+    """Refuse a table that lacks a column, has one twice, or one that looks like a misspelt one that it may have."""
+    if twice := next((c for c, times in Counter(found).items() if c and times > 1), None):
+        raise MsencError(
+            f"{path}, row 1: the column {twice} stands there twice; expected each once. Rename or remove one of them."
+        )
     missing = [c for c in columns if c not in found]
     others = {c.lower(): c for c in found if c not in (*columns, *options)}
     nearest = {

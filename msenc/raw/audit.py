@@ -77,7 +77,7 @@ def audit_dataset(name: str, annotations: Annotations, root: Path, folder: Path,
         *flag_clips(annotations.dialogues, facts, root),
         *flag_rows(annotations),
         *flag_dialogues(annotations.dialogues),
-        *flag_leakage(annotations),
+        *flag_leakage(annotations, facts),
     ]
     content = content_digest(annotations.dialogues)
     text = flags_csv(flags)
@@ -213,7 +213,7 @@ def flag_dialogues(dialogues: Iterable[Dialogue]) -> list[Flag]:
     return flags
 
 
-def flag_leakage(annotations: Annotations) -> list[Flag]:
+def flag_leakage(annotations: Annotations, facts: Mapping[str, ClipFacts]) -> list[Flag]:
     """What of val and test stands in train too, or right beside it in the same recording."""
     flags = []
     train = [d for d in annotations.dialogues if d.split == "train"]
@@ -222,6 +222,13 @@ def flag_leakage(annotations: Annotations) -> list[Flag]:
         span = _span(d)
         if d.id in annotations.recordings and span is not None:
             spans.setdefault(annotations.recordings[d.id], []).append((*span, d.id))
+
+    def contents(dialogue: Dialogue) -> list[tuple[str, str]]:
+        """The dialogue's clips that give anything, and what tells each from others."""
+        clips = [clip for u in dialogue.utterances for clip in u.clips]
+        return [(c, facts[c].sha256 or c) for c in clips if facts[c].audio is None or facts[c].video is None]
+
+    first_of = {content: d.id for d in reversed(train) for _, content in contents(d)}
     words = {_words(u) for d in train for u in d.utterances}
     for d in annotations.dialogues:
         if d.split == "train":
@@ -231,6 +238,9 @@ def flag_leakage(annotations: Annotations) -> list[Flag]:
             if span is not None and span[0] - LEAKAGE_S <= end and start - LEAKAGE_S <= span[1]:
                 flags.append(Flag(d.id, d.split, "leakage", found=id))
                 break
+        else:
+            shared = [(clip, first_of[content]) for clip, content in contents(d) if content in first_of]
+            flags += [Flag(d.id, d.split, "leakage", clip, id) for clip, id in shared[:1]]
         flags += [
             Flag(f"{d.id}/utt{u.id}", d.split, "text_in_train", u.clip or "", u.text)
             for u in d.utterances
@@ -271,7 +281,8 @@ def split_facts(annotations: Annotations, flags: Iterable[Flag]) -> dict[str, di
             "repaired texts": sum(id.split("/")[1] == split for id in annotations.repaired),
         }
         if split != "train":
-            facts[split]["leaking dialogues"] = leaking[split] if annotations.recordings else TOO_LITTLE_DATA
+            is_known = annotations.recordings or leaking[split]
+            facts[split]["leaking dialogues"] = leaking[split] if is_known else TOO_LITTLE_DATA
             facts[split]["texts that occur in train (%)"] = round(100 * repeated[split] / len(turns), 1)
     return facts
 

@@ -5,6 +5,7 @@ that decodes goes through `open_clip` and `read_packets`, so that what holds for
 """
 
 import re
+import struct
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from msenc.files.kinds import is_below
+from msenc.raw.encoding import repair_encoding
 from msenc.types import MsencError, needing
 
-VERSION = 2
+VERSION = 3
 """Of how clips are decoded; raised whenever an equal clip gives other samples or frames, or is rejected otherwise."""
 
 SUFFIXES = (
@@ -57,6 +60,9 @@ MAX_GAP_S = 3600.0
 # A clock that starts within this began at zero, and what starts later starts late; other clocks begin anywhere.
 MAX_LATE_S = 60.0
 MAX_READ_ERRORS = 8
+MAX_WAV_HEADER = 2**16
+# Programs that do not know how many bytes follow write one of the largest numbers.
+UNKNOWN_WAV_BYTES = 0x7FFFF000
 
 
 class MediaError(Exception):
@@ -122,7 +128,9 @@ def with_track(clip: str, track: int) -> str:
 
 
 class StoredNames:
-    """Finds files whose names' letters the disk spells in another way than a table: ``ë`` as one sign, or as two.
+    """Finds files whose names the disk spells in another way than a table.
+
+    ``ë`` may be one sign or two there, or mangled in the table; Windows parts folders by backslashes.
 
     Args:
         root: folder that the names start from.
@@ -134,14 +142,18 @@ class StoredNames:
 
     def find(self, file: str) -> list[str]:
         """The names below the root that the text is; of several none is the text itself. The text, where none is."""
-        if file.isascii() or (self.root / file).exists():
-            return [file]
+        spellings = (file, repair_encoding(file), file.replace("\\", "/"), repair_encoding(file.replace("\\", "/")))
+        return next((found for s in dict.fromkeys(spellings) if is_below(s) and (found := self._find(s))), [file])
+
+    def _find(self, file: str) -> list[str]:
+        if file.isascii() or _exists(self.root / file):
+            return [file] * _exists(self.root / file)
         *folders, last = file.split("/")
         found = [""]
         for part in (*folders, last):
             wanted = unicodedata.normalize("NFC", part)
             found = [f"{folder}{name}/" for folder in found for name in self._listed(folder).get(wanted, [])]
-        return [name.removesuffix("/") for name in found] or [file]
+        return [name.removesuffix("/") for name in found]
 
     def _listed(self, folder: str) -> dict[str, list[str]]:
         """Composed name -> the names of a folder that are it."""
@@ -152,6 +164,13 @@ class StoredNames:
                     names.setdefault(unicodedata.normalize("NFC", path.name), []).append(path.name)
             self._folders[folder] = names
         return self._folders[folder]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
 
 
 @dataclass
@@ -271,11 +290,27 @@ def stated_length(container: Any, stream: Any, first_s: float) -> tuple[float | 
     """
     if not {*container.format.name.split(",")} & {*_STATED}:
         return None, False
+    if container.format.name == "wav":  # of which FFmpeg takes as long as the file is
+        with Path(container.name.removeprefix("file:")).open("rb") as file:
+            return _wav_length(file.read(MAX_WAV_HEADER)), False
     if stream.duration:
         return float(stream.duration * stream.time_base), True
     # Matroska: a tag of the track with its end, which some programs copy along with a part of it
     match = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
     return (int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) - first_s if match else None), False
+
+
+def _wav_length(head: bytes) -> float | None:
+    """Seconds that a WAV file's header gives its samples; None where it does not know, as while it is streamed."""
+    at, byte_rate = 12, 0
+    while head[:4] == b"RIFF" and at + 8 <= len(head):
+        name, size = struct.unpack_from("<4sI", head, at)
+        if name == b"fmt " and at + 20 <= len(head):
+            (byte_rate,) = struct.unpack_from("<I", head, at + 16)
+        if name == b"data":
+            return size / byte_rate if byte_rate and 0 < size < UNKNOWN_WAV_BYTES else None
+        at += 8 + size + size % 2
+    return None
 
 
 def read_packets(container: Any, stream: Any, findings: Findings) -> Iterator[Any]:

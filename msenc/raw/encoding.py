@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001, RUF002 (the signs of an encoding)
+# ruff: noqa: RUF001, RUF002, RUF003 (the signs of an encoding)
 """Bytes of a table -> its text: which encoding it has, which rows had another, and what is refused rather than guessed.
 
 Called by `annotations`; what cannot be told from the bytes, ``data.encoding`` says.
@@ -23,12 +23,25 @@ SCRIPTS = {
     "cp1255": ("HEBREW",),
     "cp1256": ("ARABIC",),
     "cp874": ("THAI",),
+    "mac_roman": ("LATIN",),
+    "cp850": ("LATIN",),
     "cp1250": ("LATIN",),
+    "iso8859_2": ("LATIN",),
+    "cp1254": ("LATIN",),
 }
 """Encodings that are proposed, and the first words of their letters' names in Unicode."""
 
 TYPOGRAPHIC = frozenset("€‚„…†‡‰‹›‘’“”•–—™¡¢£¥§©ª«®°±²³´µ¶·¹º»¼½¾¿×÷\u00a0")
 """Signs that stand in texts in cp1252, beside its letters."""
+# What cp1252 makes of letters in words of Mac Roman ("It’s" is "ItÕs", "ç" is "‡"), of DOS, and of Central Europe.
+_SCRAMBLED = re.compile(
+    r"[ˆ˜ƒ]"
+    r"|[^\W\d_][‚„†‡‰‹›•¡¢£¥§ª«®±¶º»¼½¾¿×÷¹][^\W\d_]"
+    r"|[^\W\d_][‚†‡‰¢¥¼½¾]"
+    r"|(?<!\w)[†‡™€§ª¶º¹¼½¾][a-zß-öø-ÿ]"
+    r"|[a-zß-öø-ÿ][À-ÖØ-ÞŠŒŽŸ]"
+    r"|[^\W\d_][À-ÖØ-ÞŠŒŽŸ][a-zß-öø-ÿ]"
+)
 LONGEST_RUN = 3
 """Characters beyond ASCII in a row, as in ``é…”``; other encodings' texts have whole words of them."""
 
@@ -39,6 +52,8 @@ MOST_PROPOSED = 5
 # with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
 _DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
 _C1 = re.compile("[\x80-\x9f]")
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LINE_ENDS = re.compile("\\s*[\t\n\r\u2028\u2029]\\s*")
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, with which it begins
@@ -46,7 +61,31 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_BINARY = {b"PK\x03\x04": "a spreadsheet or an archive", b"\xd0\xcf\x11\xe0": "a spreadsheet", b"%PDF": "a PDF"}
+_NO_TABLES = {
+    b"PK\x03\x04": "a spreadsheet or an archive",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet",
+    b"%PDF": "a PDF",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "a file of Arrow's",
+    b"\x93NUMPY": "an array of NumPy's",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "a database",
+    b"\x1f\x8b": "a compressed file",
+    b"BZh": "a compressed file",
+    b"\xfd7zXZ": "a compressed file",
+    b"(\xb5/\xfd": "a compressed file",
+    b"7z\xbc\xaf": "an archive",
+    b"Rar!": "an archive",
+    b"<": "a web page or another file of tags",
+    b"version https://git-lfs": "what git leaves in a file's place (git lfs pull fetches it)",
+    b"{": "JSON",
+    b"[": "JSON",
+    b"RIFF": "a media file",
+    b"ID3": "a media file",
+    b"OggS": "a media file",
+    b"\x1aE\xdf\xa3": "a media file",
+}
+"""First bytes -> what a file is that is no table."""
 # Letters that show nothing by themselves: fillers, a joiner, selectors of a sign's variant.
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -68,7 +107,8 @@ def decode_table(data: bytes, path: Path, encoding: str | None = None) -> tuple[
         MsencError: an unknown or wrong `encoding`, or lines that cannot be cp1252; it names what would fit. And a file
             that is no text.
     """
-    if kind := next((kind for start, kind in _BINARY.items() if data.startswith(start)), None):
+    begin = data.removeprefix(codecs.BOM_UTF8).lstrip()
+    if kind := next((kind for start, kind in _NO_TABLES.items() if begin.startswith(start)), None):
         raise MsencError(f"{path}: this is {kind}, whatever its name says. Save the table as CSV, in UTF-8.")
     mark = next((name for start, name in _MARKS.items() if data.startswith(start)), None)
     if encoding is None and mark is None and (wide := _wide(data)):
@@ -135,7 +175,11 @@ def is_plausible(text: str) -> bool:
     Example:
         >>> is_plausible("“L’été à Zoé…”"), is_plausible("Ïðèâåò, êàê äåëà?"), is_plausible("ÄãºÃ")
         (True, False, False)
+        >>> is_plausible("ItÕs a cafŽ")
+        False
     """
+    if _SCRAMBLED.search(text):
+        return False
     if any(not c.isalpha() and c not in TYPOGRAPHIC for c in text if not c.isascii() and ord(c) < 256):
         return False
     if re.search(rf"[^\x00-\x7f]{{{LONGEST_RUN + 1},}}", text):
@@ -160,6 +204,13 @@ def fitting_encodings(lines: list[bytes]) -> list[str]:
         beyond = [c for c in text if not c.isascii() and not unicodedata.category(c).startswith("P")]
         own = [c for c in beyond if unicodedata.name(c, "").partition(" ")[0] in scripts]
         # Of letters without case and of a byte each, nothing tells whether they are common.
+        words = [word for word in re.findall(r"[^\W\d_]+", text) if not word.isascii()]
+        num_mixed = sum(re.search("[A-Za-z]", word) is not None for word in words)
+        is_latin = scripts[0] == "LATIN"
+        if words and is_latin != (2 * num_mixed > len(words)):
+            continue  # Latin letters stand in words with ASCII's, and no others do
+        if is_latin and not beyond:  # curly quotes and dashes alone
+            found.append((1.0, name))
         common = len(own) / 2 if scripts[0] in ("HEBREW", "ARABIC", "THAI") else sum(map(_is_common, own))
         if beyond and len(own) > 0.8 * len(beyond):
             found.append((len(own) / len(beyond) + common / len(own), name))
@@ -182,17 +233,31 @@ def _is_common(letter: str) -> bool:
 def repair_encoding(text: str) -> str:
     r"""Undo double encoding, map C1 control characters through cp1252, make no-break spaces plain.
 
-    A text of nothing but controls and characters that show nothing is empty.
+    Other control characters, which end a text in C's libraries or move a terminal's cursor, are left out, but for tabs
+    and line ends. A text of nothing but controls and characters that show nothing is empty.
 
     Example:
-        >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85"), repair_encoding("\u200b\ufeff")
-        ('a café—at noon…', '')
+        >>> repair_encoding("a cafÃ©\x97at\xa0noon\x85"), repair_encoding("\u200b\ufeff"), repair_encoding("n\0o\x1b\n")
+        ('a café—at noon…', '', 'no\n')
     """
     text = _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)
     text = _C1.sub(lambda match: match[0].encode("latin-1").decode("cp1252", errors="ignore"), text)
     if all(unicodedata.category(c)[0] in "CZ" for c in _UNSEEN.sub("", text)):
         return ""
-    return text.replace("\u00a0", " ")
+    return _CONTROLS.sub("", text).replace("\u00a0", " ")
+
+
+def clean_name(name: str) -> str:
+    r"""A name of one line, of composed letters, without marks that show nothing: it is the same name with them.
+
+    Joiners, which change the shape of letters, stay.
+
+    Example:
+        >>> clean_name("Zoe\u0308\u200b"), clean_name("Ana\nand Bo")
+        ('Zoë', 'Ana and Bo')
+    """
+    name = "".join(c for c in name if unicodedata.category(c) != "Cf" or c in "\u200c\u200d")
+    return unicodedata.normalize("NFC", _LINE_ENDS.sub(" ", name).strip())
 
 
 def _decode_again(text: str) -> str:

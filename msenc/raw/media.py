@@ -60,6 +60,10 @@ LATE_S = 0.5
 WEIGHED_FRAMES = 16
 # Power of the channels' sum, as a share of that of independent ones, below which they cancel out.
 CANCELLED_SHARE = 0.1
+# PCM's floats beyond full scale by less are an encoder's ripple, and by more than the second written on another scale:
+# that of whole numbers of 16, 24 or 32 bits.
+MIN_OVERLOAD, MAX_OVERLOAD = 1.1, 8.0
+FLOAT_SCALES = (2**15, 2**23, 2**31)
 # Pixels that are more oblong than this are a damaged header.
 MAX_ASPECT = 8.0
 # Less of a tilt than this, as a tangent, is rounding of a quarter turn.
@@ -100,9 +104,12 @@ def read_audio(
     channel = tracks["channel"] - 1 if "channel" in tracks else None
     mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, findings, channel)
     samples = _decode_audio(path, span, tracks.get("track"), mixdown)
-    if (channel := mixdown.loudest_of_cancelled()) is not None:
-        findings.notes["channels_cancel"] = f"channel {channel + 1} is taken"
-        mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, Findings(), channel)
+    cancelled, divisor = mixdown.loudest_of_cancelled(), mixdown.divisor_needed()
+    if cancelled is not None:
+        findings.notes["channels_cancel"] = f"channel {cancelled + 1} is taken"
+    if cancelled is not None or divisor > 1:
+        channel = channel if cancelled is None else cancelled
+        mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, Findings(), channel, divisor)
         samples = _decode_audio(path, span, tracks.get("track"), mixdown)
     if np.abs(samples).max(initial=0.0) < SILENCE_PEAK:
         raise MediaError("silent")
@@ -173,11 +180,15 @@ class _Mixdown:
         max_s: longest that is taken.
         findings: receives what was met with.
         channel: the only one to take, from 0 on; None mixes all.
+        divisor: of PCM's floats, where they are written on another scale than 1.
     """
 
-    def __init__(self, rate: int, span: Span, max_s: float, findings: Findings, channel: int | None = None) -> None:
+    def __init__(
+        self, rate: int, span: Span, max_s: float, findings: Findings, channel: int | None = None, divisor: int = 1
+    ) -> None:
         self.rate = rate
         self.channel = channel
+        self.divisor = divisor
         self.start_s, self.stop_s = span[0], math.inf if span[1] is None else span[1]
         self.max_s = max_s
         self.findings = findings
@@ -193,6 +204,7 @@ class _Mixdown:
         self._num_frames = 0
         self._powers = np.zeros(1)  # of each channel, and of their sum, where there are several
         self._power_of_sum = 0.0
+        self._peak, self._num_not_finite = 0.0, 0  # of PCM's floats, which may be anything
 
     def read(self, container: Any, stream: Any, is_sought: bool) -> None:
         """Decode from where the container stands to the span's end.
@@ -203,6 +215,7 @@ class _Mixdown:
         """
         findings, damaged = self.findings, self.findings.damaged
         origin_s, is_timed = origin_of(container), has_times(container)
+        is_free = stream.codec_context.name.startswith("pcm_f")
         counted_s = None  # where FFmpeg's own clock of a format without times stands
         packets = decode_packets(stream, read_packets(container, stream, findings), findings)
         for frame in packets:
@@ -219,6 +232,8 @@ class _Mixdown:
             counted_s = time_s if counted_s is None else counted_s
             if counted_s is not None and frame.duration:
                 counted_s += float(frame.duration * frame.time_base)
+            if is_free:
+                self._hold_floats(frame)
             self._add(frame, self.end_s if time_s is None else time_s, has_lost)
             damaged = findings.damaged
             if self.end_s > self.stop_s + RESAMPLER_REACH_S:
@@ -235,6 +250,35 @@ class _Mixdown:
             findings.notes["gap_in_audio"] = f"{total_s:.2f} s in {len(gaps)}, the first at {gaps[0][0]:.2f} s"
         if self.first_s > self.start_s + LATE_S:
             findings.notes["late_start"] = f"audio at {self.first_s:.2f} s"
+        self._note_floats()
+
+    def _hold_floats(self, frame: Any) -> None:
+        """Change a frame's floats: silence for what is no number, and the scale of whole numbers to that of 1."""
+        dtype = np.float64 if frame.format.name.startswith("dbl") else np.float32
+        count = frame.samples * (1 if frame.format.is_planar else frame.layout.nb_channels)
+        for plane in frame.planes:
+            values = np.frombuffer(plane, dtype, count)
+            if not (is_finite := np.isfinite(values)).all():
+                self._num_not_finite += int((~is_finite).sum())
+                values[~is_finite] = 0.0
+            self._peak = max(self._peak, float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
+            if self.divisor > 1:
+                values /= self.divisor
+
+    def divisor_needed(self) -> int:
+        """What PCM's floats are to be divided by: the scale of the whole numbers that they seem to be."""
+        if self._peak <= MAX_OVERLOAD:
+            return 1
+        return next((scale for scale in FLOAT_SCALES if self._peak <= scale), FLOAT_SCALES[-1])
+
+    def _note_floats(self) -> None:
+        notes = [f"{self._num_not_finite:,} are no numbers"] * (self._num_not_finite > 0)
+        if self._peak > MIN_OVERLOAD:
+            divisor = self.divisor_needed()
+            done = f"divided by {divisor:,}" if divisor > 1 else "cut off"
+            notes.append(f"up to {self._peak:,.6g} times full scale, {done}")
+        if notes:
+            self.findings.notes["bad_samples"] = "; ".join(notes)
 
     def _add(self, frame: Any, time_s: float, has_lost: bool) -> None:
         rate = frame.sample_rate
@@ -654,7 +698,7 @@ def _check_length(container: Any, stream: Any, first_s: float, end_s: float, fin
     """FFmpeg ends quietly at the end of a file that was cut off; what its header promised tells."""
     if "new_clock" in findings.notes:
         return
-    stated_s, is_sure = stated_length(container, stream, first_s)
+    stated_s, is_sure = stated_length(container, stream, first_s + origin_of(container))
     if is_sure and end_s - first_s < MIN_DECODED_SHARE * stated_s:
         raise MediaError("clip corrupt")
     if stated_s is not None and end_s - first_s < stated_s - max(CUT_OFF_S, CUT_OFF_SHARE * stated_s):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msenc.files import check_regular
 from msenc.files.kinds import is_below
 from msenc.types import MsencError, Rejection
 
@@ -98,7 +99,7 @@ def read_timestamps(path: Path) -> Timestamps:
 def _read_json(path: Path) -> dict[str, Any]:
     expected = 'Expected {"video.mp4": [[start, end], ...]} with times in seconds.'
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = check_regular(Path(path)).read_text(encoding="utf-8-sig")
         table = json.loads(text, object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
         raise MsencError(f"{path}: no such file. {expected} Put it there.") from error
@@ -127,19 +128,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
+MAX_CLOCK_S = 60.0
+"""Seconds and, behind hours, minutes beyond it are no part of a clock's time; 60 itself is what rounding leaves."""
 
 
 def clock_seconds(time: str) -> float | None:
-    """Seconds of ``1:02:03,5`` or ``2:03.5``; None of anything else.
+    """Seconds of ``1:02:03,5`` or ``2:03.5``; None of anything else, as minutes with hundredths behind a colon.
 
     Example:
-        >>> clock_seconds("0:02"), clock_seconds("1:00:02.5"), clock_seconds("2")
-        (2.0, 3602.5, None)
+        >>> clock_seconds("0:02"), clock_seconds("1:00:02.5"), clock_seconds("2"), clock_seconds("1:75")
+        (2.0, 3602.5, None, None)
     """
     match = _CLOCK.fullmatch(time.strip())
     if match is None:
         return None
     hours, minutes, seconds = int(match[1] or 0), int(match[2]), float(match[3].replace(",", "."))
+    if seconds > MAX_CLOCK_S or (match[1] and minutes > MAX_CLOCK_S):
+        return None
     return round(3600 * hours + 60 * minutes + seconds, 6)
 
 

@@ -42,7 +42,8 @@ FLAGS = {
     "gap_in_audio": "a gap in the audio's timestamps; filled with silence",
     "late_start": "audio or video starts after the file does; preceded by silence, or by its first frame",
     "damaged_packets": "packets that cannot be decoded; replaced by silence, or by the previous frame",
-    "cut_off": "the clip ends before the duration in its header, but not long before",
+    "cut_off": "the clip ends before the duration in its header, and is used all the same",
+    "bad_samples": "floating-point audio with samples that are no numbers (silenced) or beyond full scale",
     "new_clock": "timestamps restart inside the clip; what follows is appended to what came before",
     "format_change": "channels, sample rate or frame size change inside the clip; converted to one format",
     "several_tracks": "several audio tracks; the default track is read, or `data.audio_track`",
@@ -72,7 +73,7 @@ FLAGS = {
     "missing_ids": "gaps in the utterance ids of the dialogue",
     "single_turn": "a dialogue of one utterance: no target",
     "duplicate_dialogue": "the same words as an earlier dialogue of two or more utterances",
-    "leakage": "a val or test dialogue within 30 s of a train dialogue in the same recording, or overlapping it",
+    "leakage": "a val or test dialogue with a clip of a train dialogue, or within 30 s of one in the same recording",
     "text_in_train": "an utterance of val or test that occurs word for word in train",
 }
 """Flag -> what it means. The filter ``no_<flag>`` excludes items with that flag."""

@@ -14,6 +14,8 @@ from msenc.store.location import Place
 from msenc.types import MsencError
 
 LABELS = "labels.jsonl"
+ID = "id"
+"""The key of a line's utterance; a column of that name cannot be a label."""
 VOICE_TURNS = "voice-turns.jsonl"
 """Measured attributes by utterance, which `prepare.describe` writes."""
 
@@ -32,7 +34,7 @@ class _MeasuredRow(_Row):
 def write_labels(folder: Path, labels: Labels) -> None:
     """Write ``labels.jsonl`` atomically; without any label, remove an earlier one."""
     if labels:
-        lines = (json.dumps({"id": id, **columns}, ensure_ascii=False) + "\n" for id, columns in labels.items())
+        lines = (json.dumps({ID: id, **columns}, ensure_ascii=False) + "\n" for id, columns in labels.items())
         write_text(folder / LABELS, "".join(lines))
     else:
         (folder / LABELS).unlink(missing_ok=True)
@@ -47,11 +49,15 @@ def read_labels(folder: Place, file: str, hint: str) -> dict[str, dict[str, Any]
         hint: how to create it, for messages.
 
     Raises:
-        MsencError: it is missing, or a line is invalid.
+        MsencError: it is missing, or a line is invalid, or of an utterance that has one already.
     """
     kind = _MeasuredRow if file == VOICE_TURNS else _Row
     rows: Iterator[tuple[str, dict[str, Any]]] = read_json_lines(folder / file, kind, hint)
-    labels = {row.pop("id"): row for _, row in rows}
+    labels: dict[str, dict[str, Any]] = {}
+    for where, row in rows:
+        if (id := row.pop(ID)) in labels:
+            raise MsencError(f"{where}: found {id!r} a second time, expected one line per utterance. {hint}".rstrip())
+        labels[id] = row
     if not labels:
         raise MsencError(f"{folder / file}: is empty, expected a line per utterance. {hint}".rstrip())
     return labels

@@ -19,6 +19,7 @@ from typing import Any
 import fsspec
 from fsspec.callbacks import DEFAULT_CALLBACK, TqdmCallback
 
+from msenc.files import check_regular
 from msenc.files.kinds import check_name
 from msenc.store.cache import Cache, hold, locked, partial_of, unwritable
 from msenc.types import MsencError
@@ -213,7 +214,7 @@ def _reason(key: str) -> str:
 
 def hash_file(path: Path) -> str:
     """A file's sha256, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with check_regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -65,7 +65,13 @@ def check_turns(turns: Any, id: str, split: str, number: int) -> None:
     utterances = turns["utterances"]
     files = [name for u in utterances for key in ("clip", "audio") if (name := u.get(key)) is not None]
     texts = [utterance["text"] for utterance in utterances]
+    ids = [utterance["id"] for utterance in utterances]
+    if len({*ids}) < len(ids):
+        twice = next(id for place, id in enumerate(ids) if id in ids[:place])
+        raise MsencError(f"turns.json: found two utterances {short(twice)}, expected each id once.")
+    said = [words for u in utterances if (words := u.get("description")) is not None]
     are_sound = all(texts) and not any(map(str.isspace, texts)) and all(map(is_below, files))
+    are_sound &= all(map(_is_description, said))
     # All of them are looked at in one go; one by one, only to name the place.
     if are_sound and all(is_name(u["id"]) and not u.get("marks") for u in utterances):
         return
@@ -76,6 +82,8 @@ def check_turns(turns: Any, id: str, split: str, number: int) -> None:
             fault = "id", utterance["id"], "a name"
         elif not text or text.isspace():
             fault = "text", text, "words"
+        elif utterance.get("description") is not None and not _is_description(utterance["description"]):
+            fault = "description", utterance["description"], "words without brackets, in which a target has it, or null"
         elif away:
             fault = away[0], utterance[away[0]], "a path below the folder of the clips"
         elif marks and not all(_is_mark(mark, text, utterance.get("description")) for mark in marks):
@@ -83,6 +91,10 @@ def check_turns(turns: Any, id: str, split: str, number: int) -> None:
         else:
             continue
         raise MsencError(f"turns.json, utterances[{place}].{fault[0]}: found {short(fault[1])}, expected {fault[2]}.")
+
+
+def _is_description(words: str) -> bool:
+    return words.strip() != "" and "(" not in words and ")" not in words
 
 
 def _is_mark(mark: dict[str, Any], text: str, description: str | None) -> bool:
@@ -106,7 +118,7 @@ def check_features(features: Any, offsets: np.ndarray, lengths: Sequence[int]) -
         raise MsencError(f"offsets.npy: found {offsets.dtype} {offsets.shape}, expected {len(lengths) + 1} of int64.")
     if np.diff(offsets).tolist() != list(lengths):
         raise MsencError("offsets.npy: found other lengths than the index says.")
-    if features is None or features.ndim != 2 or features.dtype.kind != "f" or len(features) != offsets[-1]:
+    if features is None or features.ndim != 2 or features.dtype != np.float16 or len(features) != offsets[-1]:
         found = "none" if features is None else f"{features.dtype} {features.shape}"
         raise MsencError(f"features.npy: found {found}, expected float16 ({offsets[-1]}, D).")
     if not _is_finite(features):
@@ -116,8 +128,6 @@ def check_features(features: Any, offsets: np.ndarray, lengths: Sequence[int]) -
 
 
 def _is_finite(features: np.ndarray) -> bool:
-    if features.dtype != np.float16:
-        return bool(np.isfinite(features).all())
     # Whole numbers are compared ten times as fast as halves: the first maximum is of those without sign, the second of
     # those with.
     return features.size == 0 or bool(

@@ -329,6 +329,27 @@ def test_clips_layers_are_the_models_own_class_tokens(clip_folder):
         ClipVision(clip_folder, layers=[0, 1])
 
 
+def test_of_an_oblong_picture_its_middle_is_enlarged_and_no_more(clip_folder):
+    wide = movie(1, 4, 400)
+    middle = wide[:, :, 184:216]
+    encoder = ClipVision(clip_folder)
+    processor, sizes = encoder.processor, []
+
+    class Seeing:
+        do_center_crop = True
+
+        def __call__(self, frames, **options):
+            sizes.extend(frame.shape for frame in frames)
+            return processor(frames, **options)
+
+    whole, cut = (processor([f[0]], input_data_format="channels_last", return_tensors="pt") for f in (wide, middle))
+    np.testing.assert_allclose(whole["pixel_values"], cut["pixel_values"], atol=1e-5)
+    encoder.processor = Seeing()
+    features = encoder.encode([wide, wide.transpose(0, 2, 1, 3), middle])
+    assert sizes == [(4, 32, 3), (32, 4, 3), (4, 32, 3)]
+    np.testing.assert_allclose(features[0], features[2], atol=2e-5)
+
+
 def test_clip_preprocesses_as_published(clip_folder):
     from PIL import Image
 

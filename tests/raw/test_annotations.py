@@ -5,6 +5,9 @@ import pytest
 
 from msenc.raw.annotations import MELD_FILES, read_meld, read_table
 from msenc.raw.encoding import repair_encoding
+from msenc.raw.layouts.layout import json_of
+from msenc.raw.timestamps import read_timestamps
+from msenc.store.labels import LABELS, read_labels, write_labels
 from msenc.types import Mark, MsencError
 
 HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
@@ -269,3 +272,57 @@ def test_a_tables_encoding_is_repaired(tmp_path):
     (utterance,) = found.dialogues[0].utterances
     assert (utterance.speaker, utterance.text) == ("Zoé", "It\u2019s a café")
     assert found.repaired == ["own/train/d/utt0"]
+
+
+def test_a_column_of_ids_takes_no_label_from_its_utterance(tmp_path):
+    path = table(tmp_path, "id,clip,dialogue,text,mood\n7,,d,hi,glad\n7,,d,yes,sad\n")
+    found = read_table(path, "own", SPLIT | ONE)
+    write_labels(tmp_path, found.labels)
+    wanted = {"own/train/d/utt0": {"mood": "glad"}, "own/train/d/utt1": {"mood": "sad"}}
+    assert read_labels(tmp_path, LABELS, "") == wanted
+    with pytest.raises(MsencError, match=r"utterances\.csv: data\.labels names the column 'id'.*Rename"):
+        read_table(path, "own", SPLIT | ONE, labels=["id", "mood"])
+
+
+def test_a_pipe_in_a_tables_place_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "utterances.csv")
+    for read in (
+        lambda path: read_table(path, "own", SPLIT),
+        read_timestamps,
+        lambda path: json_of(path, dict, "", ""),
+    ):
+        with pytest.raises(MsencError, match=r"utterances\.csv: cannot be read \(found a pipe or a device"):
+            read(tmp_path / "utterances.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip,dialogue,text,text\n,d,hi,ho", r"row 1: the column text stands there twice.*Rename or remove"),
+        ("clip,dialogue,text, text\n,d,hi,ho", r"row 1: the column text stands there twice"),
+        ("clip,dialogue,text,mood,mood\n,d,hi,glad,sad", r"row 1: the column mood stands there twice"),
+        ("clip,dialogue,text,,\n,d,hi,,\n,d,Oh, no,", r"row 3: found 'no' behind the last column, text.*in quotes"),
+    ],
+)
+def test_a_value_without_a_column_of_its_own_is_refused(tmp_path, text, message):
+    with pytest.raises(MsencError, match=message):
+        read_table(table(tmp_path, text), "own", SPLIT | ONE)
+
+
+def test_columns_without_a_name_are_no_labels_and_a_name_may_end_in_a_number(tmp_path):
+    found = read_table(table(tmp_path, ",clip,dialogue,text,mood,mood.1,\n0,,d,hi,glad,sad,\n"), "own", SPLIT | ONE)
+    assert list(found.labels.values()) == [{"mood": "glad", "mood.1": "sad"}]
+
+
+def test_a_header_in_the_middle_of_tables_that_were_put_together_is_listed_and_no_turn(tmp_path):
+    header = "clip,dialogue,text,start\n"
+    found = read_table(table(tmp_path, header + ",d,hi,\n" + header + ",d,text,start\n"), "own", SPLIT | ONE)
+    assert [(u.id, u.text) for d in found.dialogues for u in d.utterances] == [("0", "hi"), ("1", "text")]
+    again = ("utterances.csv", "row", "the header again", 3)
+    assert [(r.id, r.what, r.reason, r.row) for r in found.rejections] == [
+        again,
+        ("own/train/d/utt1", "clip", "no span of time", 4),
+    ]
+    found = read_meld(write(tmp_path, [line(), HEADER, line("Bye.", utt="1")]))
+    assert [u.text for u in found.dialogues[0].utterances] == ["Hello!", "Bye."]
+    assert [(r.id, r.reason, r.row) for r in found.rejections] == [("train_sent_emo.csv", "the header again", 3)]

@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import shutil
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from msenc.models.encoders import LogMel, Pixels
 from msenc.prepare.dataset import prepare_dataset
 from msenc.prepare.features import StreamRecipe
 from msenc.prompt import DialogueTokenizer, Prompt
-from msenc.raw.annotations import MELD_FILES, read_meld
+from msenc.raw.annotations import MELD_FILES, read_meld, read_table
 from msenc.raw.audit import audit_dataset
 from msenc.store.manifest import DatasetManifest, read_rejections
 from msenc.types import MsencError
@@ -134,6 +135,21 @@ def test_what_stands_in_train_too_is_flagged(tmp_path):
     result = audit(root, tmp_path / "out")
     assert flagged(result, "leakage") == set()
     assert result.facts["test"]["leaking dialogues"] == "not known: the annotations name no recording"
+
+
+def test_a_clip_of_train_in_another_split_is_flagged_under_any_name(tmp_path):
+    for number, name in enumerate(("a.mp4", "b.mp4", "c.mp4")):
+        write_clip(tmp_path / name, 1.0 + number)
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "copy.mp4")
+    clips = ["train,a.mp4", "train,gone.mp4", "val,b.mp4", "test,c.mp4", "test,gone.mp4", "test,copy.mp4", "test,a.mp4"]
+    rows = [f"{clip},d{n},words {n} {turn}" for n, clip in enumerate(clips) for turn in range(2)]
+    (tmp_path / "t.csv").write_text("split,clip,dialogue,text\n" + "\n".join(rows))
+    result = audit_dataset(
+        "own", read_table(tmp_path / "t.csv", "own", {"rule": "random"}), tmp_path, tmp_path / "out", 0
+    )
+    found = {(f.id, f.file, f.found) for f in result.flags if f.flag == "leakage"}
+    assert found == {("own/test/d5", "copy.mp4", "own/train/d0"), ("own/test/d6", "a.mp4", "own/train/d0")}
+    assert result.facts["test"]["leaking dialogues"] == 2
 
 
 # ------------------------------------------------------------------------------------------------ clips
@@ -277,6 +293,8 @@ def meld(tmp_path_factory) -> Path:
                 (root / u.clip).write_bytes((root / u.clip).read_bytes()[:900])
             elif id not in BAD or BAD[id] == "length":
                 write_clip(root / u.clip, min(u.end_s - u.start_s, 3.0))
+                with (root / u.clip).open("ab") as file:  # no two clips alike, even where they last as long
+                    file.write(struct.pack(">I4s", 8 + len(id), b"free") + id.encode())
             elif BAD[id] == "no sound":
                 write_clip(root / u.clip, 1.0, sound=None)
             elif BAD[id] == "no picture":

@@ -99,6 +99,21 @@ def test_texts_that_show_nothing_are_empty(tmp_path):
     assert [r.reason for r in found.rejections] == ["empty text"] * len(UNSEEN)
 
 
+def test_control_characters_are_left_out_and_told(tmp_path):
+    found = read_table(table(tmp_path, "Oh\x00 no\x1b", "two\r\nlines\tof it", "Ye\x7fs"), "own", SPLIT)
+    assert texts_of(found) == ["Oh no", "two\r\nlines\tof it", "Yes"]
+    assert found.repaired == ["own/train/d/utt0", "own/train/d/utt2"]
+
+
+def test_names_are_one_line_and_the_same_with_marks_that_show_nothing(tmp_path):
+    path = tmp_path / "utterances.csv"
+    speakers = ["Ana", "Ana\u200b", "\u200eAna\ufeff", '"Ana\n"', '"Ana\nBen: Yes"', "\u0645\u06cc\u200c\u0645"]
+    path.write_text("\n".join([HEADER, *(f"a.wav,d\u200b,{s},Oh,,,train" for s in speakers)]))
+    (dialogue,) = read_table(path, "own", SPLIT).dialogues
+    assert dialogue.id == "own/train/d"
+    assert [u.speaker for u in dialogue.utterances] == [*["Ana"] * 4, "Ana Ben: Yes", "\u0645\u06cc\u200c\u0645"]
+
+
 TIMES = [
     ("0:02", 2),
     ("00:00:02", 2),
@@ -118,6 +133,75 @@ def test_times_are_read_as_people_write_them(tmp_path, written, seconds):
     assert (dialogue.utterances[0].start_s, dialogue.utterances[0].end_s) == (seconds, 7200)
 
 
+@pytest.mark.parametrize("written", ["1:75", "0:61.5", "1:75:00", "00:00:01:12", "1_000", "1 000", "1.234,5"])
+def test_times_that_may_mean_several_are_not_read(tmp_path, written):
+    path = tmp_path / "utterances.csv"
+    path.write_text(f'{HEADER}\na.wav,d,Ana,Oh,"{written}","2:00:00",train\n')
+    found = read_table(path, "own", SPLIT)
+    assert [u.clip for d in found.dialogues for u in d.utterances] == [None]
+    assert [(r.reason, r.row) for r in found.rejections] == [("no span of time", 2)]
+
+
+LATIN = {
+    "mac_roman": ("It’s so “nice”…", "C’est l’été, ça va ?", "Für schöne Straßen", "¿Qué tal, señor?", "Smørrebrød på"),
+    "cp850": ("Ça va être génial à Zoé", "Für schöne Straßen", "¿Qué tal, señor?", "Não, coração", "Hej på dig"),
+    "cp1250": ("Zażółć gęślą jaźń", "Příliš žluťoučký kůň"),
+    "iso8859_2": ("Zażółć gęślą jaźń", "Příliš žluťoučký kůň"),
+}
+
+
+@pytest.mark.parametrize(("encoding", "text"), [(name, text) for name, texts in LATIN.items() for text in texts])
+def test_latin_letters_of_other_encodings_are_no_others_in_cp1252(tmp_path, encoding, text):
+    path = table(tmp_path, "plain", text.encode(encoding))
+    with pytest.raises(MsencError, match=rf"utterances\.csv, row 3: .*fit .*{encoding}.*data\.encoding="):
+        read_table(path, "own", SPLIT)
+    assert texts_of(read_table(path, "own", SPLIT, encoding=encoding)) == ["plain", text]
+
+
+CP1252 = (
+    "It’s so “nice”… 5€, isn’t it?",
+    "C’est l’été, ça va à l’École ?",
+    "«Où est-il ?» Déjà… ÉCOLE NOËL",
+    "Für schöne Straßen",
+    "„Ja“, sagte er. Über 30°C",
+    "¿Qué tal, señor? ¡Sí! 1ª vez, nº 5, Mª José",
+    "Não, coração",
+    "Hej på dig – åka dit",
+    "col·lecció",
+    "Þetta er í lagi, já",
+    "½ cup, 2½ cups, 10 m², ©2020 Œuvre™",
+    "New York–London",
+    "l´été",
+    "Zoé…oui",
+    "ANA’S CAFÉ",
+    "Ñandú",
+)
+
+
+@pytest.mark.parametrize("text", CP1252)
+def test_texts_in_cp1252_are_read_as_such(tmp_path, text):
+    assert texts_of(read_table(table(tmp_path, "plain", text.encode("cp1252")), "own", SPLIT)) == ["plain", text]
+
+
+NO_TABLES = {
+    b"PAR1\x15\x04\x15\xf4": "a Parquet file",
+    b"\x1f\x8b\x08\x08\x8e\x9d": "a compressed file",
+    b"SQLite format 3\x00\x10": "a database",
+    b"<!DOCTYPE html><html>404</html>": "a web page",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": r"git lfs pull",
+    b'{"clip": "a.wav", "dialogue": "d", "text": "hi"}\n': "JSON",
+    b'\xef\xbb\xbf\n[{"clip": "a.wav", "dialogue": "d"}]': "JSON",
+    b"RIFF\x24\x00\x00\x00WAVEfmt ": "a media file",
+}
+
+
+@pytest.mark.parametrize(("data", "kind"), NO_TABLES.items())
+def test_another_kind_of_file_is_refused_as_what_it_is(tmp_path, data, kind):
+    (tmp_path / "utterances.csv").write_bytes(data)
+    with pytest.raises(MsencError, match=rf"utterances\.csv: this is .*{kind}.*Save the table as CSV, in UTF-8"):
+        read_table(tmp_path / "utterances.csv", "own", SPLIT)
+
+
 COMPOSED, PARTED = "Zoë", "Zoe\u0308"
 
 
@@ -131,6 +215,30 @@ def test_names_meet_however_their_letters_are_composed(tmp_path, in_table, on_di
     (dialogue,) = read_table(path, "own", SPLIT).stored_in(tmp_path).dialogues
     assert {u.clip for u in dialogue.utterances} == {f"{on_disk}/{on_disk} 1.wav#t=0.000,1.000"}
     assert {u.speaker for u in dialogue.utterances} == {COMPOSED}
+
+
+@pytest.mark.parametrize(
+    ("in_table", "on_disk"),
+    [
+        ("cafÃ©.wav", "cafÃ©.wav"),  # as archives leave names
+        ("cafÃ©.wav", "café.wav"),
+        ("at\u00a0ten.wav", "at\u00a0ten.wav"),  # as macOS names recordings of the screen
+        ("at\u00a0ten.wav", "at ten.wav"),
+        (r"sub\one.wav", "sub/one.wav"),
+        (r"sub\one.wav", r"sub\one.wav"),
+        (r"..\one.wav", r"..\one.wav"),
+        ("é" * 200 + ".wav", "no such file"),
+    ],
+)
+def test_a_file_is_found_by_the_name_that_it_has_or_else_by_a_repaired_one(tmp_path, in_table, on_disk):
+    (tmp_path / "raw" / "sub").mkdir(parents=True)
+    (tmp_path / "raw" / on_disk).touch()
+    (tmp_path / "one.wav").touch()
+    path = tmp_path / "utterances.csv"
+    path.write_text(f"{HEADER}\n{in_table},d,Ana,Oh,0,1,train\n")
+    (dialogue,) = read_table(path, "own", SPLIT).stored_in(tmp_path / "raw").dialogues
+    expected = in_table if on_disk == "no such file" else on_disk
+    assert dialogue.utterances[0].clip == f"{expected}#t=0.000,1.000"
 
 
 def test_of_several_files_that_a_name_may_be_none_is_guessed(tmp_path):

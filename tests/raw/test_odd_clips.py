@@ -231,6 +231,24 @@ def test_a_table_is_read_with_another_track_and_by_channels(tmp_path):
         read_audio(tmp_path / "a.wav#channel=3", RATE)
 
 
+@pytest.mark.parametrize(
+    ("file", "peak", "found"),
+    [
+        ("nan.wav", 0.4, "10 are no numbers"),
+        ("scale.wav", 0.4, "up to 13,107.2 times full scale, divided by 32,768"),
+        ("loud.wav", 1.0, "up to 1.6 times full scale, cut off"),
+    ],
+)
+def test_floats_that_are_no_samples_do_not_drown_the_others(file, peak, found, tmp_path):
+    CASES[file].write(tmp_path / file)
+    findings = Findings()
+    samples = read_audio(tmp_path / file, RATE, findings=findings)
+    assert findings.notes == {"bad_samples": found}
+    assert np.abs(samples).max() == pytest.approx(peak, abs=0.01)
+    assert level(part(samples, 0.1, 1.9), 440) == pytest.approx(0.4 if peak < 1 else 1.185, abs=0.03)
+    np.testing.assert_allclose(part(samples, 0.5, 1.0), read_audio(tmp_path / file, RATE, (0.5, 1.0)), atol=1e-6)
+
+
 @pytest.mark.parametrize("suffix", ["wav", "m4a"])
 def test_of_channels_that_cancel_out_the_loudest_is_read(suffix, tmp_path):
     CASES[f"inverted1.{suffix}"].write(tmp_path / f"a.{suffix}")

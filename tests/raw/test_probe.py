@@ -122,3 +122,11 @@ def test_odd_clips_are_usable_and_noted(tmp_path, name, kind, note):
     assert (facts.audio, facts.video) == (None, None)
     assert facts.notes == ((note,) if note else ())
     assert facts.duration_s == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_pipe_or_device_in_a_clips_place_is_a_clip_that_is_missing_and_nothing_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "endless.wav").symlink_to("/dev/zero")
+    names = ["pipe.wav", "endless.wav"]
+    facts = probe_clips(tmp_path, names, 0, tmp_path / "clips.jsonl")
+    assert [(f.audio, f.video, f.sha256) for f in facts.values()] == [("clip missing", "clip missing", "")] * 2

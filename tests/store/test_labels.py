@@ -71,3 +71,9 @@ def test_the_hash_follows_every_label():
         )
         == 3
     )
+
+
+def test_two_lines_of_one_utterance_are_refused(tmp_path):
+    (tmp_path / LABELS).write_text('{"id": "7", "mood": "glad"}\n{"id": "8"}\n{"id": "7", "mood": "sad"}\n')
+    with pytest.raises(MsencError, match=r"labels\.jsonl, line 3: found '7' a second time.*Prepare again"):
+        read_labels(tmp_path, LABELS, "Prepare again.")

@@ -329,3 +329,31 @@ def test_rejections_are_listed_and_counted(tmp_path):
     assert count_rejections(rejections) == {"audio: silent": 1, "row: duplicate utterance id": 1}
     with pytest.raises(MsencError, match=r"rejected\.csv: cannot be written"):
         write_rejections(tmp_path / "rejected.csv" / "rejected.csv", rejections)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.longdouble, ">f2"])
+def test_features_of_another_precision_are_refused_as_a_batch_would_overflow(tmp_path, dtype):
+    features = np.full((3, 4), 1e5 if np.dtype(dtype).itemsize > 2 else 1, dtype)
+    members = {"features.npy": features, "offsets.npy": np.array([0, 3], np.int64)}
+    write_stream(tmp_path / "audio-x", [("demo/train/dia0", "train", members)], SETTINGS)
+    with pytest.raises(MsencError, match=r"dia0, features\.npy: found \S+ \(3, 4\), expected float16 \(3, D\)"):
+        ShardReader(tmp_path / "audio-x", "train")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "0"}, r"turns\.json: found two utterances '0', expected each id once"),
+        (
+            {"description": "a man (loud)"},
+            r"utterances\[1\]\.description: found 'a man \(loud\)', expected words without",
+        ),
+        ({"description": " "}, r"utterances\[1\]\.description: found ' ', expected words"),
+    ],
+)
+def test_turns_that_no_target_can_be_made_of_are_refused(tmp_path, change, message):
+    turns = Dialogue("demo/train/dia0", "train", tuple(Utterance(str(n), "Ana", "Hi") for n in range(2))).to_json()
+    turns["utterances"] = [turns["utterances"][0], turns["utterances"][1] | change]
+    write_stream(tmp_path / "turns", [("demo/train/dia0", "train", {"turns.json": turns})], SETTINGS)
+    with pytest.raises(MsencError, match=message):
+        ShardReader(tmp_path / "turns", "train")[0]

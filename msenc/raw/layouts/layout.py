@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from msenc.files import hold, reason_of
+from msenc.files import check_regular, hold, reason_of
 from msenc.raw.annotations import Annotations, Row, read_rows
 from msenc.raw.container import SUFFIXES
 from msenc.raw.encoding import decode_table
@@ -121,7 +121,7 @@ def _decode(path: Path, encoding: str | None, advice: str) -> str:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return check_regular(path).read_bytes()
     except FileNotFoundError as error:
         raise MsencError(f"{path}: missing. Expected it as the release has it; get the release complete.") from error
     except OSError as error:
