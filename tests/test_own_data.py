@@ -260,6 +260,15 @@ def test_recordings_become_shards_by_way_of_a_table(prepare, raw_demo, listening
     assert "minutes" in turns[0]["text"]
 
 
+def test_a_table_in_which_nobody_answers_is_said_by_audit_and_prepare(prepare, tmp_path, capsys):
+    path = write_table(tmp_path / "raw", is_cut=False) / "utterances.csv"
+    rows = [f",lone{n},A,Words.,,,{split}" for n, split in enumerate(SPLITS)]
+    path.write_text("\n".join(["clip,dialogue,speaker,text,start,end,split", *rows]))
+    for stage in ("stage=audit", "stage=null"):
+        prepare(path.parent, "modality=text", stage)
+        assert "Without a target (a dialogue of two turns): all splits" in capsys.readouterr().out
+
+
 def test_one_key_names_the_whisper_of_recordings_and_of_talk(prepare, raw_demo, listening):
     prepare(raw_demo, SPLIT, "stage=transcribe", "recogniser=my-whisper")
     assert Words.loaded == "my-whisper"
