@@ -161,6 +161,7 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
     assert record["status"] == "finished"
     assert "spells the words of mine" in record["warnings"][0]
     assert "model/llm=smollm2" in record["warnings"][0]
+    assert "in full" not in record["warnings"][0]  # it trains in full
 
 
 @pytest.mark.parametrize("llm", ["model/llm=smollm2", "model/llm=tiny"])
