@@ -27,7 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from msenc.config.hints import nearest
-from msenc.config.messages import CONFIGS, readable_errors
+
+try:
+    from msenc.config.messages import CONFIGS, readable_errors
+except ModuleNotFoundError as error:
+    if error.name not in ("hydra", "omegaconf"):
+        raise
+    sys.exit(
+        f"error: {sys.executable} has no package {error.name}. make installs msenc's packages into .venv: run source "
+        ".venv/bin/activate first, or name its Python, .venv/bin/python."
+    )
 from msenc.types import MsencError
 from msenc.work.command import as_typed
 

@@ -157,3 +157,22 @@ def test_a_further_process_of_a_run_does_the_same_command(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     commands.main()
     assert done == [("evaluate", ["trainer=ddp", "run_dir=A"])] * 2
+
+
+def test_a_python_without_the_packages_is_told_where_they_are():
+    done = subprocess.run([sys.executable, "-S", "report.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {sys.executable} has no package hydra.")
+    assert "source .venv/bin/activate" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_is_a_refusal(demo_home, tmp_path):
+    arguments = [sys.executable, ROOT / "prepare.py", "data=demo", "prepare_workers=0", *SMALL_DEMO]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(arguments, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: output cannot be written (No space left on device). Free space where it goes, and repeat the command.\n"
+    )

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from msenc.files import digest
 from msenc.pipelines import evaluate as evaluation
-from msenc.pipelines.evaluate import evaluate, find_runs
+from msenc.pipelines.evaluate import _print_runs, evaluate, find_runs
 from msenc.pipelines.report import report
 from msenc.report.collect import collect_runs
 from msenc.store.manifest import DatasetManifest, SplitCounts
@@ -78,6 +78,24 @@ def test_a_sweep_is_evaluated_in_one_call(runs, compose, capsys):
     assert "notfinished(failed)" in shown
     assert "notfinished(running)" in shown
     assert "2of2runsevaluatedonval" in shown
+
+
+def test_a_missing_best_checkpoint_is_said_once(runs, compose, capsys):
+    (runs / "2" / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
+    measure(compose, runs / "2")
+    assert capsys.readouterr().out.count("using the last one") == 1
+
+
+def test_runs_on_different_data_stand_in_one_table_with_their_data(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    measured = {runs / "2": {"data": "demo", "nll": 0.3}, runs / "10": {"data": "meld", "nll": 12.5}}
+    _print_runs(measured, "2 of 2 runs evaluated on val")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"2 of 2 runs evaluated on val, in {runs}"  # whole, however narrow the table
+    rows = [line.split() for line in lines[1:] if line.strip(" ─")]
+    assert rows == [["run", "data", "nll"], ["2", "demo", "0.3000"], ["10", "meld", "12.5000"]]
+    _print_runs({run: {**found, "data": "demo"} for run, found in measured.items()}, "")
+    assert "demo" not in capsys.readouterr().out
 
 
 def test_runs_are_found_each_once_and_job_2_before_job_10(runs):

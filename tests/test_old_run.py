@@ -26,6 +26,7 @@ from msenc.runs.record import read_run
 from msenc.training.assembly import build_datamodule
 from msenc.training.export import load_export
 from msenc.training.restore import load_trained, open_run
+from msenc.types import MsencError
 
 ARCHIVE = Path(__file__).parent / "old_run.tar.xz"
 RUN = Path("runs/single/old")
@@ -72,9 +73,25 @@ def test_it_answers(old, compose):
     assert read_json(Path("reply/reply.json"))["replies"]
 
 
-def test_it_is_reported(old, compose):
+@pytest.mark.parametrize(("command", "name"), [(evaluate, "evaluate"), (respond, "respond")])
+def test_from_another_folder_it_says_where_its_llm_is_and_asks_no_hub(
+    old, compose, command, name, tmp_path, monkeypatch
+):
+    run = old.resolve()
+    (elsewhere := tmp_path / "else").mkdir()
+    monkeypatch.chdir(elsewhere)
+    text = {"evaluate": ["split=val", "generate=false"], "respond": ["text=Hello.", "decoding.max_new_tokens=4"]}[name]
+    with pytest.raises(MsencError, match=f"data/tiny-llm: no such folder in {elsewhere}") as refused:
+        command(compose([f"run_dir={run}", *text], name))
+    advice = str(refused.value).rpartition("where that is: ")[2]
+    assert advice == f"data_dir={tmp_path / 'data'}"
+    command(compose([f"run_dir={run}", *text, advice], name))
+
+
+def test_it_is_reported(old, compose, capsys):
     report(compose([f"sweep_dir={old}"], "report"))
     (page,) = old.rglob("report.html")
+    assert f"Written: {page}, and beside it table.md, " in capsys.readouterr().out
     assert "I see you are sad. This is the garden. Do face and voice agree?" in page.read_text()
 
 

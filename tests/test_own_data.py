@@ -161,6 +161,7 @@ def test_a_table_is_audited_described_and_trained_on(prepare, train, demo_home, 
     assert record["status"] == "finished"
     assert "spells the words of mine" in record["warnings"][0]
     assert "model/llm=smollm2" in record["warnings"][0]
+    assert "in full" not in record["warnings"][0]  # it trains in full
 
 
 @pytest.mark.parametrize("llm", ["model/llm=smollm2", "model/llm=tiny"])
@@ -258,6 +259,15 @@ def test_recordings_become_shards_by_way_of_a_table(prepare, raw_demo, listening
     prepare(root, SPLIT, "modality=text")
     turns = ShardReader(tmp_path / "mine" / "turns", "train")[0]["turns.json"]["utterances"]
     assert "minutes" in turns[0]["text"]
+
+
+def test_a_table_in_which_nobody_answers_is_said_by_audit_and_prepare(prepare, tmp_path, capsys):
+    path = write_table(tmp_path / "raw", is_cut=False) / "utterances.csv"
+    rows = [f",lone{n},A,Words.,,,{split}" for n, split in enumerate(SPLITS)]
+    path.write_text("\n".join(["clip,dialogue,speaker,text,start,end,split", *rows]))
+    for stage in ("stage=audit", "stage=null"):
+        prepare(path.parent, "modality=text", stage)
+        assert "Without a target (a dialogue of two turns): all splits" in capsys.readouterr().out
 
 
 def test_one_key_names_the_whisper_of_recordings_and_of_talk(prepare, raw_demo, listening):

@@ -31,6 +31,9 @@ OF_THE_DISK = {
 }
 """What a system says of folders and disks that a program cannot mend."""
 
+OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT}
+"""Of these, a system names no file where it is the standard output that takes no more."""
+
 EXTRAS = {
     "hydra/sweeper/optuna": "search",
     "hydra/launcher/joblib": "parallel",
@@ -81,6 +84,8 @@ def refusal(error: Exception) -> str | None:
         return f"error: {error}"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK and error.filename is not None:
         return f"error: {error.filename}: {error.strerror}. Expected a place where this command may read and write."
+    if isinstance(error, OSError) and error.errno in OUTPUT_FULL and error.filename is None:
+        return f"error: output cannot be written ({error.strerror}). Free space where it goes, and repeat the command."
     if type(error).__module__.startswith(("joblib.externals.loky", "submitit.")):
         return (
             f"error: a job of the launcher was killed ({type(error).__name__}); running out of memory or time is the "

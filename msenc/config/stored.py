@@ -45,6 +45,7 @@ class _Llm(TypedDict):
 class _Model(TypedDict):
     llm: _Llm
     streams: dict[Name, _Stream]
+    llm_recipe: NotRequired[dict[str, Any] | None]
     connector: _Connector | None
     tie_connectors: bool
     layout: str

@@ -452,11 +452,12 @@ def _print_runs(measured: Mapping[Path, Mapping[str, Any]], title: str) -> None:
         common = os.path.commonpath(names)
         names = [os.path.relpath(name, common) for name in names]
         title += f", in {common}" if common else ""
+    mixed = ["data"] if len({found["data"] for found in measured.values()}) > 1 else []  # not to be compared
     rows = [
-        [name, *(f"{found[metric]:.4f}" for metric in shared)]
+        [name, *(found[key] for key in mixed), *(f"{found[metric]:.4f}" for metric in shared)]
         for name, found in zip(names, measured.values(), strict=True)
     ]
-    _print_grid(title, ["run", *shared], rows)
+    _print_grid(title, ["run", *mixed, *shared], rows)
 
 
 def _print_controls(plain: Mapping[str, Any], costs: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -564,9 +565,10 @@ def _print_attributes(metrics: Mapping[str, Any], attributes: Sequence[str]) -> 
 
 def _print_grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table without broken words; text left-aligned, numbers right-aligned."""
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    console.print(title, style="table.title")  # a table would break it at its own width, not the terminal's
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
-        is_text = number == 0 or column == "stream is"
+        is_text = number == 0 or column in ("stream is", "data")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)

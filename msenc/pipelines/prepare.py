@@ -400,7 +400,14 @@ def _print_manifest(config: Mapping[str, Any], manifest: DatasetManifest) -> Non
 def _warn_of_splits(targets: Mapping[str, int]) -> None:
     """Name splits without targets; data for evaluation only may have just one split."""
     empty = [split for split in SPLITS if not targets.get(split)]
-    if targets.get("train") and empty:
+    if len(empty) == len(SPLITS):
+        console.print(
+            "Without a target (a dialogue of two turns): all splits, so there is nothing to train or evaluate on. "
+            "Turns of one conversation need the same dialogue in the table; a recording needs more than one utterance.",
+            style="yellow",
+            soft_wrap=True,
+        )
+    elif targets.get("train") and empty:
         console.print(
             f"Without a target (a dialogue of two turns): {', '.join(empty)}. train.py needs train, val unless "
             "data.val=null, and test unless evaluate=null. Set split=... in the table's rows, remove the column, or "

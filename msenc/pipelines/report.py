@@ -1,5 +1,6 @@
 """report.py: runs -> tables and a page."""
 
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from msenc.config.values import check_values
 from msenc.files import inside, write_text
 from msenc.runs.overrides import quoted_value
 from msenc.types import MsencError
-from msenc.work.console import console
+from msenc.work.console import console, shown
 
 if TYPE_CHECKING:
     from msenc.report.table import Table
@@ -45,7 +46,7 @@ def report(cfg: DictConfig) -> None:
         print_grid(trial_grid(trials), console)
         console.print(best_line(trials), soft_wrap=True)
         write_text(path := inside(folder, "report", "trials.csv"), csv_of(trial_rows(trials)))
-        console.print(f"Written: {path}", soft_wrap=True)
+        console.print(f"Written: {shown(path)}", soft_wrap=True)
     runs = [(folder, run) for folder in folders for run in collect_runs(folder)]
     if len(folders) > 1:  # jobs of two sweeps may have the same numbers
         runs = [(f, run if run.folder == f else replace(run, name=f"{f.name}/{run.name}")) for f, run in runs]
@@ -75,9 +76,16 @@ def report(cfg: DictConfig) -> None:
     page = target / "report.html"
     write_text(page, render_page(table, config["title"], folders, _options(config), list(searches.values())))
     if config["layout"] is None:
-        console.print(f"Written: {', '.join(map(str, [*paths, page]))}", soft_wrap=True)
+        console.print(f"Written: {shown(page)}, and beside it {_names(paths, target)}", soft_wrap=True)
     if config["listen"]:
         _listening_page(table, config, folders, listening)
+
+
+def _names(paths: list[Path], folder: Path) -> str:
+    """What lies in the report's folder; of a folder in it, the number of its files."""
+    files = [path.name for path in paths if path.parent == folder]
+    inner = Counter(path.parent.name for path in paths if path.parent != folder)
+    return ", ".join([*files, *(f"{name}/ ({count})" for name, count in inner.items())])
 
 
 def _listening_page(table: "Table", config: dict[str, Any], folders: list[Path], target: Path) -> None:
@@ -99,7 +107,7 @@ def _listening_page(table: "Table", config: dict[str, Any], folders: list[Path],
     for note in notes:
         console.print(f"Listening page: {note}", soft_wrap=True)
     console.print(
-        f"Listening page: {page}\nGive its folder to listeners, and keep {page.parents[1] / KEY}. "
+        f"Listening page: {shown(page)}\nGive its folder to listeners, and keep {shown(page.parents[1] / KEY)}. "
         "Their files go into the report with answers=FOLDER.",
         soft_wrap=True,
     )

@@ -400,12 +400,14 @@ def _spelling(config: Mapping[str, Any], datamodule: DialogueDataModule) -> list
     tokens = datamodule.tokenizer.tokens_per_word(islice(datamodule.dialogues("train"), SPELT_DIALOGUES))
     if tokens < SPELLING:
         return []
+    llm = config["model"]["llm"]
+    is_in_full = not llm.get("freeze") and llm.get("lora") is None
     return [
-        f"The tiny LLM ({config['model']['llm']['name_or_path']}) was only pre-trained on a generated world. It "
-        f"spells the words of {config['data']['name']}, {tokens:.1f} tokens per word, without knowing what they "
-        "mean: its losses and replies will say little about your data. Use a real LLM: model/llm=smollm2 "
-        "prompt=chat, by hub id or model.llm.name_or_path=FOLDER; or train this one in full (model.llm.lora=null) so "
-        "that it learns the words."
+        f"The tiny LLM ({llm['name_or_path']}) was only pre-trained on a generated world. It spells the words of "
+        f"{config['data']['name']}, {tokens:.1f} tokens per word, without knowing what they mean: its losses and "
+        "replies will say little about your data. Use a real LLM: model/llm=smollm2 prompt=chat, by hub "
+        "id or model.llm.name_or_path=FOLDER"
+        + ("." if is_in_full else "; or train this one in full (model.llm.freeze=false model.llm.lora=null).")
     ]
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,27 @@ def open_run(run_dir: Path, data_dir: str | None, urls: Collection[str] = ()) ->
         path = run_dir / ".hydra" / "config.yaml"
         raise MsencError(f"{path}: has no paths ({reason_of(error)}). {ADVICE}") from error
     own = settled(config, run_dir)
+    _check_made_llm(run_dir, own)
     check_urls(own, [*urls, *([data_dir] if data_dir else [])], Path(run_dir) / ".hydra" / "config.yaml")
     check_targets(own, GIVEN)
     return record, own
+
+
+def _check_made_llm(run_dir: Path, own: Mapping[str, Any]) -> None:
+    """Refuse a run whose LLM was made beside its data and is not there: the hub would be asked for its folder's name.
+
+    Raises:
+        MsencError: says where it may be.
+    """
+    recipe, llm = own["model"].get("llm_recipe"), Path(own["model"]["llm"]["name_or_path"])
+    if not recipe or recipe.get("folder") != str(llm) or llm.is_dir():
+        return
+    near = (parent / llm.parent for parent in run_dir.resolve().parents if (parent / llm).is_dir())
+    where = "" if llm.is_absolute() else f" in {Path.cwd()}"
+    raise MsencError(
+        f"{llm}: no such folder{where}. Expected the LLM that was made for this run, in the folder with its data. Say "
+        f"where that is: data_dir={next(near, 'FOLDER')}"
+    )
 
 
 def trains(record: Mapping[str, Any]) -> bool:
@@ -95,14 +114,18 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
         path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
         last = path.with_name("last.ckpt")
         if not path.exists() and last.exists():
-            console.print(
-                "There is no best checkpoint here (no validation ran, or it was removed): using the last one."
-            )
+            _say_that_last_is_used(run_dir)
             path = last
     if not path.exists():
         found = sorted(f.name for f in (run_dir / "checkpoints").glob("*.ckpt"))
         raise MsencError(f"{path}: no such checkpoint. Found: {', '.join(found) or 'none'}. Did the run finish?")
     return path
+
+
+@cache
+def _say_that_last_is_used(run_dir: Path) -> None:
+    """Once per process: an evaluation looks for its checkpoint several times."""
+    console.print("No best checkpoint, as no validation ran or it was removed: using the last one.")
 
 
 def load_checkpoint(module: ConversationModule, run_dir: Path, checkpoint: str) -> None:
