@@ -87,7 +87,7 @@ def test_a_missing_best_checkpoint_is_said_once(runs, compose, capsys):
 
 
 def test_runs_on_different_data_stand_in_one_table_with_their_data(runs, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("msenc.pipelines.evaluate.console._width", 300)  # the variable is read when it is made
     measured = {runs / "2": {"data": "demo", "nll": 0.3}, runs / "10": {"data": "meld", "nll": 12.5}}
     _print_runs(measured, "2 of 2 runs evaluated on val")
     lines = capsys.readouterr().out.splitlines()

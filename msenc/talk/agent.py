@@ -72,7 +72,7 @@ class Turn:
         audio: a sound file, or None; the sound of `video` is taken then.
         video: a video file, or None.
         description: how it was spoken, where that is known (a reply of the agent).
-        is_interrupted: whether a reply ends where its hearer took the turn; it is what was heard.
+        interrupted: whether a reply ends where its hearer took the turn; it is what was heard.
     """
 
     speaker: str
@@ -80,7 +80,7 @@ class Turn:
     audio: Path | None = None
     video: Path | None = None
     description: str | None = None
-    is_interrupted: bool = False
+    interrupted: bool = False
 
     @property
     def sound(self) -> Path | None:
@@ -454,7 +454,7 @@ def turns_of(talk: Any, where: object, folder: Path) -> list[Turn]:
             turn.get("text") or "",
             **{k: folder / turn[k] if turn.get(k) else None for k in ("audio", "video")},
             description=turn.get("description"),
-            is_interrupted=bool(turn.get("interrupted")),
+            interrupted=bool(turn.get("interrupted")),
         )
         for turn in hold(talk, _Talk, where, EXPECTED_TALK)["turns"]
     ]
@@ -465,6 +465,5 @@ def talk_json(turns: Sequence[Turn]) -> dict[str, Any]:
     rows = []
     for turn in turns:
         row = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(turn).items()}
-        row["interrupted"] = row.pop("is_interrupted") or None
-        rows.append({k: v for k, v in row.items() if v is not None})
+        rows.append({k: v for k, v in row.items() if v not in (None, False)})
     return {"turns": rows}

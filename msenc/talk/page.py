@@ -247,7 +247,7 @@ class Host:
             speaker,
             words[:MAX_CHARACTERS],
             description=description and description[:MAX_CHARACTERS],
-            is_interrupted=spoken.is_cut,
+            interrupted=spoken.is_cut,
         )
         reply = talk.folder / f"{len(talk.turns) + 1}-reply.wav"
         try:
@@ -400,7 +400,7 @@ def show_talk(talk: Talk | None, reply: str = "", hidden: Path | None = None) ->
         turn = heard.turn
         is_agent = talk.speakers is not None and turn.speaker == talk.speakers[1]
         files = [{"path": str(file)} for file in (turn.audio, turn.video) if file not in (None, hidden)]
-        words = [turn.text, *([INTERRUPTED] if turn.is_interrupted else [])]
+        words = [turn.text, *([INTERRUPTED] if turn.interrupted else [])]
         messages.append({"role": "assistant" if is_agent else "user", "content": [*words, *files]})
     if reply:
         messages.append({"role": "assistant", "content": [reply]})

@@ -71,11 +71,11 @@ class Talk:
     def _cut_one(self, name: str, heard_s: float) -> "Talk":
         said = self.said[name]
         before = self.turns[said.turn].turn
-        if heard_s >= said.seconds - END_S and not before.is_interrupted:
+        if heard_s >= said.seconds - END_S and not before.interrupted:
             return self
         words = words_heard(before.text, said.sentences, heard_s)
         audio = cut_sound(before.audio, heard_s) if before.audio is not None and words else None
-        heard = Heard(replace(before, text=words or NO_WORDS, audio=audio, is_interrupted=True))
+        heard = Heard(replace(before, text=words or NO_WORDS, audio=audio, interrupted=True))
         spoken = self.spoken
         if spoken is not None and said.turn == len(self.turns) - 1:
             sound = spoken.sound[: round(heard_s * spoken.sample_rate)] if audio and spoken.sound is not None else None

@@ -106,7 +106,8 @@ def spoilt(place) -> Path:  # noqa: F811
     """The place, with the formats in it that the run has not left."""
     bins = {"settings": {}, "bins": {"rate": {"edges": [1.5], "words": ["slowly", "fast"], "source": "quantiles",
             "clips": 3, "percentiles": [1, 2, 3]}}}  # fmt: skip
-    voices = '{"id": "demo/train/dia0/utt0", "rate": 3.5, "measured": {"pitch": "high"}}\n' * 3
+    voice = {"rate": 3.5, "measured": {"pitch": "high"}}
+    voices = "".join(json.dumps({"id": f"demo/train/dia0/utt{turn}", **voice}) + "\n" for turn in range(3))
     flags = flags_csv([Flag("demo/test/dia0", "test", "silent", "a, b.mp4", 'said "x"'), Flag("x", "val", "rotated")])
     record = {"schema_version": 1, "hash": "h", "content": "c"}
     sweep = {"schema_version": 1, "started": "now", "command": ["seed=1,2"], "jobs": [["seed=1"], ["seed=2"]]}

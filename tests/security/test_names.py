@@ -187,6 +187,7 @@ def test_what_a_run_fetches_goes_to_the_users_own_cache(outside, monkeypatch):
     path.write_text(text.replace("cache_dir: ${oc.env:MSENC_CACHE,${paths.data_dir}/cache}", f"cache_dir: {outside}"))
     assert path.read_text() != text
     assert open_run(RUN, None)[1]["paths"]["cache_dir"] == "data/cache"
+    (Path("elsewhere") / "tiny-llm").mkdir(parents=True)
     assert open_run(RUN, "elsewhere")[1]["paths"]["cache_dir"] == "elsewhere/cache"
     assert open_run(RUN, None)[1]["paths"]["cache_max_bytes"] is None
     monkeypatch.setenv("MSENC_CACHE", "mine")

@@ -49,7 +49,7 @@ def test_the_talk_keeps_what_was_heard_and_the_run_hears_no_more(is_told_before,
         host.visitors.note_heard("anna", {"first": heard_s})
     talk = host.visitors.talk("anna")
     turn = talk.turns[-1].turn
-    assert turn.is_interrupted
+    assert turn.interrupted
     assert turn.text == talk.spoken.answer.text == words_heard(whole.text, said.sentences, heard_s)
     assert 0 < len(turn.text) < len(whole.text)
     assert whole.text.startswith(turn.text)
@@ -90,7 +90,7 @@ def test_a_reply_that_is_stopped_while_it_is_read_keeps_what_was_written(host, s
     after = host.answer(now, is_cut=is_cut, on_progress=on_progress, name="first")[0]
     host.visitors.replace("anna", moment, after)
     turn = host.visitors.talk("anna").turns[-1].turn
-    assert turn.is_interrupted
+    assert turn.interrupted
     assert turn.text.startswith(told[4].strip())
     assert turn.audio is None
 
@@ -100,12 +100,12 @@ def test_a_saved_talk_says_that_a_reply_was_interrupted(host, replied, tmp_path)
     host.visitors.note_heard("anna", {"first": replied.said["first"].seconds / 2})
     talk = host.visitors.talk("anna")
     again = host.load_talk(host.save_talk(talk), talk.run)
-    assert [heard.turn.is_interrupted for heard in again.turns] == [False, True]
+    assert [heard.turn.interrupted for heard in again.turns] == [False, True]
     assert again.turns[-1].turn.text == talk.turns[-1].turn.text
     path = tmp_path / "talk.json"
-    path.write_text(json.dumps(talk_json([Turn("Ben", "I am", is_interrupted=True), Turn("Ana", "Yes?")])))
+    path.write_text(json.dumps(talk_json([Turn("Ben", "I am", interrupted=True), Turn("Ana", "Yes?")])))
     assert json.loads(path.read_text())["turns"][1] == {"speaker": "Ana", "text": "Yes?"}
-    assert [turn.is_interrupted for turn in read_talk(path)] == [True, False]
+    assert [turn.interrupted for turn in read_talk(path)] == [True, False]
 
 
 def test_a_synthesizer_that_goes_away_is_said_and_the_talk_goes_on(host, short_run, replied):
@@ -122,7 +122,7 @@ def test_a_synthesizer_that_goes_away_is_said_and_the_talk_goes_on(host, short_r
     fault = "http://localhost:1/v1: no speech. Is the server running there?"
     assert notices == [f"The reply is not heard to its end. {fault}"]
     turn = talk.turns[-1].turn
-    assert (turn.text, turn.is_interrupted) == (replied.turns[1].turn.text, False)
+    assert (turn.text, turn.interrupted) == (replied.turns[1].turn.text, False)
     assert turn.audio.is_file()
     talk, notices, _ = host.answer(host.hear(talk, str(short_run), Turn("", "And now?")), name="third")
     assert notices == [f"The reply is not heard. {fault}"]

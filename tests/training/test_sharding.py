@@ -126,7 +126,9 @@ def test_two_processes_that_share_one_llm_train_as_one(pairs, name):
         assert logged(alone, metric)
         assert logged(both, metric) == pytest.approx(logged(alone, metric), rel=rounded(name, 1e-6)), metric
     for norm in ("grad_norm/llm", "grad_norm/connector.audio"):
-        assert logged(both, norm) == pytest.approx(logged(alone, norm), rel=rounded(name, 1e-5))
+        # A gradient is rounded in each layer again: on processors that multiply bfloat16, by up to 2 % in all.
+        tolerance = 5 * rounded(name, 2e-6)
+        assert logged(both, norm) == pytest.approx(logged(alone, norm), rel=tolerance), norm
     assert read_json(both / "run.json")["base_fingerprint"] == read_json(alone / "run.json")["base_fingerprint"]
 
 
