@@ -40,16 +40,29 @@ SMALL_DEMO = [
 
 
 SLOW = (
-    *("test_commands", "test_resume", "test_sharding", "test_pipelines", "test_sweeps"),
-    *("test_configs", "test_processes", "test_readme", "test_align"),
+    *("test_commands", "test_resume", "test_sharding", "test_pipelines", "test_sweeps", "test_configs"),
+    *("test_processes", "test_readme", "test_align", "test_command_lines", "test_listening_page", "test_signals"),
+    *("test_trackers", "test_visitors", "test_talk_page", "test_hands_free", "test_layers", "test_plan"),
+    *("test_preference", "test_hub", "test_worlds"),
 )
-"""Files that take minutes: begun first, so that no core waits for another's last one."""
+"""Files that take about a minute or more: runs that are killed, sweeps, several processes, browsers. They have the
+marker `slow`, and begin first, so that no core waits for another's last one."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave slow files to ``-m slow`` and to who names them, or their folder."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not fuzz":
+        config.option.markexpr = "not fuzz and not slow"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first, in this order; the others as they come."""
     order = {name: number for number, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.stem in order:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
