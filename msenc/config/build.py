@@ -22,8 +22,10 @@ MOVED = {
     "msenc.prepare.segment.": "msenc.raw.segment.",
     "msenc.prepare.speakers.": "msenc.raw.speakers.",
     "msenc.speech.espeak.": "msenc.speech.synthesizers.espeak.",
+    "msenc.speech.hibari.": "msenc.speech.synthesizers.hibari.",
     "msenc.speech.kokoro.": "msenc.speech.synthesizers.kokoro.",
     "msenc.speech.openai.": "msenc.speech.synthesizers.openai.",
+    "msenc.speech.qwen.": "msenc.speech.synthesizers.qwen.",
 }
 """Where targets of earlier runs lay -> where they lie now; such runs are read, and found by their identity."""
 

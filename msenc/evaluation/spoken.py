@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from msenc.config.build import build
+from msenc.config.build import build, with_first_targets
 from msenc.data.batches import share
 from msenc.evaluation.metrics.sound import PredictedMos, speaker_similarity
 from msenc.evaluation.metrics.speech import heard_voice, score_voices, score_words
@@ -74,7 +74,9 @@ def speak_replies(
         text, voice, speaker = prediction["reply"]["text"], voices[index], prediction["speaker"]
         prediction["speech"] = None
         if any(character.isalnum() for character in text):
-            key = digest({"by": synthesizer, "text": text, "voice": asdict(voice), "speaker": speaker})
+            key = digest(
+                {"by": with_first_targets(synthesizer), "text": text, "voice": asdict(voice), "speaker": speaker}
+            )
             prediction["speech"] = f"speech/{key}.wav"
             lines.append(_Line(folder / prediction["speech"], text, voice, speaker))
     new = group.told(lambda: [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()])

@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from msenc.config.build import build
+from msenc.config.build import build, with_first_targets
 from msenc.config.checks import checked
 from msenc.config.schema import EvaluateConfig
 from msenc.data.conflict import find_conflicts
@@ -391,7 +391,7 @@ def _settings_of_replies(options: EvaluateConfig, metrics: Sequence[str]) -> dic
     if options.generate and (set(metrics) != set(DEFAULT_METRICS) or any(of_metrics.values())):
         settings["metrics"] = of_metrics
     if options.speech is not None:
-        settings["speech"] = {**options.speech, "recogniser": options.recogniser}
+        settings["speech"] = {**with_first_targets(options.speech), "recogniser": options.recogniser}
         if options.speech_metrics:
             settings["speech"]["metrics"] = sorted(options.speech_metrics)
     return settings

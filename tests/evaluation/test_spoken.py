@@ -3,14 +3,21 @@
 import copy
 import os
 import re
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from msenc.config.build import with_current_targets, with_first_targets
+from msenc.config.schema import EvaluateConfig
+from msenc.config.targets import BUILDABLE
 from msenc.evaluation.spoken import listen_to_replies, speak_replies
+from msenc.files import digest
+from msenc.pipelines.evaluate import _settings_of_replies
 from msenc.speech.attributes import Bin
+from msenc.speech.description import parse
 from msenc.speech.synthesizers.espeak import ESpeak
 from msenc.speech.wav import from_wav
 from msenc.types import MsencError
@@ -61,6 +68,26 @@ def test_only_what_is_missing_is_spoken(tmp_path):
     assert gone.is_file()
     assert kept.stat().st_mtime_ns == before
     assert speak_replies(predictions, {**NODE, "language": "de"}, tmp_path, 0) == 5
+
+
+def test_what_was_spoken_before_the_synthesizers_moved_is_not_spoken_again(tmp_path):
+    predictions = copy.deepcopy(PREDICTIONS[:1])
+    speak_replies(predictions, NODE, tmp_path, 0)
+    said, by = predictions[0], {**NODE, "_target_": "msenc.speech.espeak.ESpeak"}
+    voice = asdict(parse(said["reply"]["description"]))
+    key = digest({"by": by, "text": said["reply"]["text"], "voice": voice, "speaker": said["speaker"]})
+    assert said["speech"] == f"speech/{key}.wav"
+    settings = _settings_of_replies(EvaluateConfig(speech=NODE, recogniser=None), [])  # which tell evaluations apart
+    assert settings["speech"] == {**by, "recogniser": None}
+
+
+def test_no_move_of_a_synthesizer_is_forgotten():
+    synthesizers = BUILDABLE["speech"]
+    assert len(synthesizers) == 5
+    for target in synthesizers:
+        first = with_first_targets({"_target_": target})["_target_"]
+        assert first == target.replace(".synthesizers.", ".") != target
+        assert with_current_targets({"_target_": first}) == {"_target_": target}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
