@@ -69,7 +69,7 @@ def speak_replies(
             for index, p in enumerate(predictions)
         }
     )
-    lines = []
+    lines, by = [], with_first_targets(synthesizer)
     for index, prediction in enumerate(predictions):
         text, voice, speaker = prediction["reply"]["text"], voices[index], prediction["speaker"]
         prediction["speech"] = None
