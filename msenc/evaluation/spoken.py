@@ -74,9 +74,7 @@ def speak_replies(
         text, voice, speaker = prediction["reply"]["text"], voices[index], prediction["speaker"]
         prediction["speech"] = None
         if any(character.isalnum() for character in text):
-            key = digest(
-                {"by": with_first_targets(synthesizer), "text": text, "voice": asdict(voice), "speaker": speaker}
-            )
+            key = digest({"by": by, "text": text, "voice": asdict(voice), "speaker": speaker})
             prediction["speech"] = f"speech/{key}.wav"
             lines.append(_Line(folder / prediction["speech"], text, voice, speaker))
     new = group.told(lambda: [line for line in {line.file: line for line in lines}.values() if not line.file.is_file()])
