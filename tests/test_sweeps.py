@@ -22,9 +22,9 @@ from hydra.types import RunMode
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from omegaconf import OmegaConf
 
-from msenc.files import read_json
+from msenc.files import read_json, write_json
 from msenc.pipelines import cluster
-from msenc.runs.sweep import note_run, read_submitted, read_sweep, sweep_name, write_submitted, write_sweep
+from msenc.runs.sweep import job_folder, note_run, read_submitted, read_sweep, sweep_name, write_submitted, write_sweep
 from msenc.types import MsencError
 
 FAST = ["data.batch_size=4", "trainer.max_epochs=1", "decoding.max_new_tokens=1", "evaluate=val"]
@@ -273,7 +273,7 @@ def test_jobs_that_outlive_the_sweeps_process_are_waited_for_and_a_killed_one_go
     process.kill()
     process.wait()
     (folder,) = {f for f in (runs / "sweeps").iterdir() if f.name != sweep_folder(home / "whole").name}
-    os.kill(read_json(folder / "jobs" / "0.json")["process"], signal.SIGKILL)
+    os.kill(read_json(next(folder.glob("jobs/0-*.json")))["process"], signal.SIGKILL)
     killed, _ = read_sweep(folder)
     with FileLock(killed.run_dir / ".lock"):  # it is dead
         step = torch.load(killed.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
@@ -422,3 +422,27 @@ def test_a_sweeps_jobs_are_read_back(tmp_path):
     assert read_sweep(moved / "sweep")[1].run_dir == moved / "single" / "x"
     write_sweep(moved / "sweep", ["seed=1"], None)
     assert read_sweep(moved / "sweep") == []
+
+
+def test_what_runs_elsewhere_keeps_its_run_when_the_sweep_starts_anew(tmp_path):
+    folder = tmp_path / "sweep"
+    write_sweep(folder, ["seed=1,2"], [["seed=1"], ["seed=2"]])
+    note_run(folder, 0, tmp_path / "runs" / "one", ["seed=1", "detach=true"])
+    note_run(folder, 1, tmp_path / "runs" / "two", ["seed=2"])
+    write_sweep(folder, ["seed=0,1,2"], [[f"seed={n}"] for n in range(3)], running=[("seed=1",)])
+    assert [job.run_dir for job in read_sweep(folder)] == [None, tmp_path / "runs" / "one", None]
+    # It is requeued, and begins again with the number that it was submitted with.
+    assert job_folder(folder, 0, ["seed=1", "detach=true"]) != job_folder(folder, 0, ["seed=0"])
+    note_run(folder, 0, tmp_path / "runs" / "one again", ["seed=1", "detach=true"])
+    note_run(folder, 0, tmp_path / "runs" / "zero", ["seed=0"])
+    runs = [job.run_dir and job.run_dir.name for job in read_sweep(folder)]
+    assert runs == ["zero", "one again", None]
+
+
+def test_jobs_that_an_earlier_version_noted_are_read(tmp_path):
+    write_sweep(tmp_path, ["seed=1,2"], [["seed=1"], ["seed=2"]])
+    for number, note in enumerate([{"run_dir": "x/0"}, {"run_dir": "x/1", "overrides": ["seed=2"]}]):
+        write_json(tmp_path / "jobs" / f"{number}.json", note)
+    assert [job.run_dir for job in read_sweep(tmp_path)] == [tmp_path / "x/0", tmp_path / "x/1"]
+    write_sweep(tmp_path, ["seed=1,2"], [["seed=1"], ["seed=2"]])
+    assert [job.run_dir for job in read_sweep(tmp_path)] == [None, None]

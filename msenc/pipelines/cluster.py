@@ -9,14 +9,21 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from msenc.runs.overrides import key_of, quoted_value
+from msenc.runs.overrides import quoted_value
 from msenc.runs.record import is_finished, read_facts
-from msenc.runs.sweep import note_run, read_submitted, read_sweep, write_submitted
+from msenc.runs.sweep import note_run, read_submitted, read_sweep, same_job, write_submitted
 from msenc.types import MsencError
 from msenc.work.console import console, shown
 
 ASK_EVERY = 10.0
 """Seconds between two looks at Slurm's queue."""
+
+
+def in_slurm(folder: Path) -> dict[tuple[str, ...], str]:
+    """The jobs of a sweep, by their overrides, that Slurm still has: they wait or run there."""
+    known = {same_job(overrides): job for overrides, job in read_submitted(folder)}
+    queued = _queue() if known else set()
+    return {overrides: job for overrides, job in known.items() if job in queued}
 
 
 def take_over(folder: Path, finished: Callable[[Sequence[str]], Path | None], detach: bool, split: str | None) -> None:
@@ -34,23 +41,21 @@ def take_over(folder: Path, finished: Callable[[Sequence[str]], Path | None], de
 
     def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         is_slurm = launcher._EXECUTOR == "slurm"
-        known = {_said(overrides): job for overrides, job in read_submitted(folder)} if is_slurm else {}
-        queued = _queue() if known else set()
+        there = in_slurm(folder) if is_slurm else {}
         left, running = [], {}
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
-            job = known.get(_said(overrides))
             if (run := finished(overrides)) is not None:
                 console.print(f"job {number}: finished already, in {shown(run)}", soft_wrap=True)
                 note_run(folder, number, run, overrides)
-            elif job is not None and job in queued:
+            elif (job := there.get(same_job(overrides))) is not None:
                 console.print(f"job {number}: Slurm has it already, as {job}")
                 running[number] = job
             else:
                 left.append((number, list(overrides)))
         jobs = _submit(launcher, left) if left else []
         if is_slurm:
-            submitted = {_said(o): job.job_id for (_, o), job in zip(left, jobs, strict=True)}
-            write_submitted(folder, {**{o: job for o, job in known.items() if job in queued}, **submitted})
+            submitted = {same_job(o): job.job_id for (_, o), job in zip(left, jobs, strict=True)}
+            write_submitted(folder, {**there, **submitted})
             for (number, _), job in zip(left, jobs, strict=True):
                 console.print(f"job {number}: submitted to Slurm as {job.job_id}")
         if detach:
@@ -60,9 +65,9 @@ def take_over(folder: Path, finished: Callable[[Sequence[str]], Path | None], de
                 job.results()
             except Exception as e:  # of submitit: what became of the run says its run.json, and the sweep's end
                 console.print(f"job {number}: {str(e).strip().splitlines()[0]}", soft_wrap=True)
-        while queued.intersection(running.values()):
+        while not set(running.values()).isdisjoint(there.values()):
             time.sleep(ASK_EVERY)
-            queued = _queue()
+            there = in_slurm(folder)
         results = _results(folder)
         return [
             JobReturn(overrides=list(o), _return_value=results.get(number), status=JobStatus.COMPLETED)
@@ -77,11 +82,6 @@ def _results(folder: Path) -> dict[int, float | None]:
     runs = {job.number: job.run_dir / "run.json" for job in read_sweep(folder) or [] if job.run_dir}
     facts = {number: read_facts(path) for number, path in runs.items() if path.is_file()}
     return {number: found.get("best_loss") for number, found in facts.items() if is_finished(found)}
-
-
-def _said(overrides: Sequence[str]) -> tuple[str, ...]:
-    """What tells a job from the sweep's others, whether its first command waited for it or not."""
-    return tuple(o for o in overrides if key_of(o) != "detach")
 
 
 def _executor(launcher: Any, **changed: Any) -> Any:

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from msenc.config.schema import ReportConfig
-from msenc.pipelines.cluster import take_over
+from msenc.pipelines.cluster import in_slurm, take_over
 from msenc.pipelines.dry_run import compose_job, finished_run, list_jobs
 from msenc.pipelines.plan import num_processes, plan_run
 from msenc.pipelines.report import report
@@ -89,7 +89,8 @@ def begin_sweep(config: DictConfig) -> None:
     _held.append(lock)
     if known is not None:
         continue_search(config, known, space)
-    write_sweep(folder, command, jobs or known, None if is_table else _searched(config, space))
+    there = in_slurm(folder) if config.hydra.launcher._target_.endswith(".SlurmLauncher") else {}
+    write_sweep(folder, command, jobs or known, None if is_table else _searched(config, space), there)
     if "submitit" in config.hydra.launcher._target_:
         split = None if config.trainer.get("fast_dev_run") else config.evaluate
         take_over(folder, finished_run(config), config.detach, split)

@@ -165,7 +165,7 @@ def train(cfg: DictConfig) -> float | None:
         except Exception as e:
             if is_job and record is None:  # the sweep's report also names jobs that did not start
                 # in a new folder: an existing one may belong to another process
-                folder = job_folder(Path(hydra.sweep.dir), hydra.job.num)
+                folder = job_folder(Path(hydra.sweep.dir), hydra.job.num, task_overrides(hydra))
                 record = _new_record(folder, cfg, overrides, command)
                 note_run(Path(hydra.sweep.dir), hydra.job.num, record.folder, task_overrides(hydra))
             if record is not None and not is_finished(record.facts):

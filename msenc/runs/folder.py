@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from msenc.files import write_text
 from msenc.runs.find import find_run
+from msenc.runs.overrides import task_overrides
 from msenc.runs.sweep import job_folder
 from msenc.work.processes import is_first_process, told_by_the_first
 
@@ -59,5 +60,5 @@ def _chosen(cfg: DictConfig, hydra: DictConfig) -> Path | None:
 
 def _new(cfg: DictConfig, hydra: DictConfig) -> Path:
     if hydra.mode is RunMode.MULTIRUN:
-        return job_folder(Path(hydra.sweep.dir), hydra.job.num)
+        return job_folder(Path(hydra.sweep.dir), hydra.job.num, task_overrides(hydra))
     return Path(cfg.paths.runs_dir) / "single" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"

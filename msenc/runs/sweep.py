@@ -2,13 +2,16 @@
 
 - ``sweep.json``: the command and its jobs, written when the sweep starts
 - ``submitted.json``: which Slurm job each of them is, if they are
-- ``jobs/<number>.json``: the folder of a job's run, written by the job; it may be in another sweep's folder
+- ``jobs/<number>-<digest of overrides>.json``: the folder of a job's run, written by the job; it may be in another
+  sweep's folder
 - ``<time of a start>/<number>/``: runs that started here
+
+A job that Slurm keeps outlives the command that submitted it, and the next command may number its jobs otherwise: what
+tells jobs apart are their overrides.
 """
 
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +76,7 @@ def write_sweep(
     command: Sequence[str],
     jobs: Sequence[Sequence[str]] | None,
     search: Mapping[str, Any] | None = None,
+    running: Iterable[Sequence[str]] = (),
 ) -> None:
     """Record the jobs of a starting sweep, replacing the record of earlier starts, whose runs stay.
 
@@ -82,8 +86,12 @@ def write_sweep(
         jobs: overrides of each; of a search, those that are known; None if they are chosen as it runs.
         search: of a search: the keys that are searched (``axes``), and whether the least or the greatest result is the
             best (``direction``).
+        running: overrides of the jobs of an earlier start that still run or wait elsewhere; their notes stay.
     """
-    shutil.rmtree(folder / "jobs", ignore_errors=True)
+    kept = {_digest(overrides) for overrides in running}
+    for path in folder.glob("jobs/*"):
+        if path.stem.partition("-")[2] not in kept:
+            path.unlink(missing_ok=True)
     write_json(
         folder / "sweep.json",
         {
@@ -96,16 +104,28 @@ def write_sweep(
     )
 
 
-def job_folder(folder: Path, number: int) -> Path:
+def same_job(overrides: Iterable[str]) -> tuple[str, ...]:
+    """What tells a job from the sweep's others, whether its first command waited for it or not."""
+    return tuple(o for o in overrides if key_of(o) != "detach")
+
+
+def _digest(overrides: Iterable[str]) -> str:
+    return digest(list(same_job(overrides)))
+
+
+def job_folder(folder: Path, number: int, overrides: Sequence[str]) -> Path:
     """The folder for a new run of a job, in the sweep's; starts of a sweep do not overwrite each other."""
-    return folder / _read_jobs(folder)["started"] / str(number)
+    sweep = _read_jobs(folder)
+    wanted = sweep["jobs"] or []
+    is_known = number >= len(wanted) or same_job(wanted[number]) == same_job(overrides)
+    return folder / sweep["started"] / (str(number) if is_known else f"{number}-{_digest(overrides)}")
 
 
 def note_run(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
     """Record the run of a job."""
     place = os.path.relpath(Path(run_dir).resolve(), Path(folder).resolve())
     facts = {"run_dir": place, "overrides": list(overrides), "process": os.getpid()}
-    write_json(folder / "jobs" / f"{number}.json", facts)
+    write_json(folder / "jobs" / f"{number}-{_digest(overrides)}.json", facts)
 
 
 def stop_jobs(folder: Path) -> bool:
@@ -114,7 +134,7 @@ def stop_jobs(folder: Path) -> bool:
     Returns:
         Whether there is such a process.
     """
-    processes = {note["process"] for note in _noted(folder).values() if "process" in note}
+    processes = {note["process"] for _, note in _noted(folder) if "process" in note}
     children = [process for process in processes if _is_child(process)]
     if children:
         (folder / "jobs" / STOPPING).touch()
@@ -193,13 +213,14 @@ def read_search(folder: Path) -> dict[str, Any] | None:
     return _read_jobs(folder).get("search") if (folder / "sweep.json").is_file() else None
 
 
-def _noted(folder: Path) -> dict[int, dict[str, Any]]:
-    """Job -> its run, for jobs that have one."""
-    return {
-        int(path.stem): read_json(path, _Note, ADVICE)
-        for path in folder.glob("jobs/*.json")
-        if path.stem.isdecimal() and len(path.stem) < 10
-    }
+def _noted(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The jobs that have a run, each with the number that it was started with, and its note."""
+    paths = {path: path.stem.partition("-")[0] for path in folder.glob("jobs/*.json")}
+    return [
+        (int(number), read_json(path, _Note, ADVICE))
+        for path, number in sorted(paths.items())
+        if number.isdecimal() and len(number) < 10
+    ]
 
 
 def read_sweep(folder: Path) -> list[Job] | None:
@@ -207,10 +228,16 @@ def read_sweep(folder: Path) -> list[Job] | None:
     if not (folder / "sweep.json").is_file():
         return None
     wanted: list[list[str]] = _read_jobs(folder)["jobs"] or []
-    noted = _noted(folder)
-    jobs = []
-    for number in sorted({*range(len(wanted)), *noted}):
-        run = noted.get(number)
-        overrides = wanted[number] if number < len(wanted) else run.get("overrides", [])
-        jobs.append(Job(number, tuple(overrides), Path(os.path.normpath(folder / run["run_dir"])) if run else None))
-    return jobs
+    runs: dict[Any, str] = {}
+    others: dict[int, tuple[str, ...]] = {}
+    for number, note in _noted(folder):
+        overrides = same_job(note.get("overrides", wanted[number] if number < len(wanted) else ()))
+        runs[number, overrides] = runs[overrides] = note["run_dir"]
+        if number >= len(wanted):
+            others[number] = overrides
+
+    def job(number: int, overrides: Sequence[str]) -> Job:
+        run = runs.get((number, same_job(overrides)), runs.get(same_job(overrides)))
+        return Job(number, tuple(overrides), Path(os.path.normpath(folder / run)) if run else None)
+
+    return [job(number, overrides) for number, overrides in [*enumerate(wanted), *sorted(others.items())]]

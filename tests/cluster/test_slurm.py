@@ -55,7 +55,7 @@ def place(tmp_path):
 def test_a_sweep_whose_waiting_process_is_killed_is_not_submitted_twice(slurm, place):
     sweep = [*ONE_NODE, *place.overrides, "seed=1,2", "trainer.max_steps=8", "evaluate=val"]
     waiting = slurm.start("train.py", "-m", *sweep)
-    slurm.wait(lambda: len(place.submitted()) == 2)
+    slurm.wait(lambda: len(place.submitted()) == 2 and place.record())  # a job has noted its run
     waiting.kill()
     waiting.communicate()
     jobs = place.submitted()

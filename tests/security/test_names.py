@@ -56,7 +56,7 @@ def test_what_is_no_name_is_refused_at_every_way_in(name, place, monkeypatch):  
     assert refusal(lambda: ShardReader(DATA / "turns", "train"))
     write_json(Path("sweep/sweep.json"), {"jobs": []})
     change_json(Path("sweep/sweep.json"), "started", value=name)
-    assert refusal(lambda: job_folder(Path("sweep"), 0))
+    assert refusal(lambda: job_folder(Path("sweep"), 0, []))
     samples = [(f"{name}/train/dia0", "train", {"turns.json": {}})]
     if name != "a/b":  # ids are names with / between them
         assert refusal(lambda: write_stream(Path("stream"), samples, {}))
