@@ -64,6 +64,9 @@ done
 """
 
 
+_started: list[subprocess.Popen] = []
+
+
 def _free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         taken = [stack.enter_context(socket.socket()) for _ in range(number)]
@@ -126,6 +129,8 @@ def slurm(slurm_packages, demo_home) -> Iterator[SimpleNamespace]:
             _wait(lambda: _ask("sinfo", "--noheader", "--format=%t %D") == "idle 2", 60)
             yield SimpleNamespace(start=_start, call=_call, ask=_ask, wait=_wait)
         finally:
+            for process in _started:  # those of tests that failed
+                process.kill()
             with suppress(subprocess.CalledProcessError):
                 _ask("scancel", "--full", f"--user={getpass.getuser()}")
                 _wait(lambda: _ask("squeue", "--noheader") == "")
@@ -151,7 +156,9 @@ def _wait(condition: Callable[[], object], seconds: float = 400) -> None:
 
 def _start(script: str, *args: str) -> subprocess.Popen:
     command: Sequence[str] = [sys.executable, script, *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _started.append(process)
+    return process
 
 
 def _call(script: str, *args: str) -> str:

@@ -26,6 +26,7 @@ MOVED = {
     "msenc.speech.kokoro.": "msenc.speech.synthesizers.kokoro.",
     "msenc.speech.openai.": "msenc.speech.synthesizers.openai.",
     "msenc.speech.qwen.": "msenc.speech.synthesizers.qwen.",
+    "lightning.pytorch.callbacks.RichProgressBar": "msenc.training.loggers.TrainingProgress",
 }
 """Where targets of earlier runs lay -> where they lie now; such runs are read, and found by their identity."""
 

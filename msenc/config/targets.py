@@ -62,6 +62,7 @@ BUILDABLE = {
         "msenc.training.checkpoints.Checkpoints",
         "msenc.training.monitor.StreamMonitor",
         "msenc.training.averaging.AverageWeights",
+        "msenc.training.loggers.TrainingProgress",
         *_of(
             "lightning.pytorch.callbacks",
             *("DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler", "LearningRateMonitor"),

@@ -21,7 +21,7 @@ from msenc.demo.world import SPEAKERS, check_packages, steady_dialogue
 from msenc.raw.timestamps import FILE_NAME
 from msenc.speech.synthesizers.libespeak import VoiceSettings, speak
 from msenc.types import MsencError
-from msenc.work.pool import progress_bar
+from msenc.work.progress import progress_bar
 from msenc.work.write_once import write_once
 
 TRUTH_FILE = "truth.json"

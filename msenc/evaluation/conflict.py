@@ -21,7 +21,6 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import Progress
 
 from msenc.data.batches import share
 from msenc.data.conflict import PLANTED, ConflictItem, ConflictSamples
@@ -33,6 +32,7 @@ from msenc.files import read_json_lines, write_json, write_text
 from msenc.files.kinds import Count
 from msenc.models.conversation import ConversationModel
 from msenc.work.group import ALONE, Group
+from msenc.work.progress import Bar
 
 CONFLICT = "conflict.json"
 ITEMS = "conflict.jsonl"
@@ -71,7 +71,7 @@ def evaluate_conflict(
             yield from zip(numbers, _losses(model, batch), strict=True)
 
     doing = f"conflict on {split}"
-    losses = dict(group.gather(results(), len(items), Progress(), doing))
+    losses = dict(group.gather(results(), len(items), Bar(), doing))
     rows = []
     for number, item in enumerate(items):
         own_by_stream, other_by_stream, own_by_words, other_by_words = losses[number]

@@ -14,7 +14,6 @@ from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import Progress
 
 from msenc.data.batches import share
 from msenc.data.collate import Batch, histories
@@ -32,6 +31,7 @@ from msenc.prompt import TOKEN_KINDS
 from msenc.speech.description import read
 from msenc.types import UNKNOWN, MsencError, Reply, Utterance, VoiceAttributes
 from msenc.work.group import ALONE, Group
+from msenc.work.progress import Bar
 
 LN2 = math.log(2)
 AGAIN = "Evaluate the run again (evaluate.py run_dir=... overwrite=true), or move the evaluation's folder away."
@@ -198,7 +198,7 @@ def score_all(
                     yield number, scored
 
     found: list[dict[tuple[str, int], Scores]] = [{} for _ in inputs]
-    for number, scored in group.gather(results(), len(inputs) * len(tokens), Progress(), doing):
+    for number, scored in group.gather(results(), len(inputs) * len(tokens), Bar(), doing):
         found[number] |= scored
     return found
 

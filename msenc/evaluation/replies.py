@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import Progress
 
 from msenc.data.batches import share
 from msenc.data.collate import Features, Layout, Row, collate, dialogue_rows, histories
@@ -16,6 +15,7 @@ from msenc.models.generation import Decoding, Wanted, read_decoding, write_from_
 from msenc.prompt import History, TokenizedDialogue
 from msenc.types import MsencError
 from msenc.work.group import ALONE, Group
+from msenc.work.progress import Bar
 
 
 class Written(NamedTuple):
@@ -115,7 +115,7 @@ def write_replies(
 
     # What is decoded together is the same in any number of processes, and so are its replies, to the bit.
     own = share(range(len(chunks)), [_tokens(chunk, decoding) for chunk in chunks], group.rank, group.size)
-    bar = None if progress is None else Progress()
+    bar = None if progress is None else Bar()
     written = group.gather((write_chunk(chunks[i]) for i in own), len(chunks), bar, progress or "")
     return sorted(reply for of_chunk in written for reply in of_chunk)
 

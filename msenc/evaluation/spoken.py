@@ -26,7 +26,8 @@ from msenc.speech.voice import VoiceMeasures, measure
 from msenc.speech.wav import from_wav, write_wav
 from msenc.types import UNKNOWN, VoiceAttributes, needing
 from msenc.work.group import ALONE, Group
-from msenc.work.pool import map_in_order, progress_bar
+from msenc.work.pool import map_in_order
+from msenc.work.progress import progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")

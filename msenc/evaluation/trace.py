@@ -16,7 +16,6 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from msenc.data.batches import share
@@ -35,6 +34,7 @@ from msenc.models.layers import layers_of
 from msenc.store.labels import LABELS, VOICE_TURNS, read_labels
 from msenc.types import UNKNOWN, UNKNOWN_SPEAKER, Batch, MsencError
 from msenc.work.group import ALONE, Group
+from msenc.work.progress import Bar
 
 FILE = "trace.json"
 ENCODER = "encoder"
@@ -216,7 +216,7 @@ def record(
         layers={stream: layers_of(spec.settings) for stream, spec in datamodule.streams.items()},
     )
     loader = datamodule.eval_dataloader(split, limit, chosen=own, collate_fn=make)
-    parts = group.gather(_record(model, loader), len(tokens), Progress(), f"tracing {split}")
+    parts = group.gather(_record(model, loader), len(tokens), Bar(), f"tracing {split}")
     stations = {}
     for stream in datamodule.streams:
         of_stream = [part[stream] for part in parts if stream in part]

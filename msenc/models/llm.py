@@ -149,6 +149,7 @@ def load_llm(
     base = None if empty else fingerprint(llm, stored)
     if quantization is not None:
         quantize(llm, quantization)
+    llm.get_output_embeddings().register_forward_pre_hook(_contiguous)
     if gradient_checkpointing:
         # transformers 5.23 renamed it; by default, both recompute without re-entering autograd.
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
@@ -163,6 +164,12 @@ def load_llm(
     llm.quantization = quantization
     llm.attention_kernel = "dense" if is_eager else attn_implementation
     return llm
+
+
+def _contiguous(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # The last tokens of many rows are a view, of which torch makes a product for each row, with a copy of the weight:
+    # in bfloat16 400 times slower (32 rows, 49,152 tokens).
+    return tuple(tensor.contiguous() for tensor in given)
 
 
 def parts_used_alone(llm: nn.Module) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from msenc.speech.attributes import VoiceSettings
 from msenc.speech.description import describe, read
 from msenc.speech.synthesizers.openai import Server, completion
 from msenc.types import UNKNOWN, MsencError, VoiceAttributes
-from msenc.work.pool import progress_bar
+from msenc.work.progress import progress_bar
 
 CACHE = "voice-writer.jsonl"
 VARIANTS = 4

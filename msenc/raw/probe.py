@@ -14,7 +14,8 @@ from msenc.raw.container import VERSION, Findings, MediaError, split_part
 from msenc.raw.media import ClipProperties, read_audio, read_frames, read_properties
 from msenc.store.location import hash_file
 from msenc.types import MsencError
-from msenc.work.pool import pool_of, progress_bar
+from msenc.work.pool import pool_of
+from msenc.work.progress import progress_bar
 
 PROBE_VERSION = [2, VERSION]
 """Of what `probe_clip` finds, and of how it decodes; another one makes every cached clip unknown."""

@@ -15,7 +15,6 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import torch
 from filelock import FileLock
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -46,6 +45,7 @@ from msenc.training.assembly import num_for_calibration
 from msenc.training.checkpoints import read_checkpoint, write_checkpoint
 from msenc.types import UNKNOWN, Dialogue, MsencError, VoiceAttributes
 from msenc.work.console import console, shown
+from msenc.work.progress import Bar
 
 VERSION = 1
 """Version of the algorithm: raised when equal settings give a different alignment."""
@@ -327,7 +327,7 @@ def _make(
             loss_of = make_loss(settings, targets, connector)
         state = _read_state(folder / PARTIAL)
         start = time.monotonic()
-        with Progress(console=console) as progress:
+        with Bar(console=console) as progress:
             bar = progress.add_task(f"aligning {stream}", total=settings.steps, completed=state.step if state else 0)
 
             def on_step(done: int, loss: float, take: Callable[[], AlignmentState]) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 from msenc.store.members import decode_member, encode_member
 from msenc.store.shards import disk_errors
 from msenc.types import MsencError
-from msenc.work.pool import pool_of, progress_bar
+from msenc.work.pool import pool_of
+from msenc.work.progress import progress_bar
 
 T = TypeVar("T")
 Members = dict[str, Any]

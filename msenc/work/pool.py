@@ -1,4 +1,4 @@
-"""Work in other processes: the pool, which ends with its parent, progress bars, and a job in the background."""
+"""Work in other processes: the pool, which ends with its parent, and a job in the background with its progress bar."""
 
 import multiprocessing
 import os
@@ -16,10 +16,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import Progress
 
 from msenc.types import MsencError
+from msenc.work.progress import Bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -150,23 +150,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def progress_bar(unit: str) -> Progress:
-    """A bar with count, rate in `unit` per second, and remaining time."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()
-    )
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} {self.unit}/s")
-
-
 # ---------------------------------------------------------------------------------------------------- beside
 
 
@@ -187,7 +170,7 @@ class Beside:
         self._process = context.Process(target=_work_beside, args=(work, sender), name=what)
         self._process.start()
         sender.close()  # so that the pipe ends when the process does
-        self._progress = Progress()
+        self._progress = Bar()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._progress.start()
         self._listener.start()
@@ -287,7 +270,7 @@ _send: Callable[[tuple[str, Any]], None] | None = None  # of a process that work
 
 def lone_bar() -> Progress:
     """A progress bar for one long job, in whichever process it runs."""
-    return Progress() if _send is None else _Beside(_send)
+    return Bar() if _send is None else _Beside(_send)
 
 
 def _work_beside(work: Callable[[], object], pipe: Connection) -> None:

@@ -52,6 +52,25 @@ def greedily(model, batch):
     return ids[: ids.index(END)] if END in ids else ids
 
 
+def test_the_output_layer_gets_last_tokens_as_one_block(tiny_models, monkeypatch):
+    """Of a view of many rows, torch makes a product for each row."""
+    model = build_conversation(tiny_models["llama"]).eval()
+    weight = model.llm.get_output_embeddings().weight
+    seen = []
+
+    def linear(x, w, b=None):
+        if w is weight:
+            seen.append((x.shape, x.is_contiguous()))
+        return original(x, w, b)
+
+    original = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    batch, wanted, _ = draw_trunks()
+    write_from_trunks(model, batch, wanted, read(**GREEDY))
+    assert len({shape for shape, _ in seen}) > 1
+    assert all(is_one for _, is_one in seen)
+
+
 # ------------------------------------------------------------------------------------------------ greedy
 
 
