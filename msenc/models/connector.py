@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from msenc.files import read_json
 from msenc.files.kinds import Name
-from msenc.models.pretrained import load_error, load_torch_file, name_some, split_revision
+from msenc.models.pretrained import load_error, load_torch_file, look_for_hub, name_some, split_revision
 from msenc.types import MsencError
 
 # Of checkpoints whose Q-Former also reads text: the layers' second feed-forward, which queries never pass.
@@ -653,6 +653,7 @@ def _fetch(name_or_path: str, file: str) -> Path:
     name, revision = split_revision(name_or_path)
     folder = Path(name)
     if not folder.is_dir():
+        look_for_hub()
         return Path(hf_hub_download(name, file, revision=revision))
     if not (folder / file).is_file():
         raise FileNotFoundError(f"no {file} in the folder")

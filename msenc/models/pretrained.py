@@ -4,11 +4,14 @@ Used by the encoders, the connectors and the LLM. When an LLM is divided among p
 files: folder or hub id -> StoredWeights -> fingerprint, token embeddings, rows of any tensor.
 """
 
+import logging
 import math
+import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,12 @@ from torch import Tensor, nn
 from msenc.files.kinds import short
 from msenc.types import MsencError
 
+log = logging.getLogger(__name__)
+
 ANOTHER = "Take another checkpoint, or train again."
+
+REACH_S = 10.0
+"""Seconds within which the hub has to answer at all."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +70,8 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
         raise MsencError(f"{cls.__name__}: {name_or_path!r} is a URL. Expected a folder or a hub id.")
     folder = Path(name_or_path).expanduser()
     name, revision = split_revision(name_or_path)
+    if not folder.is_dir():
+        look_for_hub()
     if revision is not None:
         kwargs["revision"] = revision
     is_model = _is_model(cls)
@@ -80,6 +90,29 @@ def load_pretrained(cls: type, name_or_path: str, may_miss: tuple[str, ...] = ()
     if missing:
         raise load_error(cls.__name__, name_or_path, f"its weights lack {len(missing)} tensors ({name_some(missing)})")
     return model
+
+
+@cache
+def look_for_hub() -> None:
+    """Where the hub cannot be reached, take what its local cache has, in this process and those it starts.
+
+    The hub's client would ask six times for each file of a model, for half a minute each, and print every attempt;
+    in a cluster's nodes without a network, that holds for models that are in the cache, too.
+    """
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    if is_offline_mode():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=REACH_S)  # any answer will do
+    except Exception as error:  # of the HTTP library, the proxy, the system
+        log.warning(
+            "%s cannot be reached (%s): models come from its local cache alone.",
+            constants.ENDPOINT,
+            type(error).__name__,
+        )
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def split_revision(name_or_path: str | Path) -> tuple[str, str | None]:
@@ -296,6 +329,8 @@ def _find_files(name_or_path: str) -> list[str]:
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     name, revision = split_revision(name_or_path)
+    if not Path(name).is_dir():
+        look_for_hub()
     of = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     with quiet(hide_bars=Path(name).is_dir()):
         single = cached_file(name, "model.safetensors", **of)

@@ -45,8 +45,11 @@ def fetched(place: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
 
+    from msenc.models.pretrained import look_for_hub
+
     name, at, revision = str(place).removeprefix(HUB).partition("@")
     check_repo(name)
+    look_for_hub()
     if at and not revision:
         raise MsencError(f"{place}: no revision after the @. Name a commit, a tag or a branch, or leave the @ out.")
     try:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from msenc.files import read_text, write_text
 from msenc.types import MsencError
 from msenc.work.console import console
-from msenc.work.progress import Pace
+from msenc.work.progress import Pace, shows_bars
 
 
 class TrainingProgress(RichProgressBar):
@@ -43,7 +43,7 @@ class TrainingProgress(RichProgressBar):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Remove the bar of the validation, or print a line."""
         super().on_validation_end(trainer, module)
-        if self.is_enabled and not trainer.sanity_checking and not console.is_terminal:
+        if self.is_enabled and not trainer.sanity_checking and not shows_bars():
             self._say(trainer, module)
 
     def _say(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -12,6 +12,11 @@ LINE_EVERY_S = 60.0
 """Seconds between two lines, where there is no terminal to draw a bar in."""
 
 
+def shows_bars() -> bool:
+    """Whether bars can be drawn: in a terminal, or a notebook."""
+    return console.is_terminal or console.is_jupyter
+
+
 class Pace:
     """Says when the next line is due."""
 
@@ -20,7 +25,7 @@ class Pace:
 
     def is_due(self) -> bool:
         """Whether a line is due now, which then counts as printed."""
-        if console.is_terminal or time.monotonic() - self._said < LINE_EVERY_S:
+        if shows_bars() or time.monotonic() - self._said < LINE_EVERY_S:
             return False
         self._said = time.monotonic()
         return True

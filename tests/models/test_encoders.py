@@ -1,16 +1,20 @@
 import os
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import is_offline_mode
 from tiny_models import save_clip, save_speech_encoder, save_whisper
 
 from msenc.models.encoders import ClipVision, LogMel, Pixels, SpeechEncoder, WhisperEncoder, mel_bands, similar_batches
-from msenc.models.pretrained import load_pretrained
+from msenc.models.pretrained import load_pretrained, look_for_hub
 from msenc.types import MsencError
 
 RATE = 16000
@@ -385,6 +389,41 @@ def test_a_hub_id_offline_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MsencError, match=r"cannot load 'example/no-such-model'"):
         ClipVision("example/no-such-model")
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """``endpoint(URL)``: the hub is there, and nobody has looked whether it can be reached."""
+
+    def call(url):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        look_for_hub.cache_clear()
+
+    yield call
+    look_for_hub.cache_clear()
+
+
+def test_a_hub_out_of_reach_is_looked_for_once(endpoint, caplog):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint(url := f"http://127.0.0.1:{free.getsockname()[1]}")
+    for _ in range(2):
+        with pytest.raises(MsencError, match=r"cannot load 'example/no-such-model'"):
+            ClipVision("example/no-such-model")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{url} cannot be reached (ConnectError): models come from its local cache alone."]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # for processes that this one starts
+
+
+def test_a_hub_that_answers_anything_is_asked(endpoint):
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        endpoint(f"http://127.0.0.1:{server.server_port}")
+        look_for_hub()
+    assert not is_offline_mode()
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
 
 
 def test_weights_that_lack_tensors_are_refused(clip_folder, tmp_path):
