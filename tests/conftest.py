@@ -44,10 +44,11 @@ SLOW = (
     *("test_commands", "test_resume", "test_sharding", "test_pipelines", "test_sweeps", "test_configs"),
     *("test_processes", "test_readme", "test_align", "test_command_lines", "test_listening_page", "test_signals"),
     *("test_trackers", "test_visitors", "test_talk_page", "test_hands_free", "test_layers", "test_plan"),
-    *("test_preference", "test_hub", "test_worlds"),
+    *("test_preference", "test_hub", "test_worlds", "test_search", "test_object_storage", "test_demo", "test_own_data"),
+    *("test_evaluate", "test_trace", "test_description", "test_kills", "test_tour"),
 )
-"""Files that take about a minute or more: runs that are killed, sweeps, several processes, browsers. They have the
-marker `slow`, and begin first, so that no core waits for another's last one."""
+"""Files that take long, up to several minutes: runs that are killed, searches and sweeps, several processes, browsers,
+generated worlds. They have the marker `slow`, and begin first, so that no core waits for another's last one."""
 
 QUICK = "not fuzz and not slow"
 """What `make test` selects."""
