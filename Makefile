@@ -14,7 +14,7 @@ help:
 	@echo "make train   train on the demo data          ARGS=\"modality=text seed=1\" adds overrides"
 	@echo "make talk    serve a page to talk to a run   ARGS=\"speech=kokoro port=8000\" adds overrides"
 	@echo "make test    run the tests and doctests      ARGS=\"tests/report -x\" selects, ARGS=-n0 takes one core"
-	@echo "                                             ARGS=\"-m slow\" runs those that take a minute or more"
+	@echo "                                             ARGS=\"-m slow\" runs those that take longest"
 	@echo "make bench   run all benchmarks              ARGS=--quick shows that they run"
 	@echo "make docs    build the pages of docs/ in site/"
 	@echo "make lint    ruff check, ruff format --check, lint-imports"

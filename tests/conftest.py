@@ -1,5 +1,6 @@
 """A small demo, prepared once, and the ways that tests compose, train and call the scripts on it."""
 
+import gc
 import json
 import os
 
@@ -43,16 +44,33 @@ SLOW = (
     *("test_commands", "test_resume", "test_sharding", "test_pipelines", "test_sweeps", "test_configs"),
     *("test_processes", "test_readme", "test_align", "test_command_lines", "test_listening_page", "test_signals"),
     *("test_trackers", "test_visitors", "test_talk_page", "test_hands_free", "test_layers", "test_plan"),
-    *("test_preference", "test_hub", "test_worlds"),
+    *("test_preference", "test_hub", "test_worlds", "test_search", "test_object_storage", "test_demo", "test_own_data"),
+    *("test_evaluate", "test_trace", "test_description", "test_kills", "test_tour"),
 )
-"""Files that take about a minute or more: runs that are killed, sweeps, several processes, browsers. They have the
-marker `slow`, and begin first, so that no core waits for another's last one."""
+"""Files that take long, up to several minutes: runs that are killed, searches and sweeps, several processes, browsers,
+generated worlds. They have the marker `slow`, and begin first, so that no core waits for another's last one."""
+
+QUICK = "not fuzz and not slow"
+"""What `make test` selects."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Leave slow files to ``-m slow`` and to who names them, or their folder."""
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not fuzz":
-        config.option.markexpr = "not fuzz and not slow"
+        config.option.markexpr = QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file of which no test is run."""
+    return True if config.option.markexpr == QUICK and collection_path.stem in SLOW else None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: each collection of garbage, of which a run makes one, would look through it for half a
+    second.
+    """  # noqa: D205
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,5 +1,6 @@
 """Schemas for editors accept every config of ours and no broken one; --help says what each key is; completion works."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from conftest import CONFIGS, ROOT
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from msenc import commands
@@ -146,6 +148,16 @@ def test_help_prints_them():
     keys = done.partition("== Keys ==")[2].partition("== Config ==")[0]
     assert "\nspread                               ci: means with half of their interval" in keys
     assert "\nnoise_floor: null\n" in done  # the composed config below
+
+
+def test_the_schemas_are_not_copied_for_each_group_that_help_lists_and_stay_as_they_are(compose):
+    store = ConfigStore.instance()
+    before = {name: OmegaConf.to_yaml(store.load(name).node) for name in store.list("") if name.endswith(".yaml")}
+    config = compose(["modality=text", "seed=7"])
+    config.seed = 8
+    assert copy.deepcopy(store) is store
+    assert {name: OmegaConf.to_yaml(store.load(name).node) for name in before} == before
+    assert compose().seed == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from msenc.data.collate import Layout, group_targets, histories
@@ -20,6 +19,7 @@ from msenc.prompt import DialogueTokenizer, Slot, TokenizedDialogue
 from msenc.store.location import Place, RemotePath
 from msenc.store.shards import ShardReader
 from msenc.types import Dialogue, MsencError
+from msenc.work.processes import is_first_process
 
 SCHEMA_VERSION = 2
 """Version of the cached files; changing it invalidates them."""
@@ -129,8 +129,7 @@ def split_lengths(
     frames = {stream: dict(zip(reader.ids, reader.lengths, strict=True)) for stream, reader in streams.items()}
     lengths = {}
     # A transient bar: most data take a moment, some take minutes.
-    hide = rank_zero_only.rank != 0
-    for id in track(ids, f"counting tokens of {turns.split}", transient=True, disable=hide):
+    for id in track(ids, f"counting tokens of {turns.split}", transient=True, disable=not is_first_process()):
         dialogue = Dialogue.from_json(turns.read(id)["turns.json"])
         present = [{s: frames[s][id][k] for s in streams if frames[s][id][k]} for k in range(len(dialogue.utterances))]
         lengths[id] = measure(tokenizer(dialogue, present), dialogue)

@@ -94,6 +94,9 @@ class EpochLoader:
         self._length = len(batches_of(0))
         self._batches: list[list[int]] = []
         self._loader = make_loader(dataset, self._batches, collate, num_workers, pin_memory)
+        # The trainer and its loader refer to each other. Were the processes part of such a cycle, their queues would be
+        # closed before they are told to end, and as they ignore SIGTERM, this process would wait for them for ever.
+        weakref.finalize(self, _end_workers_of, self._loader)
 
     @property
     def sampler(self) -> "EpochLoader":
@@ -167,5 +170,9 @@ _open: weakref.WeakSet[DataLoader] = weakref.WeakSet()
 def _end_workers() -> None:
     """Those of an epoch that was interrupted: they ignore the signal by which Python would end them, and waits then."""
     for loader in list(_open):
-        if (iterator := loader._iterator) is not None:
-            iterator._shutdown_workers()
+        _end_workers_of(loader)
+
+
+def _end_workers_of(loader: DataLoader) -> None:
+    if (iterator := loader._iterator) is not None:
+        iterator._shutdown_workers()

@@ -42,12 +42,16 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant
 _FAST_DECODER, _FAST_ENCODER = msgspec.json.Decoder(), msgspec.json.Encoder()
 
 
+def _escapes(start: str, text: str) -> bool:
+    return "\\" in text and start in text  # one letter is found in a tenth of the time that two take
+
+
 def _decode(text: str) -> Any:
     """What `_DECODER` makes of a text or refuses, in a third of its time where nothing is wrong."""
     try:
         value = _FAST_DECODER.decode(text)  # knows no NaN, no infinity and no half of a surrogate pair
         # A key that stands there twice is there once when written again; a quote in a text stays one, except \u0022.
-        if "\\u" not in text and text.count('"') == _FAST_ENCODER.encode(value).count(b'"'):
+        if not _escapes("\\u", text) and text.count('"') == _FAST_ENCODER.encode(value).count(b'"'):
             return value
     except (msgspec.MsgspecError, OverflowError, RecursionError, UnicodeEncodeError):
         pass  # of what is wrong, json names the place
@@ -104,7 +108,7 @@ def parse_json(text: str | bytes, where: object, kind: Any = Any, advice: str = 
         value = _decode(text)
         if version is not None and (found := value.get("schema_version") if type(value) is dict else None) != version:
             raise MsencError(f"{where}: found schema version {short(found)}, expected {version}. {advice}".rstrip())
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair could not be written again
+        if _escapes("\\ud", text) or _escapes("\\uD", text):  # half a surrogate pair could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:
         raise MsencError(f"{where}: cannot be read as JSON ({reason_of(e)}). {advice}".rstrip()) from e

@@ -171,7 +171,7 @@ class RunRecord:
                 lock.acquire()
             except Timeout as e:
                 if wait:
-                    from msenc.work.console import console, shown  # not for --help: it imports transformers
+                    from msenc.work.console import console, shown  # not for --help, which needs no rich
 
                     console.print(f"Another process is using {shown(self.folder)}: waiting for it.", soft_wrap=True)
                     lock.acquire(timeout=-1, poll_interval=1)

@@ -5,11 +5,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import transformers
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from msenc.work.command import as_typed
+from msenc.work.processes import is_first_process
 
 
 class _Console(Console):
@@ -21,15 +20,17 @@ class _Console(Console):
 
 # Only the first process of a run prints. Names and texts of data may hold what rich takes for markup or emoji
 # ([red], :cat:): nothing printed here is read as such, and colours are given as `style`.
-console = _Console(quiet=rank_zero_only.rank != 0, markup=False, emoji=False)
+console = _Console(quiet=not is_first_process(), markup=False, emoji=False)
 
 
 def quieten() -> None:
     """Suppress warnings of libraries about each other, and about deliberate choices of the configs."""
+    from transformers.utils import logging as transformers_logging  # here: a report does without transformers
+
     # Lightning lists devices it does not use and advertises; what matters is printed by msenc.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     # Between libraries: PEFT asks transformers by an old name, Lightning torch by an old call.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

@@ -7,14 +7,19 @@ from typing import Any
 LONGEST = timedelta(hours=1)
 """How long a process waits for the first one's value."""
 
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Environment variables that number a run's processes; the first that is there holds, as for Lightning."""
+
 _stores: list[Any] = []  # served by the first process while it lives
 
 
 def is_first_process() -> bool:
     """Whether this is the process that decides and writes, among those of one run."""
-    from lightning.pytorch.utilities import rank_zero_only  # imported late, so that --help does not wait for it
+    from lightning_utilities.core.rank_zero import rank_zero_only
 
-    return rank_zero_only.rank == 0
+    # Lightning sets the rank when it is imported, which takes seconds. Until then, the variables that it reads say it.
+    rank = getattr(rank_zero_only, "rank", None)
+    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0) if rank is None else rank) == 0
 
 
 def told_by_the_first(name: str, value: str) -> str:

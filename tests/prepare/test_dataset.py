@@ -473,14 +473,13 @@ def meld_root():
     return folder
 
 
-def test_real_annotations_prepare_and_train(run_script, train, tmp_path):
+def test_real_annotations_prepare_and_train(call_script, train, tmp_path, capsys):
     root, data = meld_root(), tmp_path / "meld"
-    done = run_script("prepare.py", "data=meld", f"data.root={root}", "modality=text", f"data.dir={data}")
-    assert done.returncode == 0, done.stderr
+    call_script("prepare.py", "data=meld", f"data.root={root}", "modality=text", f"data.dir={data}")
     splits = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["splits"]
     assert {s: c["dialogues"] for s, c in splits.items()} == {"train": 1038, "val": 114, "test": 280}
     assert {s: c["samples"] for s, c in splits.items()} == {"train": 8951, "val": 995, "test": 2330}
-    assert "8,951" in done.stdout
+    assert "8,951" in capsys.readouterr().out
 
     run = train(
         [
