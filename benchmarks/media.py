@@ -276,6 +276,16 @@ def cases() -> list[Case]:
         name = {"nan": "some are no numbers", "nothing": "none is a number", "scale": "of 16 bits", "loud": "too loud"}
         make = lambda p, x=pieces: write_floats(p, x)  # noqa: E731
         add(f"wav, floats, {name[file[:-4]]}", file, make, audio, "no picture", flags)
+    lifted, flat = tone(440, 2) / 2 + 0.4, np.full((1, 2 * RATE), 0.3)
+    apart = tone(440, 2, (0.25, 0.25)) + np.array([[0.5], [-0.5]])
+    for file, pieces, audio, flags in (
+        ("lifted.wav", lifted, None, ("dc_offset",)),
+        ("flat.wav", flat, "silent", ()),
+        ("apart.wav", apart, None, ()),
+    ):
+        name = {"lifted": "lifted as a whole", "flat": "nothing but an offset", "apart": "channels lifted apart"}
+        make = lambda p, x=pieces: write(p, Track([(0.0, x.astype(np.float32))], "pcm_s16le"))  # noqa: E731
+        add(f"wav, {name[file[:-4]]}", file, make, audio, "no picture", flags)
     add("flac, no stated length", "length.flac", write_endless_flac, None, "no picture")
     add("wav, no stated length", "length.wav", write_endless_wav, None, "no picture")
 
@@ -323,6 +333,16 @@ def cases() -> list[Case]:
         ("damaged_packets",))  # fmt: skip
     add("mp4, cut off before its index", "index.mp4", lambda p: write_cut(p, 0.8, ""), *UNUSABLE)
     add("wav, cut off at 30 %", "cut30.wav", write_cut_wav, None, "no picture", ("cut_off",))
+    add("mp3, cut off at 40 %", "cut40.mp3", write_cut_mp3, None, "no picture", ("cut_off",))
+    add(
+        "avi, cut off at 40 %",
+        "cut40.avi",
+        write_cut_avi,
+        None,
+        None,
+        ("cut_off", "damaged_packets", "variable_frame_rate"),
+    )
+    add("ts, begins before zero", "early.ts", write_early, None, "no picture")
     late_cut = Video(start_s=100.0)
     film("mkv, cut out of a longer one", "middle.mkv", ("libx264", "aac"), tracks=[Track([(100.0, tone(440, 2))])],
         picture=late_cut)  # fmt: skip
@@ -422,6 +442,24 @@ def write_cut(path: Path, share: float, flags: str) -> None:
 def write_cut_wav(path: Path) -> None:
     write(path, Track([(0.0, tone(440, 6))], "pcm_s16le"))
     path.write_bytes(path.read_bytes()[: int(0.3 * path.stat().st_size)])
+
+
+def write_cut_mp3(path: Path) -> None:
+    write(path, Track([(0.0, tone(440, 6))], "libmp3lame"))
+    path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size)])
+
+
+def write_cut_avi(path: Path) -> None:
+    write(path, Track([(0.0, noise(6))], "libmp3lame"), video=Video("mjpeg", seconds=6))
+    path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size)])
+
+
+def write_early(path: Path) -> None:
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as file:
+        stream = file.add_stream("mp2", rate=RATE, layout="mono")
+        for packet in encoded(Track([(0.0, tone(440, 1)), (1.0, tone(1760, 1))], "mp2"), stream):
+            packet.pts, packet.dts = packet.pts - RATE, packet.dts - RATE
+            file.mux(packet)
 
 
 # ------------------------------------------------------------------------------------------------ the table

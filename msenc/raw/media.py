@@ -41,6 +41,8 @@ from msenc.raw.container import (
 )
 
 SILENCE_PEAK = 10 ** (-90 / 20)  # -90 dBFS: about the last bit of 16-bit sound
+# The samples' mean, beyond which they were lifted by something other than sound, as by a sound card.
+MAX_OFFSET = 0.02
 # A stream that ends before this share of the length that its header states was cut off.
 MIN_DECODED_SHARE = 0.5
 # Pictures of a constant rate lie one tick more or less apart.
@@ -111,8 +113,11 @@ def read_audio(
         channel = channel if cancelled is None else cancelled
         mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, Findings(), channel, divisor)
         samples = _decode_audio(path, span, tracks.get("track"), mixdown)
-    if np.abs(samples).max(initial=0.0) < SILENCE_PEAK:
+    offset = float(samples.mean())
+    if max(samples.max() - offset, offset - samples.min()) < SILENCE_PEAK:
         raise MediaError("silent")
+    if abs(offset) > MAX_OFFSET:
+        findings.notes["dc_offset"] = f"{offset:+.2f} of full scale"
     return samples
 
 
@@ -345,7 +350,7 @@ class _Mixdown:
         values = frame.to_ndarray()
         values = values if frame.format.is_planar else values.reshape(-1, frame.layout.nb_channels).T
         values = values.astype(np.float32)
-        values -= 128 * (frame.format.name in ("u8", "u8p"))
+        values -= values.mean(axis=1, keepdims=True)  # an offset is no sound
         if len(values) != len(self._powers):
             self._powers, self._power_of_sum = np.zeros(len(values)), 0.0
         total = values.sum(axis=0)
