@@ -227,12 +227,13 @@ def cases() -> list[Case]:
             ("gap_in_audio",),
         )
     late = [(1.5, tone(440, 2))]
+    both = ("late_start", "stream_lengths")
     for file in ("late.mp4", "late.mkv", "late.ts"):
-        film(f"{file[-3:]}, audio starts late", file, ("libx264", "aac"), None, None, ("late_start",), pieces=late)
+        film(f"{file[-3:]}, audio starts late", file, ("libx264", "aac"), None, None, both, pieces=late)
     add(
         "mp4, audio alone starts late", "late.m4a", lambda p: write(p, Track(late)), None, "no picture", ("late_start",)
     )
-    film("mkv, video starts late", "late2.mkv", ("libx264", "aac"), picture=Video(start_s=1.0), flags=("late_start",))
+    film("mkv, video starts late", "late2.mkv", ("libx264", "aac"), picture=Video(start_s=1.0), flags=both)
     add("ts, times overlap", "overlap.ts", lambda p: write_two(p, second_s=2.5), flags=("variable_frame_rate",))
     add("ts, two files in one", "two.ts", write_two, flags=("new_clock",))
 
@@ -292,6 +293,16 @@ def cases() -> list[Case]:
     second = [Track([(0.0, tone(440, 2))], is_default=False), Track([(0.0, tone(1760, 2))], is_default=True)]
     for file in ("tracks.mkv", "tracks.mp4"):
         film(f"{file[-3:]}, two tracks", file, ("libx264", "aac"), flags=("several_tracks",), tracks=second)
+    pictures = Video(seconds=0.1)
+    film("mp4, a still picture", "still.mp4", ("libx264", "aac"), flags=("still_picture",), picture=pictures)
+    film(
+        "mp4, audio lasts longer",
+        "longer.mp4",
+        ("libx264", "aac"),
+        flags=("stream_lengths",),
+        pieces=[(0.0, tone(440, 4))],
+    )
+    add("mkv, two videos", "videos.mkv", write_videos, flags=("several_tracks",))
     inverted = [(0.0, tone(440, 2, (0.5, -1.0)))], [(0.0, tone(440, 2, (1.0, -1.0)))]
     for number, pieces in enumerate(inverted):
         for suffix, codec in (("wav", "pcm_s16le"), ("m4a", "aac")):
@@ -452,6 +463,20 @@ def write_cut_mp3(path: Path) -> None:
 def write_cut_avi(path: Path) -> None:
     write(path, Track([(0.0, noise(6))], "libmp3lame"), video=Video("mjpeg", seconds=6))
     path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size)])
+
+
+def write_videos(path: Path) -> None:
+    with av.open(str(path), "w") as file:
+        streams = [file.add_stream("mpeg4", rate=FPS) for _ in range(2)]
+        sound = file.add_stream("aac", rate=RATE, layout="mono")
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        for number in range(2 * FPS):
+            for stream in streams:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(Video(), number), format="rgb24")))
+        for stream in streams:
+            file.mux(stream.encode(None))
+        file.mux(encoded(Track([(0.0, tone(440, 2))]), sound))
 
 
 def write_early(path: Path) -> None:

@@ -493,7 +493,7 @@ def _read_table(
             f"{path}: not a CSV table ({reason}). Expected {_header(columns)}; a text that holds the separator or a "
             "quotation mark in double quotes, and such a mark in it twice. Correct that row, or get the file again."
         ) from error
-    names = [name.strip() for name in header.iloc[0]]  # as they stand there: pandas makes each another
+    names = [clean_name(name) for name in header.iloc[0]]  # as they stand there: pandas makes each another
     _check_columns(path, names, columns, may_have)
     table.columns = range(len(names))
 

@@ -20,7 +20,7 @@ from msenc.files import inside, write_text
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.audit_page import render_page
 from msenc.raw.container import SUFFIXES, shown, split_part
-from msenc.raw.probe import ClipFacts, probe_clips
+from msenc.raw.probe import ClipFacts, deviates, probe_clips
 from msenc.store.flags import AUDIT, SCHEMA_VERSION, Audit, Flag, flags_csv
 from msenc.store.manifest import MANIFEST, DatasetManifest, write_rejections
 from msenc.store.shards import read_index
@@ -32,8 +32,6 @@ SHORT_S = 0.3
 LONG_S = 60.0
 MAX_CHARACTERS_PER_S = 30.0  # fast speech reaches 25
 MAX_TOGETHER_SHARE = 1 / 3
-MAX_DEVIATION_S = 0.5
-MAX_DEVIATION_SHARE = 0.1
 _LOST = re.compile(r"\ufffd|^\?{2,}(?:\s+\?+)+$|^#(?:NAME\?|REF!|VALUE!|N/A|NULL!|NUM!|DIV/0!)$")
 _MARKUP = re.compile(r"</?[A-Za-z][A-Za-z0-9]*(?:\s[^<>]*)?/?>|\{\\[a-z]")
 TOO_LITTLE_DATA = "not known: the annotations name no recording"
@@ -156,13 +154,6 @@ def flag_clips(dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], ro
             if clip not in files and path.is_file() and path.suffix.lower() in SUFFIXES:
                 flags.append(Flag("", split, "clip_without_row", shown(clip)))
     return flags
-
-
-def deviates(clip_s: float | None, row_s: float | None) -> bool:
-    """Whether a clip's length and its row's differ by more than 0.5 s and more than a tenth."""
-    if clip_s is None or row_s is None:
-        return False
-    return abs(clip_s - row_s) > max(MAX_DEVIATION_S, MAX_DEVIATION_SHARE * row_s)
 
 
 def flag_rows(annotations: Annotations) -> list[Flag]:

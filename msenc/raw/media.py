@@ -648,6 +648,9 @@ class ClipProperties:
         sample_rate: of the audio in Hz, 0 without.
         channels: of the audio, 0 without.
         tracks: of audio.
+        videos: tracks of moving pictures.
+        pictures: of the video; 0 without.
+        video_end_s: when the last picture ends, by the clock of the decoded audio; None without.
         rotation: degrees by which the first picture is to be turned counter-clockwise to stand upright.
         is_variable: whether the pictures follow each other at uneven times.
     """
@@ -657,6 +660,9 @@ class ClipProperties:
     sample_rate: int
     channels: int
     tracks: int
+    videos: int
+    pictures: int
+    video_end_s: float | None
     rotation: int
     is_variable: bool
 
@@ -673,7 +679,7 @@ def read_properties(path: Path) -> ClipProperties:
             sound = choose_stream(list(container.streams.audio), "no sound")
         with suppress(MediaError):
             video = choose_stream(moving(container), "no picture")
-        rotation, times = 0, []
+        rotation, times, end_s = 0, [], None
         if video is not None:
             findings, num = Findings(), 0
             for packet in read_packets(container, video, findings):
@@ -681,6 +687,8 @@ def read_properties(path: Path) -> ClipProperties:
                 if rotation == 0 and (num := num + 1) < 8:  # all pictures of a file are turned alike
                     frames = decode_packets(video, iter([packet]), findings)
                     rotation = next((frame.rotation for frame in frames), 0)
+            if times:
+                end_s = float(max(times) * video.time_base) + _frame_length(video) - origin_of(container)
         gaps = [b - a for a, b in pairwise(sorted(times))][:-1]  # some writers lengthen the last but one
         return ClipProperties(
             formats=tuple(container.format.name.split(",")),
@@ -688,6 +696,9 @@ def read_properties(path: Path) -> ClipProperties:
             sample_rate=sound.rate or 0 if sound else 0,
             channels=sound.layout.nb_channels if sound else 0,
             tracks=len(container.streams.audio),
+            videos=len(moving(container)),
+            pictures=len(times),
+            video_end_s=end_s,
             rotation=rotation,
             is_variable=bool(gaps) and max(gaps) > MAX_GAP_RATIO * max(min(gaps), 1),
         )

@@ -409,6 +409,13 @@ def test_spaces_behind_separators_are_no_part_of_a_value(tmp_path):
     assert (utterance.text, utterance.clip) == ("Hi, you", "a, b.wav#t=0.000,1.000")
 
 
+def test_a_columns_name_is_the_same_with_marks_that_show_nothing(tmp_path):
+    (dialogue,) = read_table(
+        table(tmp_path, "clip\u200b,\u2060dialogue,te\u00adxt\n,d,hi\n"), "own", SPLIT | ONE
+    ).dialogues
+    assert dialogue.utterances[0].text == "hi"
+
+
 @pytest.mark.parametrize("row", ["---,---,---", ",,12", f",{200 * 'd'}d,hi", "# the second part,,"])
 def test_a_line_that_states_no_utterance_is_refused_with_what_to_do(tmp_path, row):
     with pytest.raises(
