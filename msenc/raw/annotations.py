@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from msenc.files import check_regular, content_hash
-from msenc.files.kinds import MAX_NAME_BYTES, is_below, is_name, short
+from msenc.files.kinds import MAX_NAME_BYTES, is_below, short
 from msenc.files.marks import parse_marks
 from msenc.raw.container import StoredNames, is_same_name, part_of, split_part, with_track
 from msenc.raw.encoding import clean_name, decode_table, repair_encoding
@@ -363,7 +363,8 @@ def read_rows(
 
 def _is_dialogue(name: str) -> bool:
     plain = "".join(c for c in name if unicodedata.category(c)[0] != "M")
-    return bool(_NAME.fullmatch(plain)) and any(c.isalnum() for c in plain) and is_name(name)
+    is_short = len(name.encode()) <= MAX_NAME_BYTES
+    return bool(_NAME.fullmatch(plain)) and any(c.isalnum() for c in plain) and is_short
 
 
 def _labels(
@@ -455,7 +456,7 @@ def _table_seconds(time: str) -> float | None:
         return None
     if "_" in time:  # which Python takes, and nobody writes
         return None
-    return round(seconds, 6) if math.isfinite(seconds) and seconds >= 0 else None
+    return round(seconds, 6) + 0.0 if math.isfinite(seconds) and seconds >= 0 else None  # -0 is 0
 
 
 def _read_table(

@@ -72,8 +72,16 @@ MOST_PROPOSED = 5
 """Encodings that a refusal names."""
 
 # UTF-8 that was read as cp1252 (or Latin-1) and saved again: curly quotes and dashes start with "â€", Latin letters
-# with "Ã", signs with "Â". Nothing in a text that was never mangled looks like these.
-_DOUBLE_ENCODED = re.compile("â[€\x80][^\x00-\x7f]|[ÂÃ][\x80-\xbf]")
+# with "Ã", "Ä", "Å", signs with "Â", emoji with "ðŸ"; of other scripts each letter is two or three such characters.
+# Nothing in a text that was never mangled looks like these: "CAFÉ”" has one pair, "cliché\xa0»" one of three, and a
+# quote or dash behind "Ã" ends a word.
+_LATER = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+_DOUBLE_ENCODED = re.compile(
+    f"(?:[Â-ß][{_LATER}]|[à-ï][{_LATER}]{{2}}|ðŸ[{_LATER}]{{2}}){{2,}}|ðŸ[{_LATER}]{{2}}"
+    "|â[€\x80][^\x00-\x7f]"
+    "|[ÂÃ][\x80-\xbf]"
+    "|[ÃÄÅ](?:[\x80-\x9f\xa1-\xa7\xaa-\xba\xbc-\xbf€‚ƒ„†‡ˆ‰Š‹ŒŽ˜š›œžŸ]|[…‘’“”•–—™](?=[^\\W\\d_]))"
+)
 _ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]*|#\d+|#[xX][0-9A-Fa-f]+);")
 _C1 = re.compile("[\x80-\x9f]")
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -308,7 +316,8 @@ def repair_encoding(text: str) -> str:
     """
     while (again := _ENTITY.sub(_unescape, text)) != text:
         text = again
-    text = _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)
+    while (again := _DOUBLE_ENCODED.sub(lambda match: _decode_again(match[0]), text)) != text:
+        text = again  # some were saved so more than once
     text = _C1.sub(lambda match: match[0].encode("latin-1").decode("cp1252", errors="ignore"), text)
     if all(unicodedata.category(c)[0] in "CZ" for c in _UNSEEN.sub("", text)):
         return ""

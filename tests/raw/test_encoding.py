@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from msenc.raw.annotations import read_table
-from msenc.raw.encoding import decode_table, fitting_encodings
+from msenc.raw.encoding import decode_table, fitting_encodings, repair_encoding
 from msenc.types import MsencError
 
 HEADER = "clip,dialogue,speaker,text,start,end,split"
@@ -122,6 +122,7 @@ TIMES = [
     ("2", 2),
     ("2,5", 2.5),
     (" 0:02.25 ", 2.25),
+    ("-0", 0),
 ]
 
 
@@ -305,6 +306,36 @@ def test_names_of_signs_in_web_pages_are_those_signs(tmp_path, written, read):
     found = read_table(table(tmp_path, "plain", written), "own", SPLIT)
     assert texts_of(found) == ["plain", read]
     assert found.repaired == ["own/train/d/utt1"] * (written != read)
+
+
+MANGLED = (
+    *(
+        "Straße",
+        "École, où ça ?",
+        "Übung",
+        "Paweł i Łukasz",
+        "Ağladı mı?",
+        "Привет, как дела?",
+        "Καλημέρα",
+        "你好吗",
+        "Ok 😀",
+    ),
+    *("CAFÉ”", "« cliché\u202f»", "AMANHÃ”", "A IRMÃ – ela", "SMÅ” och", "«É»", "naïve “façade”"),
+)
+
+
+@pytest.mark.parametrize("text", MANGLED)
+@pytest.mark.parametrize("times", [0, 1, 2, 3])
+def test_texts_that_were_saved_in_the_wrong_encoding_are_repaired_however_often_that_was(text, times):
+    mangled = text
+    for _ in range(times):
+        mangled = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in mangled.encode())
+    assert repair_encoding(mangled) == text
+
+
+@pytest.mark.parametrize("text", ["cliché\u00a0»", "É\u00a0»", "Ã –", "SMÅ…", "«É»", "ÉTÉ… DÉJÀ"])
+def test_texts_that_nobody_mangled_stay(text):
+    assert repair_encoding(text) == text.replace("\u00a0", " ")
 
 
 OTHER_LATIN = {
