@@ -363,7 +363,7 @@ def read_rows(
 
 def _is_dialogue(name: str) -> bool:
     plain = "".join(c for c in name if unicodedata.category(c)[0] != "M")
-    is_short = len(name.encode()) <= MAX_NAME_BYTES
+    is_short = len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES
     return bool(_NAME.fullmatch(plain)) and any(c.isalnum() for c in plain) and is_short
 
 

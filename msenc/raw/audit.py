@@ -209,20 +209,26 @@ def flag_rows(annotations: Annotations) -> list[Flag]:
 
 def _spoken_together(dialogue: Dialogue) -> Iterable[tuple[Utterance, float]]:
     """Utterances with a length, and how many seconds of each are another speaker's in the same recording, too."""
-    timed = [u for u in dialogue.utterances if (_length(u) or 0) > 0]
+    shared: dict[str, list[tuple[float, float]]] = {}
+    speaking: list[Utterance] = []
 
     def recording(u: Utterance) -> str:
         file, part = split_part(u.clip or "")
         return file if part else ""  # files of their own have their rows' clock
 
+    timed = sorted((u for u in dialogue.utterances if (_length(u) or 0) > 0), key=lambda u: u.start_s)
+    for u in timed:
+        speaking = [other for other in speaking if other.end_s > u.start_s]
+        for other in speaking:
+            if other.speaker != u.speaker and recording(other) == recording(u):
+                for one in (u, other):
+                    shared.setdefault(one.id, []).append((u.start_s, min(u.end_s, other.end_s)))
+        speaking.append(u)
     for u in timed:
         until_s, total_s = u.start_s, 0.0
-        for start_s, end_s in sorted(
-            (o.start_s, o.end_s) for o in timed if o.speaker != u.speaker and recording(o) == recording(u)
-        ):
-            start_s, end_s = max(start_s, until_s), min(end_s, u.end_s)
-            if start_s < end_s:
-                until_s, total_s = end_s, total_s + end_s - start_s
+        for start_s, end_s in sorted(shared.get(u.id, ())):
+            total_s += max(end_s - max(start_s, until_s), 0.0)
+            until_s = max(until_s, end_s)
         yield u, total_s
 
 

@@ -181,6 +181,7 @@ def decode_table(data: bytes, path: Path, encoding: str | None = None) -> tuple[
         fitting = list(dict.fromkeys([likelier, *fitting])) if likelier else fitting
         fits = f"The bytes fit {', '.join(fitting[:MOST_PROPOSED])}. " if fitting else ""
         proposed = f"{fits}Say it: data.encoding={fitting[0] if fitting else 'NAME'}"
+        proposed += ", or cp1252 if it is that all the same" if likelier else ""
         raise MsencError(
             f"{path}, row {wrong[0][0]}: neither UTF-8 nor text in cp1252 ({len(wrong)} such rows). {proposed}, or "
             "save the file as UTF-8."
