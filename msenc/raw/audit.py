@@ -24,7 +24,7 @@ from msenc.raw.probe import ClipFacts, deviates, probe_clips
 from msenc.store.flags import AUDIT, SCHEMA_VERSION, Audit, Flag, flags_csv
 from msenc.store.manifest import MANIFEST, DatasetManifest, write_rejections
 from msenc.store.shards import read_index
-from msenc.types import SPLITS, Dialogue, MsencError, Rejection, Utterance
+from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance
 
 LEAKAGE_S = 30.0
 GAP_S = 60.0
@@ -241,6 +241,11 @@ def flag_dialogues(dialogues: Iterable[Dialogue]) -> list[Flag]:
         missing = sorted(set(range(min(ids), max(ids))) - set(ids)) if ids else []
         if missing:
             flags.append(Flag(d.id, d.split, "missing_ids", found=" ".join(map(str, missing))))
+        spellings: dict[str, list[str]] = {}
+        for name in dict.fromkeys(u.speaker for u in d.utterances if u.speaker != UNKNOWN_SPEAKER):
+            spellings.setdefault("".join(filter(str.isalnum, name.casefold())) or name, []).append(name)
+        if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
+            flags.append(Flag(d.id, d.split, "speaker_spelling", found=", ".join(alike)))
         if len(d.utterances) == 1:
             flags.append(Flag(d.id, d.split, "single_turn"))
         elif (first := first_of.setdefault(tuple(_words(u) for u in d.utterances), d.id)) != d.id:

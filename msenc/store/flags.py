@@ -79,6 +79,7 @@ FLAGS = {
     "backward_time": "starts before the row above it starts",
     "long_gap": "starts more than 60 s after the row above it ends",
     "missing_ids": "gaps in the utterance ids of the dialogue",
+    "speaker_spelling": "names of speakers that differ in capitals, spaces or signs alone; taken for several speakers",
     "single_turn": "a dialogue of one utterance: no target",
     "duplicate_dialogue": "the same words as an earlier dialogue of two or more utterances",
     "leakage": "a val or test dialogue with a clip of a train dialogue, or within 30 s of one in the same recording",

@@ -183,6 +183,13 @@ def test_who_speaks_while_another_speaker_does_is_flagged(tmp_path):
     }
 
 
+def test_names_of_one_speaker_in_several_spellings_are_flagged(tmp_path):
+    speakers = {"d": ("Ana", "ANA", "ana:", "Ben"), "e": ("Ana", "Anna"), "f": ("ANA", "-1", "1"), "g": ("?", "!", "?")}
+    rows = [f"{dialogue},,{name},words" for dialogue, names in speakers.items() for name in names]
+    result = own(tmp_path, "clip,speaker,text", *rows)
+    assert found_in(result, "speaker_spelling") == {"d": ("speaker_spelling", "Ana, ANA, ana:")}
+
+
 def test_what_of_a_text_was_lost_or_is_no_speech_is_flagged(tmp_path):
     texts = {
         **dict.fromkeys(["Caf\ufffd", "??? ??", "#NAME?", "#REF!", "#N/A"], "lost_text"),
