@@ -227,12 +227,13 @@ def cases() -> list[Case]:
             ("gap_in_audio",),
         )
     late = [(1.5, tone(440, 2))]
+    both = ("late_start", "stream_lengths")
     for file in ("late.mp4", "late.mkv", "late.ts"):
-        film(f"{file[-3:]}, audio starts late", file, ("libx264", "aac"), None, None, ("late_start",), pieces=late)
+        film(f"{file[-3:]}, audio starts late", file, ("libx264", "aac"), None, None, both, pieces=late)
     add(
         "mp4, audio alone starts late", "late.m4a", lambda p: write(p, Track(late)), None, "no picture", ("late_start",)
     )
-    film("mkv, video starts late", "late2.mkv", ("libx264", "aac"), picture=Video(start_s=1.0), flags=("late_start",))
+    film("mkv, video starts late", "late2.mkv", ("libx264", "aac"), picture=Video(start_s=1.0), flags=both)
     add("ts, times overlap", "overlap.ts", lambda p: write_two(p, second_s=2.5), flags=("variable_frame_rate",))
     add("ts, two files in one", "two.ts", write_two, flags=("new_clock",))
 
@@ -276,12 +277,32 @@ def cases() -> list[Case]:
         name = {"nan": "some are no numbers", "nothing": "none is a number", "scale": "of 16 bits", "loud": "too loud"}
         make = lambda p, x=pieces: write_floats(p, x)  # noqa: E731
         add(f"wav, floats, {name[file[:-4]]}", file, make, audio, "no picture", flags)
+    lifted, flat = tone(440, 2) / 2 + 0.4, np.full((1, 2 * RATE), 0.3)
+    apart = tone(440, 2, (0.25, 0.25)) + np.array([[0.5], [-0.5]])
+    for file, pieces, audio, flags in (
+        ("lifted.wav", lifted, None, ("dc_offset",)),
+        ("flat.wav", flat, "silent", ()),
+        ("apart.wav", apart, None, ()),
+    ):
+        name = {"lifted": "lifted as a whole", "flat": "nothing but an offset", "apart": "channels lifted apart"}
+        make = lambda p, x=pieces: write(p, Track([(0.0, x.astype(np.float32))], "pcm_s16le"))  # noqa: E731
+        add(f"wav, {name[file[:-4]]}", file, make, audio, "no picture", flags)
     add("flac, no stated length", "length.flac", write_endless_flac, None, "no picture")
     add("wav, no stated length", "length.wav", write_endless_wav, None, "no picture")
 
     second = [Track([(0.0, tone(440, 2))], is_default=False), Track([(0.0, tone(1760, 2))], is_default=True)]
     for file in ("tracks.mkv", "tracks.mp4"):
         film(f"{file[-3:]}, two tracks", file, ("libx264", "aac"), flags=("several_tracks",), tracks=second)
+    pictures = Video(seconds=0.1)
+    film("mp4, a still picture", "still.mp4", ("libx264", "aac"), flags=("still_picture",), picture=pictures)
+    film(
+        "mp4, audio lasts longer",
+        "longer.mp4",
+        ("libx264", "aac"),
+        flags=("stream_lengths",),
+        pieces=[(0.0, tone(440, 4))],
+    )
+    add("mkv, two videos", "videos.mkv", write_videos, flags=("several_tracks",))
     inverted = [(0.0, tone(440, 2, (0.5, -1.0)))], [(0.0, tone(440, 2, (1.0, -1.0)))]
     for number, pieces in enumerate(inverted):
         for suffix, codec in (("wav", "pcm_s16le"), ("m4a", "aac")):
@@ -323,6 +344,16 @@ def cases() -> list[Case]:
         ("damaged_packets",))  # fmt: skip
     add("mp4, cut off before its index", "index.mp4", lambda p: write_cut(p, 0.8, ""), *UNUSABLE)
     add("wav, cut off at 30 %", "cut30.wav", write_cut_wav, None, "no picture", ("cut_off",))
+    add("mp3, cut off at 40 %", "cut40.mp3", write_cut_mp3, None, "no picture", ("cut_off",))
+    add(
+        "avi, cut off at 40 %",
+        "cut40.avi",
+        write_cut_avi,
+        None,
+        None,
+        ("cut_off", "damaged_packets", "variable_frame_rate"),
+    )
+    add("ts, begins before zero", "early.ts", write_early, None, "no picture")
     late_cut = Video(start_s=100.0)
     film("mkv, cut out of a longer one", "middle.mkv", ("libx264", "aac"), tracks=[Track([(100.0, tone(440, 2))])],
         picture=late_cut)  # fmt: skip
@@ -422,6 +453,38 @@ def write_cut(path: Path, share: float, flags: str) -> None:
 def write_cut_wav(path: Path) -> None:
     write(path, Track([(0.0, tone(440, 6))], "pcm_s16le"))
     path.write_bytes(path.read_bytes()[: int(0.3 * path.stat().st_size)])
+
+
+def write_cut_mp3(path: Path) -> None:
+    write(path, Track([(0.0, tone(440, 6))], "libmp3lame"))
+    path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size)])
+
+
+def write_cut_avi(path: Path) -> None:
+    write(path, Track([(0.0, noise(6))], "libmp3lame"), video=Video("mjpeg", seconds=6))
+    path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size)])
+
+
+def write_videos(path: Path) -> None:
+    with av.open(str(path), "w") as file:
+        streams = [file.add_stream("mpeg4", rate=FPS) for _ in range(2)]
+        sound = file.add_stream("aac", rate=RATE, layout="mono")
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        for number in range(2 * FPS):
+            for stream in streams:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(drawn(Video(), number), format="rgb24")))
+        for stream in streams:
+            file.mux(stream.encode(None))
+        file.mux(encoded(Track([(0.0, tone(440, 2))]), sound))
+
+
+def write_early(path: Path) -> None:
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as file:
+        stream = file.add_stream("mp2", rate=RATE, layout="mono")
+        for packet in encoded(Track([(0.0, tone(440, 1)), (1.0, tone(1760, 1))], "mp2"), stream):
+            packet.pts, packet.dts = packet.pts - RATE, packet.dts - RATE
+            file.mux(packet)
 
 
 # ------------------------------------------------------------------------------------------------ the table

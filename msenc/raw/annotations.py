@@ -4,6 +4,7 @@ MELD's three CSV files, every folder of that shape (the demo), and a table of ut
 makes what any other layout states (`msenc.raw.layouts`) into the same.
 """
 
+import csv
 import difflib
 import io
 import math
@@ -19,9 +20,9 @@ from typing import Any
 import pandas as pd
 
 from msenc.files import check_regular, content_hash
-from msenc.files.kinds import is_below, short
+from msenc.files.kinds import MAX_NAME_BYTES, is_below, short
 from msenc.files.marks import parse_marks
-from msenc.raw.container import StoredNames, part_of, split_part, with_track
+from msenc.raw.container import StoredNames, is_same_name, part_of, split_part, with_track
 from msenc.raw.encoding import clean_name, decode_table, repair_encoding
 from msenc.raw.splits import split_dialogues
 from msenc.raw.timestamps import clock_seconds
@@ -47,6 +48,8 @@ NAMES = ("dialogue", "speaker", "Speaker")
 FILES = ("clip", "audio")
 """Columns of files' names, which may be mangled on the disk, too: `StoredNames` repairs what is not found there."""
 VAL_SEED = 1
+CLOCK_S = 0.001
+"""Names of parts state times no more finely."""
 _NAME = re.compile(r"[\w-]+")
 
 
@@ -61,6 +64,7 @@ class Annotations:
         recordings: dialogue id -> the recording that its times count in, where the tables name one.
         labels: utterance id (``meld/train/dia3/utt5``) -> column -> value, of columns that are read as nothing else.
         val: the share of train's dialogues that became val; None if the annotations say which are val.
+        other_case: utterance id -> its clip as the table spells it, where the disk has other capitals.
     """
 
     dialogues: list[Dialogue]
@@ -69,6 +73,7 @@ class Annotations:
     recordings: dict[str, str]
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
     val: float | None = None
+    other_case: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_repaired(self) -> int:
@@ -123,21 +128,25 @@ class Annotations:
             recordings={renamed(id): name for id, name in self.recordings.items()},
             labels={renamed(id): columns for id, columns in self.labels.items()},
             val=share,
+            other_case={renamed(id): name for id, name in self.other_case.items()},
         )
 
     def stored_in(self, root: Path) -> "Annotations":
         """The same, with clips named as the folder spells them, where it spells their letters in another way."""
         stored = StoredNames(root)
         rejections = list(self.rejections)
+        other_case: dict[str, str] = {}
 
         def spelled(clip: str | None, id: str) -> str | None:
-            if clip is None or (clip.isascii() and "\\" not in clip):
-                return clip
+            if clip is None:
+                return None
             file, _ = split_part(clip)
             if len(names := stored.find(file)) > 1:
                 found = ", ".join(map(ascii, names))
                 rejections.append(Rejection(id, "clip", "several files of this name", file, found=found))
                 return None
+            if not is_same_name(file, names[0]):
+                other_case[id] = file
             return names[0] + clip.removeprefix(file)
 
         def respelled(id: str, u: Utterance) -> Utterance:
@@ -147,7 +156,7 @@ class Annotations:
             replace(d, utterances=tuple(respelled(f"{d.id}/utt{u.id}", u) for u in d.utterances))
             for d in self.dialogues
         ]
-        return replace(self, dialogues=dialogues, rejections=rejections)
+        return replace(self, dialogues=dialogues, rejections=rejections, other_case=other_case)
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ class Row:
     @property
     def is_header(self) -> bool:
         """Whether it says the columns' names, as in the middle of tables that were put together."""
-        return all(name == value for name, value in self.values.items())
+        return all(name.casefold() == value.casefold() for name, value in self.values.items())
 
 
 def row_of(
@@ -315,10 +324,11 @@ def read_rows(
             rejections.append(Rejection(row.file.name, "row", "the header again", row.file.name, row.number))
             continue
         name, description = row.values["dialogue"], row.values.get("description", "")
-        if not _NAME.fullmatch("".join(c for c in name if unicodedata.category(c)[0] != "M")):
+        if not _is_dialogue(name):
             raise MsencError(
-                f"{row.file}, row {row.number}: dialogue is {name!r}; expected a name that all its turns share, of "
-                "letters, digits, - and _."
+                f"{row.file}, row {row.number}: dialogue is {short(name)}; expected a name that all its turns share, "
+                f"of letters, digits, - and _, at most {MAX_NAME_BYTES} bytes. Correct the row; remove it if it states "
+                "no utterance (a total, a comment, a line below the header)."
             )
         if "(" in description or ")" in description:
             raise MsencError(_bracketed(row.file, row.number, description))
@@ -349,6 +359,12 @@ def read_rows(
         )
     dialogues.sort(key=lambda d: SPLITS.index(d.split))
     return Annotations(dialogues, rejections, repaired, recordings, kept)
+
+
+def _is_dialogue(name: str) -> bool:
+    plain = "".join(c for c in name if unicodedata.category(c)[0] != "M")
+    is_short = len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES
+    return bool(_NAME.fullmatch(plain)) and any(c.isalnum() for c in plain) and is_short
 
 
 def _labels(
@@ -403,24 +419,29 @@ def _row_utterance(row: Row, id: str, rejections: list[Rejection]) -> Utterance:
                 f"{row.file}, row {row.number}: {column} is {clip!r}; expected a path below the folder of the "
                 "recordings (data.root)."
             )
-    clip = clips["clip"]
     times = [values.get("start", ""), values.get("end", "")]
-    span = [_table_seconds(t) for t in times] if clip is None or split_part(clip)[1] is None else split_part(clip)[1]
-    start_s, end_s = span
-    if any(times) and (start_s is None or end_s is None or not start_s < end_s):
-        found = f"{times[0]!r} to {times[1]!r}"
-        rejections.append(Rejection(id, "clip", "no span of time", row.file.name, row.number, found))
+    has_times = any(times)
+    named = {clip: part for clip in clips.values() if clip and (part := split_part(clip)[1])}
+    span = [_table_seconds(t) for t in times] if has_times else named.get(clips["clip"], (None, None))
+    fault = None
+    if any(None in part or not part[0] < part[1] for part in (*[span] * has_times, *named.values())):
+        fault = "no span of time"
+    elif has_times and any(abs(a - b) > CLOCK_S for part in named.values() for a, b in zip(span, part, strict=True)):
+        fault = "two spans of time"
+    if fault is not None:
+        found = " beside ".join([f"{times[0]!r} to {times[1]!r}"] * has_times + [repr(clip) for clip in named])
+        rejections.append(Rejection(id, "clip", fault, row.file.name, row.number, found))
         clips = dict.fromkeys(clips)
-        start_s = end_s = None
-    elif any(times):
-        clips = {column: clip and part_of(clip, start_s, end_s) for column, clip in clips.items()}
+        span = (None, None)
+    elif has_times:
+        clips = {column: clip and part_of(clip, *span) for column, clip in clips.items()}
     return Utterance(
         id=id.rpartition("/utt")[2],
         speaker=values.get("speaker") or UNKNOWN_SPEAKER,
         text=values["text"],
         description=values.get("description") or None,
-        start_s=start_s,
-        end_s=end_s,
+        start_s=span[0],
+        end_s=span[1],
         **clips,
     )
 
@@ -435,7 +456,7 @@ def _table_seconds(time: str) -> float | None:
         return None
     if "_" in time:  # which Python takes, and nobody writes
         return None
-    return round(seconds, 6) if math.isfinite(seconds) and seconds >= 0 else None
+    return round(seconds, 6) + 0.0 if math.isfinite(seconds) and seconds >= 0 else None  # -0 is 0
 
 
 def _read_table(
@@ -457,29 +478,37 @@ def _read_table(
         raise MsencError(f"{path}: cannot be read ({error.strerror}). Expected a readable CSV file.") from error
     text, recoded = decode_table(data, path, encoding)
     begin = _SPREADSHEET_LINE.match(text)
-    text = text[begin.end() :]
+    text, first_line = text[begin.end() :], 1 + len(_line_ends(begin[0]))
     separator = begin[1] or _separator(text, columns)
+    options = {"sep": separator, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
+    options["skipinitialspace"] = all(name[:1] == " " for name in _header_of(text).split(separator)[1:])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the header
-            options = {"sep": separator, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
             header = pd.read_csv(io.StringIO(text, newline=""), header=None, nrows=1, **options).fillna("")
             table = pd.read_csv(io.StringIO(text, newline=""), index_col=False, **options).fillna("")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         reason = str(error).splitlines()[0]
+        reason = _misfit(text, separator, first_line, "EOF inside string" in reason) or reason
         raise MsencError(
-            f"{path}: not a CSV table ({reason}). Expected {_header(columns)}. Get the file again."
+            f"{path}: not a CSV table ({reason}). Expected {_header(columns)}; a text that holds the separator or a "
+            "quotation mark in double quotes, and such a mark in it twice. Correct that row, or get the file again."
         ) from error
-    names = [name.strip() for name in header.iloc[0]]  # as they stand there: pandas makes each another
+    names = [clean_name(name) for name in header.iloc[0]]  # as they stand there: pandas makes each another
     _check_columns(path, names, columns, may_have)
     table.columns = range(len(names))
 
-    rows, line = [], 2 + len(re.findall(r"\r\n|\r|\n", begin[0]))  # the header is line 1
+    lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", text)
+    rows, line = [], first_line + 1
     for raw in table.to_dict("records"):
-        next_line = line + 1 + sum(len(re.findall(r"\r\n|\r|\n", v)) for v in raw.values())  # of a quoted field
+        next_line = line + 1 + sum(len(_line_ends(v)) for v in raw.values())  # of a quoted field
         stated = {name: value for name, value in zip(names, raw.values(), strict=True) if name}
         row = row_of(path, line, stated, texts, any(number in recoded for number in range(line, next_line)))
         _check_nameless(row, names, list(raw.values()))
+        if next_line > line + 1:
+            _check_quotes(path, lines[line - first_line : next_line - first_line], separator, line)
+        if not row.is_header:
+            _check_header(row, columns, names)
         if any(row.values.values()):
             rows.append(row)
         line = next_line
@@ -494,15 +523,62 @@ _SPREADSHEET_LINE = re.compile(r"[\r\n]*(?:\"?sep=([,;\t|])\"?[\r\n]+)?")
 """What may stand before a header: blank lines, and how spreadsheets tell each other the separator."""
 
 
+def _line_ends(text: str) -> list[str]:
+    return re.findall(r"\r\n|\r|\n", text)
+
+
+def _header_of(text: str) -> str:
+    return next(iter(text.splitlines()), "")
+
+
 def _separator(text: str, columns: Sequence[str]) -> str:
     """What stands between the header's names: that which finds most of the columns, or else parts it the most."""
-    header = next(iter(text.splitlines()), "")
+    header = _header_of(text)
 
     def fitness(separator: str) -> tuple[int, int]:
         names = [name.strip(' "') for name in header.split(separator)]
         return len({*columns} & {*names}), len(names)
 
     return max(SEPARATORS, key=fitness)
+
+
+def _misfit(text: str, separator: str, line: int, is_open: bool) -> str | None:
+    """Which row is not one of the table, in words: a longer one, or the one whose quote is open to the end."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    begin, header = line, None
+    try:
+        for values in reader:
+            header = values if header is None else header
+            if len(values) > len(header):
+                named = short(separator.join(header))
+                return f"row {begin}: found {len(values)} values, expected {len(header)}, as row {line} has: {named}"
+            last, begin = begin, line + reader.line_num
+    except csv.Error:  # a field that is longer than Python's reader takes
+        return None
+    return f"row {last}: found a quotation mark that opens a text and has no end" if is_open else None
+
+
+def _check_quotes(path: Path, lines: Sequence[str], separator: str, line: int) -> None:
+    """Refuse a field of several lines that a quote of a later row ends: it holds whole rows."""
+    try:
+        list(csv.reader(lines, delimiter=separator, strict=True))
+    except csv.Error as error:
+        raise MsencError(
+            f"{path}, row {line}: found a quotation mark that opens a text and has no end before row "
+            f"{line + len(lines) - 1}; expected both in one field. Close it, or write a mark that is part of a text "
+            "twice, within quotes."
+        ) from error
+
+
+def _check_header(row: Row, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse the header of another table: what follows it would be read into the wrong columns."""
+    values = [value.casefold() for value in row.values.values()]
+    if all(column.casefold() in values for column in columns):
+        raise MsencError(
+            f"{row.file}, row {row.number}: found another header, {', '.join(row.values.values())}; expected one "
+            f"header per table, {', '.join(filter(None, names))}. Put its columns into this order, or its rows into a "
+            "table of their own."
+        )
 
 
 def _check_nameless(row: Row, names: Sequence[str], values: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ can act on; ``audit/audit.json`` counts, facts and the hash; ``audit/audit.html`
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,20 +19,21 @@ import numpy as np
 from msenc.files import inside, write_text
 from msenc.raw.annotations import Annotations, content_digest
 from msenc.raw.audit_page import render_page
-from msenc.raw.container import SUFFIXES, split_part
-from msenc.raw.probe import ClipFacts, probe_clips
+from msenc.raw.container import SUFFIXES, shown, split_part
+from msenc.raw.probe import ClipFacts, deviates, probe_clips
 from msenc.store.flags import AUDIT, SCHEMA_VERSION, Audit, Flag, flags_csv
 from msenc.store.manifest import MANIFEST, DatasetManifest, write_rejections
 from msenc.store.shards import read_index
-from msenc.types import SPLITS, Dialogue, MsencError, Rejection, Utterance
+from msenc.types import SPLITS, UNKNOWN_SPEAKER, Dialogue, MsencError, Rejection, Utterance
 
 LEAKAGE_S = 30.0
 GAP_S = 60.0
 SHORT_S = 0.3
 LONG_S = 60.0
 MAX_CHARACTERS_PER_S = 30.0  # fast speech reaches 25
-MAX_DEVIATION_S = 0.5
-MAX_DEVIATION_SHARE = 0.1
+MAX_TOGETHER_SHARE = 1 / 3
+_LOST = re.compile(r"\ufffd|^\?{2,}(?:\s+\?+)+$|^#(?:NAME\?|REF!|VALUE!|N/A|NULL!|NUM!|DIV/0!)$")
+_MARKUP = re.compile(r"</?[A-Za-z][A-Za-z0-9]*(?:\s[^<>]*)?/?>|\{\\[a-z]")
 TOO_LITTLE_DATA = "not known: the annotations name no recording"
 
 REASON_FLAGS = {
@@ -129,6 +131,7 @@ def flag_clips(dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], ro
     """What is odd about clips: taken alone, beside their rows, beside each other, and files that no row names."""
     flags = []
     first_of: dict[str, str] = {}
+    named_by: dict[str, str] = {}
     for id, split, u in _utterances(dialogues):
         lacking = [(reason, u.clip_of(stream) or "") for stream, reason in _reasons(u, facts) if reason]
         flags += [Flag(id, split, REASON_FLAGS[reason], clip) for reason, clip in dict.fromkeys(lacking)]
@@ -142,20 +145,15 @@ def flag_clips(dialogues: Sequence[Dialogue], facts: Mapping[str, ClipFacts], ro
                 )
             if found.sha256 and (first := first_of.setdefault(found.sha256, clip)) != clip:
                 flags.append(Flag(id, split, "duplicate_clip", clip, first))
+            if (first := named_by.setdefault(clip, id)) != id and None in (found.audio, found.video):
+                flags.append(Flag(id, split, "shared_clip", clip, first))
     files = {split_part(clip)[0]: split for _, split, u in _utterances(dialogues) for clip in u.clips}
     for name, split in {str(Path(file).parent): split for file, split in files.items()}.items():
         for path in sorted((root / name).iterdir()) if (root / name).is_dir() else ():
             clip = str(path.relative_to(root))
             if clip not in files and path.is_file() and path.suffix.lower() in SUFFIXES:
-                flags.append(Flag("", split, "clip_without_row", clip))
+                flags.append(Flag("", split, "clip_without_row", shown(clip)))
     return flags
-
-
-def deviates(clip_s: float | None, row_s: float | None) -> bool:
-    """Whether a clip's length and its row's differ by more than 0.5 s and more than a tenth."""
-    if clip_s is None or row_s is None:
-        return False
-    return abs(clip_s - row_s) > max(MAX_DEVIATION_S, MAX_DEVIATION_SHARE * row_s)
 
 
 def flag_rows(annotations: Annotations) -> list[Flag]:
@@ -174,6 +172,12 @@ def flag_rows(annotations: Annotations) -> list[Flag]:
             row_s = _length(u)
             if id in repaired:
                 add("repaired_text", u.text)
+            if id in annotations.other_case:
+                add("other_case", annotations.other_case[id])
+            if _LOST.search(u.text):
+                add("lost_text", u.text)
+            if _MARKUP.search(u.text):
+                add("markup", u.text)
             if row_s is None:
                 if has_times:  # whole clips need none
                     add("unreadable_time")
@@ -194,7 +198,38 @@ def flag_rows(annotations: Annotations) -> list[Flag]:
                 if before.end_s is not None and u.start_s - before.end_s > GAP_S:
                     add("long_gap", f"{u.start_s - before.end_s:.1f} s")
             before = u
+        for u, other_s in _spoken_together(dialogue):
+            if other_s > MAX_TOGETHER_SHARE * _length(u):
+                found = f"{other_s:.2f} of {_length(u):.2f} s"
+                flags.append(
+                    Flag(f"{dialogue.id}/utt{u.id}", dialogue.split, "overlapping_speech", u.clip or "", found)
+                )
     return flags
+
+
+def _spoken_together(dialogue: Dialogue) -> Iterable[tuple[Utterance, float]]:
+    """Utterances with a length, and how many seconds of each are another speaker's in the same recording, too."""
+    shared: dict[str, list[tuple[float, float]]] = {}
+    speaking: list[Utterance] = []
+
+    def recording(u: Utterance) -> str:
+        file, part = split_part(u.clip or "")
+        return file if part else ""  # files of their own have their rows' clock
+
+    timed = sorted((u for u in dialogue.utterances if (_length(u) or 0) > 0), key=lambda u: u.start_s)
+    for u in timed:
+        speaking = [other for other in speaking if other.end_s > u.start_s]
+        for other in speaking:
+            if other.speaker != u.speaker and recording(other) == recording(u):
+                for one in (u, other):
+                    shared.setdefault(one.id, []).append((u.start_s, min(u.end_s, other.end_s)))
+        speaking.append(u)
+    for u in timed:
+        until_s, total_s = u.start_s, 0.0
+        for start_s, end_s in sorted(shared.get(u.id, ())):
+            total_s += max(end_s - max(start_s, until_s), 0.0)
+            until_s = max(until_s, end_s)
+        yield u, total_s
 
 
 def flag_dialogues(dialogues: Iterable[Dialogue]) -> list[Flag]:
@@ -206,6 +241,11 @@ def flag_dialogues(dialogues: Iterable[Dialogue]) -> list[Flag]:
         missing = sorted(set(range(min(ids), max(ids))) - set(ids)) if ids else []
         if missing:
             flags.append(Flag(d.id, d.split, "missing_ids", found=" ".join(map(str, missing))))
+        spellings: dict[str, list[str]] = {}
+        for name in dict.fromkeys(u.speaker for u in d.utterances if u.speaker != UNKNOWN_SPEAKER):
+            spellings.setdefault("".join(filter(str.isalnum, name.casefold())) or name, []).append(name)
+        if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
+            flags.append(Flag(d.id, d.split, "speaker_spelling", found=", ".join(alike)))
         if len(d.utterances) == 1:
             flags.append(Flag(d.id, d.split, "single_turn"))
         elif (first := first_of.setdefault(tuple(_words(u) for u in d.utterances), d.id)) != d.id:

@@ -10,7 +10,7 @@ import numpy as np
 from msenc.raw.container import MediaError, Span, split_part
 from msenc.raw.media import read_audio
 
-VERSION = 1
+VERSION = 2
 """Raised whenever equal recordings give other sounds."""
 FRAME_S = 0.1
 REACH_S = 0.03
@@ -77,7 +77,8 @@ def without_echoes(sounds: list[np.ndarray], sample_rate: int) -> list[np.ndarra
         MediaError: ``channels alike``, where two are one sound.
     """
     width = round(FRAME_S * sample_rate)
-    frames = [np.pad(s, (0, -len(s) % width)).reshape(-1, width).astype(np.float64) for s in sounds]
+    centred = [s - s.mean(dtype=np.float64) for s in sounds]  # an offset that two share makes them no one sound
+    frames = [np.pad(s, (0, -len(s) % width)).reshape(-1, width) for s in centred]
     powers = [np.einsum("fw,fw->f", f, f) for f in frames]
     kept = []
     for own, sound in enumerate(sounds):

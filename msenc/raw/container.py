@@ -4,10 +4,11 @@ FFmpeg opens whatever looks like media, playlists of other files among it, and b
 that decodes goes through `open_clip` and `read_packets`, so that what holds for one way into a clip holds for all.
 """
 
+import os
 import re
 import struct
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from msenc.files.kinds import is_below
 from msenc.raw.encoding import repair_encoding
 from msenc.types import MsencError, needing
 
-VERSION = 3
+VERSION = 4
 """Of how clips are decoded; raised whenever an equal clip gives other samples or frames, or is rejected otherwise."""
 
 SUFFIXES = (
@@ -37,7 +38,7 @@ FORMATS = (
 _RAW_VIDEO = ("h264", "hevc", "m4v", "mpegvideo", "h261", "h263", "mjpeg", "obu", "vc1")
 _RAW_AUDIO = ("aac", "mp3", "loas", "ac3", "eac3", "dts", "flac")
 # Formats whose headers state a length; elsewhere FFmpeg guesses it from the bit rate or the last time it finds.
-_STATED = ("mov", "matroska", "avi", "asf", "wav", "w64", "aiff", "au", "caf", "flac", "ape", "wv", "tta", "mxf")
+_STATED = ("mov", "matroska", "avi", "asf", "w64", "aiff", "au", "caf", "flac", "ape", "wv", "tta", "mxf")
 
 _PLAYLIST_SUFFIXES = (
     *(".m3u", ".m3u8", ".pls", ".ffconcat", ".mpd", ".sdp", ".asx", ".wax", ".wvx", ".ram", ".smil", ".xspf", ".ism"),
@@ -59,8 +60,10 @@ MAX_OVERLAP_S = 1.0
 MAX_GAP_S = 3600.0
 # A clock that starts within this began at zero, and what starts later starts late; other clocks begin anywhere.
 MAX_LATE_S = 60.0
+# What stands before zero by less is an encoder's delay, which nobody hears; by more, times that began too early.
+MAX_EARLY_S = 0.5
 MAX_READ_ERRORS = 8
-MAX_WAV_HEADER = 2**16
+MAX_HEADER = 2**16
 # Programs that do not know how many bytes follow write one of the largest numbers.
 UNKNOWN_WAV_BYTES = 0x7FFFF000
 
@@ -130,7 +133,8 @@ def with_track(clip: str, track: int) -> str:
 class StoredNames:
     """Finds files whose names the disk spells in another way than a table.
 
-    ``ë`` may be one sign or two there, or mangled in the table; Windows parts folders by backslashes.
+    ``ë`` may be one sign or two there, or mangled in the table; Windows parts folders by backslashes, and does not tell
+    ``A`` from ``a``.
 
     Args:
         root: folder that the names start from.
@@ -138,32 +142,59 @@ class StoredNames:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self._folders: dict[str, dict[str, list[str]]] = {}
+        self._folders: dict[tuple[str, Callable[[str], str]], dict[str, list[str]]] = {}
 
     def find(self, file: str) -> list[str]:
         """The names below the root that the text is; of several none is the text itself. The text, where none is."""
-        spellings = (file, repair_encoding(file), file.replace("\\", "/"), repair_encoding(file.replace("\\", "/")))
-        return next((found for s in dict.fromkeys(spellings) if is_below(s) and (found := self._find(s))), [file])
+        repaired = repair_encoding(file)
+        spellings = [*dict.fromkeys((file, repaired, file.replace("\\", "/"), repaired.replace("\\", "/")))]
+        spellings = [spelling for spelling in spellings if is_below(spelling)]
+        if there := [spelling for spelling in spellings if _exists(self.root / spelling)]:
+            return there[:1]
+        keys = (_composed, _caseless)
+        return next((found for key in keys for s in spellings if (found := self._find(s, key))), [file])
 
-    def _find(self, file: str) -> list[str]:
-        if file.isascii() or _exists(self.root / file):
-            return [file] * _exists(self.root / file)
+    def _find(self, file: str, key: Callable[[str], str]) -> list[str]:
         *folders, last = file.split("/")
         found = [""]
         for part in (*folders, last):
-            wanted = unicodedata.normalize("NFC", part)
-            found = [f"{folder}{name}/" for folder in found for name in self._listed(folder).get(wanted, [])]
+            wanted = key(part)
+            found = [f"{folder}{name}/" for folder in found for name in self._listed(folder, key).get(wanted, [])]
         return [name.removesuffix("/") for name in found]
 
-    def _listed(self, folder: str) -> dict[str, list[str]]:
-        """Composed name -> the names of a folder that are it."""
-        if folder not in self._folders:
+    def _listed(self, folder: str, key: Callable[[str], str]) -> dict[str, list[str]]:
+        """What a key makes of the names of a folder -> those names."""
+        if (folder, key) not in self._folders:
             names: dict[str, list[str]] = {}
             with suppress(OSError):
                 for path in sorted((self.root / folder).iterdir()):
-                    names.setdefault(unicodedata.normalize("NFC", path.name), []).append(path.name)
-            self._folders[folder] = names
-        return self._folders[folder]
+                    names.setdefault(key(path.name), []).append(path.name)
+            self._folders[folder, key] = names
+        return self._folders[folder, key]
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _caseless(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def is_same_name(name: str, other: str) -> bool:
+    """Whether two names of a file differ at most in how letters are composed or mangled, and folders parted."""
+    first, second = (_composed(repair_encoding(n)).replace("\\", "/") for n in (name, other))
+    return first == second
+
+
+def shown(name: str) -> str:
+    r"""A name that the disk has, as a file of text may hold it: bytes that are no UTF-8 are spelled out.
+
+    Example:
+        >>> shown("caf\udce9.wav"), shown("café.wav")
+        ('caf\\xe9.wav', 'café.wav')
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _exists(path: Path) -> bool:
@@ -263,9 +294,12 @@ def origin_of(container: Any) -> float:
     """Where the file's own clock, in seconds, has its zero.
 
     Of an MP4 or Matroska file that is zero, so that what starts late is late; a transport or program stream, and a
-    recording that was cut out of a longer one, begins anywhere, and counts from its first frame or sample.
+    recording that was cut out of a longer one, begins anywhere, and counts from its first frame or sample; so does what
+    begins well before zero.
     """
     start_s = (container.start_time or 0) / load_av().time_base
+    if start_s < -MAX_EARLY_S:
+        return start_s
     return max(start_s, 0.0) if _has_loose_clock(container) or start_s > MAX_LATE_S else 0.0
 
 
@@ -288,11 +322,14 @@ def stated_length(container: Any, stream: Any, first_s: float) -> tuple[float | 
 
     What FFmpeg guesses is none.
     """
-    if not {*container.format.name.split(",")} & {*_STATED}:
-        return None, False
-    if container.format.name == "wav":  # of which FFmpeg takes as long as the file is
+    is_stated = bool({*container.format.name.split(",")} & {*_STATED})
+    if (measure := _MEASURES.get(container.format.name)) is not None:
         with Path(container.name.removeprefix("file:")).open("rb") as file:
-            return _wav_length(file.read(MAX_WAV_HEADER)), False
+            length_s = measure(file.read(MAX_HEADER))
+        if not is_stated or (length_s or 0.0) > float((stream.duration or 0) * stream.time_base):
+            return length_s, False
+    if not is_stated:
+        return None, False
     if stream.duration:
         return float(stream.duration * stream.time_base), True
     # Matroska: a tag of the track with its end, which some programs copy along with a part of it
@@ -311,6 +348,42 @@ def _wav_length(head: bytes) -> float | None:
             return size / byte_rate if byte_rate and 0 < size < UNKNOWN_WAV_BYTES else None
         at += 8 + size + size % 2
     return None
+
+
+def _avi_length(head: bytes) -> float | None:
+    """Seconds that an AVI file's header gives its pictures; of what is longer than 1 GB, of its first part."""
+    at = head.find(b"avih")
+    if at < 0 or at + 28 > len(head):
+        return None
+    (picture_us,), (num,) = struct.unpack_from("<I", head, at + 8), struct.unpack_from("<I", head, at + 24)
+    return picture_us * num / 1e6 or None
+
+
+_FIRST_FRAME = re.compile(rb"\xff[\xe2-\xff].{10,40}?(?:Xing|Info)...(.)(....)", re.DOTALL)
+"""Of an MP3 file: its header, what else a frame has, flags, and the number of frames."""
+
+
+def _mp3_length(head: bytes) -> float | None:
+    """Seconds that the first frame of an MP3 file gives it, where it states the number of frames (Xing, LAME).
+
+    Behind a cover that is larger than what was read nothing is known.
+    """
+    at = 0
+    if head[:3] == b"ID3" and len(head) > 10:
+        at = 10 + sum((byte & 127) << 7 * (3 - place) for place, byte in enumerate(head[6:10]))
+    match = _FIRST_FRAME.match(head, at)
+    if match is None or not match[1][0] & 1:
+        return None
+    version, rate = head[at + 1] >> 3 & 3, head[at + 2] >> 2 & 3
+    if version == 1 or rate == 3:
+        return None
+    halvings = {3: 0, 2: 1, 0: 2}[version]
+    samples = 1152 if version == 3 else 576
+    return int.from_bytes(match[2], "big") * samples / ((44_100, 48_000, 32_000)[rate] >> halvings)
+
+
+_MEASURES = {"wav": _wav_length, "avi": _avi_length, "mp3": _mp3_length}
+"""Formats whose length FFmpeg takes from how long the file is, or does where it was cut off -> what the header says."""
 
 
 def read_packets(container: Any, stream: Any, findings: Findings) -> Iterator[Any]:

@@ -41,6 +41,8 @@ from msenc.raw.container import (
 )
 
 SILENCE_PEAK = 10 ** (-90 / 20)  # -90 dBFS: about the last bit of 16-bit sound
+# The samples' mean, beyond which they were lifted by something other than sound, as by a sound card.
+MAX_OFFSET = 0.02
 # A stream that ends before this share of the length that its header states was cut off.
 MIN_DECODED_SHARE = 0.5
 # Pictures of a constant rate lie one tick more or less apart.
@@ -111,8 +113,11 @@ def read_audio(
         channel = channel if cancelled is None else cancelled
         mixdown = _Mixdown(sample_rate, span or (0.0, None), max_s, Findings(), channel, divisor)
         samples = _decode_audio(path, span, tracks.get("track"), mixdown)
-    if np.abs(samples).max(initial=0.0) < SILENCE_PEAK:
+    offset = float(samples.mean())
+    if max(samples.max() - offset, offset - samples.min()) < SILENCE_PEAK:
         raise MediaError("silent")
+    if abs(offset) > MAX_OFFSET:
+        findings.notes["dc_offset"] = f"{offset:+.2f} of full scale"
     return samples
 
 
@@ -345,7 +350,7 @@ class _Mixdown:
         values = frame.to_ndarray()
         values = values if frame.format.is_planar else values.reshape(-1, frame.layout.nb_channels).T
         values = values.astype(np.float32)
-        values -= 128 * (frame.format.name in ("u8", "u8p"))
+        values -= values.mean(axis=1, keepdims=True)  # an offset is no sound
         if len(values) != len(self._powers):
             self._powers, self._power_of_sum = np.zeros(len(values)), 0.0
         total = values.sum(axis=0)
@@ -643,6 +648,9 @@ class ClipProperties:
         sample_rate: of the audio in Hz, 0 without.
         channels: of the audio, 0 without.
         tracks: of audio.
+        videos: tracks of moving pictures.
+        pictures: of the video; 0 without.
+        video_end_s: when the last picture ends, by the clock of the decoded audio; None without.
         rotation: degrees by which the first picture is to be turned counter-clockwise to stand upright.
         is_variable: whether the pictures follow each other at uneven times.
     """
@@ -652,6 +660,9 @@ class ClipProperties:
     sample_rate: int
     channels: int
     tracks: int
+    videos: int
+    pictures: int
+    video_end_s: float | None
     rotation: int
     is_variable: bool
 
@@ -668,7 +679,7 @@ def read_properties(path: Path) -> ClipProperties:
             sound = choose_stream(list(container.streams.audio), "no sound")
         with suppress(MediaError):
             video = choose_stream(moving(container), "no picture")
-        rotation, times = 0, []
+        rotation, times, end_s = 0, [], None
         if video is not None:
             findings, num = Findings(), 0
             for packet in read_packets(container, video, findings):
@@ -676,6 +687,8 @@ def read_properties(path: Path) -> ClipProperties:
                 if rotation == 0 and (num := num + 1) < 8:  # all pictures of a file are turned alike
                     frames = decode_packets(video, iter([packet]), findings)
                     rotation = next((frame.rotation for frame in frames), 0)
+            if times:
+                end_s = float(max(times) * video.time_base) + _frame_length(video) - origin_of(container)
         gaps = [b - a for a, b in pairwise(sorted(times))][:-1]  # some writers lengthen the last but one
         return ClipProperties(
             formats=tuple(container.format.name.split(",")),
@@ -683,6 +696,9 @@ def read_properties(path: Path) -> ClipProperties:
             sample_rate=sound.rate or 0 if sound else 0,
             channels=sound.layout.nb_channels if sound else 0,
             tracks=len(container.streams.audio),
+            videos=len(moving(container)),
+            pictures=len(times),
+            video_end_s=end_s,
             rotation=rotation,
             is_variable=bool(gaps) and max(gaps) > MAX_GAP_RATIO * max(min(gaps), 1),
         )

@@ -17,12 +17,14 @@ from msenc.types import MsencError
 from msenc.work.pool import pool_of
 from msenc.work.progress import progress_bar
 
-PROBE_VERSION = [2, VERSION]
+PROBE_VERSION = [3, VERSION]
 """Of what `probe_clip` finds, and of how it decodes; another one makes every cached clip unknown."""
 
 SAMPLE_RATE = 16000
 PROBE_FPS = 0.2  # every picture is decoded, few are kept
 DIED = "decoder died"
+MAX_DEVIATION_S = 0.5
+MAX_DEVIATION_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,13 @@ def probe_clip(path: Path) -> ClipFacts:
         notes.append(("surround_sound", f"{properties.channels} channels"))
     if 0 < properties.sample_rate < SAMPLE_RATE:
         notes.append(("low_sample_rate", f"{properties.sample_rate} Hz"))
-    if properties.tracks > 1:
-        notes.append(("several_tracks", f"{properties.tracks} of audio"))
+    tracks = {"audio": properties.tracks, "video": properties.videos}
+    if several := [f"{num} of {stream}" for stream, num in tracks.items() if num > 1]:
+        notes.append(("several_tracks", ", ".join(several)))
+    if properties.pictures == 1:
+        notes.append(("still_picture", ""))
+    elif span is None and duration_s is not None and deviates(duration_s, properties.video_end_s):
+        notes.append(("stream_lengths", f"audio {duration_s:.2f} s, video {properties.video_end_s:.2f} s"))
     if properties.rotation:
         notes.append(("rotated", f"{properties.rotation} degrees"))
     if properties.is_variable:
@@ -96,6 +103,13 @@ def probe_clip(path: Path) -> ClipFacts:
     if duration_s is None and span is None and properties.duration_s is not None:
         duration_s = round(properties.duration_s, 3)
     return ClipFacts(**reasons, duration_s=duration_s, notes=tuple(notes), sha256=sha256)
+
+
+def deviates(clip_s: float | None, row_s: float | None) -> bool:
+    """Whether two lengths, of a clip and its row or of its streams, differ by more than 0.5 s and more than a tenth."""
+    if clip_s is None or row_s is None:
+        return False
+    return abs(clip_s - row_s) > max(MAX_DEVIATION_S, MAX_DEVIATION_SHARE * row_s)
 
 
 @lru_cache(maxsize=64)

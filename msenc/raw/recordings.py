@@ -18,7 +18,7 @@ import numpy as np
 
 from msenc.files import digest, inside, write_text
 from msenc.raw import channels, container, segment, speakers
-from msenc.raw.container import SUFFIXES, MediaError, StoredNames, with_track
+from msenc.raw.container import SUFFIXES, MediaError, StoredNames, is_same_name, shown, with_track
 from msenc.raw.hashes import hash_clips
 from msenc.raw.media import read_audio
 from msenc.raw.segment import (
@@ -180,6 +180,11 @@ def _find_dialogues(root: Path) -> _Found:
             for video, names in named.items()
             if len(names) > 1
         ]
+        notes += [
+            f"Found under a name of other capitals: {video} as {names[0]}."
+            for video, names in named.items()
+            if len(names) == 1 and not is_same_name(video, names[0])
+        ]
         spans = [replace(s, video=n[0]) if len(n := named[s.video]) == 1 else s for s in times.spans]
         return _Found(spans, times.rejections, notes)
     names = sorted(
@@ -192,10 +197,14 @@ def _find_dialogues(root: Path) -> _Found:
             f"{root}: found no recording, but {seen}. Expected files that end in {', '.join(SUFFIXES)}, or a "
             f"{FILE_NAME} that names others."
         )
+    odd = [name for name in videos if shown(name) != name]  # no table or JSON can name them
+    if len(odd) == len(videos):
+        raise MsencError(f"{root}: found no recording whose name is UTF-8, as {shown(odd[0])}. Rename them.")
     notes = [f"No {FILE_NAME} in {root}: each of the {len(videos):,} recordings is one dialogue."]
     if others := len(names) - len(videos):
         notes.append(f"Not taken for recordings: {others:,} files, by their names.")
-    return _Found([DialogueSpan(video) for video in videos], [], notes)
+    spans = [DialogueSpan(name) for name in videos if name not in odd]
+    return _Found(spans, [Rejection(shown(name), "dialogue", "name is not UTF-8", shown(name)) for name in odd], notes)
 
 
 def _item(

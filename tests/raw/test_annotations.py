@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -326,3 +327,98 @@ def test_a_header_in_the_middle_of_tables_that_were_put_together_is_listed_and_n
     found = read_meld(write(tmp_path, [line(), HEADER, line("Bye.", utt="1")]))
     assert [u.text for u in found.dialogues[0].utterances] == ["Hello!", "Bye."]
     assert [(r.id, r.reason, r.row) for r in found.rejections] == [("train_sent_emo.csv", "the header again", 3)]
+
+
+@pytest.mark.parametrize(
+    ("again", "message"),
+    [
+        ("clip,dialogue,start,text", r"row 3: found another header, clip, dialogue, start, text; expected one header"),
+        ("Text,Clip,Dialogue,Mood", r"row 3: found another header, Text, Clip, Dialogue, Mood; expected one header"),
+    ],
+)
+def test_the_header_of_another_table_is_refused_as_its_columns_would_be_mixed_up(tmp_path, again, message):
+    with pytest.raises(MsencError, match=message):
+        read_table(table(tmp_path, f"clip,dialogue,text,start\n,d,hi,\n{again}\n,d,3,yes\n"), "own", SPLIT | ONE)
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\ufeff\ufeff", "ï»¿"])
+def test_tables_that_were_put_together_leave_no_marks_of_their_encoding(tmp_path, mark):
+    text = f"{mark}clip,dialogue,text\na.wav,d,hi\n{mark}Clip,Dialogue,Text\nb.wav,d,yes\n{mark}c.wav,d,no\n\x1a\0\0"
+    found = read_table(table(tmp_path, text), "own", SPLIT | ONE)
+    assert [(u.clip, u.text) for u in found.dialogues[0].utterances] == [
+        ("a.wav", "hi"),
+        ("b.wav", "yes"),
+        ("c.wav", "no"),
+    ]
+    assert [(r.reason, r.row) for r in found.rejections] == [("the header again", 3)]
+
+
+@pytest.mark.parametrize(
+    ("clips", "times", "reason", "found"),
+    [
+        ("a.mp4#t=1,2,", "3,4", "two spans of time", "'3' to '4' beside 'a.mp4#t=1,2'"),
+        ("a.mp4#t=1,2,", "0:01,", "no span of time", "'0:01' to '' beside 'a.mp4#t=1,2'"),
+        ("a.mp4#t=1,2,", "soon,2", "no span of time", "'soon' to '2' beside 'a.mp4#t=1,2'"),
+        ("a.mp4,b.wav#t=1,2", "3,4", "two spans of time", "'3' to '4' beside 'b.wav#t=1,2'"),
+        ("a.mp4#t=2,1,", ",", "no span of time", "'a.mp4#t=2,1'"),
+        ("a.mp4#t=1,2,", "1,0:02", None, ("a.mp4#t=1.000,2.000", None)),
+        ("a.mp4#t=1,2,b.wav#t=3,4", ",", None, ("a.mp4#t=1,2", "b.wav#t=3,4")),
+    ],
+)
+def test_times_that_contradict_the_clips_own_are_listed_and_neither_is_taken(tmp_path, clips, times, reason, found):
+    clips = re.sub(r"[^,]+#t=\d,\d", lambda match: f'"{match[0]}"', clips)
+    read = read_table(
+        table(tmp_path, f"clip,audio,dialogue,text,start,end\n{clips},d,hi,{times}\n"), "own", SPLIT | ONE
+    )
+    (utterance,) = read.dialogues[0].utterances
+    if reason is None:
+        assert (read.rejections, (utterance.clip, utterance.audio)) == ([], found)
+    else:
+        assert (utterance.clip, utterance.audio, utterance.start_s, utterance.end_s) == (None, None, None, None)
+        (rejection,) = read.rejections
+        assert (rejection.what, rejection.reason, rejection.row, rejection.found) == ("clip", reason, 2, found)
+
+
+NO_ROWS = [
+    ("# made by a tool\nclip,dialogue,text\n,d,hi\n", r"row 2: found 3 values, expected 1, as row 1 has: '# made by a"),
+    ('clip,dialogue,text\n,d,hi\n,d,"two\nlines"\n,d,Oh, no\n', r"row 5: found 4 values, expected 3, as row 1 has:"),
+    ('clip,dialogue,text\n,d,hi\n,d,"Oh\n,d,no\n', r"row 3: found a quotation mark that opens a text and has no end"),
+    (
+        'clip,dialogue,speaker,text\n,d,A,hi\n,d,B,"Oh\n,d,A,lost\n,d,B,"yes"\n',
+        r"row 3: found a quotation mark .* no end before row 5",
+    ),
+    ('dialogue,text,clip\nd,"Oh,\nd,"Well",\n', r"row 2: found a quotation mark .* no end before row 3"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NO_ROWS)
+def test_a_row_that_is_none_is_named_and_no_quote_swallows_rows(tmp_path, text, message):
+    with pytest.raises(MsencError, match=message):
+        read_table(table(tmp_path, text), "own", SPLIT | ONE)
+
+
+def test_a_long_text_of_several_lines_in_quotes_is_one_text(tmp_path):
+    text = 'He said ""yes, no, maybe""\r\nand left'
+    (dialogue,) = read_table(table(tmp_path, f'clip,dialogue,text\n,d,"{text}"\n'), "own", SPLIT | ONE).dialogues
+    assert dialogue.utterances[0].text == text.replace('""', '"')
+
+
+def test_spaces_behind_separators_are_no_part_of_a_value(tmp_path):
+    path = table(tmp_path, 'clip, dialogue, text, start, end\n"a, b.wav", d, "Hi, you", 0, 1\n')
+    (utterance,) = read_table(path, "own", SPLIT | ONE).dialogues[0].utterances
+    assert (utterance.text, utterance.clip) == ("Hi, you", "a, b.wav#t=0.000,1.000")
+
+
+def test_a_columns_name_is_the_same_with_marks_that_show_nothing(tmp_path):
+    (dialogue,) = read_table(
+        table(tmp_path, "clip\u200b,\u2060dialogue,te\u00adxt\n,d,hi\n"), "own", SPLIT | ONE
+    ).dialogues
+    assert dialogue.utterances[0].text == "hi"
+
+
+@pytest.mark.parametrize("row", ["---,---,---", ",,12", f",{200 * 'd'}d,hi", "# the second part,,"])
+def test_a_line_that_states_no_utterance_is_refused_with_what_to_do(tmp_path, row):
+    with pytest.raises(
+        MsencError, match=r"row 3: dialogue is .*; expected a name .*remove it if it states no utterance"
+    ):
+        read_table(table(tmp_path, f"clip,dialogue,text\n,d,hi\n{row}\n"), "own", SPLIT | ONE)

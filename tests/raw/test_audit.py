@@ -152,6 +152,55 @@ def test_a_clip_of_train_in_another_split_is_flagged_under_any_name(tmp_path):
     assert result.facts["test"]["leaking dialogues"] == 2
 
 
+def own(root: Path, header: str, *rows: str):
+    """The audit of a table."""
+    (root / "t.csv").write_text("\n".join([f"dialogue,{header}", *rows]), encoding="utf-8")
+    annotations = read_table(root / "t.csv", "own", {"rule": "random", "fractions": {"train": 1.0}, "seed": 1})
+    return audit_dataset("own", annotations.stored_in(root), root, root / "out", 0)
+
+
+def found_in(audit, *names: str) -> dict[str, tuple[str, str]]:
+    return {f.id.removeprefix("own/train/"): (f.flag, f.found) for f in audit.flags if f.flag in names}
+
+
+def test_who_speaks_while_another_speaker_does_is_flagged(tmp_path):
+    rows = [
+        "d,A,a.wav,0,4", "d,B,a.wav,3,6",  # 1 s of 4, and 1 of 3, which is a third
+        "e,A,a.wav,0,4", "e,B,a.wav,2,6", "e,B,a.wav,2.5,3",
+        "f,A,a.wav,0,4", "f,A,a.wav,1,3",
+        "g,A,a.wav,0,4", "g,B,b.wav,0,4",
+        "h,A,a.wav#channel=1,0,4", "h,B,a.wav#channel=2,1,2", "h,C,a.wav,3.5,4",
+        "i,A,,,", "i,B,a.wav,0,4",
+    ]  # fmt: skip
+    result = own(tmp_path, "speaker,clip,start,end,text", *(f"{row},words {n}" for n, row in enumerate(rows)))
+    assert found_in(result, "overlapping_speech") == {
+        "e/utt0": ("overlapping_speech", "2.00 of 4.00 s"),
+        "e/utt1": ("overlapping_speech", "2.00 of 4.00 s"),
+        "e/utt2": ("overlapping_speech", "0.50 of 0.50 s"),
+        "h/utt0": ("overlapping_speech", "1.50 of 4.00 s"),
+        "h/utt1": ("overlapping_speech", "1.00 of 1.00 s"),
+        "h/utt2": ("overlapping_speech", "0.50 of 0.50 s"),
+    }
+
+
+def test_names_of_one_speaker_in_several_spellings_are_flagged(tmp_path):
+    speakers = {"d": ("Ana", "ANA", "ana:", "Ben"), "e": ("Ana", "Anna"), "f": ("ANA", "-1", "1"), "g": ("?", "!", "?")}
+    rows = [f"{dialogue},,{name},words" for dialogue, names in speakers.items() for name in names]
+    result = own(tmp_path, "clip,speaker,text", *rows)
+    assert found_in(result, "speaker_spelling") == {"d": ("speaker_spelling", "Ana, ANA, ana:")}
+
+
+def test_what_of_a_text_was_lost_or_is_no_speech_is_flagged(tmp_path):
+    texts = {
+        **dict.fromkeys(["Caf\ufffd", "??? ??", "#NAME?", "#REF!", "#N/A"], "lost_text"),
+        **dict.fromkeys(["<i>Oh</i>", "Oh<br/>no", r"{\an8}Oh", '<font color="red">Oh'], "markup"),
+        **dict.fromkeys(["Café", "What??", "?? ok", "#blessed", "2 < 3 > 1", "<3", "{laughs}", "N/A"], None),
+    }
+    result = own(tmp_path, "clip,text", *(f'd,,"{text.replace(chr(34), 2 * chr(34))}"' for text in texts))
+    flags = {id: flag for id, (flag, _) in found_in(result, "lost_text", "markup").items()}
+    assert flags == {f"d/utt{n}": flag for n, flag in enumerate(texts.values()) if flag}
+
+
 # ------------------------------------------------------------------------------------------------ clips
 
 
@@ -190,6 +239,26 @@ def test_odd_clips_are_flagged_and_rejected_in_the_words_of_preparation(clips, t
     assert set(rejected) == set(read_rejections(tmp_path / "out" / "rejected.csv"))
     assert set(rejected) == set(result.rejections)
     assert ("audio", "silent") in {(r.what, r.reason) for r in rejected}
+
+
+def test_clips_of_other_capitals_and_clips_that_several_rows_name_are_flagged(tmp_path):
+    write_clip(tmp_path / "a.mp4", 1.0)
+    rows = ["d,A.MP4,one", "d,a.mp4,two", "d,a.mp4#channel=1,three", "d,gone.mp4,four", "e,gone.mp4,five"]
+    result = own(tmp_path, "clip,text", *rows)
+    assert found_in(result, "other_case", "shared_clip", "clip_without_row") == {
+        "d/utt0": ("other_case", "A.MP4"),
+        "d/utt1": ("shared_clip", "own/train/d/utt0"),
+    }
+    result = own(tmp_path, "clip,text,start,end", "d,a.mp4,one,0,0.5", "d,a.mp4,two,0.5,1", "d,a.mp4,three,0,0.5")
+    assert found_in(result, "shared_clip") == {"d/utt2": ("shared_clip", "own/train/d/utt0")}
+
+
+def test_a_file_whose_name_is_no_utf8_is_listed_by_its_bytes(tmp_path):
+    write_clip(tmp_path / "a.mp4", 1.0)
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")).touch()
+    result = own(tmp_path, "clip,text", "d,a.mp4,one", "d,café.mp4,two")
+    assert [f.file for f in result.flags if f.flag == "clip_without_row"] == [r"caf\xe9.mp4"]
+    assert {r.file for r in result.rejections} == {"café.mp4"}
 
 
 def test_processes_and_the_cache_change_nothing(clips, tmp_path, monkeypatch):

@@ -79,6 +79,12 @@ def test_without_echoes_speech_stays_as_it_is(spoken):
         assert np.square(own).sum() > 0.99 * np.square(side).sum()
 
 
+def test_an_offset_makes_channels_neither_alike_nor_echoes(spoken):
+    (sides, _) = call([p for p in spoken if p[1] == 0][:2] + [p for p in spoken if p[1] == 1][:2], -0.5, -20)
+    for own, lifted in zip(without_echoes(list(sides), RATE), without_echoes(list(sides + 0.2), RATE), strict=True):
+        np.testing.assert_allclose(np.where(own == 0, 0, own + 0.2), lifted, atol=1e-6)
+
+
 def test_what_has_no_speaker_per_channel_is_listed(spoken, tmp_path):
     sound = np.concatenate([sound for sound, _ in spoken[:3]])
     files = {"mono.wav": [sound], "twice.wav": [sound, 0.8 * sound], "one side.wav": [sound, 0 * sound]}

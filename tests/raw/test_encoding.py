@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from msenc.raw.annotations import read_table
-from msenc.raw.encoding import decode_table, fitting_encodings
+from msenc.raw.encoding import decode_table, fitting_encodings, repair_encoding
 from msenc.types import MsencError
 
 HEADER = "clip,dialogue,speaker,text,start,end,split"
@@ -122,6 +122,7 @@ TIMES = [
     ("2", 2),
     ("2,5", 2.5),
     (" 0:02.25 ", 2.25),
+    ("-0", 0),
 ]
 
 
@@ -189,6 +190,7 @@ NO_TABLES = {
     b"SQLite format 3\x00\x10": "a database",
     b"<!DOCTYPE html><html>404</html>": "a web page",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": r"git lfs pull",
+    b"{\\rtf1\\ansi clip}": "a text document",
     b'{"clip": "a.wav", "dialogue": "d", "text": "hi"}\n': "JSON",
     b'\xef\xbb\xbf\n[{"clip": "a.wav", "dialogue": "d"}]': "JSON",
     b"RIFF\x24\x00\x00\x00WAVEfmt ": "a media file",
@@ -253,6 +255,116 @@ def test_of_several_files_that_a_name_may_be_none_is_guessed(tmp_path):
     (rejection,) = found.rejections
     assert (rejection.reason, rejection.file) == ("several files of this name", "éé.wav")
     assert rejection.found == r"'e\u0301\xe9.wav', '\xe9e\u0301.wav'"
+
+
+@pytest.mark.parametrize(
+    ("in_table", "on_disk"),
+    [
+        ("Clips/Dia1_Utt2.MP4", "clips/dia1_utt2.mp4"),
+        ("ZOË.wav", "zoe\u0308.wav"),
+        (r"Clips\One.wav", "clips/one.wav"),
+        ("Straße.wav", "STRASSE.WAV"),
+    ],
+)
+def test_a_file_is_found_by_other_capitals_and_that_is_told(tmp_path, in_table, on_disk):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / on_disk).touch()
+    (tmp_path / "same.wav").touch()
+    path = tmp_path / "utterances.csv"
+    path.write_text(f"{HEADER}\n{in_table},d,Ana,Oh,0,1,train\nsame.wav,d,Ana,Oh,,,train\ngone.wav,d,Ana,Oh,,,train\n")
+    found = read_table(path, "own", SPLIT).stored_in(tmp_path)
+    clips = [u.clip for u in found.dialogues[0].utterances]
+    assert clips == [f"{on_disk}#t=0.000,1.000", "same.wav", "gone.wav"]
+    assert found.other_case == {"own/train/d/utt0": in_table}
+    assert found.rejections == []
+
+
+def test_of_several_files_that_differ_in_capitals_none_is_guessed_but_the_one_of_that_name_is_taken(tmp_path):
+    for name in ("one.wav", "ONE.wav", "One.wav"):
+        (tmp_path / name).touch()
+    path = tmp_path / "utterances.csv"
+    path.write_text(f"{HEADER}\noNe.wav,d,Ana,Oh,,,train\nOne.wav,d,Ana,Ah,,,train\n")
+    found = read_table(path, "own", SPLIT).stored_in(tmp_path)
+    assert [u.clip for u in found.dialogues[0].utterances] == [None, "One.wav"]
+    (rejection,) = found.rejections
+    assert (rejection.reason, rejection.file) == ("several files of this name", "oNe.wav")
+    assert rejection.found == "'ONE.wav', 'One.wav', 'one.wav'"
+    assert found.other_case == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("Tom &amp; Ann", "Tom & Ann"),
+        ("don&#39;t &#x201c;go&#x201D;", "don't “go”"),
+        ("don&amp;#146;t", "don’t"),
+        ("a&nbsp;b &lt;3", "a b <3"),
+        ("R&D; AT&T &so; &notit;", "R&D; AT&T &so; &notit;"),
+    ],
+)
+def test_names_of_signs_in_web_pages_are_those_signs(tmp_path, written, read):
+    found = read_table(table(tmp_path, "plain", written), "own", SPLIT)
+    assert texts_of(found) == ["plain", read]
+    assert found.repaired == ["own/train/d/utt1"] * (written != read)
+
+
+MANGLED = (
+    *(
+        "Straße",
+        "École, où ça ?",
+        "Übung",
+        "Paweł i Łukasz",
+        "Ağladı mı?",
+        "Привет, как дела?",
+        "Καλημέρα",
+        "你好吗",
+        "Ok 😀",
+    ),
+    *("CAFÉ”", "« cliché\u202f»", "AMANHÃ”", "A IRMÃ – ela", "SMÅ” och", "«É»", "naïve “façade”"),
+)
+
+
+@pytest.mark.parametrize("text", MANGLED)
+@pytest.mark.parametrize("times", [0, 1, 2, 3])
+def test_texts_that_were_saved_in_the_wrong_encoding_are_repaired_however_often_that_was(text, times):
+    mangled = text
+    for _ in range(times):
+        mangled = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in mangled.encode())
+    assert repair_encoding(mangled) == text
+
+
+@pytest.mark.parametrize("text", ["cliché\u00a0»", "É\u00a0»", "Ã –", "SMÅ…", "«É»", "ÉTÉ… DÉJÀ"])
+def test_texts_that_nobody_mangled_stay(text):
+    assert repair_encoding(text) == text.replace("\u00a0", " ")
+
+
+OTHER_LATIN = {
+    "cp1254": ("Bunu yanlış yaptın, değil mi?", "Kapıyı açtığını gördüm.", "İyi akşamlar!", "Ağladı mı? Hayır, güldü."),
+    "cp1250": ("Mám rád černou kávu.", "Člověk neví, co říct.", "Dobrý večer, příteli.", "Už je pozdě, viď?"),
+    "cp1257": (
+        "Ačiū, viskas gerai.",
+        "Kaip tau sekėsi šiandien?",
+        "Aš nežinau, ką daryti.",
+        "Žmonės šnekėjosi ilgą laiką, tačiau žvaigždės jau švietė.",
+    ),
+}
+ICELANDIC = ("Það er ný sýn, býst ég við.", "Þú þarft að þýða þetta.", "Ertu með nýjar fréttir?", "Ég bý við sjó.")
+
+
+@pytest.mark.parametrize("encoding", OTHER_LATIN)
+def test_letters_of_another_language_than_cp1252_has_are_not_read_as_its_letters(tmp_path, encoding):
+    texts = OTHER_LATIN[encoding]
+    rows = [text.encode(encoding) for text in texts]
+    match = rf"row 3: neither UTF-8 nor .*The bytes fit {encoding}.*data\.encoding={encoding}, or cp1252 if"
+    with pytest.raises(MsencError, match=match):
+        read_table(table(tmp_path, "plain", *rows), "own", SPLIT)
+    assert texts_of(read_table(table(tmp_path, *rows), "own", SPLIT, encoding=encoding)) == [*texts]
+
+
+@pytest.mark.parametrize("texts", [ICELANDIC, CP1252, CP1252[2:3] * 9, CP1252[3:4] * 9, CP1252[12:13] * 9])
+def test_many_rows_in_cp1252_are_read_as_such(tmp_path, texts):
+    found = read_table(table(tmp_path, *(text.encode("cp1252") for text in texts)), "own", SPLIT)
+    assert texts_of(found) == [*texts]
 
 
 @pytest.mark.parametrize("encoding", ["klingon", "ascii"])

@@ -255,6 +255,26 @@ def test_of_channels_that_cancel_out_the_loudest_is_read(suffix, tmp_path):
     assert level(read_audio(tmp_path / f"a.{suffix}", RATE), 440) == pytest.approx(0.4, abs=0.03)
 
 
+def test_an_offset_is_neither_sound_nor_what_cancels_out(tmp_path):
+    for file in ("lifted.wav", "apart.wav"):
+        CASES[file].write(tmp_path / file)
+    findings = Findings()
+    samples = read_audio(tmp_path / "lifted.wav", RATE, findings=findings)
+    assert findings.notes == {"dc_offset": "+0.40 of full scale"}
+    assert level(samples, 440) == pytest.approx(0.2, abs=0.01)
+    assert np.abs(read_audio(tmp_path / "apart.wav", RATE)).max() == pytest.approx(0.1, abs=0.01)
+
+
+def test_what_begins_before_zero_is_heard_from_its_beginning(tmp_path):
+    file = "early.ts"
+    CASES[file].write(tmp_path / file)
+    samples = read_audio(tmp_path / file, RATE)
+    assert len(samples) == pytest.approx(2 * RATE, abs=0.05 * RATE)
+    assert level(part(samples, 0.1, 0.9), 440) > 0.35
+    assert level(part(samples, 1.1, 1.9), 1760) > 0.35
+    np.testing.assert_allclose(part(samples, 0.5, 1.5), read_audio(tmp_path / file, RATE, (0.5, 1.5)), atol=0.02)
+
+
 def test_one_speaker_per_channel_cancels_nothing(tmp_path):
     alone = np.concatenate([tone(440, 1, (1, 0)), tone(1760, 1, (0, 1))], axis=1)
     write(tmp_path / "a.wav", Track([(0.0, alone)], "pcm_s16le"))

@@ -110,7 +110,7 @@ def test_a_cache_that_cannot_be_written_is_refused(root, tmp_path):
         ("a.mp4", {"channels": "5.1"}, ("surround_sound", "6 channels")),
         ("a.mp4", {"rate": 8000}, ("low_sample_rate", "8000 Hz")),
         ("a.mp4", {"rotation": 90}, ("rotated", "-90 degrees")),
-        ("a.mp4", {"ticks": (0, 1, 7, 8, 30)}, ("variable_frame_rate", "")),
+        ("a.mp4", {"ticks": (0, 1, 2, 5, 6)}, ("variable_frame_rate", "")),
         ("a.mp4", {"container": "matroska"}, ("wrong_extension", "matroska")),
         ("a.mkv", {}, ("wrong_extension", "mov")),
         ("a.mkv", {"container": "matroska"}, None),

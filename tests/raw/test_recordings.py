@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ for package in ("silero_vad", "scenedetect"):
     pytest.importorskip(package)
 
 SPLIT = {"rule": "random", "fractions": {"train": 0.5, "test": 0.5}, "seed": 1}
+ALONE = {**SPLIT, "fractions": {"train": 1.0}}
 
 
 class LengthRecogniser:
@@ -129,6 +132,30 @@ def test_videos_are_found_however_their_names_are_composed(raw_demo, tmp_path):
     assert {row["clip"] for row in _rows(transcript)} == {"Zoe\u0308.mp4"}
     assert [(r.file, r.reason) for r in transcript.rejections] == [("éé.mp4", "recording missing")]
     assert any("Several files are éé.mp4" in note for note in transcript.notes)
+
+
+def test_a_video_of_other_capitals_is_found_and_told(raw_demo, tmp_path):
+    root = tmp_path / "raw"
+    root.mkdir()
+    shutil.copy(raw_demo / "video0.mp4", root / "video0.mp4")
+    end = read_truth(raw_demo)[-1].end_s + 1
+    (root / "timestamp.json").write_text(json.dumps({"Video0.MP4": [[0, end]]}))
+    transcript = transcribe_recordings("own", root, tmp_path / "data", _recipe(split=ALONE), 0)
+    assert {row["clip"] for row in _rows(transcript)} == {"video0.mp4"}
+    assert "Found under a name of other capitals: Video0.MP4 as video0.mp4." in transcript.notes
+
+
+def test_a_recording_whose_name_is_no_utf8_is_listed_and_the_others_used(raw_demo, tmp_path):
+    root = tmp_path / "raw"
+    root.mkdir()
+    (odd := Path(os.fsdecode(bytes(root) + b"/caf\xe9.mp4"))).touch()
+    with pytest.raises(MsencError, match=r"found no recording whose name is UTF-8, as caf\\xe9\.mp4\. Rename"):
+        transcribe_recordings("own", root, tmp_path / "data", _recipe(split=ALONE), 0)
+    shutil.copy(raw_demo / "video0.mp4", root / "video0.mp4")
+    transcript = transcribe_recordings("own", root, tmp_path / "data", _recipe(split=ALONE), 0)
+    assert {row["clip"] for row in _rows(transcript)} == {"video0.mp4"}
+    assert [(r.file, r.reason) for r in transcript.rejections] == [(r"caf\xe9.mp4", "name is not UTF-8")]
+    assert odd.exists()
 
 
 def test_without_timestamps_each_recording_is_a_dialogue(raw_demo, tmp_path):
