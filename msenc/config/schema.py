@@ -250,12 +250,14 @@ class ObjectiveConfig:
     Args:
         beta: how much a deviation from the start counts; as `beta` of TRL's DPOConfig.
         label_smoothing: share of pairs that are taken to be the wrong way round; as that of TRL's ``robust`` loss.
+        rpo_alpha: weight of the preferred reply's own loss, the mean over its tokens; as of TRL's ``sft`` loss.
         pairs: ``conflict``, ``wrong`` (`msenc.data.preferences`), or a CSV file.
         labels: of the turns, that make pairs without a table; None: as of `EvaluateConfig`'s ``conflict=true``.
     """
 
     beta: float = MISSING
     label_smoothing: float = MISSING
+    rpo_alpha: float = 0.0
     pairs: str = MISSING
     labels: list[str] | None = None
 

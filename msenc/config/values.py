@@ -263,6 +263,7 @@ VALUES: dict[str, Any] = {
     "align.seed": Seed,
     "objective.beta": Above0,
     "objective.label_smoothing": _between(float, lambda n: 0 <= n < 0.5, "from 0 to below 0.5"),
+    "objective.rpo_alpha": Amount,
     "objective.pairs": _between(
         str,
         lambda text: text in ("conflict", "wrong") or text.lower().endswith(".csv"),

@@ -497,7 +497,8 @@ def _fit(
     objective = config["objective"]
     kind = ConversationModule
     if objective:
-        kind = partial(PreferenceModule, beta=objective["beta"], label_smoothing=objective["label_smoothing"])
+        settings = {key: objective[key] for key in ("beta", "label_smoothing", "rpo_alpha")}
+        kind = partial(PreferenceModule, **settings)
     module = kind(
         model,
         optimizer=build_optimizer(config),

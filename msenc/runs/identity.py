@@ -129,8 +129,11 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
         del settings["data"]["val"]
     if settings.get("objective", 0) is None:
         del settings["objective"]
-    elif "objective" in settings and is_table(settings["objective"]["pairs"]):
-        settings["objective"]["pairs"] = "table"  # identified by its content
+    elif "objective" in settings:
+        if is_table(settings["objective"]["pairs"]):
+            settings["objective"]["pairs"] = "table"  # identified by its content
+        if not settings["objective"].get("rpo_alpha", True):
+            del settings["objective"]["rpo_alpha"]
     if not (settings.get("align") or {}).get("keep", True):
         del settings["align"]["keep"]
     if settings.get("threads", 0) is None:

@@ -2,7 +2,8 @@
 
 Batch with pairs -> log probability of each reply, now and at the start -> loss per pair -> gradients per pair
 
-Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; `label_smoothing`: Chowdhury et al. 2024 (arXiv 2403.00409).
+Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; `label_smoothing`: Chowdhury et al. 2024 (arXiv 2403.00409);
+`rpo_alpha`: Pang et al. 2024 (arXiv 2404.19733), eq. 1.
 """
 
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class PreferenceModule(ConversationModule):
         *args: of `ConversationModule`.
         beta: see `preference_loss`.
         label_smoothing: see `preference_loss`.
+        rpo_alpha: weight of the chosen reply's own loss, the mean over its tokens, beside that of the pair.
         **kwargs: of `ConversationModule`.
     """
 
@@ -61,9 +63,11 @@ class PreferenceModule(ConversationModule):
         *("logps/chosen", "logps/rejected"),
     )
 
-    def __init__(self, *args: Any, beta: float = 0.1, label_smoothing: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, beta: float = 0.1, label_smoothing: float = 0.0, rpo_alpha: float = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.beta, self.label_smoothing = beta, label_smoothing
+        self.beta, self.label_smoothing, self.rpo_alpha = beta, label_smoothing, rpo_alpha
         self._start: dict[str, Tensor] = {}
         self._validation_sums = torch.zeros(2 + len(self.measured))
 
@@ -111,6 +115,8 @@ class PreferenceModule(ConversationModule):
         pairs = batch.targets.new_zeros(0, 2) if batch.pairs is None else batch.pairs
         chosen, rejected = (now - reference)[pairs].unbind(1)
         losses = preference_loss(chosen - rejected, self.beta, self.label_smoothing)
+        tokens = torch.bincount(batch.targets, minlength=len(now))
+        losses = losses - self.rpo_alpha * (now / tokens)[pairs[:, 0]]
         rewards = self.beta * torch.stack([chosen, rejected], dim=1).detach()
         margins = rewards[:, :1] - rewards[:, 1:]
         measured = torch.cat([rewards, (margins > 0).to(margins), margins, now.detach()[pairs]], dim=1)

@@ -122,15 +122,20 @@ def single_pairs(drawn):
 
 
 @pytest.mark.filterwarnings("ignore")  # other libraries' own
-@pytest.mark.parametrize(("loss_type", "label_smoothing"), [("sigmoid", 0.0), ("robust", 0.2)])
-def test_loss_and_gradients_are_those_of_trl(tiny_models, tmp_path, loss_type, label_smoothing):
+@pytest.mark.parametrize(
+    ("loss_type", "label_smoothing", "rpo_alpha"), [("sigmoid", 0.0, 0.0), ("robust", 0.2, 0.0), ("sigmoid", 0.0, 0.7)]
+)
+def test_loss_and_gradients_are_those_of_trl(tiny_models, tmp_path, loss_type, label_smoothing, rpo_alpha):
     beta = 0.3
     drawn = draw(4, streams=())
     model = build_conversation(tiny_models["llama"], streams=(), lora=LORA)
     llm = copy.deepcopy(model.llm)
     llm.set_attn_implementation("sdpa")
-    trl, trainer = trl_trainer(tmp_path, llm, beta=beta, label_smoothing=label_smoothing, loss_type=[loss_type])
-    module = started(model, beta=beta, label_smoothing=label_smoothing)
+    types = {"loss_type": [loss_type]}
+    if rpo_alpha:
+        types = {"loss_type": [loss_type, "sft"], "loss_weights": [1.0, rpo_alpha]}
+    trl, trainer = trl_trainer(tmp_path, llm, beta=beta, label_smoothing=label_smoothing, **types)
+    module = started(model, beta=beta, label_smoothing=label_smoothing, rpo_alpha=rpo_alpha)
     losses, measured, _ = module.scores(batch_of(drawn))
     losses.mean().backward()
     mine = {name.removeprefix("model.llm."): gradient for name, gradient in gradients(module).items()}
@@ -143,15 +148,32 @@ def test_loss_and_gradients_are_those_of_trl(tiny_models, tmp_path, loss_type, l
     collator = trl.trainer.dpo_trainer.DataCollatorForPreference(pad_token_id=0)
     pairs = single_pairs(drawn)
     assert len(pairs) == len(losses) > 10
-    loss = trainer.compute_loss(trainer.model.train(), collator(pairs))
+    # TRL's "sft" is the mean over a batch's tokens, ours over each reply's: the same in batches of one pair.
+    parts = [[pair] for pair in pairs] if rpo_alpha else [pairs]
+    loss = sum(trainer.compute_loss(trainer.model.train(), collator(part)) for part in parts) / len(parts)
     loss.backward()
     theirs = {name: p.grad for name, p in llm.named_parameters() if p.grad is not None}
     assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-5)
     assert distance(theirs, mine) < 1e-5
-    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    logged = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
     for name, value in zip(module.measured, measured.mean(0).tolist(), strict=True):
         assert value == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
     assert 0 < logged["rewards/accuracies"] < 1
+
+
+def test_the_chosen_reply_has_a_loss_of_its_own_with_its_description_and_end(tiny_models):
+    drawn = draw(4, most=3)
+    model = build_conversation(tiny_models["llama"], lora=LORA)
+    batch = batch_of(drawn)
+    module = started(model)
+    losses, _, nll = module.scores(batch)
+    module.rpo_alpha = 0.5
+    both, _, _ = module.scores(batch)
+    targets = [t for tokens, _ in drawn for t, said in zip(tokens.targets, tokens.rejected, strict=True) for _ in said]
+    own = torch.stack([nll[batch.targets == chosen].mean() for chosen, _ in batch.pairs])
+    assert [int((batch.targets == chosen).sum()) for chosen, _ in batch.pairs] == [len(t.ids) for t in targets]
+    assert len({len(t.ids) for t in targets}) > 1
+    torch.testing.assert_close(both - losses, 0.5 * own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
