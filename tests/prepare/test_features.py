@@ -107,7 +107,7 @@ def root(tmp_path_factory) -> Path:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(RATE)
-        file.writeframes(np.full(RATE // 50, 9000, "<i2").tobytes())
+        file.writeframes(np.resize(np.array([9000, -9000], "<i2"), RATE // 50).tobytes())
     return root
 
 
