@@ -14,8 +14,8 @@ PROMPT = Prompt(instruction="A talk.\n", turn="{speaker}:{video}{audio} {text}\n
 MOODS = ("sad", "happy")
 
 
-def write_world(folder, num=24, words_tell=False, is_planted=True, is_described=False, is_spoken=True):
-    """Every first turn has a mood; its voice's level tells it, and the reply names it."""
+def write_world(folder, num=24, words_tell=False, is_planted=True, is_described=False, is_spoken=True, more=None):
+    """Every first turn has a mood; its voice's level tells it, and the reply names it; `more` is said after that."""
     rng = np.random.default_rng(1)
     turns, audio, labels = [], [], {}
     for number in range(num):
@@ -32,20 +32,22 @@ def write_world(folder, num=24, words_tell=False, is_planted=True, is_described=
                 marks=(Mark("audio", "text", 8, 8 + len(MOODS[mood])),) if is_planted else (),
             ),
         )
+        if more is not None:
+            utterances += (Utterance("2", "Speaker 9", more),)
         dialogue = Dialogue(f"world/test/dia{number}", "test", utterances)
         turns.append((dialogue.id, "test", {"turns.json": dialogue.to_json()}))
         frames = np.full((4 + number % 3, 3), 2.0 * mood - 1, np.float16)
-        offsets = np.array([0, len(frames), len(frames)])
+        offsets = np.array([0, *[len(frames)] * len(utterances)])
         audio.append((dialogue.id, "test", {"features.npy": frames, "offsets.npy": offsets}))
         labels[f"{dialogue.id}/utt0"] = {"Mood": MOODS[mood], "Take": str(number)}
     hashes = {"turns": write_stream(folder / "turns", turns, {})["hash"]}
-    streams = {"turns": StreamInfo("text", None, None, {}, hashes["turns"], {"test": 2 * num})}
+    streams = {"turns": StreamInfo("text", None, None, {}, hashes["turns"], {"test": len(utterances) * num})}
     if is_spoken:
         hashes["audio-level"] = write_stream(folder / "audio-level", audio, {})["hash"]
         streams["audio-level"] = StreamInfo("audio", "level", 3, {}, hashes["audio-level"], {"test": num})
     DatasetManifest(
         name="world",
-        splits={"test": SplitCounts(num, 2 * num, num, 0.0)},
+        splits={"test": SplitCounts(num, len(utterances) * num, num, 0.0)},
         streams=streams,
         settings={},
         turns_hash=hashes["turns"],

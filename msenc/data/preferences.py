@@ -6,7 +6,7 @@ The reply that is preferred and those that are rejected are branches of one trun
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, product
@@ -61,6 +61,7 @@ class Context:
         item: whose turn gets something of its donor; None leaves the dialogue as it is.
         stream: the turn gets the donor's voice or face.
         words: it gets the donor's words.
+        kept: other target turns, whose replies of the data are to stay likely.
     """
 
     dialogue: int
@@ -68,6 +69,12 @@ class Context:
     item: ConflictItem | None = None
     stream: bool = False
     words: bool = False
+    kept: tuple[int, ...] = ()
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """Target turns, in their order."""
+        return tuple(sorted({*self.preferences, *self.kept}))
 
 
 def follow_stream(items: Sequence[ConflictItem]) -> list[Context]:
@@ -98,6 +105,26 @@ def wrong_replies(items: Sequence[ConflictItem]) -> list[Context]:
         Context(i, {turn: Preference(chosen[i, compared, turn], tuple(said)) for turn, said in sorted(turns.items())})
         for (i, compared), turns in rejected.items()
     ]
+
+
+def keep_others(contexts: Sequence[Context], num_replies: Callable[[int], int]) -> list[Context]:
+    """Replies that no preference is about stay likely, too: each is kept once, in its dialogue as it is.
+
+    Args:
+        contexts: of labels.
+        num_replies: index of a dialogue -> its target turns.
+    """
+    about = defaultdict(set)
+    for context in contexts:
+        about[context.dialogue] |= set(context.preferences)
+    found, done = [], set()
+    for context in contexts:
+        if context.dialogue not in done and not context.stream and not context.words:
+            done.add(context.dialogue)
+            others = set(range(1, num_replies(context.dialogue) + 1)) - about[context.dialogue]
+            context = replace(context, kept=tuple(sorted(others)))
+        found.append(context)
+    return found
 
 
 class PreferenceDataset(Dataset):
@@ -148,13 +175,17 @@ class PreferenceDataModule(DialogueDataModule):
         *args: of `DialogueDataModule`.
         pairs: ``conflict``, ``wrong``, or a table (CSV; see `read_preferences`).
         labels: of `find_conflicts`.
+        keeps: keep replies that no preference is about (`keep_others`), but where a table chooses the replies.
         **kwargs: of `DialogueDataModule`.
     """
 
-    def __init__(self, *args: Any, pairs: str, labels: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, pairs: str, labels: Sequence[str] | None = None, keeps: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.pairs = pairs
         self.labels = labels
+        self.keeps = keeps
         self._preferences: dict[str, PreferenceDataset] = {}
         self._known_rows: dict[tuple[str, int, tuple[int, ...]], list[int]] = {}
 
@@ -186,6 +217,9 @@ class PreferenceDataModule(DialogueDataModule):
                     )
             else:
                 contexts = self._of_labels(split)
+                if self.keeps:
+                    dialogues = self.dataset(split)
+                    contexts = keep_others(contexts, lambda index: len(dialogues.tokens(index).targets))
             self._preferences[split] = PreferenceDataset(self.dataset(split), contexts)
         return self._preferences[split]
 
@@ -212,7 +246,7 @@ class PreferenceDataModule(DialogueDataModule):
         """The units of the split's batches: contexts, or parts of them under a token budget."""
         if split not in self._units:
             preferences = self.preferences(split)
-            turns = [tuple(context.preferences) for context in preferences.contexts]
+            turns = [context.turns for context in preferences.contexts]
             if self.max_tokens_per_batch is None:
                 units = [Unit(number, own, 0) for number, own in enumerate(turns)]
             else:

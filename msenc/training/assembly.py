@@ -68,8 +68,11 @@ def build_datamodule(config: Mapping[str, Any], prepare_command: str, for_traini
     """
     data, model = config["data"], config["model"]
     objective = config.get("objective") if for_training else None
-    kind = partial(PreferenceDataModule, pairs=objective["pairs"], labels=objective["labels"]) if objective else None
-    return (kind or DialogueDataModule)(
+    kind: Any = DialogueDataModule
+    if objective:
+        chosen = {key: objective[key] for key in ("pairs", "labels")}
+        kind = partial(PreferenceDataModule, **chosen, keeps=objective["rpo_alpha"] > 0)
+    return kind(
         folder=_place(config),
         streams={
             name: StreamSpec(stream["name"], stream["dim"], model["connector"]["num_queries"], stream["encoder"])

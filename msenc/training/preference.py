@@ -54,7 +54,8 @@ class PreferenceModule(ConversationModule):
         *args: of `ConversationModule`.
         beta: see `preference_loss`.
         label_smoothing: see `preference_loss`.
-        rpo_alpha: weight of the chosen reply's own loss, the mean over its tokens, beside that of the pair.
+        rpo_alpha: weight of the chosen reply's own loss, the mean over its tokens, beside that of the pair; and of
+            that of replies in no pair, where the data keep some.
         **kwargs: of `ConversationModule`.
     """
 
@@ -103,10 +104,10 @@ class PreferenceModule(ConversationModule):
                 torch.clear_autocast_cache()
 
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of each pair, what is measured of it, and the loss of each token.
+        """Loss of each pair and of each reply in none, what is measured of pairs, and the loss of each token.
 
         Returns:
-            (P,) with a gradient; (P, M) without, in the order of `measured`; (K,).
+            (P + R,) with a gradient; (P, M) without, in the order of `measured`; (K,).
         """
         with self.reference():
             reference = _log_probabilities(self.model(batch).nll, batch)
@@ -116,7 +117,9 @@ class PreferenceModule(ConversationModule):
         chosen, rejected = (now - reference)[pairs].unbind(1)
         losses = preference_loss(chosen - rejected, self.beta, self.label_smoothing)
         tokens = torch.bincount(batch.targets, minlength=len(now))
-        losses = losses - self.rpo_alpha * (now / tokens)[pairs[:, 0]]
+        own = -self.rpo_alpha * now / tokens
+        is_kept = torch.ones_like(own, dtype=torch.bool).index_fill(0, pairs.flatten(), False)
+        losses = torch.cat([losses + own[pairs[:, 0]], own[is_kept]])
         rewards = self.beta * torch.stack([chosen, rejected], dim=1).detach()
         margins = rewards[:, :1] - rewards[:, 1:]
         measured = torch.cat([rewards, (margins > 0).to(margins), margins, now.detach()[pairs]], dim=1)
@@ -171,4 +174,4 @@ def _log_probabilities(nll: Tensor, batch: Batch) -> Tensor:
 
 
 def _sums(losses: Tensor, measured: Tensor) -> Tensor:
-    return torch.cat([losses.detach().sum()[None], losses.new_tensor([len(losses)]), measured.sum(0)])
+    return torch.cat([losses.detach().sum()[None], losses.new_tensor([len(measured)]), measured.sum(0)])

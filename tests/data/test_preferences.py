@@ -1,16 +1,17 @@
 """Preferences between replies, from conflicts and from tables, in the generated world of the conflict test."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conflict_world import MOODS, PROMPT, SPECS, write_world
 
 from msenc.data.conflict import find_conflicts
-from msenc.data.preferences import PreferenceDataModule
+from msenc.data.preferences import Context, Preference, PreferenceDataModule, keep_others
 from msenc.models.llm import load_tokenizer
 from msenc.prompt import DialogueTokenizer
-from msenc.types import MsencError
+from msenc.types import MsencError, Utterance
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,32 @@ def test_wrong_replies_are_rejected_where_nothing_contradicts(tmp_path, tokenize
     assert text.num_pairs("test") == datamodule.num_pairs("test")
     with pytest.raises(MsencError, match="this run reads text alone, and no turn of the split test whose words"):
         module_of(folder, tokenizer, streams={}).units("test")
+
+
+def test_replies_that_no_preference_is_about_are_kept_once_in_their_dialogue_as_it_is():
+    preference = Preference(Utterance("1", "Ben", "Yes."), (Utterance("1", "Ben", "No."),))
+    contexts = [Context(0, {2: preference}, stream=s, words=w) for s, w in ((True, False), (False, False))]
+    contexts += [Context(0, {4: preference}), Context(1, {1: preference}, words=True), Context(1, {1: preference})]
+    found = keep_others(contexts, {0: 5, 1: 1}.get)
+    assert [context.kept for context in found] == [(), (1, 3, 5), (), (), ()]
+    assert [context.turns for context in found] == [(2,), (1, 2, 3, 5), (4,), (1,), (1,)]
+    assert [replace(context, kept=()) for context in found] == contexts
+
+
+def test_kept_replies_are_targets_without_a_pair(tmp_path, tokenizer):
+    folder = write_world(tmp_path / "world", words_tell=True, more="It is late.")
+    plain, keeping = (module_of(folder, tokenizer, keeps=keeps) for keeps in (False, True))
+    numbers = []
+    for datamodule in (plain, keeping):
+        batches = list(datamodule._eval_loader("test", datamodule._eval_batches("test")))
+        numbers.append([sum(len(b.pairs) for b in batches), sum(len(b.target_ids) for b in batches)])
+        assert sum(batch.input_ids.numel() for batch in batches) == sum(u.tokens for u in datamodule.units("test"))
+    (pairs, targets), (same_pairs, more_targets) = numbers
+    assert pairs == same_pairs == datamodule.num_pairs("test")
+    about = {context.dialogue for context in keeping.preferences("test").contexts}
+    assert more_targets - targets == len(about) > 10  # one other reply each
+    said = [said_in(tokenizer, keeping.preferences("test").tokens(n).targets[1]) for n in range(len(about))]
+    assert set(said) == {"It is late."}
 
 
 @pytest.mark.parametrize("budget", [None, 60])

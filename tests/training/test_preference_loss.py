@@ -176,6 +176,21 @@ def test_the_chosen_reply_has_a_loss_of_its_own_with_its_description_and_end(tin
     torch.testing.assert_close(both - losses, 0.5 * own, rtol=1e-4, atol=1e-5)
 
 
+def test_replies_in_no_pair_have_their_own_loss_alone(tiny_models):
+    drawn = draw(4, most=2)
+    some = [(dataclasses.replace(t, rejected=((), *t.rejected[1:])), features) for t, features in drawn]
+    batch = batch_of(some)
+    module = started(build_conversation(tiny_models["llama"], lora=LORA), rpo_alpha=0.5)
+    losses, measured, nll = module.scores(batch)
+    kept = sorted(set(range(len(batch.target_ids))) - set(batch.pairs.flatten().tolist()))
+    assert len(kept) == len(drawn)
+    assert len(measured) == len(batch.pairs) == len(losses) - len(kept) > 0
+    own = torch.stack([nll[batch.targets == target].mean() for target in kept])
+    torch.testing.assert_close(losses[len(batch.pairs) :], 0.5 * own)
+    pairs_alone, _, _ = module.scores(batch_of([(t, f) for t, f in drawn]))
+    assert len(pairs_alone) == sum(len(said) for t, _ in drawn for said in t.rejected)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_the_loss_of_a_flipped_label_is_weighed_by_its_probability(label_smoothing):
     margins = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
