@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from msenc.raw.media import read_audio
 from msenc.speech.wav import to_wav
 from msenc.talk.examples import find_examples
 from msenc.talk.listening import SAMPLE_RATE, WINDOW, WINDOW_S, Listener, Listeners, Take
+from msenc.talk.page import Host
 from msenc.talk.visitors import Visitors
 from msenc.types import MsencError
 
@@ -92,3 +94,17 @@ def test_examples_come_from_the_runs_data_and_from_nowhere_else(short_run, demo_
     assert all(example.text and example.clip.is_relative_to(demo_home / "data") for example in examples)
     assert find_examples(short_run, str(tmp_path)) == []
     assert find_examples(tmp_path, None) == []
+
+
+def test_the_recogniser_is_loaded_by_a_sound_that_it_takes(tmp_path):
+    heard = []
+
+    def recognise(path):
+        heard.append(read_audio(path, SAMPLE_RATE))  # which refuses silence
+        return ""
+
+    config = {"max_total_mb": 10, "max_clip_s": 60.0}
+    host = Host(lambda run: SimpleNamespace(recognise=recognise), None, config, tmp_path)
+    host.listen("run")
+    assert 0 < np.abs(heard[0]).max() < 0.01
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
