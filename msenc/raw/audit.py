@@ -209,27 +209,23 @@ def flag_rows(annotations: Annotations) -> list[Flag]:
 
 def _spoken_together(dialogue: Dialogue) -> Iterable[tuple[Utterance, float]]:
     """Utterances with a length, and how many seconds of each are another speaker's in the same recording, too."""
-    shared: dict[str, list[tuple[float, float]]] = {}
-    speaking: list[Utterance] = []
-
-    def recording(u: Utterance) -> str:
-        file, part = split_part(u.clip or "")
-        return file if part else ""  # files of their own have their rows' clock
-
-    timed = sorted((u for u in dialogue.utterances if (_length(u) or 0) > 0), key=lambda u: u.start_s)
-    for u in timed:
-        speaking = [other for other in speaking if other.end_s > u.start_s]
-        for other in speaking:
-            if other.speaker != u.speaker and recording(other) == recording(u):
-                for one in (u, other):
-                    shared.setdefault(one.id, []).append((u.start_s, min(u.end_s, other.end_s)))
-        speaking.append(u)
-    for u in timed:
-        until_s, total_s = u.start_s, 0.0
-        for start_s, end_s in sorted(shared.get(u.id, ())):
-            total_s += max(end_s - max(start_s, until_s), 0.0)
-            until_s = max(until_s, end_s)
-        yield u, total_s
+    recordings: dict[str, list[Utterance]] = {}
+    for u in dialogue.utterances:
+        if (_length(u) or 0) > 0:
+            file, part = split_part(u.clip or "")
+            recordings.setdefault(file if part else "", []).append(u)  # files of their own have their rows' clock
+    for spoken in recordings.values():
+        edges = [edge for u in spoken for edge in ((u.start_s, 1, u.speaker), (u.end_s, -1, u.speaker))]
+        active: Counter[str] = Counter()
+        together_s, until_s, until = 0.0, 0.0, {}  # seconds up to a time in which two or more speakers speak
+        for at_s, change, speaker in sorted(edges):
+            together_s += (at_s - until_s) * (len(active) > 1)
+            until_s, until[at_s] = at_s, together_s
+            active[speaker] += change
+            if not active[speaker]:
+                del active[speaker]
+        for u in spoken:
+            yield u, until[u.end_s] - until[u.start_s]
 
 
 def flag_dialogues(dialogues: Iterable[Dialogue]) -> list[Flag]:

@@ -89,7 +89,8 @@ def write_sweep(
         running: overrides of the jobs of an earlier start that still run or wait elsewhere; their notes stay.
     """
     kept = {_digest(overrides) for overrides in running}
-    for path in folder.glob("jobs/*"):
+    (folder / "jobs" / STOPPING).unlink(missing_ok=True)
+    for path, _ in _notes(folder):
         if path.stem.partition("-")[2] not in kept:
             path.unlink(missing_ok=True)
     write_json(
@@ -215,12 +216,13 @@ def read_search(folder: Path) -> dict[str, Any] | None:
 
 def _noted(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     """The jobs that have a run, each with the number that it was started with, and its note."""
+    return [(number, read_json(path, _Note, ADVICE)) for path, number in _notes(folder)]
+
+
+def _notes(folder: Path) -> list[tuple[Path, int]]:
+    """The files of notes, and the number that each has in its name."""
     paths = {path: path.stem.partition("-")[0] for path in folder.glob("jobs/*.json")}
-    return [
-        (int(number), read_json(path, _Note, ADVICE))
-        for path, number in sorted(paths.items())
-        if number.isdecimal() and len(number) < 10
-    ]
+    return [(path, int(number)) for path, number in sorted(paths.items()) if number.isdecimal() and len(number) < 10]
 
 
 def read_sweep(folder: Path) -> list[Job] | None:

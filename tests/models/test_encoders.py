@@ -422,6 +422,7 @@ def test_a_hub_that_answers_anything_is_asked(endpoint):
         threading.Thread(target=server.handle_request, daemon=True).start()
         endpoint(f"http://127.0.0.1:{server.server_port}")
         look_for_hub()
+    look_for_hub()  # it is gone, and is not asked again
     assert not is_offline_mode()
     assert os.environ["HF_HUB_OFFLINE"] == "0"
 

@@ -187,7 +187,7 @@ def test_replies_in_no_pair_have_their_own_loss_alone(tiny_models):
     assert len(measured) == len(batch.pairs) == len(losses) - len(kept) > 0
     own = torch.stack([nll[batch.targets == target].mean() for target in kept])
     torch.testing.assert_close(losses[len(batch.pairs) :], 0.5 * own)
-    pairs_alone, _, _ = module.scores(batch_of([(t, f) for t, f in drawn]))
+    pairs_alone, _, _ = module.scores(batch_of(drawn))
     assert len(pairs_alone) == sum(len(said) for t, _ in drawn for said in t.rejected)
 
 
