@@ -44,11 +44,12 @@ class TrainingProgress(RichProgressBar):
         """Remove the bar of the validation, or print a line."""
         super().on_validation_end(trainer, module)
         if self.is_enabled and not trainer.sanity_checking and not shows_bars():
+            self._pace.count()
             self._say(trainer, module)
 
     def _say(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         last = "" if trainer.max_epochs in (None, -1) else f" of {trainer.max_epochs}"
-        done, total = trainer.fit_loop.epoch_loop.batch_progress.current.completed, trainer.num_training_batches
+        done, total = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.num_training_batches
         measures = [f"{k} {v:.4g}" for k, v in self.get_metrics(trainer, module).items() if isinstance(v, (int, float))]
         console.print(
             f"epoch {trainer.current_epoch + 1}{last}, batch {done} of {total}, {self._pace.minutes()}: "

@@ -27,8 +27,12 @@ class Pace:
         """Whether a line is due now, which then counts as printed."""
         if shows_bars() or time.monotonic() - self._said < LINE_EVERY_S:
             return False
-        self._said = time.monotonic()
+        self.count()
         return True
+
+    def count(self) -> None:
+        """Count a line that was printed before it was due."""
+        self._said = time.monotonic()
 
     def minutes(self) -> str:
         """Time since the start."""

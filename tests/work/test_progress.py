@@ -60,6 +60,22 @@ def test_a_run_without_a_terminal_says_how_far_it_is(train, written, capsys):
     assert "v_num" not in lines[1] + capsys.readouterr().out
 
 
+def test_lines_count_the_batch_that_has_ended_and_begin_anew_after_a_validation(train, written, monkeypatch):
+    file = written(False)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", -1)
+    train(["modality=text", "trainer.max_epochs=1", "evaluate=null"])
+    batches = [line.split(", ")[1] for line in file.getvalue().splitlines() if line.startswith("epoch ")]
+    assert batches == [f"batch {n} of 4" for n in (1, 2, 3, 4, 4)]  # the last after the validation
+    clock = [0.0]
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 60.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    pace = progress.Pace()
+    clock[0] = 50.0
+    pace.count()
+    clock[0] = 70.0
+    assert not pace.is_due()
+
+
 def test_the_bar_that_earlier_runs_name_is_the_same_run(compose):
     config = compose([])
     assert config.callbacks.progress._target_.endswith("TrainingProgress")
